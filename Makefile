@@ -1,0 +1,53 @@
+# `make` alone lists the targets. Everything that runs installs first what it needs, once.
+#
+#   PYTHON=python3.12   the Python to make the environment with (3.11, 3.12 or 3.13)
+#   DEVICE=cuda         vLLM's CUDA build, in .venv-cuda, instead of the CPU build in .venv
+#   ARGS="..."          more options for the command behind a target
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check format demo lock clean
+
+DEVICE ?= cpu
+VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
+BIN := $(VENV)/bin
+export PYTHON
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= deploy/demo/model
+NAME ?= assent-demo
+PROXIES ?= aligned=deploy/demo/proxies/aligned polite=deploy/demo/proxies/polite
+
+help:  ## list these targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+install:  ## install everything into .venv (DEVICE=cuda: into .venv-cuda)
+	@deploy/install/install.sh $(DEVICE)
+
+serve: install  ## serve the demo model and its proxies (MODEL, NAME, PROXIES, HOST, PORT, ARGS)
+	@exec $(BIN)/python -m server --model $(MODEL) --served-model-name $(NAME) \
+		$(addprefix --proxy ,$(PROXIES)) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: install  ## run the tests (ARGS="tests/proxy -x")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install  ## all that CI runs: formatter, linter, types, tests
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: install  ## format the code and mend what the linter can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+demo: install  ## train the demo again: frozen LLM, proxies and judge into deploy/demo
+	$(BIN)/python -m training.demo --output deploy/demo $(ARGS)
+
+lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest of all)
+	deploy/install/lock.sh $(ARGS)
+
+clean:  ## remove the environments and all caches (runs/ stays)
+	rm -rf .venv .venv-cuda .venv*.lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find judge proxy server training tests -name __pycache__ -prune -exec rm -rf {} +
