@@ -1,0 +1,53 @@
+"""What a request may ask of the proxy, and how it travels to the worker.
+
+The server validates `Alignment` at admission and puts `to_extra_args()` into vLLM's
+`SamplingParams.extra_args`; the worker finds it there with `alignment_of`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+EXTRA_ARGS_KEY = "alignment"
+
+
+class Alignment(BaseModel):
+    """Which proxy speaks in a request, and how strictly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    proxy: str | None = Field(None, description="Name of a loaded proxy; none = the frozen LLM.")
+    strength: float = Field(
+        1.0,
+        ge=0.0,
+        le=16.0,
+        allow_inf_nan=False,
+        description="Accept with probability a^strength: 0 = the frozen LLM, 1 = as trained.",
+    )
+    max_rejections: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="Rejections at one position before the LLM's most probable token is taken; "
+        "none = the proxy's own number.",
+    )
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """The entry for `SamplingParams.extra_args`: plain JSON values."""
+        return {EXTRA_ARGS_KEY: self.model_dump()}
+
+
+def alignment_of(extra_args: Mapping[str, Any] | None) -> Alignment | None:
+    """The alignment found in `SamplingParams.extra_args`; None if there is none to apply.
+
+    Never raises: an exception in the worker would end the engine, and some routes take raw
+    extra arguments from clients. What cannot be understood is plain sampling.
+    """
+    if not isinstance(extra_args, Mapping):
+        return None
+    try:
+        alignment = Alignment.model_validate(extra_args.get(EXTRA_ARGS_KEY))
+    except (ValidationError, RecursionError):
+        return None
+    return alignment if alignment.proxy is not None and alignment.strength > 0 else None

@@ -1,0 +1,390 @@
+"""The law against two independent references: a sequential loop, and exact enumeration.
+
+Every random test below compares counts by exact tests (binomial, or Fisher's for two samples),
+Bonferroni-corrected over all of a test's comparisons: each raises a false alarm with probability
+below 1e-6, and seeds are fixed.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, fisher_exact
+
+from proxy.acceptance import (
+    Candidates,
+    Decision,
+    accept_mask,
+    decide,
+    draw_noise,
+    nucleus,
+    proposal_times,
+    proposed_mask,
+)
+
+FALSE_ALARM = 1e-6
+
+Outcome = tuple[int, int, bool]  # emitted slot, number proposed, forced
+
+
+def candidates_of(logits: list[float] | torch.Tensor) -> Candidates:
+    """Candidates with these logits and token ids 100, 101...; most probable first."""
+    values = torch.as_tensor(logits, dtype=torch.float32).reshape(1, -1)
+    return Candidates(100 + torch.arange(values.shape[1])[None], values.log_softmax(-1))
+
+
+def repeat(candidates: Candidates, rows: int) -> Candidates:
+    return Candidates(*(x.expand(rows, -1) for x in candidates))
+
+
+def decide_often(
+    candidates: Candidates,
+    accept_logits: torch.Tensor,  # [K]
+    *,
+    rows: int,
+    strength: float = 1.0,
+    max_rejections: int = 8,
+    greedy: bool = False,
+    seed: int = 0,
+) -> Decision:
+    torch.manual_seed(seed)
+    num_candidates = candidates.token_ids.shape[1]
+    return decide(
+        repeat(candidates, rows),
+        accept_logits.expand(rows, -1),
+        draw_noise(rows, num_candidates, "cpu"),
+        strength=torch.full((rows,), strength),
+        max_rejections=torch.full((rows,), max_rejections),
+        greedy=torch.full((rows,), greedy),
+    )
+
+
+def outcomes(decision: Decision) -> Counter[Outcome]:
+    return Counter(
+        zip(
+            decision.slots.tolist(),
+            decision.num_proposed.tolist(),
+            decision.forced.tolist(),
+            strict=True,
+        )
+    )
+
+
+def enumerate_law(p: list[float], a: list[float], max_rejections: int) -> dict[Outcome, float]:
+    """The probability of every outcome, over all orders and coins. p, a: [K] probabilities."""
+    inside = [slot for slot, prob in enumerate(p) if prob > 0]
+    if len(inside) == 1:
+        return {(inside[0], 1, False): 1.0}
+    law: dict[Outcome, float] = defaultdict(float)
+
+    def visit(left: list[int], reached: float, proposed: int) -> None:
+        if not left or proposed >= max_rejections:
+            law[0, proposed, True] += reached
+            return
+        total = sum(p[slot] for slot in left)
+        for slot in left:
+            here = reached * p[slot] / total
+            law[slot, proposed + 1, False] += here * a[slot]
+            visit([s for s in left if s != slot], here * (1 - a[slot]), proposed + 1)
+
+    visit(inside, 1.0, 0)
+    return dict(law)
+
+
+def loop_law(p: list[float], a: list[float], max_rejections: int, rng: np.random.Generator):
+    """The paper's loop: draw from what is left of the nucleus, ask the proxy, remove, again."""
+    left = {slot: prob for slot, prob in enumerate(p) if prob > 0}
+    if len(left) == 1:
+        return next(iter(left)), 1, False
+    proposed = 0
+    while left and proposed < max_rejections:
+        weights = np.array(list(left.values()))
+        slot = int(rng.choice(list(left), p=weights / weights.sum()))
+        proposed += 1
+        if rng.random() < a[slot]:
+            return slot, proposed, False
+        del left[slot]
+    return 0, proposed, True
+
+
+def assert_follows(counts: Counter[Outcome], law: dict[Outcome, float], tests: int = 1) -> None:
+    """`counts` are draws from `law`; `tests` = how many such comparisons the test makes."""
+    total = counts.total()
+    impossible = {o: n for o, n in counts.items() if law.get(o, 0.0) < 1e-30}
+    assert not impossible
+    for outcome, probability in law.items():
+        result = binomtest(counts[outcome], total, min(probability, 1.0))
+        assert result.pvalue > FALSE_ALARM / (tests * len(law)), (outcome, counts, law)
+
+
+def random_cases() -> Iterator[tuple[list[float], list[float], float, int]]:
+    """(logits, accept logits, strength, max_rejections): extremes first, then random ones."""
+    rng = np.random.default_rng(7)
+    yield [1.0, 0.0, -1.0], [0.5, -0.5, 0.0], 1.0, 0
+    yield [1.0, 0.0, -1.0], [0.5, -0.5, 0.0], 0.0, 8
+    yield [1.0, 0.0, -1.0], [-40.0, -40.0, -40.0], 1.0, 8  # all rejected
+    yield [1.0, 0.0, -1.0], [-40.0, -40.0, -40.0], 1.0, 2
+    yield [0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0], 1.0, 3  # ties
+    yield [0.0], [-40.0], 1.0, 8  # a single candidate
+    yield [0.0], [-40.0], 1.0, 0
+    yield [2.0, 1.0, -math.inf], [-1.0, 0.0, 40.0], 1.0, 8  # one outside the nucleus
+    for size in (2, 3, 4, 5):
+        for _ in range(3):
+            logits = sorted(rng.normal(0, 1.5, size), reverse=True)
+            yield (
+                [float(x) for x in logits],
+                [float(x) for x in rng.normal(0, 1.5, size)],
+                float(rng.choice([0.5, 1.0, 2.5])),
+                int(rng.integers(1, size + 2)),
+            )
+
+
+CASES = list(random_cases())
+
+
+def probabilities(
+    logits: list[float], accept_logits: list[float], strength: float
+) -> tuple[list[float], list[float]]:
+    """p and a^strength in double precision, without the code under test."""
+    weights = [math.exp(x) for x in logits]
+    p = [w / sum(weights) for w in weights]
+    a = [(1 / (1 + math.exp(-x))) ** strength for x in accept_logits]
+    return p, a
+
+
+@pytest.mark.parametrize(("logits", "accept_logits", "strength", "max_rejections"), CASES)
+def test_decide_follows_the_enumerated_law(logits, accept_logits, strength, max_rejections):
+    decision = decide_often(
+        candidates_of(logits),
+        torch.tensor(accept_logits),
+        rows=50_000,
+        strength=strength,
+        max_rejections=max_rejections,
+    )
+    law = enumerate_law(*probabilities(logits, accept_logits, strength), max_rejections)
+    assert sum(law.values()) == pytest.approx(1.0)
+    assert_follows(outcomes(decision), law, tests=len(CASES))
+    assert (decision.token_ids == 100 + decision.slots).all()
+
+
+def test_the_references_agree():
+    """The enumeration, which the other test relies on, against the literal loop."""
+    rng = np.random.default_rng(1)
+    for logits, accept_logits, strength, max_rejections in CASES[:10]:
+        p, a = probabilities(logits, accept_logits, strength)
+        counts = Counter(loop_law(p, a, max_rejections, rng) for _ in range(2000))
+        assert_follows(counts, enumerate_law(p, a, max_rejections), tests=10)
+
+
+def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
+    """Too many orders to enumerate: two samples, compared outcome by outcome."""
+    rng = np.random.default_rng(2)
+    logits = [float(x) for x in sorted(rng.normal(0, 2, 16), reverse=True)]
+    accept_logits = [float(x) for x in rng.normal(-1, 2, 16)]
+    p, a = probabilities(logits, accept_logits, 1.5)
+    loop = Counter(loop_law(p, a, 5, rng) for _ in range(15_000))
+    law = outcomes(
+        decide_often(
+            candidates_of(logits),
+            torch.tensor(accept_logits),
+            rows=15_000,
+            strength=1.5,
+            max_rejections=5,
+            seed=3,
+        )
+    )
+    seen = sorted(loop | law)
+    assert any(forced for _, _, forced in seen)
+    for outcome in seen:
+        table = [[loop[outcome], 15_000 - loop[outcome]], [law[outcome], 15_000 - law[outcome]]]
+        assert fisher_exact(table).pvalue > FALSE_ALARM / len(seen), (outcome, table)
+
+
+def test_strength_zero_is_the_frozen_llm():
+    decision = decide_often(
+        candidates_of([2.0, 1.0, 0.0]), torch.full((3,), -50.0), rows=50_000, strength=0.0
+    )
+    weights = [math.exp(2), math.exp(1), 1.0]
+    law = {(slot, 1, False): w / sum(weights) for slot, w in enumerate(weights)}
+    assert_follows(outcomes(decision), law)
+
+
+@pytest.mark.parametrize(
+    ("accept_logits", "strength", "max_rejections", "expected"),
+    [
+        ([1.0, 1.0, 1.0], 1.0, 8, (0, 1, False)),
+        ([-1.0, 1.0, 1.0], 1.0, 8, (1, 2, False)),
+        ([-1.0, -1.0, 0.0], 1.0, 8, (2, 3, False)),  # a = 1/2 is accepted
+        ([-1.0, -1.0, -1.0], 1.0, 8, (0, 3, True)),
+        ([-1.0, -1.0, 1.0], 1.0, 2, (0, 2, True)),  # the third would have been accepted
+        ([-1.0, 1.0, 1.0], 1.0, 1, (0, 1, True)),
+        ([1.0, 1.0, 1.0], 1.0, 0, (0, 0, True)),
+        ([-1.0, 1.0, 1.0], 0.0, 8, (0, 1, False)),  # strength 0 accepts the first
+        ([1.0, 3.0, 1.0], 3.0, 8, (1, 2, False)),  # sigmoid(1)^3 = 0.39, sigmoid(3)^3 = 0.86
+    ],
+)
+def test_greedy_rows_flip_no_coin(accept_logits, strength, max_rejections, expected):
+    for seed in range(3):
+        decision = decide_often(
+            candidates_of([3.0, 2.0, 1.0]),
+            torch.tensor(accept_logits),
+            rows=4,
+            strength=strength,
+            max_rejections=max_rejections,
+            greedy=True,
+            seed=seed,
+        )
+        assert outcomes(decision) == {expected: 4}
+
+
+def test_rows_are_independent_of_their_neighbours():
+    """A batch of unlike rows is decided as each row alone, given the same noise."""
+    torch.manual_seed(4)
+    logits = torch.randn(32, 50) * 2
+    top_k = torch.randint(1, 17, (32,))
+    candidates = nucleus(logits, 8, top_k=top_k, top_p=torch.rand(32))
+    accept_logits = torch.randn(32, 8)
+    noise = draw_noise(32, 8, "cpu")
+    settings = {
+        "strength": torch.rand(32) * 2,
+        "max_rejections": torch.randint(0, 9, (32,)),
+        "greedy": torch.rand(32) < 0.3,
+    }
+    together = decide(candidates, accept_logits, noise, **settings)
+    for row in range(32):
+        one = slice(row, row + 1)
+        alone = decide(
+            Candidates(*(x[one] for x in candidates)),
+            accept_logits[one],
+            noise[one],
+            **{name: value[one] for name, value in settings.items()},
+        )
+        assert all(torch.equal(x[one], y) for x, y in zip(together, alone, strict=True))
+
+
+def test_proposed_mask_marks_what_the_counts_count():
+    torch.manual_seed(5)
+    candidates = nucleus(torch.randn(500, 50) * 2, 8, top_p=torch.rand(500))
+    accept_logits = torch.randn(500, 8) - 1
+    noise = draw_noise(500, 8, "cpu")
+    greedy = torch.rand(500) < 0.3
+    strength = torch.ones(500)
+    decision = decide(
+        candidates,
+        accept_logits,
+        noise,
+        strength=strength,
+        max_rejections=torch.randint(0, 6, (500,)),
+        greedy=greedy,
+    )
+    mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+    accepts = accept_mask(candidates, accept_logits, noise[:, 1], strength=strength, greedy=greedy)
+    emitted = torch.nn.functional.one_hot(decision.slots, 8).bool()
+    assert torch.equal(mask.sum(-1), decision.num_proposed)
+    assert not (mask & (candidates.logprobs == -math.inf)).any()
+    # Exactly the emitted slot of an unforced row was accepted among those proposed.
+    assert torch.equal(mask & accepts, emitted & ~decision.forced[:, None])
+    assert decision.forced.any() and not decision.forced.all()
+
+
+def test_seeded_rows_draw_alike_alone_and_in_a_batch():
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(11)
+
+    alone = draw_noise(1, 8, "cpu", {0: generator()})
+    batch = draw_noise(5, 8, "cpu", {3: generator()})
+    assert torch.equal(alone[0], batch[3])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_nucleus_by_hand():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()[:, [2, 0, 3, 1]]
+    everything = nucleus(logits, 16)
+    assert everything.token_ids.tolist() == [[1, 3, 0, 2]]
+    assert everything.logprobs.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    two = nucleus(logits, 16, top_k=torch.tensor([2]))
+    assert two.logprobs.exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    # 0.5 + 0.3 < 0.85, so the third stays; after top-k 2 the mass before the second is 0.625.
+    three = nucleus(logits, 16, top_p=torch.tensor([0.85]))
+    assert three.logprobs.exp()[0].tolist() == pytest.approx([10 / 19, 6 / 19, 3 / 19, 0])
+    one = nucleus(logits, 16, top_k=torch.tensor([2]), top_p=torch.tensor([0.6]))
+    assert one.logprobs.exp()[0].tolist() == pytest.approx([1, 0, 0, 0])
+    # Without top-k, p = 0.6 keeps two: the order of top-k and top-p matters.
+    assert (nucleus(logits, 16, top_p=torch.tensor([0.6])).logprobs > -math.inf).sum() == 2
+    # p = 0 still leaves the most probable token; a constraint's -inf is never a candidate.
+    assert (nucleus(logits, 16, top_p=torch.tensor([0.0])).logprobs > -math.inf).sum() == 1
+    logits[0, 1] = -math.inf
+    assert nucleus(logits, 2).logprobs.exp()[0].tolist() == pytest.approx([2 / 3, 1 / 3])
+    # What is banned by a bias of -100 stays out even if nothing else is left.
+    banned = nucleus(torch.tensor([[3.0, -97.0, -98.0, 2.0]]), 16).logprobs[0]
+    assert (banned > -math.inf).tolist() == [True, True, False, False]
+
+
+@pytest.mark.filterwarnings("default")  # importing vllm warns
+@pytest.mark.parametrize("tied", [False, True])
+def test_nucleus_is_vllms(tied):
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    torch.manual_seed(6)
+    rows, vocab_size, max_candidates = 400, 200, 24
+    logits = torch.randn(rows, vocab_size) * 4
+    top_k = torch.randint(1, max_candidates + 1, (rows,))
+    top_k[::4] = vocab_size  # off
+    top_p = torch.rand(rows)
+    top_p[::3] = 1.0  # off
+    settings = [(top_k, None), (None, top_p), (top_k, top_p)]
+    if tied:  # which of several tied tokens top-p keeps is an accident of the sort
+        logits = logits.round()
+        top_k.clamp_(max=8)
+        settings = [(top_k, None)]
+    for k, p in settings:
+        expected = apply_top_k_top_p_pytorch(logits.clone(), k, p, allow_cpu_sync=True)
+        sizes = (expected > -math.inf).sum(-1)
+        small = sizes <= max_candidates
+        assert small.sum() > rows // 2
+        ours = nucleus(logits, max_candidates, top_k=k, top_p=p)
+        spread = torch.full_like(logits, -math.inf).scatter(-1, ours.token_ids, ours.logprobs)
+        torch.testing.assert_close(spread[small], expected.log_softmax(-1)[small])
+        # Where vLLM keeps more than K, ours are the K most probable of them.
+        assert ((ours.logprobs > -math.inf).sum(-1)[~small] == max_candidates).all()
+
+
+def test_small_vocabulary_and_fewer_candidates_than_asked_for():
+    candidates = nucleus(torch.randn(3, 5), 16)
+    assert candidates.token_ids.shape == (3, 5)
+    decision = decide(
+        candidates,
+        torch.zeros(3, 5),
+        draw_noise(3, 5, "cpu"),
+        strength=torch.ones(3),
+        max_rejections=torch.full((3,), 8),
+        greedy=torch.zeros(3, dtype=torch.bool),
+    )
+    assert decision.token_ids.shape == (3,)
+
+
+def test_nothing_reads_a_tensor_on_the_host():
+    """Meta tensors hold no values: whatever looked at one, as a device sync does, would raise."""
+    with torch.device("meta"):
+        candidates = nucleus(
+            torch.empty(4, 100),
+            8,
+            top_k=torch.empty(4, dtype=torch.int32),
+            top_p=torch.empty(4),
+        )
+        noise = draw_noise(4, 8, "meta")
+        greedy = torch.empty(4, dtype=torch.bool)
+        decision = decide(
+            candidates,
+            torch.empty(4, 8),
+            noise,
+            strength=torch.empty(4),
+            max_rejections=torch.empty(4, dtype=torch.int64),
+            greedy=greedy,
+        )
+        mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+    assert [tuple(x.shape) for x in (*decision, mask)] == [(4,), (4,), (4,), (4,), (4, 8)]
+    assert decision.token_ids.dtype == decision.slots.dtype == torch.int64

@@ -1,0 +1,218 @@
+"""Proxies on disk, and the fingerprint that ties them to their LLM."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from proxy.checkpoint import (
+    BaseModelId,
+    CheckpointError,
+    FingerprintMismatch,
+    ProxyError,
+    fingerprint,
+    identify,
+    load,
+    resolve_model_dir,
+    save,
+)
+from proxy.network import ProxyConfig, ProxyNetwork
+
+BASE = BaseModelId(name="some-llm", fingerprint="f" * 64)
+
+
+@pytest.fixture
+def network() -> ProxyNetwork:
+    torch.manual_seed(0)
+    return ProxyNetwork(ProxyConfig(hidden_size=8, vocab_size=20, width=4, max_candidates=5))
+
+
+@pytest.fixture
+def saved(network: ProxyNetwork, tmp_path: Path) -> Path:
+    save(tmp_path / "proxy", network, base=BASE, training={"steps": 60, "win_rate": 0.78})
+    return tmp_path / "proxy"
+
+
+def test_round_trip(network, saved):
+    loaded = load(saved, base=BASE)
+    assert loaded.config == network.config
+    assert loaded.training == {"steps": 60, "win_rate": 0.78}
+    assert loaded.base == BASE
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, loaded.network.state_dict()[name]), name
+    assert not any(p.requires_grad for p in loaded.network.parameters())
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "proxy.safetensors"]
+
+
+def test_version_is_the_content(network, saved, tmp_path):
+    version = load(saved, base=None).version
+    assert len(version) == 12 and int(version, 16) >= 0
+    again = save(tmp_path / "again", network, base=BASE, training={"steps": 60, "win_rate": 0.78})
+    assert version == again
+    with torch.no_grad():
+        network.score.bias.add_(1)
+    assert save(saved, network, base=BASE, training={}) != version
+    assert load(saved, base=BASE).version != version
+
+
+def test_saving_keeps_what_else_is_in_the_directory(network, saved):
+    (saved / "README.md").write_text("a card")
+    save(saved, network, base=BASE, training={})
+    assert (saved / "README.md").read_text() == "a card"
+
+
+def test_another_llm_is_refused_and_both_are_named(saved):
+    other = BaseModelId(name="other-llm", fingerprint="0" * 64)
+    with pytest.raises(FingerprintMismatch) as error:
+        load(saved, base=other)
+    for part in ("some-llm", "f" * 64, "other-llm", "0" * 64):
+        assert part in str(error.value)
+    # The name is for people: the same LLM under another name is the same LLM.
+    load(saved, base=BaseModelId(name="renamed", fingerprint=BASE.fingerprint))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "proxy.safetensors"])
+def test_missing_file_is_named(saved, missing):
+    (saved / missing).unlink()
+    with pytest.raises(CheckpointError, match=missing):
+        load(saved, base=None)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load(tmp_path / "nowhere", base=None)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "replace"])
+def test_damaged_weights(saved, damage):
+    path = saved / "proxy.safetensors"
+    content = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(content[:-10])
+    elif damage == "flip":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        path.write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="proxy.safetensors"):
+        load(saved, base=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"surprise": 1},
+        {"weights_sha256": None},
+        {"network": {"hidden_size": 8}},
+        {"network": {"hidden_size": 8, "vocab_size": 20, "surprise": 1}},
+    ],
+)
+def test_config_of_another_schema(saved, change):
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match="config.json"):
+        load(saved, base=None)
+
+
+def test_config_that_is_no_json(saved):
+    (saved / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json"):
+        load(saved, base=None)
+
+
+def test_tensors_that_the_config_does_not_describe(saved):
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["network"]["width"] = 6
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="state_half.weight"):
+        load(saved, base=None)
+
+
+def test_training_notes_must_be_json(network, tmp_path):
+    with pytest.raises(ValueError):
+        save(tmp_path, network, base=BASE, training={"win_rate": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_model(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    directory.mkdir()
+    names = sorted(tensors)
+    if shards == 1:
+        safetensors.torch.save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        safetensors.torch.save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {f"layer.{i}": torch.randn(50, 40) for i in range(4)}
+
+
+def test_fingerprint_does_not_depend_on_sharding(tensors, tmp_path):
+    whole = write_model(tmp_path / "whole", tensors)
+    sharded = write_model(tmp_path / "sharded", tensors, shards=3)
+    assert fingerprint(whole) == fingerprint(sharded)
+    assert len(fingerprint(whole)) == 64
+    # Other files of a repository do not belong to the model.
+    shutil.copy(whole / "model.safetensors", whole / "consolidated.safetensors")
+    assert fingerprint(whole) == fingerprint(sharded)
+
+
+def test_fingerprint_tells_models_apart(tensors, tmp_path):
+    def of(name: str, changed: dict[str, torch.Tensor]) -> str:
+        return fingerprint(write_model(tmp_path / name, changed))
+
+    value = {name: tensor.clone() for name, tensor in tensors.items()}
+    value["layer.3"][0, 0] += 1
+    renamed = {name.replace("3", "5"): tensor for name, tensor in tensors.items()}
+    seen = {
+        of("same", tensors),
+        of("value", value),
+        of("name", renamed),
+        of("shape", {name: tensor.reshape(40, 50) for name, tensor in tensors.items()}),
+        of("dtype", {name: tensor.bfloat16() for name, tensor in tensors.items()}),
+        of("fewer", dict(list(tensors.items())[:3])),
+    }
+    assert len(seen) == 6
+
+
+def test_fingerprint_of_nothing(tmp_path):
+    with pytest.raises(ProxyError, match="No \\*.safetensors"):
+        fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ProxyError, match="model.safetensors"):
+        fingerprint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ProxyError, match="index.json"):
+        fingerprint(tmp_path)
+
+
+def test_identify_names_a_directory(tensors, tmp_path):
+    directory = write_model(tmp_path / "my-llm", tensors)
+    assert identify(str(directory)) == BaseModelId(
+        name="my-llm", fingerprint=fingerprint(directory)
+    )
+    assert resolve_model_dir(str(directory)) == directory
+
+
+def test_unknown_model_is_an_error_of_ours(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ProxyError, match="no-such-org/no-such-model"):
+        resolve_model_dir("no-such-org/no-such-model")
+    with pytest.raises(ProxyError, match="not a model name"):
+        resolve_model_dir("not a model name")

@@ -1,0 +1,58 @@
+"""The closed form against the sequential loop's probabilities, computed by recursion over its every branch."""
+
+import torch
+
+from proxy.acceptance import Candidates
+from proxy.exact import divergence, emission_probabilities
+
+
+def by_recursion(p: list[float], accept: list[float], max_rejections: int) -> list[float]:
+    """Propose from what is left, renormalised; accept, or remove and go on: every branch, weighted."""
+    result = [0.0] * len(p)
+
+    def go(left: frozenset[int], weight: float, rejections: int) -> None:
+        if not left or rejections == max_rejections:
+            result[0] += weight
+            return
+        mass = sum(p[i] for i in left)
+        for i in left:
+            proposed = weight * p[i] / mass
+            result[i] += proposed * accept[i]
+            go(left - {i}, proposed * (1 - accept[i]), rejections + 1)
+
+    if len(p) == 1:
+        return [1.0]
+    go(frozenset(range(len(p))), 1.0, 0)
+    return result
+
+
+def test_matches_the_recursion_for_every_limit_and_strength() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 5):
+        p = torch.rand(size, generator=generator).double().sort(descending=True).values
+        p /= p.sum()
+        logits = 2 * torch.randn(1, size + 1, generator=generator)
+        # one slot outside the nucleus rides along
+        candidates = Candidates(
+            torch.arange(size + 1)[None], torch.cat([p.log(), p.new_tensor([-torch.inf])])[None]
+        )
+        for strength in (0.0, 0.5, 1.0, 3.0):
+            accept = (torch.sigmoid(logits[0].double()) ** strength).tolist()
+            for max_rejections in range(7):
+                got = emission_probabilities(
+                    candidates, logits, strength=strength, max_rejections=max_rejections
+                )
+                expected = by_recursion(p.tolist(), accept[:size], max_rejections)
+                torch.testing.assert_close(
+                    got[0], torch.tensor([*expected, 0.0]).double(), atol=2e-6, rtol=0
+                )
+
+
+def test_two_candidates_by_hand() -> None:
+    candidates = Candidates(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]).log())
+    logits = torch.tensor([[0.0, 0.0]])  # a = 1/2 each
+    # first .75·½ + after the second's rejection .25·½·½ + forced .25 of all; second .25·½ + .75·½·½
+    got = emission_probabilities(candidates, logits, strength=1.0, max_rejections=8)
+    torch.testing.assert_close(got, torch.tensor([[0.6875, 0.3125]]).double(), atol=2e-6, rtol=0)
+    kl = 0.6875 * torch.tensor(0.6875 / 0.75).log() + 0.3125 * torch.tensor(0.3125 / 0.25).log()
+    torch.testing.assert_close(divergence(got, candidates).float(), kl[None], atol=1e-5, rtol=0)

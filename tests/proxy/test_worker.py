@@ -1,0 +1,576 @@
+"""The worker and its sampler inside real vLLM engines, against vLLM's own."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from proxy.checkpoint import BaseModelId, FingerprintMismatch, ProxyError, identify, save
+from proxy.network import ProxyConfig, ProxyNetwork
+
+# vLLM and what it imports warn at will.
+pytestmark = pytest.mark.filterwarnings("default")
+
+EOS = 1
+PROMPTS = ["the cat", "a dog sat on the mat", "hat", "on that mat lay", "cat cat", "x"]
+WORKER = "proxy.worker.ProxyCPUWorker"
+
+
+def make_proxy(directory: Any, base: BaseModelId, seed: int, **config: Any) -> str:
+    """A proxy with strong opinions: it rejects about half of what it is asked."""
+    torch.manual_seed(seed)
+    network = ProxyNetwork(ProxyConfig(hidden_size=64, vocab_size=288, accept_bias=0.0, **config))
+    torch.nn.init.normal_(network.score.weight, std=1.5)
+    save(directory, network, base=base, training={"seed": seed})
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def base(model_dir):
+    return identify(str(model_dir))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("proxies")
+    return {
+        "one": make_proxy(root / "one", base, 1),
+        "two": make_proxy(root / "two", base, 2, max_candidates=6, max_rejections=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def stock(make_llm):
+    return make_llm()
+
+
+@pytest.fixture(scope="module")
+def aligned_llm(make_llm):
+    return make_llm(worker_cls=WORKER)
+
+
+@pytest.fixture
+def aligned(aligned_llm, checkpoints):
+    """The engine with both proxies loaded afresh and no other."""
+    for entry in rpc(aligned_llm, "list_proxies"):
+        rpc(aligned_llm, "unload_proxy", entry["name"])
+    for name, directory in checkpoints.items():
+        rpc(aligned_llm, "load_proxy", name, directory)
+    return aligned_llm
+
+
+def rpc(llm: Any, method: str, *args: Any) -> Any:
+    (answer,) = llm.collective_rpc(method, args=args)
+    return answer
+
+
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def params(proxy: str | None = None, **kwargs: Any) -> Any:
+    """Sampling parameters; strength and max_rejections go to the proxy."""
+    from vllm import SamplingParams
+
+    alignment = {k: kwargs.pop(k) for k in ("strength", "max_rejections") if k in kwargs}
+    if proxy is not None:
+        kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
+    return SamplingParams(**({"max_tokens": 16, "ignore_eos": True} | kwargs))
+
+
+def generate(llm: Any, prompts: list[str], sampling: list[Any]) -> list[Any]:
+    assert not getattr(llm, "broken", False), "an earlier test broke this engine"
+    try:
+        return llm.generate(prompts, sampling, use_tqdm=False)
+    except Exception:  # its scheduler would wait for the lost step for ever
+        llm.broken = True
+        raise
+
+
+def tokens(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def counts_of(llm: Any, output: Any) -> dict[str, Any]:
+    """The counts of a request with one sample, which must be there."""
+    (counts,) = rpc(llm, "take_alignment_counts", [output.request_id]).values()
+    return counts
+
+
+PLAIN = [
+    {"seed": 1},
+    {"seed": 2, "top_p": 0.8},
+    {"seed": 3, "top_k": 5, "temperature": 0.7},
+    {"temperature": 0.0},
+    {"seed": 4, "min_p": 0.05, "top_k": 30, "top_p": 0.95, "frequency_penalty": 0.5},
+    {"seed": 5, "logprobs": 2, "temperature": 1.3, "stop_token_ids": [40, 41, 42]},
+]
+
+
+def test_without_a_proxy_the_tokens_are_vllms(stock, aligned):
+    sampling = [params(**kwargs) for kwargs in PLAIN]
+    assert tokens(generate(aligned, PROMPTS, sampling)) == tokens(
+        generate(stock, PROMPTS, sampling)
+    )
+
+
+def test_strength_zero_is_vllm(stock, aligned):
+    expected = generate(stock, PROMPTS, [params(**kwargs) for kwargs in PLAIN])
+    sampling = [params("one", strength=0.0, **kwargs) for kwargs in PLAIN]
+    outputs = generate(aligned, PROMPTS, sampling)
+    assert tokens(outputs) == tokens(expected)
+    assert rpc(aligned, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+
+
+@pytest.mark.parametrize("greedy_neighbours", [False, True])
+def test_plain_rows_of_a_mixed_batch_are_vllms(stock, aligned, greedy_neighbours):
+    """Rows with proxies between them change nothing, in whatever mix."""
+    temperature = 0.0 if greedy_neighbours else 1.0
+    mixed_prompts = [p for prompt in PROMPTS for p in (prompt, "the dog")]
+    neighbours = [
+        params(
+            ("one", "two")[i % 2], temperature=temperature, top_p=1.0 if greedy_neighbours else 0.9
+        )
+        for i in range(len(PROMPTS))
+    ]
+    mixed = [p for i, kw in enumerate(PLAIN) for p in (params(**kw), neighbours[i])]
+    plain = [p for kw in PLAIN for p in (params(**kw), params(seed=9))]
+    expected = tokens(generate(stock, mixed_prompts, plain))[::2]
+    assert tokens(generate(aligned, mixed_prompts, mixed))[::2] == expected
+
+
+@pytest.mark.parametrize("only", [{"temperature": 0.0}, {"seed": 6}])
+def test_mixed_batches_of_one_kind(stock, aligned, only):
+    """All-greedy and all-random batches take other paths through vLLM's sampler."""
+    sampling = [params("one", **only), *(params(**only) for _ in PROMPTS[1:])]
+    expected = tokens(generate(stock, PROMPTS, [params(**only) for _ in PROMPTS]))
+    assert tokens(generate(aligned, PROMPTS, sampling))[1:] == expected[1:]
+
+
+def test_a_proxy_changes_the_text_and_the_counts_add_up(stock, aligned):
+    kinds = [{"seed": i, "top_p": 0.95} for i in range(3)] + [{"temperature": 0.0}] * 3
+    outputs = generate(aligned, PROMPTS, [params("one", **kind) for kind in kinds])
+    plain = generate(stock, PROMPTS, [params(**kind) for kind in kinds])
+    version = next(e["version"] for e in rpc(aligned, "list_proxies") if e["name"] == "one")
+    for output, reference in zip(outputs, plain, strict=True):
+        counts = counts_of(aligned, output)
+        assert tokens([output]) != tokens([reference])
+        assert (counts["proxy"], counts["version"]) == ("one", version)
+        assert counts["accepted"] + counts["forced"] == 16
+        assert counts["proposed"] == counts["accepted"] + counts["rejected"]
+        assert counts["rejected"] > 0
+        assert rpc(aligned, "take_alignment_counts", [output.request_id]) == {}
+
+
+def test_counts_stop_with_the_text(aligned):
+    sampling = [params("one", seed=i, ignore_eos=False, max_tokens=60, logit_bias={EOS: 4.0})
+                for i in range(len(PROMPTS))]  # fmt: skip
+    outputs = generate(aligned, PROMPTS, sampling)
+    lengths = [len(t) for t in tokens(outputs)]
+    assert len(set(lengths)) > 1 and max(lengths) < 60
+    for output, length in zip(outputs, lengths, strict=True):
+        counts = counts_of(aligned, output)
+        assert counts["accepted"] + counts["forced"] == length
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(aligned):
+    kinds = [{"proxy": ("one", "two")[i % 2], "seed": 20 + i, "top_p": 0.9} for i in range(5)]
+    sampling = [params(**kind) for kind in kinds] + [params(seed=3)]
+    together = tokens(generate(aligned, PROMPTS, sampling))
+    alone = [tokens(generate(aligned, [p], [s]))[0] for p, s in zip(PROMPTS, sampling, strict=True)]
+    assert together == alone
+    greedy = [params("one", temperature=0.0), params(seed=1)]
+    assert (
+        tokens(generate(aligned, PROMPTS[:2], greedy))[0]
+        == tokens(generate(aligned, PROMPTS[:1], greedy[:1]))[0]
+    )
+
+
+def test_several_samples_of_a_request(aligned):
+    (output,) = generate(aligned, PROMPTS[:1], [params("one", n=3, seed=5)])
+    texts = [list(sample.token_ids) for sample in output.outputs]
+    assert len({tuple(text) for text in texts}) == 3
+    # vLLM gives sample i the seed 5 + i.
+    alone = [
+        tokens(generate(aligned, PROMPTS[:1], [params("one", seed=5 + i)]))[0] for i in range(3)
+    ]
+    assert texts == alone
+    counts = rpc(aligned, "take_alignment_counts", [output.request_id])
+    assert sorted(req_id.split("_")[0] for req_id in counts) == ["0", "1", "2"]
+    assert all(c["accepted"] + c["forced"] == 16 for c in counts.values())
+
+
+def test_logprobs_are_the_frozen_llms(aligned, model_dir):
+    """Against transformers on the finished text."""
+    from transformers import AutoModelForCausalLM
+
+    (output,) = generate(aligned, PROMPTS[1:2], [params("one", seed=1, logprobs=3)])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = [*output.prompt_token_ids, *tokens([output])[0]]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i, (token, entry) in enumerate(
+        zip(tokens([output])[0], output.outputs[0].logprobs, strict=True)
+    ):
+        position = expected[len(output.prompt_token_ids) - 1 + i]
+        assert entry[token].logprob == pytest.approx(position[token].item(), abs=1e-3)
+        assert entry[token].rank == 1 + (position > position[token]).sum()
+        assert set(position.topk(3).indices.tolist()) <= set(entry)
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits"])
+def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
+    """At the first position, before texts part: what vLLM reports, for every row."""
+    sampling = [
+        {"seed": 1, "top_p": 0.9, "logprobs": 4},
+        {"seed": 2, "top_k": 7, "temperature": 0.6, "logprobs": 4},
+        {"temperature": 0.0, "logprobs": 4},
+        {"seed": 4, "logprobs": 4},
+    ]
+    llm = make_llm(worker_cls=WORKER, logprobs_mode=mode)
+    rpc(llm, "load_proxy", "one", checkpoints["one"])
+    reference = make_llm(logprobs_mode=mode)
+    for kinds in (sampling, [sampling[2]] * 4):
+        plain = generate(reference, PROMPTS[:4], [params(max_tokens=1, **kw) for kw in kinds])
+        proxies = ["one", None, "one", None]
+        mixed = generate(
+            llm,
+            PROMPTS[:4],
+            [params(p, max_tokens=1, **kw) for p, kw in zip(proxies, kinds, strict=True)],
+        )
+        for ours, theirs in zip(mixed, plain, strict=True):
+            (a,), (b,) = ours.outputs[0].logprobs, theirs.outputs[0].logprobs
+            top = {t: e.logprob for t, e in b.items() if e.rank <= 4 and math.isfinite(e.logprob)}
+            assert {t: a[t].logprob for t in top} == pytest.approx(top, abs=1e-5)
+
+
+def test_constraints_bind_the_proxy_too(aligned):
+    rng = torch.Generator().manual_seed(0)
+    few = torch.randperm(288, generator=rng)[:12].tolist()
+    biased = {t: -100.0 for t in range(288) if t not in few[:8]}
+    sampling = [
+        params("one", seed=1, allowed_token_ids=few[:5]),
+        params("one", seed=2, logit_bias=biased, top_p=0.999),
+        # All logits negative, and a huge penalty: no token comes twice.
+        params(
+            "one",
+            seed=3,
+            max_tokens=12,
+            allowed_token_ids=few,
+            logit_bias=dict.fromkeys(few, -50.0),
+            repetition_penalty=1e6,
+        ),
+        params("one", seed=4, max_tokens=30, logit_bias={EOS: 100.0}, min_tokens=7,
+               ignore_eos=False, top_p=0.5),
+        params("one", temperature=0.0, allowed_token_ids=few[5:6]),
+        params("one", seed=5, min_p=1.0),
+    ]  # fmt: skip
+    outputs = generate(aligned, ["a b c d"] * 6, sampling)
+    allowed, bias, penalty, min_tokens, single, _ = tokens(outputs)
+    assert set(allowed) <= set(few[:5]) and len(set(allowed)) > 1
+    assert set(bias) <= set(few[:8]) and len(set(bias)) > 1
+    assert sorted(penalty) == sorted(few)
+    assert len(min_tokens) == 8 and min_tokens[-1] == EOS
+    assert single == few[5:6] * 16
+    # min_p 1 leaves one candidate, which nobody needs to be asked about: nothing is rejected.
+    counts = counts_of(aligned, outputs[5])
+    assert (counts["proposed"], counts["rejected"], counts["forced"]) == (16, 0, 0)
+
+
+def test_stop_strings(aligned):
+    free = generate(aligned, PROMPTS[:1], [params("one", seed=1)])[0].outputs[0].text
+    stop = free[5:7]
+    (output,) = generate(aligned, PROMPTS[:1], [params("one", seed=1, stop=[stop])])
+    assert output.outputs[0].text == free[: free.index(stop)]
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_structured_choice(aligned):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    sampling = [
+        params("one", seed=seed, max_tokens=40, ignore_eos=False,
+               structured_outputs=StructuredOutputsParams(choice=["the cat sat", "a dog", "hat"]))
+        for seed in range(5)
+    ] + [params(seed=1)]  # fmt: skip
+    outputs = generate(aligned, PROMPTS, sampling)
+    texts = {output.outputs[0].text for output in outputs[:5]}
+    assert texts <= {"the cat sat", "a dog", "hat"} and len(texts) > 1
+
+
+def test_two_proxies_in_one_batch_give_what_each_gives_alone(aligned):
+    names = ["one", "two", "one", "two", "two", "one"]
+    sampling = [params(name, seed=i) for i, name in enumerate(names)]
+    mixed = tokens(generate(aligned, PROMPTS, sampling))
+    for name in ("one", "two"):
+        rows = [i for i, n in enumerate(names) if n == name]
+        alone = tokens(generate(aligned, [PROMPTS[i] for i in rows], [sampling[i] for i in rows]))
+        assert alone == [mixed[i] for i in rows]
+
+
+def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """(hidden rows, logits) of every step with a proxy, as the sampler gets them."""
+    from proxy.sampler import ProxySampler
+
+    steps: list[tuple[Any, Any]] = []
+    original = ProxySampler.sample
+
+    def sample(self, logits, *args):
+        if self.step is not None:
+            steps.append((self.step.hidden.clone(), logits.clone()))
+        return original(self, logits, *args)
+
+    monkeypatch.setattr(ProxySampler, "sample", sample)
+    return steps
+
+
+def test_hidden_rows_belong_to_their_logits(make_llm, checkpoints, monkeypatch):
+    """The head applied to the rows that the proxy sees gives the logits that it judges.
+
+    Prompts of unlike lengths in chunks of at most 24 tokens, so that steps mix prefills that
+    have ended, prefills that have not, and decoding. Rolled rows are the control.
+    """
+    llm = make_llm(worker_cls=WORKER, max_num_batched_tokens=24)
+    rpc(llm, "load_proxy", "one", checkpoints["one"])
+    steps = capture_steps(llm, monkeypatch)
+    prompts = [prompt * (1 + 3 * i) for i, prompt in enumerate(PROMPTS)]
+    generate(llm, prompts, [params("one" if i % 2 else None, seed=i) for i in range(6)])
+    head = worker_of(llm).model_runner.get_model().compute_logits
+    several = [(hidden, logits) for hidden, logits in steps if len(logits) > 1]
+    assert len(several) > 10
+    for hidden, logits in steps:
+        torch.testing.assert_close(head(hidden).float(), logits, rtol=1e-4, atol=1e-4)
+    for hidden, logits in several:
+        assert not torch.allclose(head(hidden.roll(1, 0)).float(), logits, rtol=1e-2, atol=1e-2)
+
+
+def test_seeded_requests_survive_chunked_prefill(make_llm, stock, checkpoints):
+    """vLLM's own CPU worker dies of a seed on a chunked prefill. Chunks are not counted either."""
+    llm = make_llm(worker_cls=WORKER, max_num_batched_tokens=24)
+    rpc(llm, "load_proxy", "one", checkpoints["one"])
+    prompts = ["the cat sat on the mat with 123 others " * 3, "a dog", "more of the cats " * 5]
+    plain = [params(seed=i, top_p=0.9) for i in range(3)]
+    assert tokens(generate(llm, prompts, plain)) == tokens(generate(stock, prompts, plain))
+    outputs = generate(llm, prompts, [params("one", seed=i) for i in range(3)])
+    for output in outputs:
+        counts = counts_of(llm, output)
+        assert counts["accepted"] + counts["forced"] == 16
+
+
+def rejects_only(llm: Any, name: str, token: int) -> None:
+    """Turn a loaded proxy into one that rejects this token always and no other ever."""
+    served = worker_of(llm)._proxies[name]
+    with torch.inference_mode():
+        for parameter in served.network.parameters():
+            parameter.zero_()
+        served.table.zero_()
+        served.table[token, 0] = 1e4
+        served.network.mix.weight[0, 0] = 1.0
+        served.network.score.weight[0, 0] = -1.0
+        served.network.score.bias[0] = 100.0
+
+
+def test_a_rejected_token_appears_only_when_forced(aligned):
+    token, other = 60, 61
+    rejects_only(aligned, "one", token)
+    free = params("one", seed=1, max_tokens=200)
+    # The rejected token is always the likelier of two, and one rejection is all there may be.
+    forced = params(
+        "one",
+        seed=2,
+        max_tokens=200,
+        max_rejections=1,
+        allowed_token_ids=[token, other],
+        logit_bias={token: 9.0},
+        temperature=2.0,
+    )
+    unforced = params("one", seed=3, max_tokens=200, allowed_token_ids=[token, other])
+    single = params("one", seed=4, max_tokens=20, allowed_token_ids=[token])
+    never_asked = params("one", seed=5, max_tokens=20, max_rejections=0)
+    greedy = params("one", temperature=0.0, max_tokens=20, allowed_token_ids=[token, other],
+                    logit_bias={token: 20.0})  # fmt: skip
+    sampling = [free, forced, unforced, single, never_asked, greedy]
+    outputs = generate(aligned, PROMPTS, sampling)
+    texts = tokens(outputs)
+    counts = [counts_of(aligned, output) for output in outputs]
+
+    assert token not in texts[0] and counts[0]["forced"] == 0
+    assert 0 < texts[1].count(token) == counts[1]["forced"] < 200
+    assert texts[2] == [other] * 200 and counts[2]["rejected"] > 0 == counts[2]["forced"]
+    assert texts[3] == [token] * 20 and counts[3]["rejected"] == counts[3]["forced"] == 0
+    assert (counts[4]["proposed"], counts[4]["forced"]) == (0, 20)
+    assert texts[5] == [other] * 20 and counts[5]["rejected"] == 20
+
+
+def test_max_rejections_zero_is_greedy_decoding(stock, aligned):
+    sampled = tokens(generate(aligned, PROMPTS, [params("one", max_rejections=0)] * 6))
+    assert sampled == tokens(generate(stock, PROMPTS, [params(temperature=0.0)] * 6))
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"alignment": None},
+        {"alignment": 7},
+        {"alignment": []},
+        {"alignment": {"proxy": ["one"]}},
+        {"alignment": {"proxy": "one", "strength": "strong"}},
+        {"alignment": {"proxy": "one", "max_rejections": 1e300}},
+        {"alignment": {"proxy": "one", "surprise": {"deep": [1]}}},
+        {"alignment": {"proxy": "no such proxy"}},
+    ],
+)
+def test_malformed_extra_args_are_plain_sampling(stock, aligned, extra_args):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(seed=1, max_tokens=8, ignore_eos=True, extra_args=extra_args)
+    expected = tokens(generate(stock, PROMPTS[:1], [params(seed=1, max_tokens=8)]))
+    assert tokens(generate(aligned, PROMPTS[:1], [sampling])) == expected
+
+
+def test_loading_errors_leave_the_engine_alive(aligned, base, tmp_path, checkpoints):
+    foreign = make_proxy(
+        tmp_path / "foreign", BaseModelId(name="another-llm", fingerprint="0" * 64), 1
+    )
+    with pytest.raises(FingerprintMismatch, match="another-llm"):
+        rpc(aligned, "load_proxy", "foreign", foreign)
+    network = ProxyNetwork(ProxyConfig(hidden_size=32, vocab_size=288))
+    save(tmp_path / "narrow", network, base=base, training={})
+    with pytest.raises(ProxyError, match="hidden size 32"):
+        rpc(aligned, "load_proxy", "narrow", str(tmp_path / "narrow"))
+    with pytest.raises(ProxyError, match="nowhere"):
+        rpc(aligned, "load_proxy", "lost", str(tmp_path / "nowhere"))
+    with pytest.raises(ProxyError, match="name"):
+        rpc(aligned, "load_proxy", "", checkpoints["one"])
+    with pytest.raises(ProxyError, match="Loaded: one, two"):
+        rpc(aligned, "unload_proxy", "three")
+    assert [entry["name"] for entry in rpc(aligned, "list_proxies")] == ["one", "two"]
+    assert len(tokens(generate(aligned, PROMPTS, [params("one", seed=1)] * 6))) == 6
+
+
+def test_loading_describes_the_proxy(aligned, checkpoints, base):
+    entry = rpc(aligned, "load_proxy", "three", checkpoints["two"])
+    assert entry == {
+        "name": "three",
+        "version": entry["version"],
+        "directory": checkpoints["two"],
+        "max_candidates": 6,
+        "max_rejections": 2,
+        "num_parameters": 18_690,
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "training": {"seed": 2},
+    }
+    assert rpc(aligned, "list_proxies")[-1] == entry
+    assert rpc(aligned, "unload_proxy", "three") == entry
+
+
+def test_requests_in_flight_keep_the_version_they_began_with(aligned, checkpoints):
+    engine = aligned.llm_engine
+    expected = tokens(generate(aligned, PROMPTS[:1], [params("one", seed=1)]))[0]
+    versions = {e["name"]: e["version"] for e in rpc(aligned, "list_proxies")}
+    engine.add_request("early", PROMPTS[0], params("one", seed=1))
+    for _ in range(5):
+        engine.step()
+    rpc(aligned, "load_proxy", "one", checkpoints["two"])
+    rpc(aligned, "unload_proxy", "two")
+    engine.add_request("late", PROMPTS[0], params("one", seed=1))
+    finished = {}
+    while engine.has_unfinished_requests():
+        finished |= {o.request_id: o for o in engine.step() if o.finished}
+    assert tokens([finished["early"]])[0] == expected
+    assert tokens([finished["late"]])[0] != expected
+    assert counts_of(aligned, finished["early"])["version"] == versions["one"]
+    assert counts_of(aligned, finished["late"])["version"] == versions["two"]
+
+
+def test_aborted_requests_leave_nothing_behind(aligned):
+    engine = aligned.llm_engine
+    engine.add_request("gone", PROMPTS[0], params("one", seed=1))
+    for _ in range(3):
+        engine.step()
+    engine.abort_request(["gone"])
+    outputs = generate(aligned, PROMPTS, [params("one", seed=i) for i in range(6)])
+    asked = ["gone", *(output.request_id for output in outputs)]
+    assert len(rpc(aligned, "take_alignment_counts", asked)) == 7
+    ledger = worker_of(aligned)._ledger
+    known = (*ledger._finished, *ledger._internal_ids)
+    assert not [req_id for req_id in known if req_id.split("-")[0] in asked]
+
+
+def test_the_candidate_table_is_that_of_the_llms_embeddings(
+    make_llm, aligned, checkpoints, model_dir
+):
+    """With LoRA switched on too, where vLLM wraps the embedding layer."""
+    from safetensors.torch import load_file
+
+    from proxy.checkpoint import load
+
+    embeddings = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    expected = load(checkpoints["one"], base=None).network.candidate_table(embeddings)
+    with_lora = make_llm(worker_cls=WORKER, enable_lora=True, max_lora_rank=8, max_loras=1)
+    generate(with_lora, PROMPTS, [params(seed=1)] * 6)
+    rpc(with_lora, "load_proxy", "one", checkpoints["one"])
+    for llm in (aligned, with_lora):
+        table = worker_of(llm)._proxies["one"].table
+        torch.testing.assert_close(table, expected)
+    sampling = [params("one", seed=i) for i in range(6)]
+    assert tokens(generate(with_lora, PROMPTS, sampling)) == tokens(
+        generate(aligned, PROMPTS, sampling)
+    )
+
+
+@pytest.mark.parametrize(
+    ("feature", "named"),
+    [
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    ],
+)
+def test_what_is_not_supported_is_refused_at_start(feature, named):
+    from proxy.worker import _refuse_unsupported
+
+    settings = {
+        "use_v2_model_runner": False,
+        "speculative_config": None,
+        "enable_batch_sharded_sampling": None,
+        "pipeline_parallel_size": 1,
+    }
+    config: Any = SimpleNamespace(**settings, parallel_config=SimpleNamespace(**settings))
+    _refuse_unsupported(config)
+    config = SimpleNamespace(
+        **(settings | feature), parallel_config=SimpleNamespace(**(settings | feature))
+    )
+    with pytest.raises(ProxyError, match=named):
+        _refuse_unsupported(config)
+
+
+def test_of_several_ranks_only_the_last_raises():
+    """vLLM's executor would mistake the replies after the first error for the next answers."""
+    from proxy.worker import raised_by_last_rank
+
+    @raised_by_last_rank
+    def call(worker, argument):
+        raise ProxyError(f"cannot {argument}")
+
+    def rank(number: int) -> Any:
+        return SimpleNamespace(rank=number, parallel_config=SimpleNamespace(world_size=2))
+
+    assert call(rank(0), "load") == {"error": "cannot load"}
+    with pytest.raises(ProxyError, match="cannot load"):
+        call(rank(1), "load")
+
+
+def test_an_engine_with_speculative_decoding_does_not_start(make_llm):
+    with pytest.raises(ProxyError, match="speculative decoding"):
+        make_llm(
+            worker_cls=WORKER,
+            speculative_config={
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "prompt_lookup_max": 3,
+            },
+        )
