@@ -1,0 +1,168 @@
+"""The command line: vLLM's flags and --proxy, checked before the engine starts.
+
+Whatever can be refused is refused here, in one line and with exit code 2, because a mistake that
+shows only after the LLM has been loaded costs minutes.
+"""
+
+import argparse
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+import vllm.envs
+from vllm.entrypoints.launchers.api_server.entry import run_server
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from proxy.checkpoint import ProxyError, identify, load
+from server.plugin import AssentPlugin, install
+from server.state import ServedProxy
+
+PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+SMALL_MODEL_BYTES = 256 * 1024**2
+SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
+
+
+class Refused(ValueError):
+    """The command line asks for something that cannot be; the message is one line for a person."""
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Every stage of a start."""
+    cli_env_setup()
+    args = parse(argv)
+    try:
+        check_server(args)
+        proxies = check_checkpoints(args, parse_proxies(args.proxy))
+    except (Refused, ProxyError) as error:
+        print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    prefer_settings(args)
+    install(AssentPlugin(proxies=proxies, api_keys=take_api_keys(args)))
+    uvloop.run(run_server(args))
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    parser = make_arg_parser(
+        FlexibleArgumentParser(
+            prog="python -m server",
+            description="vLLM's OpenAI-compatible server, with proxies that align a frozen LLM.",
+        )
+    )
+    parser.add_argument(
+        "--proxy",
+        action="append",
+        metavar="NAME=DIR",
+        help="Load the proxy checkpoint in DIR under NAME. May be repeated.",
+    )
+    parser.set_defaults(
+        proxy=[],
+        model=None,
+        host="127.0.0.1",
+        worker_cls=_worker_class(),
+        enforce_eager=current_platform.is_cpu(),  # compiling doubles the time to start
+    )
+    # vLLM's parser warns of every flag that is given twice, so it does not see --proxy.
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--proxy", action="append", default=[])
+    ours, theirs = own.parse_known_args(argv)
+    args = parser.parse_args(theirs)
+    args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    args.model = args.model or args.model_tag
+    return args
+
+
+def parse_proxies(named: Sequence[str]) -> dict[str, Path]:
+    """NAME=DIR, ... -> {name: absolute directory}."""
+    proxies: dict[str, Path] = {}
+    for entry in named:
+        name, equals, directory = entry.partition("=")
+        if not (equals and directory):
+            raise Refused(f"--proxy {entry!r}: expected NAME=DIR")
+        if not PROXY_NAME.fullmatch(name):
+            raise Refused(
+                f"--proxy {entry!r}: the name {name!r} may only have letters, digits and . _ -"
+            )
+        if name in proxies:
+            raise Refused(f"--proxy {entry!r}: the name {name!r} is given twice")
+        proxies[name] = Path(directory).expanduser().absolute()
+    return proxies
+
+
+def check_server(args: Namespace) -> None:
+    if not args.model:
+        raise Refused("--model DIR is missing: a directory of Hugging Face files, or a hub id")
+    if args.worker_cls is None:
+        raise Refused(f"there is no worker for {current_platform.device_name!r}, only CPU and CUDA")
+    if args.headless or args.grpc or (args.api_server_count or 1) != 1:
+        raise Refused(
+            "--headless, --grpc and --api-server-count: only one HTTP server is supported"
+        )
+    if args.speculative_config is not None:
+        raise Refused("--speculative-config: proxies do not work with speculative decoding yet")
+    if args.enable_batch_sharded_sampling:
+        raise Refused("--enable-batch-sharded-sampling: proxies do not work with it yet")
+    if args.pipeline_parallel_size > 1:
+        raise Refused("--pipeline-parallel-size: proxies do not work with it yet")
+
+
+def check_checkpoints(args: Namespace, directories: dict[str, Path]) -> dict[str, ServedProxy]:
+    """Read every proxy and compare it with the LLM, so that the engine cannot fail on one."""
+    looks_like_path = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
+    if looks_like_path and not (Path(args.model).expanduser() / "config.json").is_file():
+        raise Refused(f"--model {args.model!r}: there is no such directory with a config.json")
+    if not directories:
+        return {}
+    base = identify(args.model, args.revision, cache_dir=args.download_dir)
+    proxies = {}
+    for name, directory in directories.items():
+        if not directory.is_dir():
+            raise Refused(f"--proxy {name}={directory}: there is no such directory")
+        loaded = load(directory, base=base)
+        proxies[name] = ServedProxy(name, loaded.version, directory, loaded.training)
+    return proxies
+
+
+def prefer_settings(args: Namespace) -> None:
+    """What Assent serves best with, wherever the user has not said otherwise.
+
+    A small model's step is too short to be shared among threads or processes; with more than one
+    OpenMP thread its throughput collapses at random. A large one needs vLLM's own settings.
+    """
+    if current_platform.is_cuda():
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # all the worker supports yet
+        return
+    if args.enforce_eager:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first logprobs compile: 3 s
+    weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
+    if not 0 < weights <= SMALL_MODEL_BYTES:
+        return
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        args.kv_cache_memory_bytes = SMALL_MODEL_KV_CACHE_BYTES
+
+
+def take_api_keys(args: Namespace) -> list[str]:
+    """The keys from --api-key, else VLLM_API_KEY, taken away from vLLM: our guard covers more."""
+    keys = [key for key in (args.api_key or [vllm.envs.VLLM_API_KEY]) if key]
+    args.api_key = None
+    os.environ.pop("VLLM_API_KEY", None)
+    return keys
+
+
+def _worker_class() -> str | None:
+    if current_platform.is_cpu():
+        return "proxy.worker.ProxyCPUWorker"
+    return "proxy.worker.ProxyGPUWorker" if current_platform.is_cuda() else None

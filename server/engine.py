@@ -1,0 +1,68 @@
+"""Every name of vLLM's that the routes use, in one place, and the engine as a reader of labels.
+
+Whoever upgrades vLLM reads this file, `cli` and `plugin`; no other file of the server imports it.
+"""
+
+from collections.abc import Sequence
+
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.generate.label_reads import next_token_label_reads
+from vllm.entrypoints.openai.chat_completion.api_router import (
+    ENDPOINT_LOAD_METRICS_FORMAT_HEADER_LABEL as LOAD_FORMAT_HEADER,
+)
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
+from vllm.entrypoints.serve.utils.api_utils import (
+    load_aware_call,
+    should_include_usage,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.sampling_params import SamplingParams
+from vllm.utils import random_uuid
+
+__all__ = [
+    "LOAD_FORMAT_HEADER",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "EngineClient",
+    "ErrorResponse",
+    "OpenAIServingChat",
+    "OpenAIServingModels",
+    "UsageInfo",
+    "VLLMNotFoundError",  # a 404
+    "VLLMValidationError",  # a 400
+    "load_aware_call",
+    "metrics_header",
+    "read_labels",
+    "should_include_usage",
+    "validate_json_request",
+    "with_cancellation",
+    "with_sse_keep_alive",
+]
+
+
+async def read_labels(
+    engine: EngineClient, prompts: Sequence[list[int]], labels: tuple[int, int]
+) -> list[tuple[float, float]]:
+    """Both labels' next-token log-probabilities after each prompt, all read at once.
+
+    They are the frozen LLM's: the requests carry no proxy.
+    """
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(labels))
+    reads = await next_token_label_reads(
+        engine,
+        [tokens_input(prompt) for prompt in prompts],
+        [params] * len(prompts),
+        f"judge-{random_uuid()}",
+    )
+    return [(read.logprobs[0], read.logprobs[1]) for read in reads]

@@ -1,0 +1,114 @@
+"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "deploy" / "demo"
+MODEL = "assent-demo"
+API_KEY = "sk-the-tests"
+
+START_SECONDS = 300  # a busy machine that must compile the bytecode of all it imports first
+STOP_SECONDS = 20
+LOG_LINES = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log: Path
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    port = _free_port()
+    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
+    command += ["--served-model-name", MODEL, "--port", str(port), "--api-key", API_KEY]
+    for name in ("aligned", "polite"):
+        command += ["--proxy", f"{name}={DEMO / 'proxies' / name}"]
+    # Other tests set vLLM's variables for engines in this process; the server finds its own.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own: no child outlives the tests
+        )
+    running = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(process, running)
+        yield running
+    finally:
+        _stop(process)
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=60
+    ) as client:
+        yield client
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """Show the end of the server's log with a test of it that fails."""
+    outcome = yield
+    report = outcome.get_result()
+    running = getattr(item, "funcargs", {}).get("server")
+    if report.failed and running is not None:
+        report.sections.append(("the server's log", running.log_tail()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], running: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with {process.returncode}:\n{running.log_tail()}")
+        try:
+            if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    pytest.fail(f"no answer within {START_SECONDS} s:\n{running.log_tail()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):  # nobody is left, as it should be
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,151 @@
+"""Every bad chat request gets its 4xx in OpenAI's shape, and the server answers the next one."""
+
+import pytest
+
+MESSAGES = [{"role": "user", "content": "My desk is much better now."}]
+GOOD = {"model": "assent-demo", "messages": MESSAGES, "max_tokens": 4}
+
+
+def post(http, body, path="/v1/chat/completions"):
+    if isinstance(body, str):
+        return http.post(path, content=body, headers={"Content-Type": "application/json"})
+    return http.post(path, json=body)
+
+
+@pytest.fixture(autouse=True)
+def still_answers(http):
+    yield
+    assert post(http, GOOD).status_code == 200
+
+
+def refused(answer, code, *said):
+    error = answer.json()["error"]
+    assert answer.status_code == error["code"] == code, answer.text
+    assert set(error) == {"message", "type", "param", "code"}
+    for words in said:
+        assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("alignment", "said"),
+    [
+        ({"proxy": "aligned", "strength": -0.1}, "strength"),
+        ({"proxy": "aligned", "strength": 16.5}, "strength"),
+        ({"proxy": "aligned", "strength": "strong"}, "strength"),
+        ({"proxy": "aligned", "max_rejections": -1}, "max_rejections"),
+        ({"proxy": "aligned", "max_rejections": 1.5}, "max_rejections"),
+        ({"proxy": "aligned", "best_of": 0}, "best_of"),
+        ({"proxy": "aligned", "best_of": 65}, "best_of"),
+        ({"proxy": "aligned", "strenght": 1}, "strenght"),
+        ({"proxy": 7}, "proxy"),
+        ("aligned", "alignment"),
+        (["aligned"], "alignment"),
+        ({"strength": 2}, "alignment.proxy"),
+        ({"max_rejections": 2}, "alignment.proxy"),
+        ({"judge": {}}, "best_of"),
+        ({"best_of": 2, "judge": {"seed": -1}}, "seed"),
+        ({"best_of": 2, "judge": {"principles": ["loudness"]}}, "loudness"),
+        ({"best_of": 2, "judge": {"strategy": "rank"}}, "strategy"),
+    ],
+)
+def test_alignment_that_cannot_be(http, alignment, said):
+    refused(post(http, GOOD | {"alignment": alignment}), 400, said)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_strength_that_is_not_finite(http, value):
+    body = (
+        '{"model": "assent-demo:aligned", "messages": [{"role": "user", "content": "Hi."}],'
+        f' "alignment": {{"strength": {value}}}}}'
+    )
+    refused(post(http, body), 400, "strength")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n": 2}, "n must be 1"),
+        ({"temperature": 0}, "temperature"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ""),
+    ],
+)
+def test_best_of_does_not_go_with(http, change, said):
+    refused(post(http, GOOD | {"alignment": {"best_of": 2}} | change), 400, said)
+
+
+def test_a_proxy_does_not_go_with_beam_search(http):
+    body = GOOD | {"model": "assent-demo:aligned", "use_beam_search": True, "n": 2}
+    refused(post(http, body), 400, "use_beam_search")
+
+
+def test_an_unknown_proxy_is_a_404_that_names_the_loaded_ones(http):
+    answer = post(http, GOOD | {"alignment": {"proxy": "stern"}})
+    refused(answer, 404, "'stern'", "aligned, polite")
+    refused(post(http, GOOD | {"model": "assent-demo:stern"}), 404, "'stern'", "aligned, polite")
+
+
+def test_an_unknown_model(http):
+    refused(post(http, GOOD | {"model": "nobody"}), 404, "nobody")
+    refused(post(http, GOOD | {"model": "nobody:aligned"}), 404, "nobody:aligned")
+
+
+def test_two_different_proxies(http):
+    body = GOOD | {"model": "assent-demo:polite", "alignment": {"proxy": "aligned"}}
+    refused(post(http, body), 400, "polite", "aligned")
+
+
+def test_the_same_proxy_twice_is_fine(http):
+    body = GOOD | {"model": "assent-demo:polite", "alignment": {"proxy": "polite"}}
+    assert post(http, body).json()["alignment"]["proxy"] == "polite"
+
+
+@pytest.mark.parametrize("value", ["x", 3, {"proxy": "aligned"}, [1], None])
+def test_vllm_xargs_is_no_back_door(http, value):
+    refused(post(http, GOOD | {"vllm_xargs": {"alignment": value}}), 400, "`alignment` object")
+
+
+@pytest.mark.parametrize("value", ["x", 3, ["a"], ["proxy", "aligned"]])
+def test_raw_vllm_xargs_elsewhere_do_not_kill_the_engine(http, value):
+    body = {
+        "model": "assent-demo",
+        "prompt": "Hello",
+        "max_tokens": 4,
+        "vllm_xargs": {"alignment": value},
+    }
+    assert post(http, body, "/v1/completions").status_code == 200
+
+
+@pytest.mark.parametrize("body", ["{", "", "[]", '"text"', "null", '{"model": "assent-demo"}'])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge"])
+def test_malformed_bodies(http, path, body):
+    refused(post(http, body, path), 400)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge"])
+def test_another_media_type(http, path):
+    refused(http.post(path, content="prompt=x"), 400, "application/json")
+
+
+@pytest.mark.parametrize("model", ["assent-demo", "assent-demo:aligned"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_context(http, model, stream):
+    long = [{"role": "user", "content": "word " * 3000}]
+    body = GOOD | {"model": model, "messages": long, "stream": stream}
+    refused(post(http, body), 400, "1024")
+
+
+def test_unknown_paths_and_methods(http):
+    refused(http.get("/nowhere"), 404)
+    refused(http.get("/judge"), 405)
+    refused(http.post("/proxies"), 405)
+
+
+def test_a_client_that_goes_away_in_the_middle(http):
+    body = GOOD | {"model": "assent-demo:aligned", "max_tokens": 512, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())

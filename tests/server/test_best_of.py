@@ -1,0 +1,122 @@
+"""Best of N: the winner, its receipt, and the bill."""
+
+import openai
+import pytest
+
+from judge.tournament import replay
+
+QUESTION = [{"role": "user", "content": "How do I look after my puzzle?"}]
+
+
+def best_of(client, num, model="assent-demo:aligned", judge=None, **options):
+    alignment = {"best_of": num} | ({"judge": judge} if judge else {})
+    return client.chat.completions.create(
+        model=model,
+        messages=QUESTION,
+        max_tokens=32,
+        extra_body={"alignment": alignment},
+        **options,
+    )
+
+
+def test_the_receipt_replays_to_the_returned_sample(client):
+    answer = best_of(client, 5, seed=11, judge={"seed": 3})
+    receipt = answer.alignment["judge"]
+    assert (receipt["seed"], receipt["num"]) == (3, 5)
+    assert receipt["principles"] == ["overall"]
+    assert replay(receipt) == receipt["winner"]
+    (choice,) = answer.choices
+    assert choice.index == 0
+
+    samples = client.chat.completions.create(
+        model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=11, n=5
+    )
+    assert choice.message.content == samples.choices[receipt["winner"]].message.content
+    for key in ("proxy", "version", "proposed", "accepted", "rejected", "forced"):
+        assert answer.alignment[key] == samples.alignment[key]
+
+    # Every token is on the bill: all samples', and the judge's.
+    judged = receipt["usage"]
+    assert judged["prompt_tokens"] > 0
+    assert answer.usage.prompt_tokens == samples.usage.prompt_tokens + judged["prompt_tokens"]
+    assert answer.usage.completion_tokens == (
+        samples.usage.completion_tokens + judged["completion_tokens"]
+    )
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_both_orders_of_each_pair_are_read(client):
+    receipt = best_of(client, 4, seed=1).alignment["judge"]
+    comparisons = [comparison for played in receipt["rounds"] for comparison in played]
+    assert [len(played) for played in receipt["rounds"]] == [2, 1]
+    for comparison in comparisons:
+        first, second = comparison["orders"]
+        assert 0 <= first <= 1
+        assert 0 <= second <= 1
+        assert comparison["probability"] == pytest.approx((first + second) / 2)
+    assert receipt["usage"]["completion_tokens"] in (
+        0,
+        2,
+        4,
+        6,
+    )  # 2 a pair; identical ones are free
+
+
+def test_the_same_seeds_give_the_same_answer(client):
+    once, again = (best_of(client, 3, seed=2) for _ in range(2))
+    assert once.choices[0].message.content == again.choices[0].message.content
+    assert once.alignment["judge"]["rounds"] == again.alignment["judge"]["rounds"]
+    assert once.alignment["judge"]["seed"] == 2  # the request's own
+
+
+def test_judging_does_not_pass_through_the_proxy(client, http):
+    """The judge's view of the winner's first pair is what /judge says of it."""
+    answer = best_of(client, 2, seed=5)
+    samples = client.chat.completions.create(
+        model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=5, n=2
+    )
+    texts = [choice.message.content for choice in samples.choices]
+    ((comparison,),) = answer.alignment["judge"]["rounds"]
+    first, second = comparison["pair"]
+    found = http.post(
+        "/judge",
+        json={"messages": QUESTION, "response_a": texts[first], "response_b": texts[second]},
+    ).json()
+    assert comparison["orders"] == pytest.approx(found["orders"], abs=1e-6)
+
+
+def test_without_a_proxy(client):
+    answer = best_of(client, 3, model="assent-demo")
+    assert answer.alignment["proxy"] is None
+    assert replay(answer.alignment["judge"]) == answer.alignment["judge"]["winner"]
+
+
+def test_streamed(client):
+    whole = best_of(client, 3, seed=8)
+    chunks = list(best_of(client, 3, seed=8, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] is not None
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].alignment == whole.alignment
+
+
+def test_streamed_without_usage(client):
+    chunks = list(best_of(client, 2, stream=True, logprobs=True))
+    assert chunks[-1].choices[0].finish_reason is not None
+    assert chunks[-1].alignment["judge"]["num"] == 2
+    assert chunks[-1].choices[0].logprobs.content
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_samples_too_long_to_be_judged(client):
+    """Two answers must fit the judge's prompt; the message says by how much they do not."""
+    with pytest.raises(openai.BadRequestError, match=r"judge's prompt has \d+ tokens.* 1024"):
+        client.chat.completions.create(
+            model="assent-demo",
+            messages=[{"role": "user", "content": "a " * 600}],
+            max_tokens=250,
+            extra_body={"ignore_eos": True, "alignment": {"best_of": 2}},
+        )
+    assert best_of(client, 2).choices

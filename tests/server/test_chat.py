@@ -1,0 +1,237 @@
+"""Chat with and without a proxy, through the real `openai` client."""
+
+import json
+
+import pytest
+
+PROMPTS = [
+    "How do I look after my freezer?",
+    "Can I lock my pony in a hot car?",
+    "I have 55 pounds for my aquarium. Is that enough?",
+]
+
+
+def chat(client, model="assent-demo", prompt=PROMPTS[0], extra=None, **options):
+    options.setdefault("max_tokens", 32)
+    return client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": prompt}],
+        extra_body={"return_token_ids": True} | (extra or {}),
+        **options,
+    )
+
+
+def tokens(answer):
+    return [choice.token_ids for choice in answer.choices]
+
+
+def assert_counts_add_up(alignment, completion_tokens):
+    assert alignment["accepted"] + alignment["forced"] == completion_tokens
+    assert alignment["accepted"] + alignment["rejected"] == alignment["proposed"]
+
+
+def test_without_a_proxy_the_answer_is_vllms(client):
+    answer = chat(client)
+    assert answer.model == "assent-demo"
+    assert "alignment" not in answer.model_extra
+    assert answer.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("model", ["assent-demo", "assent-demo:aligned"])
+def test_a_seed_makes_it_reproducible(client, model):
+    assert tokens(chat(client, model, seed=7)) == tokens(chat(client, model, seed=7))
+    drawn = {str(tokens(chat(client, model, seed=seed))) for seed in range(6)}
+    assert len(drawn) > 1
+
+
+def test_the_proxy_changes_what_is_said(client):
+    pairs = [
+        (
+            chat(client, "assent-demo", prompt, seed=1),
+            chat(client, "assent-demo:aligned", prompt, seed=1),
+        )
+        for prompt in PROMPTS
+    ]
+    assert any(tokens(base) != tokens(aligned) for base, aligned in pairs)
+    for _, aligned in pairs:
+        assert aligned.model == "assent-demo:aligned"
+        assert aligned.alignment["proxy"] == "aligned"
+        assert_counts_add_up(aligned.alignment, aligned.usage.completion_tokens)
+    assert sum(aligned.alignment["rejected"] for _, aligned in pairs) > 0
+
+
+def test_strength_0_is_the_frozen_llm_token_for_token(client):
+    for seed in range(8):
+        prompt = PROMPTS[seed % len(PROMPTS)]
+        off = chat(
+            client,
+            "assent-demo:aligned",
+            prompt,
+            seed=seed,
+            extra={"alignment": {"strength": 0}},
+        )
+        assert tokens(off) == tokens(chat(client, prompt=prompt, seed=seed))
+        assert (off.alignment["proxy"], off.alignment["proposed"]) == ("aligned", 0)
+
+
+def test_greedy_strength_0_is_the_frozen_llm(client):
+    off = chat(client, "assent-demo:aligned", temperature=0, extra={"alignment": {"strength": 0}})
+    assert tokens(off) == tokens(chat(client, temperature=0))
+
+
+def test_the_proxy_can_be_named_in_the_alignment_object(client):
+    by_object = chat(client, seed=3, extra={"alignment": {"proxy": "polite"}})
+    by_model = chat(client, "assent-demo:polite", seed=3)
+    assert tokens(by_object) == tokens(by_model)
+    assert by_object.alignment == by_model.alignment
+    assert by_object.model == "assent-demo"
+
+
+def test_no_rejections_allowed_forces_the_most_probable_token(client):
+    answer = chat(client, seed=1, extra={"alignment": {"proxy": "aligned", "max_rejections": 0}})
+    assert answer.alignment["rejected"] == 0
+    assert answer.alignment["forced"] > 0
+    assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
+    assert tokens(answer) == tokens(chat(client, temperature=0))
+
+
+def test_an_empty_alignment_object_has_an_empty_receipt(client):
+    answer = chat(client, extra={"alignment": {}})
+    assert answer.alignment == {
+        "proxy": None,
+        "version": None,
+        "proposed": 0,
+        "accepted": 0,
+        "rejected": 0,
+        "forced": 0,
+    }
+
+
+def test_n_choices_differ_and_are_counted_together(client):
+    answer = chat(client, "assent-demo:aligned", n=3, seed=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({str(ids) for ids in tokens(answer)}) > 1
+    assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
+    # vLLM gives choice i the seed + i.
+    assert tokens(answer)[1] == tokens(chat(client, "assent-demo:aligned", seed=6))[0]
+
+
+def test_streaming_says_the_same_and_ends_with_the_receipt(client):
+    whole = chat(client, "assent-demo:aligned", seed=9)
+    chunks = list(
+        chat(
+            client,
+            "assent-demo:aligned",
+            seed=9,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert len(chunks) > 5
+    assert {chunk.model for chunk in chunks} == {"assent-demo:aligned"}
+    assert ["alignment" in chunk.model_extra for chunk in chunks].index(True) == len(chunks) - 1
+    assert chunks[-1].alignment == whole.alignment
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_streams_receipt_rides_on_the_last_chunk_of_n_choices(client):
+    chunks = list(chat(client, "assent-demo:aligned", n=3, seed=5, stream=True))
+    finished = [c.choices[0].index for c in chunks if c.choices[0].finish_reason is not None]
+    assert sorted(finished) == [0, 1, 2]
+    assert chunks[-1].alignment == chat(client, "assent-demo:aligned", n=3, seed=5).alignment
+
+
+def test_a_plain_stream_has_no_receipt(client):
+    chunks = list(chat(client, stream=True))
+    assert not any("alignment" in chunk.model_extra for chunk in chunks)
+
+
+def test_logprobs(client):
+    answer = chat(client, "assent-demo:aligned", logprobs=True, top_logprobs=5, seed=1)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 5 for entry in content)
+
+
+def test_stop(client):
+    whole = chat(client, "assent-demo:aligned", seed=2).choices[0].message.content
+    words = whole.split()
+    word = words[len(words) // 2]
+    cut = chat(client, "assent-demo:aligned", seed=2, stop=[word]).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.message.content == whole.split(word)[0]
+
+
+def test_penalties(client):
+    def repeats(**options):
+        answer = chat(
+            client,
+            "assent-demo:aligned",
+            seed=4,
+            max_tokens=96,
+            extra={"ignore_eos": True},
+            **options,
+        )
+        (ids,) = tokens(answer)
+        return len(ids) - len(set(ids))
+
+    assert repeats(frequency_penalty=2.0, presence_penalty=2.0) < repeats()
+
+
+def test_logit_bias(client):
+    usual = tokens(chat(client, "assent-demo:aligned", temperature=0))[0]
+    answer = chat(client, "assent-demo:aligned", temperature=0, logit_bias={str(usual[0]): -100})
+    assert tokens(answer)[0][0] != usual[0]
+
+
+def test_json_schema(client):
+    answer = chat(
+        client,
+        "assent-demo:aligned",
+        seed=1,
+        max_tokens=128,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {
+                "name": "verdict",
+                "schema": {
+                    "type": "object",
+                    "properties": {"safe": {"type": "boolean"}, "word": {"enum": ["yes", "no"]}},
+                    "required": ["safe", "word"],
+                    "additionalProperties": False,
+                },
+            },
+        },
+    )
+    said = json.loads(answer.choices[0].message.content)
+    assert isinstance(said["safe"], bool)
+    assert said["word"] in ("yes", "no")
+    assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
+
+
+def test_requests_that_finish_together_get_their_own_receipts(client):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(seed):
+        model = ("assent-demo:aligned", "assent-demo:polite", "assent-demo")[seed % 3]
+        return chat(client, model, seed=seed, max_tokens=16, extra={"ignore_eos": True})
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(24)))
+    for seed, answer in enumerate(together):
+        alone = ask(seed) if seed < 6 else None
+        if alone is not None:
+            assert tokens(answer) == tokens(alone)
+        if seed % 3 < 2:
+            assert answer.alignment["proxy"] == ("aligned", "polite")[seed % 3]
+            assert_counts_add_up(answer.alignment, 16)
+
+
+def test_the_openai_client_may_name_the_request(client):
+    answer = chat(
+        client, "assent-demo:aligned", n=2, extra_headers={"X-Request-Id": "0_a-12345678"}
+    )
+    assert answer.id == "chatcmpl-0_a-12345678"
+    assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)

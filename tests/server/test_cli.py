@@ -1,0 +1,191 @@
+"""What is refused before the engine starts: exit code 2, and one line that names the offender."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.server.conftest import DEMO, REPOSITORY, START_SECONDS
+
+MODEL = str(DEMO / "model")
+ALIGNED = DEMO / "proxies" / "aligned"
+
+
+class Launches:
+    """The command line before an engine that only notes with what it would have been started."""
+
+    def __init__(self, serve):
+        self.serve = serve
+        self.started: list[Any] = []
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # settings must not reach other tests
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing vllm warns
+        import server.cli
+
+    launches = Launches(server.cli.serve)
+    monkeypatch.setattr("server.cli.install", launches.started.append)
+    monkeypatch.setattr("server.cli.run_server", launches.started.append)
+    monkeypatch.setattr("server.cli.uvloop.run", lambda _: None)
+    return launches
+
+
+def refused(cli, capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        cli.serve(argv)
+    assert stopped.value.code == 2
+    assert cli.started == []
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("python -m server: error: ")
+    return last
+
+
+def test_it_would_start(cli, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "from-the-environment")
+    cli.serve(
+        ["--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"b.2={ALIGNED}", "--port", "9"]
+    )
+    plugin, args = cli.started
+    assert (args.host, args.port, args.model) == ("127.0.0.1", 9, MODEL)
+    assert args.worker_cls == "proxy.worker.ProxyCPUWorker"
+    assert list(plugin.proxies) == ["a", "b.2"]
+    assert plugin.proxies["a"].directory == ALIGNED
+    assert plugin.api_keys == ["from-the-environment"]
+    assert args.api_key is None
+    assert "VLLM_API_KEY" not in os.environ
+
+
+def test_the_users_own_settings_win(cli, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    cli.serve([MODEL, "--host", "127.0.0.2", "--no-enforce-eager", "--api-key", "k1", "k2"])
+    plugin, args = cli.started
+    assert args.model == MODEL
+    assert args.host == "127.0.0.2"
+    assert not args.enforce_eager
+    assert args.kv_cache_memory_bytes is None
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert plugin.api_keys == ["k1", "k2"]
+
+
+def test_a_small_model_on_a_cpu_gets_one_thread(cli, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+    cli.serve(["--model", MODEL])
+    _, args = cli.started
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert args.kv_cache_memory_bytes == 256 * 1024**2
+
+
+def test_a_config_file(cli, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {MODEL}\nproxy: a={ALIGNED}\n")
+    cli.serve(["--config", str(config), "--proxy", f"b={ALIGNED}"])
+    plugin, _ = cli.started
+    assert list(plugin.proxies) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [
+        ("aligned", "'aligned': expected NAME=DIR"),
+        ("aligned=", "'aligned=': expected NAME=DIR"),
+        ("=/tmp", "the name ''"),
+        ("a/b=/tmp", "the name 'a/b'"),
+        ("a:b=/tmp", "the name 'a:b'"),
+        ("a b=/tmp", "the name 'a b'"),
+        ("é=/tmp", "the name 'é'"),
+        ("a=/no/such/directory", "a=/no/such/directory: there is no such directory"),
+    ],
+)
+def test_a_proxy_that_cannot_be(cli, capsys, proxy, said):
+    assert said in refused(cli, capsys, "--model", MODEL, "--proxy", proxy)
+
+
+def test_two_proxies_of_one_name(cli, capsys):
+    line = refused(
+        cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"a={ALIGNED}"
+    )
+    assert "'a' is given twice" in line
+
+
+@pytest.mark.parametrize("name", ["proxy.safetensors", "config.json"])
+def test_a_missing_file(cli, capsys, tmp_path, name):
+    broken = shutil.copytree(ALIGNED, tmp_path / "broken")
+    (broken / name).unlink()
+    line = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
+    assert str(broken / name) in line
+
+
+def test_a_corrupt_checkpoint(cli, capsys, tmp_path):
+    broken = shutil.copytree(ALIGNED, tmp_path / "broken")
+    weights = broken / "proxy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    line = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
+    assert str(weights) in line
+    assert "corrupt" in line
+
+
+def test_a_proxy_of_another_llm(cli, capsys, tmp_path):
+    other = shutil.copytree(DEMO / "model", tmp_path / "other")
+    path = other / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    from proxy.checkpoint import fingerprint
+
+    line = refused(cli, capsys, "--model", str(other), "--proxy", f"a={ALIGNED}")
+    assert fingerprint(other) in line
+    assert fingerprint(MODEL) in line
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "./no-such-model", str(ALIGNED.parent)])
+def test_an_unknown_model(cli, capsys, model):
+    assert repr(model) in refused(cli, capsys, "--model", model)
+
+
+def test_no_model(cli, capsys):
+    assert "--model DIR is missing" in refused(cli, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--headless",),
+        ("--grpc",),
+        ("--api-server-count", "2"),
+        ("--pipeline-parallel-size", "2"),
+        ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
+        ("--enable-batch-sharded-sampling",),
+    ],
+)
+def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
+    assert flags[0] in refused(cli, capsys, "--model", MODEL, *flags)
+
+
+def test_an_unknown_flag(cli, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.serve(["--model", MODEL, "--prox", "a=b"])
+    assert stopped.value.code == 2
+    assert "--prox" in capsys.readouterr().err
+
+
+def test_the_command_itself():
+    """As a person types it; the rest of this file calls the same function in this process."""
+    command = [sys.executable, "-m", "server", "--model", MODEL, "--proxy", "a=/no/such/directory"]
+    ended = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=START_SECONDS
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        "python -m server: error: --proxy a=/no/such/directory: there is no such directory"
+    )
