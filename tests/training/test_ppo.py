@@ -1,0 +1,32 @@
+"""PPO's pieces against numbers worked out by hand."""
+
+import math
+
+import torch
+
+from training.ppo import action_entropy, action_logprobs, policy_loss, whiten
+
+
+def test_action_logprobs() -> None:
+    logits = torch.tensor([0.0, math.log(3.0), math.log(3.0)])  # a = 1/2, 3/4, 3/4
+    logprobs = action_logprobs(logits, torch.tensor([True, True, False]))
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.75, 0.25]))
+
+
+def test_entropy_is_log_2_at_a_fair_coin_and_0_at_certainty() -> None:
+    entropy = action_entropy(torch.tensor([0.0, 40.0, -40.0]))
+    torch.testing.assert_close(entropy, torch.tensor([math.log(2), 0.0, 0.0]))
+
+
+def test_whiten() -> None:
+    torch.testing.assert_close(whiten(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
+    torch.testing.assert_close(whiten(torch.tensor([2.0, 2.0])), torch.zeros(2))
+
+
+def test_policy_loss_clips_only_where_that_makes_it_more_pessimistic() -> None:
+    old = torch.zeros(4)
+    new = torch.tensor([2.0, 2.0, 0.5, 0.5]).log()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    # min(ρA, clip(ρ)A): min(2, 1.2), min(-2, -1.2), min(.5, .8), min(-.5, -.8); the mean negated
+    expected = -(1.2 - 2.0 + 0.5 - 0.8) / 4
+    torch.testing.assert_close(policy_loss(new, old, advantages, 0.2).item(), expected)

@@ -1,0 +1,100 @@
+"""The rollout: what it samples, and that what it records is what happened."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from proxy.network import ProxyNetwork
+from training.rollout import Decoding, Policy, default_config, generate
+from training.supervised import Conversations, load_model
+
+PROMPTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
+
+
+@pytest.fixture(scope="module")
+def model(work: Path) -> PreTrainedModel:
+    return load_model(str(work / "base"))[0].eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(work: Path) -> list[list[int]]:
+    chats = Conversations(load_model(str(work / "base"))[1])
+    return [chats.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
+
+
+def scrambled_proxy(model: PreTrainedModel, seed: int = 0) -> ProxyNetwork:
+    torch.manual_seed(seed)
+    network = ProxyNetwork(default_config(model, width=16, accept_bias=0.0))
+    torch.nn.init.normal_(network.score.weight)
+    return network
+
+
+def test_padding_beside_longer_prompts_changes_nothing(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    greedy = Decoding(temperature=0, max_new_tokens=12)
+    policy = Policy(model, scrambled_proxy(model))
+    together = generate(policy, prompts, greedy, end_id=-2, seed=0).responses
+    alone = [generate(policy, [p], greedy, end_id=-2, seed=0).responses[0] for p in prompts]
+    assert together == alone
+
+
+def test_greedy_without_a_proxy_is_the_models_own_greedy(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    ours = generate(
+        Policy(model), prompts[:1], Decoding(temperature=0, max_new_tokens=10), end_id=-2, seed=0
+    ).responses[0]
+    theirs = model.generate(
+        torch.tensor(prompts[:1]), do_sample=False, max_new_tokens=10, min_new_tokens=10
+    )
+    assert ours == theirs[0, len(prompts[0]) :].tolist()
+
+
+def test_records_agree_with_counts_and_with_the_model(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    policy = Policy(model, scrambled_proxy(model))
+    rollout = generate(policy, prompts, Decoding(max_new_tokens=10), end_id=-2, seed=3)
+    counts, decisions = rollout.counts, rollout.decisions
+    assert counts.tokens == sum(map(len, rollout.responses)) == 30
+    assert counts.proposed - counts.rejected == counts.tokens - counts.forced
+    assert int((~decisions.accepted).sum()) == counts.rejected > 0
+    # The recorded hidden states are the lm_head's input of a forward over the finished text.
+    row = [*prompts[0], *rollout.responses[0]]
+    hidden = model.base_model(torch.tensor([row])).last_hidden_state[0]
+    mine = decisions.hidden[decisions.episodes == 0]
+    distance = torch.cdist(mine, hidden[len(prompts[0]) - 1 :]).min(-1).values
+    assert distance.max() < 0.1  # cdist's own rounding is 0.02
+    rolled = torch.cdist(mine.roll(1, -1), hidden[len(prompts[0]) - 1 :]).min(-1).values
+    assert rolled.min() > 5  # the control: other numbers are not this near
+    # Accepted candidates of a response are among its tokens, in order.
+    accepted = decisions.token_ids[decisions.accepted & (decisions.episodes == 0)].tolist()
+    rest = iter(rollout.responses[0])
+    assert all(token in rest for token in accepted)
+
+
+def test_a_proxy_that_rejects_everything_leaves_the_most_probable_token(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    network = ProxyNetwork(default_config(model, accept_bias=-1e4))
+    decoding = Decoding(max_new_tokens=8)
+    rollout = generate(Policy(model, network), prompts, decoding, end_id=-2, seed=0)
+    greedy = generate(
+        Policy(model), prompts, Decoding(temperature=0, max_new_tokens=8), end_id=-2, seed=0
+    )
+    assert rollout.responses == greedy.responses
+
+
+def test_a_response_ends_with_its_end_token(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    decoding = Decoding(max_new_tokens=8)
+    free = generate(Policy(model), prompts, decoding, end_id=-2, seed=5).responses
+    end = free[0][3]
+    ended = generate(Policy(model), prompts, decoding, end_id=end, seed=5).responses
+    for before, after in zip(free, ended, strict=True):
+        expected = before[: before.index(end) + 1] if end in before else before
+        assert after == expected

@@ -1,0 +1,143 @@
+"""Build a small untrained Llama with its tokenizer and chat template, where no model can be downloaded.
+
+    python -m training.base_model --corpus world/sft.jsonl world/preferences.jsonl --output runs/untrained
+
+The tokenizer is a byte-level BPE learned from the corpus as the model will read it: chats, and (where the corpus has
+preference pairs) judgments of them. Weights are random: train them with `training.jsft` or `training.sft`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from judge.prompts import LABELS, judge_messages
+from training.console import main_guard
+from training.data import Row, read_rows
+
+PAD, END = "<|pad|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if not (continue_final_message and loop.last) %}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to build. The defaults are the bundled demo's."""
+
+    corpus: tuple[Path, ...]
+    """JSON-lines files (`messages`, or `prompt` with `chosen` and `rejected`) to learn the tokenizer from."""
+    output: Path
+    """Directory for the model."""
+    vocab_size: int = 1536
+    """Entries of the tokenizer, at most."""
+    hidden_size: int = 256
+    """Width of the hidden states, H."""
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads of each layer."""
+    intermediate_size: int = 688
+    """Width of the feed-forward layers."""
+    context: int = 1024
+    """Longest sequence, in tokens."""
+    top_k: int = 16
+    """Default decoding, written to generation_config.json: candidates considered."""
+    top_p: float = 0.95
+    """Default decoding: probability mass of the nucleus."""
+    max_corpus_rows: int = 20_000
+    """Rows of each corpus file that the tokenizer sees."""
+    seed: int = 0
+    """Of the random weights."""
+
+
+def corpus_texts(rows: list[Row]) -> Iterator[str]:
+    """The texts of chats as the model will read them, judgments included."""
+    for row in rows:
+        if "messages" in row:
+            yield from (message["content"] for message in row["messages"])
+            continue
+        chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+        *asked, prefix = judge_messages(row["prompt"], chosen, rejected)
+        yield from (message["content"] for message in asked)
+        yield from (prefix["content"] + label for label in LABELS)
+
+
+def build_tokenizer(texts: Iterator[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template; any text can be written with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama with tied embeddings, sized for this tokenizer."""
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def main(options: Options) -> None:
+    rows = [row for path in options.corpus for row in read_rows(path)[: options.max_corpus_rows]]
+    tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
+    model = build_model(options, tokenizer)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    print(f"{options.output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,148 @@
+"""Compare a proxy with the frozen LLM on the bundled world.
+
+    python -m training.evaluate --model runs/base --proxy runs/proxy --prompts prompts_validation.jsonl
+
+Both answer every prompt; the gold scorer says which answer is better. A tie counts half. The KL is exact per position
+and averaged over the proxied responses.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from proxy.checkpoint import identify, load, resolve_model_dir
+from training.console import TrainingError, main_guard
+from training.data import read_rows
+from training.rollout import Decoding, Policy, Rollout, generate
+from training.supervised import Conversations, load_model
+from training.world import gold
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    model: str
+    """The frozen LLM: a directory or a hub id."""
+    proxy: Path
+    """A proxy checkpoint."""
+    prompts: Path
+    """JSON lines of `prompt`, prompts of the bundled world."""
+    num_prompts: int = 500
+    """Only the first so many."""
+    strength: float = 1.0
+    """Of the proxy: 0 = the frozen LLM, more than 1 = stricter than trained."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """Of both."""
+    output: Path | None = None
+    """A JSON file to write the figures to."""
+    seed: int = 1
+    """Of the noise; the frozen LLM gets another."""
+
+
+def win_rate(
+    prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]
+) -> tuple[float, float]:
+    """Share of prompts whose answer in `ours` has the higher gold score, ties counting half, and its standard error."""
+    wins = []
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        difference = gold.score(prompt, a) - gold.score(prompt, b)
+        wins.append(0.5 + 0.5 * math.copysign(1, difference) if difference else 0.5)
+    return fmean(wins), stdev(wins) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
+
+
+def flaw_rates(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Share of answers that fail in each quality, and in `any`."""
+    counts: Counter[str] = Counter()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        flaws = gold.flaws(prompt, answer)
+        counts.update(flaws)
+        counts["any"] += bool(flaws)
+    return {quality: counts[quality] / len(answers) for quality in (*gold.WEIGHTS, "any")}
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """The figures of one comparison."""
+    texts = [row["prompt"][-1]["content"] for row in read_rows(options.prompts, ("prompt",))]
+    texts = texts[: options.num_prompts]
+    model, tokenizer = load_model(str(resolve_model_dir(options.model)))
+    model.to(torch.bfloat16).eval()
+    proxy = load(options.proxy, base=identify(options.model))
+    chats = Conversations(tokenizer)
+    prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+
+    def answer(policy: Policy, seed: int, measure_kl: bool) -> tuple[Rollout, list[str]]:
+        rollout = generate(
+            policy,
+            prompts,
+            options.decoding,
+            end_id=tokenizer.eos_token_id,
+            seed=seed,
+            measure_kl=measure_kl,
+        )
+        return rollout, tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+
+    _, frozen = answer(Policy(model), options.seed + 1_000_000, measure_kl=False)
+    policy = Policy(model, proxy.network, options.strength)
+    rollout, proxied = answer(policy, options.seed, measure_kl=True)
+    try:
+        rate, error = win_rate(texts, proxied, frozen)
+    except KeyError as unknown:
+        raise TrainingError(
+            f"{options.prompts}: {unknown} is no prompt of the bundled world"
+        ) from None
+    counts, kl = rollout.counts, rollout.kl
+    if kl is None:
+        raise AssertionError("measured above")
+    return {
+        "prompts": len(texts),
+        "seed": options.seed,
+        "proxy_version": proxy.version,
+        "strength": options.strength,
+        "gold_win_rate": rate,
+        "gold_win_rate_se": error,
+        "acceptance_rate": 1 - counts.rejected / counts.proposed,
+        "rejections_per_token": counts.rejected / counts.tokens,
+        "forced_rate": counts.forced / counts.tokens,
+        "kl_nats_per_response": kl.mean().item(),
+        "kl_nats_per_response_se": (kl.std() / len(kl) ** 0.5).item(),
+        "tokens_per_response": counts.tokens / len(texts),
+        "flaw_rates": {"frozen": flaw_rates(texts, frozen), "proxied": flaw_rates(texts, proxied)},
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures."""
+    table = Table("figure", "value", title=f"{figures['prompts']} prompts, seed {figures['seed']}")
+    for name, value in figures.items():
+        if isinstance(value, float):
+            table.add_row(name, f"{value:.4f}")
+    flaws = Table("flaw", "frozen", "proxied")
+    rates = figures["flaw_rates"]
+    for quality, frozen in rates["frozen"].items():
+        flaws.add_row(quality, f"{frozen:.1%}", f"{rates['proxied'][quality]:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(flaws)
+
+
+def main(options: Options) -> None:
+    figures = evaluate(options)
+    show(figures)
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))

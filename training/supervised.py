@@ -1,0 +1,237 @@
+"""Supervised training on token sequences with a weight per token: what `training.sft` and `training.jsft` share.
+
+The loss of a batch is Σ weight · cross-entropy over its tokens, divided by a constant (sequences in a batch × the data
+set's mean weight per sequence). A per-batch token mean would make a token count for more the shorter the sequences
+beside it: batches are grouped by length, so short answers would be over-weighted.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from judge.prompts import judge_messages, judge_prompt_ids, label_ids
+from training.console import TrainingError
+from training.data import Row
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that both commands have."""
+
+    model: str
+    """Model to train: a directory or a hub id."""
+    sft: Path
+    """JSON lines of `messages`; the last assistant turn is learned."""
+    output: Path
+    """Directory for the trained model and `metrics.jsonl`."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    batch_size: int = 64
+    """Sequences in a batch."""
+    learning_rate: float = 2e-3
+    """Peak of the cosine schedule. 2e-3 suits a small model from scratch; use about 2e-5 for a pretrained LLM."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    prompt_weight: float = 0.0
+    """Loss weight of tokens outside answers. Above 0 a model built from scratch learns to read sooner."""
+    max_length: int = 1024
+    """Longer sequences, in tokens, are left out and counted."""
+    bf16: bool = True
+    """Compute in bfloat16; weights and their updates stay in float32."""
+    compile: bool = False
+    """torch.compile the model: a minute to start, then up to twice as fast on a CPU."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention code. With `compile` and short sequences on a CPU, "eager" is half as fast again."""
+    seed: int = 0
+    """Of the order of the data."""
+
+
+class Example(NamedTuple):
+    """A sequence and what each of its tokens counts for."""
+
+    token_ids: list[int]
+    weights: list[float]  # 0 = context only
+
+
+class Conversations:
+    """Turns chats into token ids the way the server will."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise TrainingError("the model's tokenizer has no chat template; give it one first")
+        self.tokenizer = tokenizer
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids up to where the assistant begins to speak."""
+        return self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def response_ids(self, prompt: Sequence[dict[str, str]], response: str) -> list[int]:
+        """The ids of a response that follows `prompt_ids(prompt)`, end of turn included."""
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        start = self.prompt_ids(prompt)
+        if ids[: len(start)] != start:
+            raise TrainingError(
+                "the chat template writes a conversation with an answer differently from one that awaits it; "
+                "such a template cannot be trained on answer by answer"
+            )
+        return ids[len(start) :]
+
+
+def answer_examples(
+    rows: list[Row], chats: Conversations, prompt_weight: float = 0.0
+) -> list[Example]:
+    """The last assistant turn of each conversation, to be learned."""
+    examples = []
+    for row in rows:
+        *prompt, answer = row["messages"]
+        context = chats.prompt_ids(prompt)
+        response = chats.response_ids(prompt, answer["content"])
+        weights = [prompt_weight] * len(context) + [1.0] * len(response)
+        examples.append(Example(context + response, weights))
+    return examples
+
+
+def judgment_examples(
+    rows: list[Row], tokenizer: Any, label_weight: float, prompt_weight: float = 0.0
+) -> list[Example]:
+    """Each preference pair as two judgments, one in either order; the verdict's token is learned."""
+    examples: list[Example] = []
+    for row in rows:
+        chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+        for is_b_better, pair in enumerate(((chosen, rejected), (rejected, chosen))):
+            messages = judge_messages(row["prompt"], *pair)
+            if not examples:
+                labels = label_ids(tokenizer, messages)
+            context = judge_prompt_ids(tokenizer, messages)
+            weights = [prompt_weight] * len(context) + [label_weight]
+            examples.append(Example([*context, labels[is_b_better]], weights))
+    return examples
+
+
+def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight · −log p(token | what precedes it).
+
+    Args:
+        logits: [B, T, V]
+        token_ids: [B, T]
+        weights: [B, T]; the first token of a sequence has no prediction and counts nothing
+    """
+    nll = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten(), reduction="none"
+    )
+    return (nll * weights[:, 1:].flatten()).sum()
+
+
+class _WeightedTrainer(Trainer):
+    """transformers' trainer with the loss of this module's docstring."""
+
+    loss_divisor: float
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Right padding under a causal mask changes nothing that counts, so no attention mask is needed.
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = weighted_loss(outputs.logits, inputs["input_ids"], inputs["weights"])
+        loss = loss / self.loss_divisor
+        return (loss, outputs) if return_outputs else loss
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends what transformers' trainer logs to `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def load_model(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Any]:
+    """A causal LM in float32, and its tokenizer.
+
+    Raises:
+        TrainingError: there is no such model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention
+        )
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot load the model {name!r}: {error}") from error
+
+
+def train(
+    model: PreTrainedModel, tokenizer: Any, examples: list[Example], options: Options
+) -> None:
+    """Train on `examples` and save the model, in bfloat16, with its tokenizer."""
+    kept = [example for example in examples if len(example.token_ids) <= options.max_length]
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} sequences over {options.max_length} tokens")
+    if not kept:
+        raise TrainingError(f"no sequence is within max_length = {options.max_length} tokens")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = math.ceil(max(len(row["input_ids"]) for row in batch) / 8) * 8
+        ids = torch.full((len(batch), length), pad)
+        weights = torch.zeros(len(batch), length)
+        for i, row in enumerate(batch):
+            ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            weights[i, : len(row["weights"])] = torch.tensor(row["weights"])
+        return {"input_ids": ids, "weights": weights}
+
+    batch_size = min(options.batch_size, len(kept))
+    steps = math.ceil(len(kept) / batch_size) * options.epochs
+    trainer = _WeightedTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.output),
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=int(options.warmup * steps),
+            weight_decay=options.weight_decay,
+            train_sampling_strategy="group_by_length",
+            bf16=options.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            torch_compile=options.compile,
+            seed=options.seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10,
+            remove_unused_columns=False,
+        ),
+        train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
+        data_collator=collate,
+        callbacks=[MetricsWriter(options.output / "metrics.jsonl")],
+    )
+    trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
+    trainer.train()
+    model.to(torch.bfloat16).save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)

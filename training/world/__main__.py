@@ -1,0 +1,150 @@
+"""Write the bundled world's data: `python -m training.world --output DIR --seed N`.
+
+Files, all JSON lines in TRL's conversational format:
+
+- `sft.jsonl`: `{"messages"}`, what the world's ordinary speaker says, flaws included
+- `preferences.jsonl`: `{"prompt", "chosen", "rejected"}`, Bradley–Terry draws on differences of the gold score
+- `preferences_manners.jsonl`: the same, the labeller minding nothing but manners
+- `prompts.jsonl`: `{"prompt"}` for reinforcement learning
+
+and for what no training sees, dialogues of topic × intent combinations that are in none of the above, in two disjoint
+halves, one to choose settings on and one to report on: `prompts_validation.jsonl`, `preferences_validation.jsonl`,
+`prompts_test.jsonl`, `preferences_test.jsonl`.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from training.world import gold
+from training.world.grammar import INTENTS, Intent, Prompt, all_prompts, draw_answer
+from training.world.lexicon import TOPICS, Topic
+
+Combination = tuple[Topic, Intent]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write."""
+
+    output: Path
+    """Directory to write to; made if need be."""
+    seed: int = 0
+    """Everything is drawn from it."""
+    num_sft: int = 24_000
+    """Dialogues in `sft.jsonl`."""
+    num_preferences: int = 24_000
+    """Pairs in each `preferences*.jsonl` for training."""
+    num_prompts: int = 8_000
+    """Prompts in `prompts.jsonl`."""
+    num_held_out: int = 1_000
+    """Rows in each held-out file."""
+
+
+def split_combinations(seed: int) -> tuple[list[Combination], list[Combination], list[Combination]]:
+    """Topic × intent combinations for training, validation and test.
+
+    Each topic gives one combination to validation and one to test, so that every topic is known from other intents; the
+    intents are dealt so that each is held out about as often as any other.
+    """
+    rng = random.Random(seed)
+    topics = list(TOPICS)
+    deck: list[Intent] = []
+    while len(deck) < 2 * len(topics):
+        deck += rng.sample(INTENTS, len(INTENTS))
+    validation = list(zip(topics, deck[: len(topics)], strict=True))
+    # The second half of the deck, but never the intent that the topic gave to validation.
+    rest, test = deck[len(topics) : 2 * len(topics)], []
+    for topic, taken in validation:
+        intent = next((i for i in rest if i is not taken), INTENTS[0])
+        if intent in rest:
+            rest.remove(intent)
+        test.append((topic, intent))
+    held_out = {(topic.name, intent.name) for topic, intent in validation + test}
+    train = [(t, i) for t in topics for i in INTENTS if (t.name, i.name) not in held_out]
+    return train, validation, test
+
+
+def draw_prompts(combinations: list[Combination], rng: random.Random) -> Iterator[Prompt]:
+    """Prompts for ever: every combination equally often, whatever its number of prompts."""
+    prompts = [all_prompts(*combination) for combination in combinations]
+    while True:
+        yield rng.choice(rng.choice(prompts))
+
+
+def draw_pair(prompt: Prompt, rng: random.Random, qualities: tuple[str, ...]) -> tuple[str, str]:
+    """(chosen, rejected): two answers that the labeller can tell apart, and their noisy verdict."""
+    while True:
+        a, b = draw_answer(prompt, rng), draw_answer(prompt, rng)
+        gold_a, gold_b = (gold.score(prompt.text, text, qualities) for text in (a, b))
+        if gold_a != gold_b:
+            return (a, b) if gold.prefers_first(gold_a, gold_b, rng) else (b, a)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def sft_rows(prompts: Iterator[Prompt], count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    for _, p in zip(range(count), prompts, strict=False):
+        yield {"messages": user(p.text) + assistant(draw_answer(p, rng))}
+
+
+def preference_rows(
+    prompts: Iterator[Prompt],
+    count: int,
+    rng: random.Random,
+    qualities: tuple[str, ...] = tuple(gold.WEIGHTS),
+) -> Iterator[dict[str, Any]]:
+    for _, p in zip(range(count), prompts, strict=False):
+        chosen, rejected = draw_pair(p, rng, qualities)
+        yield {
+            "prompt": user(p.text),
+            "chosen": assistant(chosen),
+            "rejected": assistant(rejected),
+        }
+
+
+def prompt_rows(prompts: Iterator[Prompt], count: int) -> Iterator[dict[str, Any]]:
+    for _, p in zip(range(count), prompts, strict=False):
+        yield {"prompt": user(p.text)}
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(path)
+
+
+def main(options: Options) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(options.seed)
+    train, validation, test = split_combinations(options.seed)
+    prompts = draw_prompts(train, rng)
+    n = options.num_preferences
+    write(options.output / "sft.jsonl", sft_rows(prompts, options.num_sft, rng))
+    write(options.output / "preferences.jsonl", preference_rows(prompts, n, rng))
+    write(
+        options.output / "preferences_manners.jsonl",
+        preference_rows(prompts, n, rng, ("manners",)),
+    )
+    write(options.output / "prompts.jsonl", prompt_rows(prompts, options.num_prompts))
+    for name, combinations in (("validation", validation), ("test", test)):
+        held_out = draw_prompts(combinations, rng)
+        count = options.num_held_out
+        write(options.output / f"prompts_{name}.jsonl", prompt_rows(held_out, count))
+        write(options.output / f"preferences_{name}.jsonl", preference_rows(held_out, count, rng))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
