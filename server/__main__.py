@@ -6,22 +6,40 @@ All of vLLM's own flags are understood (`--help=all`). Exit code 2: something wa
 engine started, and one line on stderr says what.
 """
 
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
+from typing import Any
 
 
 def main() -> None:
-    # Until vLLM takes over the signals, the end is as orderly as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # prometheus_client decides at its import whether metrics are shared between processes. The
     # engine and its worker live in other processes, so the directory must be there before.
     with tempfile.TemporaryDirectory(prefix="assent-metrics-") as metrics_directory:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory)
+        stop_at_once_on_sigterm(metrics_directory)
         from server.cli import serve
 
         serve(sys.argv[1:])
+
+
+def stop_at_once_on_sigterm(metrics_directory: str) -> None:
+    """While the server starts; once it serves, vLLM lets SIGTERM end it in good order.
+
+    An exception does not do: while vLLM waits for its engine the exception gets lost, and where it
+    does not, the engine's process may be left behind.
+    """
+
+    def stop(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        shutil.rmtree(metrics_directory, ignore_errors=True)
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 if __name__ == "__main__":

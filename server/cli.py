@@ -14,12 +14,14 @@ from pathlib import Path
 
 import uvloop
 import vllm.envs
-from vllm.entrypoints.launchers.api_server.entry import run_server
+from vllm.entrypoints.launchers.api_server.entry import run_server_worker
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import decorate_logs
 
 from proxy.checkpoint import ProxyError, identify, load
 from server.plugin import AssentPlugin, install
@@ -48,6 +50,13 @@ def serve(argv: Sequence[str]) -> None:
     prefer_settings(args)
     install(AssentPlugin(proxies=proxies, api_keys=take_api_keys(args)))
     uvloop.run(run_server(args))
+
+
+async def run_server(args: Namespace) -> None:
+    """vLLM's function of this name, without its handler of SIGTERM: `__main__` has a safer one."""
+    decorate_logs("APIServer")
+    address, sock = setup_server(args, reuse_port=False)  # takes the port before the engine starts
+    await run_server_worker(address, sock, args)
 
 
 def parse(argv: Sequence[str]) -> Namespace:

@@ -1,6 +1,7 @@
 """Chat with and without a proxy, through the real `openai` client."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -187,23 +188,24 @@ def test_logit_bias(client):
 
 
 def test_json_schema(client):
-    answer = chat(
-        client,
-        "assent-demo:aligned",
-        seed=1,
-        max_tokens=128,
-        response_format={
-            "type": "json_schema",
-            "json_schema": {
-                "name": "verdict",
-                "schema": {
-                    "type": "object",
-                    "properties": {"safe": {"type": "boolean"}, "word": {"enum": ["yes", "no"]}},
-                    "required": ["safe", "word"],
-                    "additionalProperties": False,
-                },
+    for seed in range(3):
+        answer = chat(
+            client,
+            "assent-demo:aligned",
+            seed=seed,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": {"enum": ["yes", "no", "perhaps"]}},
             },
-        },
+        )
+        assert json.loads(answer.choices[0].message.content) in ("yes", "no", "perhaps")
+        assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
+
+
+def test_a_regex_constrains_what_the_proxy_may_see(client):
+    constraint = {"regex": r'\{"safe":(true|false),"word":"(yes|no)"\}'}
+    answer = chat(
+        client, "assent-demo:aligned", max_tokens=64, extra={"structured_outputs": constraint}
     )
     said = json.loads(answer.choices[0].message.content)
     assert isinstance(said["safe"], bool)
@@ -212,8 +214,6 @@ def test_json_schema(client):
 
 
 def test_requests_that_finish_together_get_their_own_receipts(client):
-    from concurrent.futures import ThreadPoolExecutor
-
     def ask(seed):
         model = ("assent-demo:aligned", "assent-demo:polite", "assent-demo")[seed % 3]
         return chat(client, model, seed=seed, max_tokens=16, extra={"ignore_eos": True})
@@ -221,10 +221,9 @@ def test_requests_that_finish_together_get_their_own_receipts(client):
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(24)))
     for seed, answer in enumerate(together):
-        alone = ask(seed) if seed < 6 else None
-        if alone is not None:
-            assert tokens(answer) == tokens(alone)
-        if seed % 3 < 2:
+        if seed % 3 == 2:
+            assert "alignment" not in answer.model_extra
+        else:
             assert answer.alignment["proxy"] == ("aligned", "polite")[seed % 3]
             assert_counts_add_up(answer.alignment, 16)
 

@@ -1,0 +1,75 @@
+"""The bundled demo does what its card says: on prompts that no training saw, through the running server."""
+
+import math
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import httpx
+import openai
+import pytest
+
+from training.evaluate import flaw_rates, win_rate
+from training.world import gold
+from training.world.__main__ import draw_pair, draw_prompts, split_combinations
+from training.world.grammar import Prompt
+
+SEED = 0  # of `make demo`: another would hold out other combinations
+NUM_PROMPTS = 200
+NUM_PAIRS = 150
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Iterator[Prompt]:
+    _, validation, _ = split_combinations(SEED)
+    return draw_prompts(validation, random.Random(12345))
+
+
+def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> list[str]:
+    def one(index: int) -> str:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": prompts[index]}],
+            max_tokens=64,
+            seed=seed + index,
+        )
+        return answer.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, range(len(prompts))))
+
+
+def test_proxies_align_the_frozen_model_each_in_its_way(
+    client: openai.OpenAI, held_out: Iterator[Prompt]
+) -> None:
+    prompts = [prompt.text for prompt in islice(held_out, NUM_PROMPTS)]
+    frozen = ask(client, "assent-demo", prompts, seed=0)
+    aligned = ask(client, "assent-demo:aligned", prompts, seed=10_000)
+    polite = ask(client, "assent-demo:polite", prompts, seed=20_000)
+    # The card says over 0.70, s.e. 0.02: falling below 0.59 by chance is 5 s.e. away, under 1e-6.
+    rate, _ = win_rate(prompts, aligned, frozen)
+    assert rate > 0.59
+    flaws = {"frozen": flaw_rates(prompts, frozen), "polite": flaw_rates(prompts, polite)}
+    assert flaws["frozen"]["manners"] > 0.06
+    assert flaws["polite"]["manners"] < 0.02
+    # It learned manners and nothing else: the fragments at the end stay.
+    assert flaws["polite"]["ending"] > 0.03
+
+
+def test_judge_agrees_with_gold_where_answers_differ_clearly(
+    http: httpx.Client, held_out: Iterator[Prompt]
+) -> None:
+    rng = random.Random(54321)
+    agreements = []
+    while len(agreements) < NUM_PAIRS:
+        prompt = next(held_out)
+        a, b = draw_pair(prompt, rng, tuple(gold.WEIGHTS))
+        difference = gold.score(prompt.text, a) - gold.score(prompt.text, b)
+        if abs(difference) >= 2:
+            body = {"prompt": prompt.text, "response_a": a, "response_b": b}
+            verdict = http.post("/judge", json=body).raise_for_status().json()
+            agreements.append((verdict["probability"] > 0.5) == (difference > 0))
+    # The card says over 0.90; at 0.9 fewer than this has probability under 1e-6.
+    lowest = 0.9 - 5 * math.sqrt(0.9 * 0.1 / NUM_PAIRS)
+    assert sum(agreements) / NUM_PAIRS > lowest
