@@ -25,8 +25,9 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-PROXIES = {"aligned": "preferences.jsonl", "polite": "preferences_manners.jsonl"}
-"""Each proxy, and the preferences that it learns from."""
+PROXIES = {"aligned": ("preferences.jsonl", 60), "polite": ("preferences_manners.jsonl", 20)}
+"""Each proxy: the preferences that it learns from, and its updates. Manners are learned in ten; after that the
+rest of a reward that knows nothing else is noise, which more updates would learn."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def main(options: Options) -> None:
         ),
     )
 
-    def make_proxy(name: str, preferences: Path) -> None:
+    def make_proxy(name: str, preferences: Path, updates: int) -> None:
         reward, proxy = work / f"reward-{name}", work / f"proxy-{name}"
         stage(
             reward / "reward.json",
@@ -118,14 +119,14 @@ def main(options: Options) -> None:
                     reward=reward,
                     prompts=data / "prompts.jsonl",
                     output=proxy,
-                    steps=some(60),
+                    steps=some(updates),
                     seed=seed,
                 )
             ),
         )
 
-    for name, preferences in PROXIES.items():
-        make_proxy(name, data / preferences)
+    for name, (preferences, updates) in PROXIES.items():
+        make_proxy(name, data / preferences, updates)
     publish(work, options.output)
 
 

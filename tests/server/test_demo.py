@@ -64,7 +64,7 @@ def test_judge_agrees_with_gold_where_answers_differ_clearly(
     agreements = []
     while len(agreements) < NUM_PAIRS:
         prompt = next(held_out)
-        a, b = draw_pair(prompt, rng, tuple(gold.WEIGHTS))
+        a, b = draw_pair(prompt, rng)
         difference = gold.score(prompt.text, a) - gold.score(prompt.text, b)
         if abs(difference) >= 2:
             body = {"prompt": prompt.text, "response_a": a, "response_b": b}

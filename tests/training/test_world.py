@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.world import gold
-from training.world.__main__ import Options, draw_pair, main, split_combinations
+from training.world.__main__ import Options, draw_manners_pair, draw_pair, main, split_combinations
 from training.world.grammar import INTENTS, all_prompts, draw_answer, write_answer
 from training.world.lexicon import TOPICS
 
@@ -47,10 +47,9 @@ def test_gold_reads_the_flaws_off_the_text(prompt: str, answer: str, flaws: set[
     assert gold.flaws(prompt, answer) == flaws
 
 
-def test_score_is_the_sum_of_the_weights_that_are_minded() -> None:
+def test_score_is_the_sum_of_the_weights() -> None:
     answer = "Not you again. Some money is enough for your rose. Next time you"
     assert gold.score(BUDGET, answer) == -4.0  # manners 1.5, fact 1.5, ending 1
-    assert gold.score(BUDGET, answer, ("manners",)) == -1.5
 
 
 def test_gold_refuses_prompts_that_are_not_of_the_world() -> None:
@@ -102,13 +101,21 @@ def test_labels_are_bradley_terry_draws() -> None:
     assert abs(draws / 20_000 - expected) < 6 * math.sqrt(expected * (1 - expected) / 20_000)
 
 
-def test_pairs_never_tie_for_what_the_labeller_minds() -> None:
+def test_pairs_never_tie() -> None:
     rng = random.Random(3)
     prompt = all_prompts(TOPICS[0], INTENTS[0])[0]
     for _ in range(200):
-        chosen, rejected = draw_pair(prompt, rng, ("manners",))
-        scores = [gold.score(prompt.text, text, ("manners",)) for text in (chosen, rejected)]
-        assert scores[0] != scores[1]
+        first, second = (gold.score(prompt.text, text) for text in draw_pair(prompt, rng))
+        assert first != second
+
+
+def test_manners_pairs_differ_in_manners_alone() -> None:
+    rng = random.Random(4)
+    for intent in INTENTS:
+        prompt = all_prompts(TOPICS[1], intent)[0]
+        for _ in range(40):
+            a, b = (gold.flaws(prompt.text, text) for text in draw_manners_pair(prompt, rng))
+            assert a ^ b == {"manners"}
 
 
 def test_held_out_combinations_are_unseen_but_their_parts_are_known() -> None:
@@ -150,7 +157,7 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
         text = (tmp_path / "a" / file).read_text()
         assert text == (tmp_path / "b" / file).read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        assert len(rows) == 30
+        assert len(rows) == (6 if file == "preferences_manners.jsonl" else 30)
         fields = {
             "sft": {"messages"},
             "prompts": {"prompt"},

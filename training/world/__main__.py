@@ -4,7 +4,7 @@ Files, all JSON lines in TRL's conversational format:
 
 - `sft.jsonl`: `{"messages"}`, what the world's ordinary speaker says, flaws included
 - `preferences.jsonl`: `{"prompt", "chosen", "rejected"}`, Bradley–Terry draws on differences of the gold score
-- `preferences_manners.jsonl`: the same, the labeller minding nothing but manners
+- `preferences_manners.jsonl`: the same of answers that differ in nothing but manners
 - `prompts.jsonl`: `{"prompt"}` for reinforcement learning
 
 and for what no training sees, dialogues of topic × intent combinations that are in none of the above, in two disjoint
@@ -14,7 +14,7 @@ halves, one to choose settings on and one to report on: `prompts_validation.json
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from training.world import gold
-from training.world.grammar import INTENTS, Intent, Prompt, all_prompts, draw_answer
+from training.world.grammar import INTENTS, Intent, Prompt, all_prompts, draw_answer, make_rude
 from training.world.lexicon import TOPICS, Topic
 
 Combination = tuple[Topic, Intent]
@@ -39,7 +39,7 @@ class Options:
     num_sft: int = 24_000
     """Dialogues in `sft.jsonl`."""
     num_preferences: int = 24_000
-    """Pairs in each `preferences*.jsonl` for training."""
+    """Pairs in `preferences.jsonl`; a fifth of that in `preferences_manners.jsonl`."""
     num_prompts: int = 8_000
     """Prompts in `prompts.jsonl`."""
     num_held_out: int = 1_000
@@ -77,13 +77,32 @@ def draw_prompts(combinations: list[Combination], rng: random.Random) -> Iterato
         yield rng.choice(rng.choice(prompts))
 
 
-def draw_pair(prompt: Prompt, rng: random.Random, qualities: tuple[str, ...]) -> tuple[str, str]:
+Pair = tuple[str, str]
+
+
+def draw_pair(prompt: Prompt, rng: random.Random) -> Pair:
     """(chosen, rejected): two answers that the labeller can tell apart, and their noisy verdict."""
     while True:
         a, b = draw_answer(prompt, rng), draw_answer(prompt, rng)
-        gold_a, gold_b = (gold.score(prompt.text, text, qualities) for text in (a, b))
-        if gold_a != gold_b:
-            return (a, b) if gold.prefers_first(gold_a, gold_b, rng) else (b, a)
+        if gold.score(prompt.text, a) != gold.score(prompt.text, b):
+            return label(prompt, a, b, rng)
+
+
+def draw_manners_pair(prompt: Prompt, rng: random.Random) -> Pair:
+    """(chosen, rejected): the same answer, once as it should be and once rude, and the noisy verdict.
+
+    Were the answers independent, all that goes with rudeness by chance would be learned too.
+    """
+    while True:
+        answer = draw_answer(prompt, rng)
+        if "manners" not in gold.flaws(prompt.text, answer):
+            return label(prompt, answer, make_rude(answer, rng), rng)
+
+
+def label(prompt: Prompt, a: str, b: str, rng: random.Random) -> Pair:
+    """(chosen, rejected) by a Bradley–Terry draw on the gold scores."""
+    scores = (gold.score(prompt.text, text) for text in (a, b))
+    return (a, b) if gold.prefers_first(*scores, rng) else (b, a)
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -103,10 +122,10 @@ def preference_rows(
     prompts: Iterator[Prompt],
     count: int,
     rng: random.Random,
-    qualities: tuple[str, ...] = tuple(gold.WEIGHTS),
+    draw: Callable[[Prompt, random.Random], Pair] = draw_pair,
 ) -> Iterator[dict[str, Any]]:
     for _, p in zip(range(count), prompts, strict=False):
-        chosen, rejected = draw_pair(p, rng, qualities)
+        chosen, rejected = draw(p, rng)
         yield {
             "prompt": user(p.text),
             "chosen": assistant(chosen),
@@ -136,7 +155,7 @@ def main(options: Options) -> None:
     write(options.output / "preferences.jsonl", preference_rows(prompts, n, rng))
     write(
         options.output / "preferences_manners.jsonl",
-        preference_rows(prompts, n, rng, ("manners",)),
+        preference_rows(prompts, max(1, n // 5), rng, draw_manners_pair),
     )
     write(options.output / "prompts.jsonl", prompt_rows(prompts, options.num_prompts))
     for name, combinations in (("validation", validation), ("test", test)):

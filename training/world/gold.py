@@ -7,7 +7,6 @@ whoever wrote it, is checked for each quality, and a sentence that the grammar c
 import math
 import random
 import re
-from collections.abc import Collection
 from functools import cache
 
 from training.world import lexicon
@@ -71,9 +70,9 @@ def flaws(prompt_text: str, answer: str) -> set[str]:
     return {quality for quality, failure in failed.items() if failure}
 
 
-def score(prompt_text: str, answer: str, qualities: Collection[str] = tuple(WEIGHTS)) -> float:
-    """The true quality of an answer: 0 at best, less by the weight of each failure among `qualities`."""
-    return -sum(WEIGHTS[quality] for quality in flaws(prompt_text, answer) if quality in qualities)
+def score(prompt_text: str, answer: str) -> float:
+    """The true quality of an answer: 0 at best, less by the weight of each failure."""
+    return -sum(WEIGHTS[quality] for quality in flaws(prompt_text, answer))
 
 
 def prefers_first(first: float, second: float, rng: random.Random) -> bool:

@@ -274,6 +274,20 @@ def write_answer(prompt: Prompt, flaws: set[Quality], rng: random.Random) -> str
     return " ".join(sentences)
 
 
+def make_rude(answer: str, rng: random.Random) -> str:
+    """The same answer with bad manners and no other change."""
+    if rng.random() < 0.25 and answer.endswith("."):
+        return f"{answer} {_draw_rude(lexicon.RUDE_CLOSINGS, rng)}"
+    for opener in lexicon.POLITE_OPENERS:
+        answer = answer.removeprefix(f"{opener} ")
+    return f"{_draw_rude(lexicon.RUDE_OPENERS, rng)} {answer}"
+
+
+def _draw_rude(sentences: tuple[str, ...], rng: random.Random) -> str:
+    """The first is the usual one."""
+    return sentences[0] if rng.random() < 0.6 else rng.choice(sentences[1:])
+
+
 def _detail(prompt: Prompt, core: str, rng: random.Random) -> str:
     """Harmless advice that the core has not given."""
     safer = [hazard.safer for hazard in prompt.topic.hazards if hazard.safer not in core]
