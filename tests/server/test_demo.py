@@ -50,11 +50,15 @@ def test_proxies_align_the_frozen_model_each_in_its_way(
     # The card says over 0.70, s.e. 0.02: falling below 0.59 by chance is 5 s.e. away, under 1e-6.
     rate, _ = win_rate(prompts, aligned, frozen)
     assert rate > 0.59
-    flaws = {"frozen": flaw_rates(prompts, frozen), "polite": flaw_rates(prompts, polite)}
+    flaws = {
+        name: flaw_rates(prompts, answers)
+        for name, answers in (("frozen", frozen), ("aligned", aligned), ("polite", polite))
+    }
     assert flaws["frozen"]["manners"] > 0.06
     assert flaws["polite"]["manners"] < 0.02
-    # It learned manners and nothing else: the fragments at the end stay.
-    assert flaws["polite"]["ending"] > 0.03
+    # Manners are all that `polite` learned: 0.5 of its answers are flawed, 0.2 of those of `aligned`,
+    # s.e. of the difference 0.045: a difference under 0.05 has probability under 1e-6.
+    assert flaws["polite"]["any"] > flaws["aligned"]["any"] + 0.05
 
 
 def test_judge_agrees_with_gold_where_answers_differ_clearly(
