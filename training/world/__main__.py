@@ -101,8 +101,8 @@ def draw_manners_pair(prompt: Prompt, rng: random.Random) -> Pair:
 
 def label(prompt: Prompt, a: str, b: str, rng: random.Random) -> Pair:
     """(chosen, rejected) by a Bradley–Terry draw on the gold scores."""
-    scores = (gold.score(prompt.text, text) for text in (a, b))
-    return (a, b) if gold.prefers_first(*scores, rng) else (b, a)
+    gold_a, gold_b = gold.score(prompt.text, a), gold.score(prompt.text, b)
+    return (a, b) if gold.prefers_first(gold_a, gold_b, rng) else (b, a)
 
 
 def user(text: str) -> list[dict[str, str]]:
