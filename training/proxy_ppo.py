@@ -50,8 +50,6 @@ class Options:
     """Updates of the proxy: rollouts."""
     episodes: int = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt of a rollout."""
     epochs: int = 4
     """Passes over a rollout's decisions."""
     minibatches: int = 4
@@ -119,7 +117,7 @@ class Trainer:
 
     def step(self, index: int) -> dict[str, float]:
         """One update: roll out, score, estimate advantages, take PPO's gradient steps."""
-        prompts = self._draw_prompts()
+        prompts = self.rng.choices(self.prompts, k=self.options.episodes)
         rollout = self._roll_out(prompts, index)
         rewards = self.reward(prompts, rollout.responses)
         if index == 0 and rewards.std() < 1e-8:
@@ -130,13 +128,7 @@ class Trainer:
         self.schedule.step()
         return {"step": index + 1, **_describe(rollout, rewards), **update._asdict()}
 
-    def _draw_prompts(self) -> list[list[int]]:
-        count = self.options.episodes // self.options.samples_per_prompt
-        drawn = self.rng.choices(self.prompts, k=count)
-        return [prompt for prompt in drawn for _ in range(self.options.samples_per_prompt)]
-
     def _roll_out(self, prompts: list[list[int]], index: int) -> Rollout:
-        # Alike lengths side by side would need less padding; at these sizes it is not worth the code.
         return generate(
             Policy(self.model, self.network),
             prompts,

@@ -10,7 +10,8 @@ import pytest
 
 from training.world import gold
 from training.world.__main__ import Options, draw_manners_pair, draw_pair, main, split_combinations
-from training.world.grammar import INTENTS, all_prompts, draw_answer, write_answer
+from training.world.grammar import all_prompts, draw_answer, write_answer
+from training.world.intents import INTENTS
 from training.world.lexicon import TOPICS
 
 BUDGET = "I have 30 pounds for my rose. Is that enough?"

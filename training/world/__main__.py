@@ -22,7 +22,8 @@ from typing import Any
 import tyro
 
 from training.world import gold
-from training.world.grammar import INTENTS, Intent, Prompt, all_prompts, draw_answer, make_rude
+from training.world.grammar import Prompt, all_prompts, draw_answer, make_rude
+from training.world.intents import INTENTS, Intent
 from training.world.lexicon import TOPICS, Topic
 
 Combination = tuple[Topic, Intent]

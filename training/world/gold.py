@@ -10,15 +10,8 @@ import re
 from functools import cache
 
 from training.world import lexicon
-from training.world.grammar import (
-    DETAILS,
-    FACTS,
-    HAZARD_DETAIL,
-    INTENTS,
-    SAFE_DETAIL,
-    Prompt,
-    all_prompts,
-)
+from training.world.grammar import Prompt, all_prompts
+from training.world.intents import DETAILS, FACTS, HAZARD_DETAIL, INTENTS, SAFE_DETAIL
 from training.world.lexicon import TOPICS
 
 WEIGHTS = {
