@@ -66,9 +66,7 @@ class Rollout(NamedTuple):
     responses: list[list[int]]  # token ids, end of turn included where it was reached
     decisions: Decisions
     counts: Counts
-    kl: (
-        Tensor | None
-    )  # [N] nats, KL(proxied ‖ frozen) summed over a response's positions, if measured
+    kl: Tensor | None  # [N] nats, KL(proxied ‖ frozen) summed over positions, if measured
 
 
 class Policy:
@@ -84,13 +82,14 @@ class Policy:
         self.network = network
         self.strength = strength if network else 0.0
         self.config = network.config if network else default_config(model)
-        self.embeddings = model.get_input_embeddings().weight
-        self._table = network.candidate_table(self.embeddings).detach() if network else None
+        with torch.no_grad():
+            embeddings = model.get_input_embeddings().weight
+            self._table = network.candidate_table(embeddings) if network else None
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """[R, K]; a large number where there is no network."""
+        """[R, K]; without a network the strength is 0, and they do not matter."""
         if self.network is None or self._table is None:
-            return torch.full_like(candidates.logprobs, 30.0)
+            return torch.zeros_like(candidates.logprobs)
         return self.network(hidden, self._table[candidates.token_ids], candidates.logprobs)
 
 
@@ -168,9 +167,7 @@ def _step(
     rows, device = logits.shape[0], logits.device
     is_greedy = decoding.temperature == 0
     logits = logits.float() / (1.0 if is_greedy else decoding.temperature)
-    top_k = torch.full((rows,), decoding.top_k or logits.shape[-1], device=device)
-    top_p = torch.full((rows,), decoding.top_p, device=device)
-    candidates = nucleus(logits, policy.config.max_candidates, top_k, top_p)
+    candidates = _candidates(logits, policy.config.max_candidates, decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
     num_slots = candidates.token_ids.shape[-1]
     noise = torch.empty(rows, 2, num_slots, device=device).exponential_(generator=generator)
@@ -192,6 +189,16 @@ def _step(
         kl[alive] = _divergence(policy, candidates, accept_logits, alive)
         records.kl += kl
     return decision
+
+
+def _candidates(logits: Tensor, max_candidates: int, decoding: Decoding) -> Candidates:
+    """The nucleus of [N, V] logits; as in vLLM, greedy rows have no top-k and no top-p."""
+    if decoding.temperature == 0:
+        return nucleus(logits, max_candidates)
+    rows, vocab_size = logits.shape
+    top_k = torch.full((rows,), decoding.top_k or vocab_size, device=logits.device)
+    top_p = torch.full((rows,), decoding.top_p, device=logits.device)
+    return nucleus(logits, max_candidates, top_k, top_p)
 
 
 def _divergence(

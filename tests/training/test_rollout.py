@@ -53,6 +53,19 @@ def test_greedy_without_a_proxy_is_the_models_own_greedy(
     assert ours == theirs[0, len(prompts[0]) :].tolist()
 
 
+def test_greedy_rows_have_no_top_k_and_no_top_p_as_in_vllm(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    policy = Policy(model, scrambled_proxy(model), strength=8.0)  # rejects often
+    narrow = Decoding(temperature=0, top_k=1, top_p=0.01, max_new_tokens=12)
+    wide = Decoding(temperature=0, top_k=0, top_p=1.0, max_new_tokens=12)
+    ours, theirs = (
+        generate(policy, prompts, decoding, end_id=-2, seed=0) for decoding in (narrow, wide)
+    )
+    assert ours.responses == theirs.responses
+    assert ours.counts.rejected > 0
+
+
 def test_records_agree_with_counts_and_with_the_model(
     model: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
