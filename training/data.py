@@ -44,6 +44,9 @@ def _parse(line: str, fields: tuple[str, ...], where: str) -> Row:
         if field not in row:
             raise TrainingError(f"{where}: the field {field!r} is missing; found {sorted(row)}")
         _check_messages(row[field], where=f"{where}, field {field!r}")
+        last = row[field][-1]["role"]
+        if field != "prompt" and last != "assistant":
+            raise TrainingError(f"{where}, field {field!r}: ends with {last!r}, not an assistant")
     return row
 
 

@@ -21,6 +21,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["messages", "chosen", "rejected"])
+def test_what_is_to_be_learned_must_be_the_assistants(tmp_path: Path, field: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(GOOD.replace("prompt", field))
+    with pytest.raises(TrainingError, match=f"line 1, field '{field}': ends with 'user'"):
+        read_rows(file, (field,))
+
+
 def test_blank_lines_are_skipped_and_an_empty_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f"\n{GOOD}\n\n")
