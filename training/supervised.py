@@ -85,8 +85,10 @@ class Conversations:
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
 
-    def response_ids(self, prompt: Sequence[dict[str, str]], response: str) -> list[int]:
-        """The ids of a response that follows `prompt_ids(prompt)`, end of turn included."""
+    def split_ids(
+        self, prompt: Sequence[dict[str, str]], response: str
+    ) -> tuple[list[int], list[int]]:
+        """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
         messages = [*prompt, {"role": "assistant", "content": response}]
         ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         start = self.prompt_ids(prompt)
@@ -95,7 +97,7 @@ class Conversations:
                 "the chat template writes a conversation with an answer differently from one that awaits it; "
                 "such a template cannot be trained on answer by answer"
             )
-        return ids[len(start) :]
+        return start, ids[len(start) :]
 
 
 def answer_examples(
@@ -105,8 +107,7 @@ def answer_examples(
     examples = []
     for row in rows:
         *prompt, answer = row["messages"]
-        context = chats.prompt_ids(prompt)
-        response = chats.response_ids(prompt, answer["content"])
+        context, response = chats.split_ids(prompt, answer["content"])
         weights = [prompt_weight] * len(context) + [1.0] * len(response)
         examples.append(Example(context + response, weights))
     return examples
@@ -159,10 +160,11 @@ class _WeightedTrainer(Trainer):
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends what transformers' trainer logs to `metrics.jsonl`."""
+    """Writes what transformers' trainer logs to `metrics.jsonl`, in the place of an earlier run's."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
