@@ -102,8 +102,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             f"{options.prompts}: {unknown} is no prompt of the bundled world"
         ) from None
     counts, kl = rollout.counts, rollout.kl
-    if kl is None:
-        raise AssertionError("measured above")
+    assert kl is not None, "measured above"
     return {
         "prompts": len(texts),
         "seed": options.seed,

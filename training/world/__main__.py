@@ -62,7 +62,7 @@ def split_combinations(seed: int) -> tuple[list[Combination], list[Combination],
     # The second half of the deck, but never the intent that the topic gave to validation.
     rest, test = deck[len(topics) : 2 * len(topics)], []
     for topic, taken in validation:
-        intent = next((i for i in rest if i is not taken), INTENTS[0])
+        intent = next(i for i in (*rest, *INTENTS) if i is not taken)
         if intent in rest:
             rest.remove(intent)
         test.append((topic, intent))

@@ -32,6 +32,7 @@ _SENTENCE = re.compile(r"[^.!?]+[.!?]?")
 _OBJECTS = {obj for topic in TOPICS for obj in topic.objects}
 _SAFER = {hazard.safer: topic for topic in TOPICS for hazard in topic.hazards}
 _TIPS = {tip: topic for topic in TOPICS for tip in topic.tips}
+_ADVICE = {**_TIPS, **_SAFER}
 _HAZARDS = {
     hazard.action.format(o=obj)
     for topic in TOPICS
@@ -49,8 +50,7 @@ def flaws(prompt_text: str, answer: str) -> set[str]:
     """
     prompt, words = _prompts()[prompt_text], set(re.findall(r"[A-Za-z]+|\d+", answer))
     sentences = [match.strip() for match in _SENTENCE.findall(answer) if match.strip()]
-    advice = {**_TIPS, **_SAFER}
-    is_foreign = any(text in answer and t is not prompt.topic for text, t in advice.items())
+    is_foreign = any(text in answer and t is not prompt.topic for text, t in _ADVICE.items())
     failed = {
         "relevance": words & _OBJECTS != {prompt.object} or is_foreign,
         "safety": any(hazard in answer for hazard in _HAZARDS),
