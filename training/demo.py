@@ -26,8 +26,8 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 PROXIES = {"aligned": ("preferences.jsonl", 60), "polite": ("preferences_manners.jsonl", 20)}
-"""Each proxy: the preferences that it learns from, and its updates. Manners are learned in ten; after that the
-rest of a reward that knows nothing else is noise, which more updates would learn."""
+"""Each proxy: the preferences that it learns from, and its updates. Manners are learned in a few; more would learn the
+noise in a reward that knows nothing else."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ def stage(marker: Path, make: Callable[[], None]) -> None:
 def main(options: Options) -> None:
     work, seed = options.work, options.seed
     data, untrained, base = work / "world", work / "untrained", work / "base"
+
+    # Compiling takes a minute, and eager attention is the faster one only when compiled.
+    compiles = options.scale >= 1 and shutil.which("g++") is not None
 
     def some(count: int) -> int:
         return max(1, int(count * options.scale))
@@ -90,8 +93,8 @@ def main(options: Options) -> None:
                 preferences=data / "preferences.jsonl",
                 output=base,
                 prompt_weight=0.1,
-                compile=options.scale >= 1 and shutil.which("g++") is not None,
-                attention="eager",
+                compile=compiles,
+                attention="eager" if compiles else "sdpa",
                 seed=seed,
             )
         ),
