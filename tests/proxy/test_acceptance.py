@@ -323,7 +323,6 @@ def test_nucleus_by_hand():
     assert (banned > -math.inf).tolist() == [True, True, False, False]
 
 
-@pytest.mark.filterwarnings("default")  # importing vllm warns
 @pytest.mark.parametrize("tied", [False, True])
 def test_nucleus_is_vllms(tied):
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch

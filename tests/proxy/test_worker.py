@@ -11,7 +11,6 @@ from proxy.checkpoint import BaseModelId, FingerprintMismatch, ProxyError, ident
 from proxy.network import ProxyConfig, ProxyNetwork
 
 # vLLM and what it imports warn at will.
-pytestmark = pytest.mark.filterwarnings("default")
 
 EOS = 1
 PROMPTS = ["the cat", "a dog sat on the mat", "hat", "on that mat lay", "cat cat", "x"]
