@@ -8,7 +8,7 @@ The same law without the loop. Drawing from the renormalised nucleus without rep
 order in which independent exponential clocks of rates p ring, so one draw per candidate settles
 the order of all proposals; one coin per candidate settles every answer; the first candidate in
 that order whose coin came up is emitted. One LLM forward per emitted token instead of one per
-candidate. `decide` is the whole of it; the server's sampler and the trainer's rollout both call it.
+candidate. `decide` is the whole of it; the server's samplers and the trainer's rollout all call it.
 
 R = logits rows, V = vocabulary, K = candidates. Nothing here synchronises with the device.
 """
@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_UNDERFLOW = math.log(torch.finfo(torch.float32).tiny)  # -87.3
+UNDERFLOW = math.log(torch.finfo(torch.float32).tiny)  # -87.3
+
+# SplitMix64's constants, as signed numbers; the step from position to position is an odd number
+# that has nothing to do with them.
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+POSITION_STEP = 0xD1342543DE82EF95 - 2**64
 
 
 class Candidates(NamedTuple):
@@ -40,12 +46,15 @@ class Decision(NamedTuple):
 
 
 def nucleus(
-    logits: Tensor,  # [R, V] float32, divided by temperature; -inf = forbidden by a constraint
+    logits: Tensor,  # [R, V]; -inf = forbidden by a constraint
     max_candidates: int,
     top_k: Tensor | None = None,  # [R] int, V = off
     top_p: Tensor | None = None,  # [R] float, 1 = off
+    *,
+    temperature: Tensor | None = None,  # [R] float, > 0; None = 1 everywhere
+    sizes: Tensor | None = None,  # [R] int, at most so many candidates; None = max_candidates
 ) -> Candidates:
-    """The candidates of each row: top-k, then top-p, then at most `max_candidates` of them.
+    """The candidates of each row: temperature, top-k, top-p, then at most `max_candidates` of them.
 
     As in vLLM, top-p counts probabilities renormalised after top-k and keeps a token while the
     mass before it is below p, and tokens that tie with the k-th are all kept (as far as K goes).
@@ -59,46 +68,80 @@ def nucleus(
     """
     values, token_ids = logits.topk(min(max_candidates, logits.shape[-1]), dim=-1)  # [R, K] both
     num_slots = values.shape[-1]
-    inside = values - values[:, :1] > _UNDERFLOW
+    values = values.float()
+    if temperature is not None:
+        values = values / temperature.unsqueeze(-1)
+    most: int | Tensor = num_slots
+    if sizes is not None:  # before all else: a row must not depend on its neighbours' sizes
+        most = sizes.unsqueeze(-1)
+        ranks = torch.arange(num_slots, device=logits.device)
+        values = values.masked_fill(ranks >= most, -math.inf)
     if top_k is not None:
-        last = (top_k.long() - 1).clamp(0, num_slots - 1).unsqueeze(-1)
-        inside &= (values >= values.gather(-1, last)) | (top_k.unsqueeze(-1) > num_slots)
+        last = values.gather(-1, (top_k.long() - 1).clamp(0, num_slots - 1).unsqueeze(-1))
+        is_inside = (values >= last) | (top_k.unsqueeze(-1) > most)
+        values = values.masked_fill(~is_inside, -math.inf)
     if top_p is not None:
-        mass = logits.logsumexp(-1, keepdim=True)
+        scaled = logits if temperature is None else logits / temperature.unsqueeze(-1)
+        mass = scaled.float().logsumexp(-1, keepdim=True)
         if top_k is not None:
-            kept = values.masked_fill(~inside, -math.inf).logsumexp(-1, keepdim=True)
-            mass = torch.where(top_k.unsqueeze(-1) <= num_slots, kept, mass)
+            kept = values.logsumexp(-1, keepdim=True)
+            mass = torch.where(top_k.unsqueeze(-1) <= most, kept, mass)
         probs = (values - mass).exp()
         mass_before = probs.cumsum(-1) - probs
         p = top_p.unsqueeze(-1)
-        inside &= (mass_before < p) | (p >= 1)  # rounding must not let p = 1 remove anything
-    inside[:, 0] = True
-    return Candidates(token_ids, values.masked_fill(~inside, -math.inf).log_softmax(-1))
+        is_outside = (mass_before >= p) & (p < 1)  # rounding must not let p = 1 remove anything
+        is_outside[:, 0] = False
+        values = values.masked_fill(is_outside, -math.inf)
+    return Candidates(token_ids, F.threshold(values.log_softmax(-1), UNDERFLOW, -math.inf))
 
 
-def draw_noise(
-    rows: int,
-    max_candidates: int,
-    device: torch.device | str,
-    generators: dict[int, torch.Generator] | None = None,  # row -> its own source of randomness
-) -> Tensor:
-    """Standard exponentials [R, 2, K] for `decide`: the race at index 0, the coins at index 1.
-
-    A row with its own generator gets the same noise whatever else is in the batch.
-    """
+def draw_noise(rows: int, max_candidates: int, device: torch.device | str) -> Tensor:
+    """Standard exponentials [R, 2, K] for `decide`: the race at index 0, the coins at index 1."""
     noise = torch.empty(rows, 2, max_candidates, device=device, dtype=torch.float32)
-    generators = generators or {}
-    if len(generators) < rows:
-        noise.exponential_()
-    for row, generator in generators.items():
-        noise[row].exponential_(generator=generator)
-    return noise
+    return noise.exponential_()
+
+
+def seeded_noise(
+    keys: Tensor,  # [R] int64, from `noise_key`
+    positions: Tensor,  # [R] int, index of the token that is drawn
+    token_ids: Tensor,  # [R, K] int64, the candidates
+) -> Tensor:
+    """The same as a function of seed, position and token alone: [R, 2, K] standard exponentials.
+
+    So a seed gives the same draws alone and in any batch, on every tensor-parallel rank, after
+    preemption, and in whatever order tied candidates come. A counter goes through the finaliser
+    of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA
+    2014); int64 multiplication wraps, and so serves for uint64.
+    """
+    kinds = torch.arange(1, 3, device=keys.device).unsqueeze(-1)  # race, coin
+    counters = 2 * token_ids.unsqueeze(1) + kinds  # [R, 2, K]
+    bits = (keys + positions.long() * POSITION_STEP).view(-1, 1, 1) + counters * GOLDEN_GAMMA
+    bits = (bits ^ _shifted(bits, 30)) * MIX[0]
+    bits = (bits ^ _shifted(bits, 27)) * MIX[1]
+    bits = bits ^ _shifted(bits, 31)
+    uniforms = (_shifted(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+    return uniforms.log().neg().float()
+
+
+def noise_key(seed: int) -> int:
+    """A request's seed, any int, as a key for `seeded_noise`; neighbouring seeds become strangers."""
+    mask = 2**64 - 1
+    bits = (seed + GOLDEN_GAMMA) & mask
+    bits = ((bits ^ (bits >> 30)) * MIX[0]) & mask
+    bits = ((bits ^ (bits >> 27)) * MIX[1]) & mask
+    bits ^= bits >> 31
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Logical shift to the right of int64, whose own shift copies the sign."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
 
 
 def proposal_times(
     candidates: Candidates,
     race: Tensor,  # [R, K] standard exponentials
-    greedy: Tensor,  # [R] bool
+    greedy: Tensor | None = None,  # [R] bool; None = no row
 ) -> Tensor:
     """When each candidate is proposed: [R, K], lower = earlier, +inf = never (not in the nucleus).
 
@@ -106,10 +149,12 @@ def proposal_times(
     without replacement. Its logarithm is returned, which orders alike and cannot overflow.
     Greedy rows propose by probability: 0, 1, 2...
     """
-    num_slots = race.shape[-1]
-    ranks = torch.arange(num_slots, device=race.device, dtype=race.dtype)
-    times = torch.where(greedy.unsqueeze(-1), ranks, race.log() - candidates.logprobs)
-    return times.masked_fill(candidates.logprobs == -math.inf, math.inf)
+    times = race.log() - candidates.logprobs
+    if greedy is None:
+        return times
+    ranks = torch.arange(times.shape[-1], device=times.device, dtype=times.dtype)
+    ranks = ranks.masked_fill(candidates.logprobs == -math.inf, math.inf)
+    return torch.where(greedy.unsqueeze(-1), ranks, times)
 
 
 def accept_mask(
@@ -117,50 +162,62 @@ def accept_mask(
     accept_logits: Tensor,  # [R, K]
     coins: Tensor,  # [R, K] standard exponentials
     *,
-    strength: Tensor,  # [R] float, >= 0
-    greedy: Tensor,  # [R] bool
+    strength: Tensor | None,  # [R] float, >= 0; None = 1 everywhere
+    greedy: Tensor | None = None,  # [R] bool; None = no row
 ) -> Tensor:
     """What the proxy answers if it is asked: [R, K] bool, True = accept.
 
     It accepts with probability a^strength, a = sigmoid(accept_logit). An exponential coin E comes
     up so, for P(E >= x) = exp(-x) and -log a = softplus(-accept_logit). Greedy rows flip no coin:
     they accept where a^strength >= 1/2. A row with one candidate accepts it: there is no choice.
+    What it says of slots outside the nucleus means nothing.
     """
-    cost = strength.unsqueeze(-1) * F.softplus(-accept_logits.float())
-    accepts = torch.where(greedy.unsqueeze(-1), cost <= math.log(2), coins >= cost)
-    inside = candidates.logprobs > -math.inf
-    return inside & (accepts | (inside.sum(-1, keepdim=True) == 1))
+    cost = F.softplus(-accept_logits)
+    if strength is not None:
+        cost = cost * strength.unsqueeze(-1)
+    has_one = (candidates.logprobs[:, 1:] == -math.inf).all(-1, keepdim=True)
+    cost = cost.masked_fill(has_one, 0.0)
+    if greedy is not None:
+        coins = coins.masked_fill(greedy.unsqueeze(-1), math.log(2))
+    return coins >= cost
+
+
+def settle(
+    candidates: Candidates,
+    times: Tensor,  # [R, K] from `proposal_times`
+    accepts: Tensor,  # [R, K] from `accept_mask`
+    max_rejections: Tensor,  # [R] int
+) -> Decision:
+    """The first accepted candidate of each row, or the most probable one where there is none.
+
+    `max_rejections` = 0 asks the proxy nothing and takes the most probable token.
+    """
+    first_time, first_slot = torch.where(accepts, times, math.inf).min(-1)  # [R] both
+    num_before = (times < first_time.unsqueeze(-1)).sum(-1)  # rejected if all of them were asked
+    forced = (first_time == math.inf) | (num_before >= max_rejections)
+    slots = first_slot.masked_fill(forced, 0)
+    return Decision(
+        slots=slots,
+        token_ids=candidates.token_ids.gather(-1, slots.unsqueeze(-1)).squeeze(-1),
+        num_proposed=torch.minimum(num_before + ~forced, max_rejections),
+        forced=forced,
+    )
 
 
 def decide(
     candidates: Candidates,
     accept_logits: Tensor,  # [R, K]
-    noise: Tensor,  # [R, 2, K] from `draw_noise`
+    noise: Tensor,  # [R, 2, K] from `draw_noise` or `seeded_noise`
     *,
-    strength: Tensor,  # [R] float, 0 = accept everything, 1 = the proxy as trained, more = stricter
+    strength: Tensor | None,  # [R] float, 0 = accept everything, 1 = as trained, more = stricter
     max_rejections: Tensor,  # [R] int
-    greedy: Tensor,  # [R] bool
+    greedy: Tensor | None = None,  # [R] bool
 ) -> Decision:
-    """The first accepted candidate of each row, or the most probable one where there is none.
-
-    `max_rejections` = 0 asks the proxy nothing and takes the most probable token (unless the row
-    has but one candidate, which always counts as proposed and accepted).
-    """
-    inside = candidates.logprobs > -math.inf
-    times = proposal_times(candidates, noise[:, 0], greedy)
-    accepts = accept_mask(candidates, accept_logits, noise[:, 1], strength=strength, greedy=greedy)
-    first_time, first_slot = times.masked_fill(~accepts, math.inf).min(-1)  # [R] both
-    num_before = (times < first_time.unsqueeze(-1)).sum(-1)  # rejected if all of them were asked
-    size = inside.sum(-1)
-    single = size == 1
-    forced = ~single & (~accepts.any(-1) | (num_before >= max_rejections))
-    slots = first_slot.masked_fill(forced, 0)
-    return Decision(
-        slots=slots,
-        token_ids=candidates.token_ids.gather(-1, slots.unsqueeze(-1)).squeeze(-1),
-        num_proposed=torch.where(forced, torch.minimum(size, max_rejections), num_before + 1),
-        forced=forced,
-    )
+    """The whole law: order of proposal, answers, decision. None as in the parts above."""
+    race, coins = noise.unbind(1)
+    times = proposal_times(candidates, race, greedy)
+    accepts = accept_mask(candidates, accept_logits, coins, strength=strength, greedy=greedy)
+    return settle(candidates, times, accepts, max_rejections)
 
 
 def proposed_mask(times: Tensor, decision: Decision) -> Tensor:

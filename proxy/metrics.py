@@ -1,9 +1,11 @@
 """Prometheus counters of the worker: what the proxies did to the text.
 
-    assent_tokens_aligned_total{proxy}        tokens emitted under a proxy
-    assent_candidates_proposed_total{proxy}   candidates put to it, the accepted ones included
-    assent_candidates_rejected_total{proxy}   candidates it threw away
-    assent_candidates_forced_total{proxy}     tokens emitted because it accepted none
+    assent_tokens_aligned_total{proxy,version}       tokens emitted under a proxy
+    assent_candidates_proposed_total{proxy,version}  candidates put to it, accepted ones included
+    assent_candidates_rejected_total{proxy,version}  candidates it threw away
+    assent_candidates_forced_total{proxy,version}    tokens emitted because it accepted none
+    assent_shadow_tokens_total{proxy,version}        tokens that a shadow proxy scored
+    assent_shadow_changed_total{proxy,version}       tokens that it would have decided otherwise
 
 The worker is a process of its own: the server sets PROMETHEUS_MULTIPROC_DIR before anything
 imports prometheus_client, and the numbers appear on its /metrics.
@@ -14,32 +16,44 @@ from typing import NamedTuple
 
 from prometheus_client import Counter
 
+_LABELS = ["proxy", "version"]
+
 
 class _Counters(NamedTuple):
     tokens: Counter
     proposed: Counter
     rejected: Counter
     forced: Counter
+    shadow_tokens: Counter
+    shadow_changed: Counter
 
 
 @cache  # a name can be registered only once in a process, whatever number of engines it holds
 def _counters() -> _Counters:
+    def counter(name: str, documentation: str) -> Counter:
+        return Counter(f"assent_{name}", documentation, _LABELS)
+
     return _Counters(
-        Counter("assent_tokens_aligned", "Tokens emitted under a proxy.", ["proxy"]),
-        Counter("assent_candidates_proposed", "Candidates put to a proxy.", ["proxy"]),
-        Counter("assent_candidates_rejected", "Candidates that a proxy rejected.", ["proxy"]),
-        Counter(
-            "assent_candidates_forced",
-            "Tokens emitted because a proxy accepted no candidate.",
-            ["proxy"],
-        ),
+        counter("tokens_aligned", "Tokens emitted under a proxy."),
+        counter("candidates_proposed", "Candidates put to a proxy."),
+        counter("candidates_rejected", "Candidates that a proxy rejected."),
+        counter("candidates_forced", "Tokens emitted because a proxy accepted no candidate."),
+        counter("shadow_tokens", "Tokens that a shadow proxy scored."),
+        counter("shadow_changed", "Tokens that a shadow proxy would have decided otherwise."),
     )
 
 
-def add(proxy: str, *, tokens: int, proposed: int, forced: int) -> None:
+def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) -> None:
     """Add what one proxy did since the last call."""
     counters = _counters()
-    counters.tokens.labels(proxy).inc(tokens)
-    counters.proposed.labels(proxy).inc(proposed)
-    counters.rejected.labels(proxy).inc(proposed - (tokens - forced))
-    counters.forced.labels(proxy).inc(forced)
+    counters.tokens.labels(proxy, version).inc(tokens)
+    counters.proposed.labels(proxy, version).inc(proposed)
+    counters.rejected.labels(proxy, version).inc(proposed - (tokens - forced))
+    counters.forced.labels(proxy, version).inc(forced)
+
+
+def add_shadow(proxy: str, version: str, *, tokens: int, changed: int) -> None:
+    """Add what one shadow proxy would have done since the last call."""
+    counters = _counters()
+    counters.shadow_tokens.labels(proxy, version).inc(tokens)
+    counters.shadow_changed.labels(proxy, version).inc(changed)

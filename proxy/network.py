@@ -8,10 +8,14 @@ scored at once (`acceptance` has the law that follows).
     u = W_h rms(h)      c = W_e rms(e(y))      x = [u + c, u * c, log p(y) / 5]
     accept logit = w · gelu(W x + b) + accept_bias
 
-c depends on the token alone, so `candidate_table` computes it once for the whole vocabulary.
+With W = [A B l] the product splits into A u, A c + b, B (u * c) and l log p(y) / 5. The first depends
+on the position alone; c and A c + b depend on the token alone, so `candidate_table` computes them once
+for the whole vocabulary. `state_features` and `accept_logits` do the rest, for one proxy or for
+several side by side: the trainer and the server both call them.
 """
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 # Log-probabilities enter as a feature; below this one, less probable makes no difference.
-_MIN_LOGPROB = -20.0
+MIN_LOGPROB = -20.0
 _LOGPROB_SCALE = 5.0
+NORM_FLOOR = 1e-6  # for a state that is all zero
 
 
 class ProxyConfig(BaseModel):
@@ -36,6 +41,54 @@ class ProxyConfig(BaseModel):
     max_rejections: int = Field(8, ge=0)  # a request may ask for another number
     use_logprob: bool = True  # whether the candidate's log-probability is a feature
     accept_bias: float = Field(2.0, allow_inf_nan=False)  # accept logit at the start: 2 = 88 %
+
+
+class Weights(NamedTuple):
+    """The part of the network that meets the hidden state, of P proxies of width W: float32."""
+
+    state: Tensor  # [P, H, 2W], gives u and A u
+    product: Tensor  # [P, W, W], B
+    logprob: Tensor  # [P, 1, W], l / 5
+    score: Tensor  # [P, W, 1], w
+    bias: Tensor  # [P, 1, 1]
+
+
+def state_features(weights: Weights, hidden: Tensor) -> Tensor:
+    """u and A u of every position: [P, R, H], the lm_head's input -> [P, R, 2W]."""
+    hidden = hidden.float()
+    # rms after the product: the same, and H / 2W times less to divide
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).add_(NORM_FLOOR)
+    return torch.bmm(hidden, weights.state).div(norm)
+
+
+def accept_logits(
+    weights: Weights,
+    features: Tensor,  # [P, R, 2W] from `state_features`
+    candidates: Tensor,  # [P, R, K, 2W], rows of the proxies' candidate tables
+    logprobs: Tensor,  # [P, R, K], natural log, renormalised over the nucleus; may be -inf
+) -> Tensor:
+    """Accept logits [P, R, K]: each proxy's own R positions; sigmoid gives probabilities."""
+    u, from_state = features.unsqueeze(2).chunk(2, -1)
+    c, from_candidate = candidates.chunk(2, -1)
+    mixed = torch.addcmul(
+        from_candidate + from_state,
+        logprobs.clamp(min=MIN_LOGPROB).unsqueeze(-1),
+        weights.logprob.unsqueeze(1),
+    )
+    mixed = torch.baddbmm(mixed.flatten(1, 2), (u * c).flatten(1, 2), weights.product)
+    return torch.baddbmm(weights.bias, F.gelu(mixed), weights.score).view_as(logprobs)
+
+
+def score_alone(
+    weights: Weights,  # P = 1
+    hidden: Tensor,  # [R, H]
+    candidates: Tensor,  # [R, K, 2W]
+    logprobs: Tensor,  # [R, K]
+) -> Tensor:
+    """Accept logits of a single proxy: [R, K]."""
+    features = state_features(weights, hidden.unsqueeze(0))
+    inputs = (candidates.unsqueeze(0), logprobs.unsqueeze(0))
+    return accept_logits(weights, features, *inputs).squeeze(0)
 
 
 class ProxyNetwork(nn.Module):
@@ -61,23 +114,26 @@ class ProxyNetwork(nn.Module):
         nn.init.zeros_(self.value_score.bias)
 
     def candidate_table(self, embeddings: Tensor) -> Tensor:
-        """Frozen embedding rows [V, H] -> the candidate half [V, width]; any part of V will do."""
-        return self.candidate_half(_rms_normalise(embeddings))
+        """Frozen embedding rows [V, H] -> c and A c + b, [V, 2 width]; any part of V will do."""
+        c = self.candidate_half(_rms_normalise(embeddings))
+        return torch.cat((c, F.linear(c, self._parts()[0], self.mix.bias)), dim=-1)
 
-    def forward(
-        self,
-        hidden: Tensor,  # [R, H], the lm_head's input
-        candidates: Tensor,  # [R, K, width], rows of the candidate table
-        logprobs: Tensor,  # [R, K], natural log, renormalised over the nucleus; may be -inf
-    ) -> Tensor:
-        """Accept logits [R, K]; sigmoid gives the probability of acceptance."""
-        state = self.state_half(_rms_normalise(hidden)).unsqueeze(-2)
-        candidates = candidates.float()
-        features = [state + candidates, state * candidates]
-        if self.config.use_logprob:
-            clamped = logprobs.float().clamp(_MIN_LOGPROB, 0.0) / _LOGPROB_SCALE
-            features.append(clamped.unsqueeze(-1))
-        return self.score(F.gelu(self.mix(torch.cat(features, dim=-1)))).squeeze(-1)
+    def weights(self) -> Weights:
+        """The other part, with P = 1."""
+        of_sum, of_product, of_logprob = self._parts()
+        state = self.state_half.weight
+        both = torch.cat((state, of_sum @ state)).T * math.sqrt(self.config.hidden_size)
+        return Weights(
+            state=both.unsqueeze(0),
+            product=of_product.T.unsqueeze(0),
+            logprob=of_logprob.T.unsqueeze(0) / _LOGPROB_SCALE,
+            score=self.score.weight.T.unsqueeze(0),
+            bias=self.score.bias.view(1, 1, 1),
+        )
+
+    def forward(self, hidden: Tensor, candidates: Tensor, logprobs: Tensor) -> Tensor:
+        """[R, H], rows of the candidate table [R, K, 2 width], logprobs [R, K] -> [R, K]."""
+        return score_alone(self.weights(), hidden, candidates, logprobs)
 
     def value(self, hidden: Tensor) -> Tensor:
         """Expected return from states [R, H] -> [R]; a head of its own."""
@@ -87,6 +143,15 @@ class ProxyNetwork(nn.Module):
     def num_parameters(self) -> int:
         """How many parameters training changes, the value head included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and l, the columns of the mixing layer; l is 0 if it is not a feature."""
+        width = self.config.width
+        weight = self.mix.weight
+        if not self.config.use_logprob:
+            weight = torch.cat((weight, weight.new_zeros(width, 1)), dim=-1)
+        of_sum, of_product, of_logprob = weight.split((width, width, 1), dim=-1)
+        return of_sum, of_product, of_logprob
 
 
 def _rms_normalise(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a request may ask of the proxy, and how it travels to the worker.
 
-The server validates `Alignment` at admission and puts `to_extra_args()` into vLLM's
-`SamplingParams.extra_args`; the worker finds it there with `alignment_of`.
+The server validates `Alignment` at admission, pins the proxy's version, and puts `to_extra_args()`
+into vLLM's `SamplingParams.extra_args`; the worker finds it there with `alignment_of`.
 """
 
 from collections.abc import Mapping
@@ -32,22 +32,39 @@ class Alignment(BaseModel):
         description="Rejections at one position before the LLM's most probable token is taken; "
         "none = the proxy's own number.",
     )
+    trace: bool = Field(
+        False, description="Report every token's candidates: what was rejected, and how likely."
+    )
+
+
+class WorkerAlignment(Alignment):
+    """The same with what the server adds: the worker's part of a request."""
+
+    version: str | None = Field(
+        None, description="The proxy's content hash; none = what the name stands for just now."
+    )
+    shadow: bool = Field(True, description="Whether shadow proxies may score this request.")
+
+    @property
+    def acts(self) -> bool:
+        """Whether a proxy decides; strength 0 is the frozen LLM's own draw."""
+        return self.proxy is not None and self.strength > 0
 
     def to_extra_args(self) -> dict[str, Any]:
         """The entry for `SamplingParams.extra_args`: plain JSON values."""
         return {EXTRA_ARGS_KEY: self.model_dump()}
 
 
-def alignment_of(extra_args: Mapping[str, Any] | None) -> Alignment | None:
-    """The alignment found in `SamplingParams.extra_args`; None if there is none to apply.
+def alignment_of(extra_args: Mapping[str, Any] | None) -> WorkerAlignment:
+    """The alignment found in `SamplingParams.extra_args`; plain sampling if there is none.
 
     Never raises: an exception in the worker would end the engine, and some routes take raw
     extra arguments from clients. What cannot be understood is plain sampling.
     """
-    if not isinstance(extra_args, Mapping):
-        return None
+    found = extra_args.get(EXTRA_ARGS_KEY) if isinstance(extra_args, Mapping) else None
+    if found is None:
+        return WorkerAlignment.model_construct()
     try:
-        alignment = Alignment.model_validate(extra_args.get(EXTRA_ARGS_KEY))
+        return WorkerAlignment.model_validate(found)
     except (ValidationError, RecursionError):
-        return None
-    return alignment if alignment.proxy is not None and alignment.strength > 0 else None
+        return WorkerAlignment.model_construct()

@@ -3,7 +3,7 @@
 Where it runs: `Sampler.forward` has taken raw logprobs and applied every constraint and penalty
 (grammar, allowed ids, bad words, min_tokens, logit_bias, penalties) when it calls `sample`. Here:
 
-    temperature -> min-p -> rows with a proxy:  nucleus -> accept logits -> decide
+    temperature -> min-p -> rows with a proxy:  the law (`proxy.hook.align`)
                          -> rows without:       vLLM's own top-k, top-p and draw
 
 Rows without a proxy get, bit for bit, what vLLM would draw from their generators; a batch without
@@ -12,35 +12,27 @@ well, without dice: proposals by probability, accepted where a^strength >= 1/2. 
 top-p and min-p off for greedy requests, so its nucleus is the K most probable tokens.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config.model import LogprobsMode
+from vllm.v1.sample.logits_processor import MinPLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from proxy.acceptance import decide, draw_noise, nucleus
-from proxy.ledger import Group, Ledger, Plan
-
-_GREEDY_TEMPERATURE = 1e-5  # vLLM takes anything below for greedy
-
-
-class Step(NamedTuple):
-    """What the worker knows about the step under way and vLLM's sampler is not told."""
-
-    plan: Plan
-    hidden: Tensor  # [R, H], the lm_head's input, row by row that of the logits
-    discarded: Tensor  # [R] bool, rows of unfinished prefills: their tokens are thrown away
-    ledger: Ledger
+from proxy.hook import Step, align, score_shadows
+from proxy.ledger import Batch
+from proxy.plan import Plan
+from proxy.rows import GREEDY_TEMPERATURE
 
 
 class ProxySampler(Sampler):
     """The worker turns vLLM's sampler into this class after the model has loaded.
 
-    `step` is set for the duration of one sampling step and only if some row has a proxy. Profile
-    and warm-up runs leave it None.
+    `step` is set for the duration of one sampling step and only if a proxy has something to do.
+    Profile and warm-up runs leave it None.
     """
 
     step: Step | None = None
@@ -55,92 +47,92 @@ class ProxySampler(Sampler):
         step, md = self.step, sampling_metadata
         if step is None or len(logits) != len(step.plan.req_ids):
             return super().sample(logits, md, logprobs_mode_override)
-        mode = logprobs_mode_override or self.logprobs_mode
         plan = step.plan
-        sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        mode = logprobs_mode_override or self.logprobs_mode
+        wants_processed = mode in ("processed_logits", "processed_logprobs") and (
+            md.max_num_logprobs is not None or bool(md.logprob_token_ids)
+        )
+        processed = None
+        if wants_processed and md.all_greedy:
+            processed = self._processed(logits, md, mode)
+        if not (plan.plain_rows or plan.shadowed is not None or wants_processed) and not (
+            self._uses_processors(plan, md)
+        ):
+            # The law takes the temperature on K candidates; nothing else of size V is needed.
+            return align(step, logits, md.top_k, md.top_p, tempered=False), processed
 
-        processed = self._processed(logits, md, mode) if md.all_greedy else None
         # vLLM takes the argmax before it applies the temperature; so must the plain rows.
-        plain_greedy = None
+        greedy_sampled = None
         if plan.plain_rows and not md.all_random:
-            plain_greedy = self.greedy_sample(logits[plan.plain_index])
+            greedy_sampled = self.greedy_sample(logits[plan.plain_index])
         if md.temperature is not None:
             logits = self.apply_temperature(logits, md.temperature, md.all_random)
         for processor in md.logitsprocs.argmax_invariant:
             logits = processor.apply(logits)
-        if not md.all_greedy:
+        if wants_processed and not md.all_greedy:
             processed = self._processed(logits, md, mode)
 
-        for group in plan.groups:
-            sampled[group.row_index] = self._align(logits, md, group, step)
+        sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        if plan.aligned is not None:
+            aligned = align(step, logits, md.top_k, md.top_p, tempered=True)
+            sampled[... if plan.aligned.index is None else plan.aligned.index] = aligned
         if plan.plain_rows:
-            sampled[plan.plain_index] = self._draw_plain(logits, md, plan, plain_greedy)
+            drawn = self._draw_plain(logits[plan.plain_index], md, plan, greedy_sampled)
+            sampled[plan.plain_index] = drawn
+        score_shadows(step, logits, md.top_k, md.top_p, sampled)
         return sampled, processed
 
-    def _align(self, logits: Tensor, md: SamplingMetadata, group: Group, step: Step) -> Tensor:
-        """The law, for the G rows of one proxy: token ids [G]."""
-
-        def rows_of(x: Tensor) -> Tensor:  # saves a copy of the logits where all rows are ours
-            return x if len(group.rows) == len(logits) else x[group.row_index]
-
-        network = group.proxy.network
-        candidates = nucleus(
-            rows_of(logits),
-            network.config.max_candidates,
-            None if md.top_k is None else rows_of(md.top_k),
-            None if md.top_p is None else rows_of(md.top_p),
+    def _uses_processors(self, plan: Plan, md: SamplingMetadata) -> bool:
+        """Whether something between temperature and top-k has work to do: min-p, or a plug-in."""
+        return plan.needs_processors or any(
+            type(processor) is not MinPLogitsProcessor
+            for processor in md.logitsprocs.argmax_invariant
         )
-        accept_logits = network(
-            rows_of(step.hidden), group.proxy.table[candidates.token_ids], candidates.logprobs
-        )
-        num_rows, num_candidates = candidates.token_ids.shape
-        if md.temperature is None:  # every row of the batch is greedy
-            greedy = torch.ones(num_rows, dtype=torch.bool, device=logits.device)
-        else:
-            greedy = rows_of(md.temperature) < _GREEDY_TEMPERATURE
-        decision = decide(
-            candidates,
-            accept_logits,
-            draw_noise(num_rows, num_candidates, logits.device, _reindexed(md, group.rows)),
-            strength=group.strength,
-            max_rejections=group.max_rejections,
-            greedy=greedy,
-        )
-        step.ledger.record(group, decision, step.discarded)
-        return decision.token_ids
 
     def _draw_plain(
-        self, logits: Tensor, md: SamplingMetadata, plan: Plan, greedy_sampled: Tensor | None
+        self,
+        logits: Tensor,  # [P, V]
+        md: SamplingMetadata,
+        plan: Plan,
+        greedy_sampled: Tensor | None,  # [P]
     ) -> Tensor:
         """vLLM's own last stages, for the P rows without a proxy: token ids [P]."""
-        if md.temperature is None:
+        if md.temperature is None:  # every row of the batch is greedy
             assert greedy_sampled is not None
             return greedy_sampled
         index = plan.plain_index
         drawn, _ = self.topk_topp_sampler(
-            logits[index],
-            _reindexed(md, plan.plain_rows),
+            logits,
+            {i: md.generators[row] for i, row in enumerate(plan.plain_rows) if row in md.generators}
+            if md.generators
+            else {},
             None if md.top_k is None else md.top_k[index],
             None if md.top_p is None else md.top_p[index],
         )
         if greedy_sampled is not None:
-            is_greedy = md.temperature[index] < _GREEDY_TEMPERATURE
+            is_greedy = md.temperature[index] < GREEDY_TEMPERATURE
             drawn = torch.where(is_greedy, greedy_sampled, drawn)
         return drawn.long()
 
-    def _processed(self, logits: Tensor, md: SamplingMetadata, mode: LogprobsMode) -> Tensor | None:
+    def _processed(self, logits: Tensor, md: SamplingMetadata, mode: LogprobsMode) -> Tensor:
         """What vLLM returns in its processed_* modes, of all rows alike: before the proxy."""
-        wanted = md.max_num_logprobs is not None or md.logprob_token_ids
-        if not wanted or mode not in ("processed_logits", "processed_logprobs"):
-            return None
         logits = logits.clone()
         if not md.all_greedy:
             logits = apply_top_k_top_p(logits, md.top_k, md.top_p)
         return logits if mode == "processed_logits" else self.compute_logprobs(logits)
 
 
-def _reindexed(md: SamplingMetadata, rows: list[int]) -> dict[int, torch.Generator]:
-    """The seeded rows' generators, by position within `rows`."""
-    if not md.generators:
-        return {}
-    return {i: md.generators[row] for i, row in enumerate(rows) if row in md.generators}
+def read_batch(runner: Any) -> Batch:
+    """The step that this model runner is about to sample."""
+    requests = runner.requests
+    req_ids = runner.input_batch.req_ids
+    count = len(req_ids)
+    discarded = runner.discard_request_mask
+    return Batch(
+        req_ids=req_ids,
+        params_of=lambda req_id: requests[req_id].sampling_params,
+        live=requests.keys(),
+        hidden=runner.execute_model_state.sample_hidden_states,
+        positions=runner.seq_lens[:count],
+        discarded=discarded.gpu[:count].clone() if discarded.np[:count].any() else None,
+    )

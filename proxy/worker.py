@@ -9,13 +9,12 @@ between two steps, without disturbing requests in flight. The answer is a list, 
 rank; an exception becomes an error of the call, and the engine goes on.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import importlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -25,11 +24,16 @@ from vllm.platforms import current_platform
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
-from proxy.checkpoint import BaseModelId, ProxyError, identify, load
-from proxy.ledger import Ledger, ServedProxy
-from proxy.sampler import ProxySampler, Step
+from proxy.checkpoint import BaseModelId, LoadedProxy, ProxyError, identify, load
+from proxy.hook import Step
+from proxy.ledger import Ledger
+from proxy.network import ProxyNetwork
+from proxy.registry import Registry
+from proxy.sampler import ProxySampler, read_batch
 
 _TABLE_CHUNK = 8192  # tokens embedded at once when a proxy is loaded
+
+_T = TypeVar("_T")
 
 
 def raised_by_last_rank(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,107 +55,157 @@ def raised_by_last_rank(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _on_all_ranks(part: Callable[[], tuple[_T, str]]) -> _T:
+    """Do a part of a load on every tensor-parallel rank and wait for the others.
+
+    `part` returns its result and what must be the same on all ranks.
+
+    Raises:
+        ProxyError: on every rank, whatever went wrong on whichever of them.
+    """
+    result, said, problem = None, "", ""
+    try:
+        result, said = part()
+    except ProxyError as error:
+        problem = str(error)
+    except Exception as error:  # a rank that left here would keep the others waiting for ever
+        problem = f"{type(error).__name__}: {error}"
+    group = get_tp_group()
+    ranks = [(problem, said)] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(ranks, (problem, said), group=group.cpu_group)
+    for rank, (problem, _) in enumerate(ranks):
+        if problem:
+            where = f" (tensor-parallel rank {rank})" if len(ranks) > 1 else ""
+            raise ProxyError(f"{problem}{where}")
+    if len({*ranks}) > 1:
+        raise ProxyError(f"The ranks read different checkpoints: {[said for _, said in ranks]}.")
+    return cast(_T, result)
+
+
 class ProxyGPUWorker(GPUWorker):
-    """vLLM's CUDA worker with proxies; needs VLLM_USE_V2_MODEL_RUNNER=0."""
+    """vLLM's CUDA worker with proxies, for both of its model runners."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         _refuse_unsupported(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
-        self._proxies: dict[str, ServedProxy] = {}
-        self._descriptions: dict[str, dict[str, Any]] = {}
         self._base: BaseModelId | None = None
+        self._preempted: set[str] = set()  # V2 alone
 
     # --- vLLM's own calls ---
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         sampler = self.model_runner.sampler
-        if type(sampler) not in (Sampler, ProxySampler):
+        if self.use_v2_model_runner:
+            from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
+
+            from proxy import sampler_v2
+
+            ours, theirs = sampler_v2.ProxySamplerV2, SamplerV2
+            self._read_batch = sampler_v2.read_batch
+        else:
+            ours, theirs = ProxySampler, Sampler
+            self._read_batch = read_batch
+        if type(sampler) not in (ours, theirs):
             raise ProxyError(
                 f"Proxies need vLLM's own sampler, and this set-up samples with "
                 f"{type(sampler).__name__}: switch off the feature that brings it."
             )
-        sampler.__class__ = ProxySampler
+        sampler.__class__ = ours
+        sampler.params = {}  # V2's reads them
+        self._registry = Registry(self.device)
         self._ledger = Ledger(self.device, reports=get_tp_group().rank_in_group == 0)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self.use_v2_model_runner:
+            # It forgets preempted requests, and gets them again as new ones.
+            self._preempted |= scheduler_output.preempted_req_ids or set()
+            self._preempted -= scheduler_output.finished_req_ids
+            self._preempted -= {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        output = super().execute_model(scheduler_output)
+        if self._registry.retired and scheduler_output.finished_req_ids:
+            self._free_unused()
+        return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         runner = self.model_runner
-        state = runner.execute_model_state
-        if state is None:
+        if runner.execute_model_state is None:
             return super().sample_tokens(grammar_output)
-        sampler = runner.sampler
-        with self._discarded_rows_unseeded():
-            try:
-                sampler.step = self._step(state.sample_hidden_states)
-                return super().sample_tokens(grammar_output)
-            finally:
-                sampler.step = None
+        # V2 has no generators.
+        generators = {} if self.use_v2_model_runner else runner.input_batch.generators
+        aside = self._of_discarded_rows(generators) if generators else {}
+        try:
+            runner.sampler.step = self._step()
+            return super().sample_tokens(grammar_output)
+        finally:
+            runner.sampler.step = None
+            generators.update(aside)
 
     # --- calls for collective_rpc ---
 
     @raised_by_last_rank
-    def load_proxy(self, name: str, directory: str) -> dict[str, Any]:
-        """Load a checkpoint under a name; requests that arrive from now on may ask for it.
+    def load_proxy(self, name: str, directory: str, shadow: bool = False) -> dict[str, Any]:
+        """Load a checkpoint under a name, on all ranks or on none.
 
-        Loading under a name in use replaces that proxy for new requests; those in flight keep
-        the one they began with.
+        From now on the name stands for this version in requests that ask for no other. Versions
+        loaded under it before stay, for requests that ask for them, until they are unloaded. The
+        same version again changes nothing.
+
+        Args:
+            name: what requests will call it.
+            directory: the checkpoint.
+            shadow: it only scores what others say; requests cannot ask for it.
 
         Returns:
-            The proxy's entry in `list_proxies`: name, version, directory, max_candidates,
-            max_rejections, num_parameters, base (name, fingerprint), training.
+            The proxy's entry in `list_proxies`: name, version, directory, shadow, max_candidates,
+            max_rejections, num_parameters, num_bytes, base (name, fingerprint), training.
 
         Raises:
             ProxyError: the checkpoint cannot be read, or belongs to another LLM.
         """
-        if not isinstance(name, str) or not name:
-            raise ProxyError(f"A proxy's name is a string of at least one character, not {name!r}.")
-        loaded = load(directory, base=self._base_model())
-        config = loaded.config
-        served = self.model_config.get_hidden_size(), self.model_config.get_vocab_size()
-        if (config.hidden_size, config.vocab_size) != served:
-            raise ProxyError(
-                f"The proxy in {directory} is made for hidden size {config.hidden_size} and "
-                f"vocabulary size {config.vocab_size}; the LLM has {served[0]} and {served[1]}."
-            )
-        network = loaded.network.to(self.device)
+        loaded = self._read_checkpoint(name, directory)
+
+        def together(add: Callable[[], None]) -> None:
+            def part() -> tuple[None, str]:
+                add()
+                return None, ""
+
+            _on_all_ranks(part)
+
+        self._free_unused()
         with torch.inference_mode():
-            chunks = [network.candidate_table(rows) for rows in self._embeddings()]
-        self._proxies[name] = ServedProxy(
-            name=name,
-            version=loaded.version,
-            network=network,
-            table=torch.cat(chunks),
-            totals=torch.zeros(3, dtype=torch.int64, device=self.device),
-        )
-        self._descriptions[name] = {
-            "name": name,
-            "version": loaded.version,
-            "directory": str(Path(directory).resolve()),
-            "max_candidates": config.max_candidates,
-            "max_rejections": config.max_rejections,
-            "num_parameters": network.num_parameters(),
-            "base": loaded.base.model_dump(),
-            "training": loaded.training,
-        }
-        return self._descriptions[name]
+            description = self._registry.load(
+                name,
+                directory,
+                loaded,
+                lambda: self._table(loaded.network.to(self.device)),
+                together,
+                shadow=shadow,
+            )
+        self._ledger.forget_plan()
+        return description
 
     @raised_by_last_rank
-    def unload_proxy(self, name: str) -> dict[str, Any]:
-        """Take a proxy away from new requests and return its entry; those in flight keep it.
+    def unload_proxy(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Take a version of a proxy away from new requests and return its entry.
+
+        Requests in flight keep it; its memory is given back when the last of them has ended.
+        Without a version: the one that the name stands for, or the only one there is.
 
         Raises:
-            ProxyError: no proxy of that name is loaded.
+            ProxyError: nothing of that name, or not this version of it, is loaded.
         """
-        if name not in self._proxies:
-            loaded = ", ".join(sorted(self._proxies)) or "none"
-            raise ProxyError(f"No proxy {name!r} is loaded. Loaded: {loaded}.")
-        del self._proxies[name]
-        return self._descriptions.pop(name)
+        description = self._registry.unload(name, version)
+        self._free_unused()
+        return description
 
     @raised_by_last_rank
     def list_proxies(self) -> list[dict[str, Any]]:
         """The loaded proxies, each as `load_proxy` returned it."""
-        return list(self._descriptions.values())
+        self._ledger.history.fold()
+        self._ledger.history.flush_metrics()
+        return self._registry.list()
 
     @raised_by_last_rank
     def take_alignment_counts(self, request_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -172,42 +226,111 @@ class ProxyGPUWorker(GPUWorker):
         A stop string is found after the fact, outside the engine, so such a request's counts
         may include the few tokens under way by then.
         """
-        self._ledger.flush_metrics()
-        return self._ledger.take(request_ids)
+        counts = self._ledger.take(request_ids)
+        self._ledger.history.flush_metrics()
+        return counts
+
+    @raised_by_last_rank
+    def take_traces(self, request_ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """What the proxies were asked in requests with `trace`, since the last time.
+
+        May be asked while a request runs; for what is left at its end ask before its counts.
+
+        Returns:
+            By the engine's own id, a list with an entry for every token emitted: token_id,
+            probability (within the nucleus), accept_probability (strength included; None where
+            the proxy was not asked), forced, and rejected: a list of the same three for each
+            candidate that was rejected before it, in the order of proposal. At most 4096 tokens
+            of a request are traced.
+        """
+        return self._ledger.take_traces(request_ids)
 
     # --- inside ---
 
-    def _step(self, hidden: Tensor) -> Step | None:
+    def _step(self) -> Step | None:
         """What the sampler has to know, or None if vLLM's own sampling is all that is needed."""
-        runner = self.model_runner
-        requests = runner.requests
-        plan = self._ledger.plan(
-            runner.input_batch.req_ids,
-            lambda req_id: requests[req_id].sampling_params,
-            requests.keys(),
-            self._proxies,
-        )
-        if not plan.groups or len(hidden) != len(plan.req_ids):
+        registry = self._registry
+        if not registry.pool.proxies:
             return None
-        return Step(plan, hidden, runner.discard_request_mask.gpu, self._ledger)
+        batch = self._read_batch(self.model_runner)
+        if self._preempted:
+            batch = batch._replace(live=self._live_requests())
+        shadows = registry.shadows
+        plan = self._ledger.plan(batch, registry.pool, registry.find, has_shadows=bool(shadows))
+        if plan.aligned is None and plan.shadowed is None:
+            return None
+        if len(batch.hidden) != len(plan.req_ids):
+            return None
+        history = self._ledger.history
+        return Step(plan, batch.hidden, batch.positions, batch.discarded, shadows, history)
 
-    @contextmanager
-    def _discarded_rows_unseeded(self) -> Iterator[None]:
-        """Set aside the generators of rows whose token will be thrown away.
+    def _read_checkpoint(self, name: str, directory: str) -> LoadedProxy:
+        """What `load` says, if it says the same on every rank. Raises ProxyError."""
+
+        def read() -> tuple[LoadedProxy, str]:
+            if not isinstance(name, str) or not name:
+                raise ProxyError(
+                    f"A proxy's name is a string of at least one character, not {name!r}."
+                )
+            loaded = load(directory, base=self._base_model())
+            if self.device.type == "cpu":
+                # Takes a second: now, not in the first request.
+                importlib.import_module("proxy.loop")
+            return loaded, loaded.version
+
+        loaded = _on_all_ranks(read)
+        made_for = loaded.config.hidden_size, loaded.config.vocab_size
+        # Not config.hidden_size: some embeddings, and then the head's inputs, are narrower.
+        # All ranks are here by now, and they share the embeddings out among them.
+        served = next(self._embeddings()).shape[-1], self.model_config.get_vocab_size()
+        if made_for != served:
+            raise ProxyError(
+                f"The proxy in {directory} is made for hidden size {made_for[0]} and "
+                f"vocabulary size {made_for[1]}; the LLM has {served[0]} and {served[1]}."
+            )
+        return loaded
+
+    def _table(self, network: ProxyNetwork) -> Tensor:
+        """The candidate table [V, 2 width]; goes through to the end even if this rank cannot.
+
+        The other ranks wait for it at every chunk of the embeddings.
+        """
+        chunks: list[Tensor] = []
+        failure: Exception | None = None
+        for rows in self._embeddings():
+            try:
+                if failure is None:
+                    chunks.append(network.candidate_table(rows))
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return torch.cat(chunks)
+
+    def _free_unused(self) -> None:
+        """Give back what unloaded proxies occupy, as soon as no request uses them."""
+        if not self._registry.retired:
+            return
+        with torch.inference_mode():
+            self._registry.free(self._ledger.proxies_in_use(self._live_requests()))
+        self._ledger.forget_plan()
+
+    def _live_requests(self) -> Collection[str]:
+        if self.use_v2_model_runner:
+            return self.model_runner.req_states.req_id_to_index.keys() | self._preempted
+        return self.model_runner.requests.keys()
+
+    def _of_discarded_rows(
+        self, generators: dict[int, torch.Generator]
+    ) -> dict[int, torch.Generator]:
+        """Take out the generators of rows whose token will be thrown away.
 
         vLLM draws for unfinished prefills too and winds the generator back afterwards, which a
         CPU generator cannot do: a seeded request with a chunked prefill would end the engine.
         """
-        batch = self.model_runner.input_batch
-        aside = {}
-        if batch.generators:
-            discarded = np.nonzero(self.model_runner.discard_request_mask.np[: batch.num_reqs])[0]
-            rows = [row for row in discarded.tolist() if row in batch.generators]
-            aside = {row: batch.generators.pop(row) for row in rows}
-        try:
-            yield
-        finally:
-            batch.generators.update(aside)
+        discarded = self.model_runner.discard_request_mask.np
+        rows = [row for row in generators if discarded[row]]
+        return {row: generators.pop(row) for row in rows}
 
     def _base_model(self) -> BaseModelId:
         """The LLM being served; its fingerprint is taken when the first proxy is loaded."""
@@ -231,8 +354,15 @@ if current_platform.is_cpu():
     # Not elsewhere: importing vLLM's CPU worker puts dummies in the place of torch.cuda's streams.
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from proxy.lora_cpu import keep_adapters_off_frozen_rows
+
     class ProxyCPUWorker(ProxyGPUWorker, CPUWorker):
         """vLLM's CPU worker, itself a kind of its CUDA worker, with proxies."""
+
+        def load_model(self, *args: Any, **kwargs: Any) -> None:
+            super().load_model(*args, **kwargs)
+            if self.vllm_config.lora_config is not None:
+                keep_adapters_off_frozen_rows(self.model_runner)
 
 
 @contextmanager
@@ -251,13 +381,15 @@ def _frozen_embeddings(model: nn.Module) -> Iterator[None]:
 def _refuse_unsupported(config: VllmConfig) -> None:
     """Stop at start-up what would go wrong without a word later."""
     reasons = []
-    if config.use_v2_model_runner:
-        reasons.append("Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)")
     if config.speculative_config is not None:
         reasons.append("speculative decoding (leave out --speculative-config)")
     if config.parallel_config.enable_batch_sharded_sampling:
         reasons.append("batch-sharded sampling (leave out --enable-batch-sharded-sampling)")
     if config.parallel_config.pipeline_parallel_size > 1:
         reasons.append("pipeline parallelism (use --tensor-parallel-size)")
+    if config.parallel_config.prefill_context_parallel_size > 1:
+        reasons.append("prefill context parallelism (use --tensor-parallel-size)")
+    if config.model_config is not None and config.model_config.enable_trace_replay:
+        reasons.append("trace replay (leave out --enable-trace-replay)")
     if reasons:
         raise ProxyError(f"Proxies do not work yet with {'; '.join(reasons)}.")

@@ -22,7 +22,9 @@ FORBIDDEN = {
 
 # The only files that may import vllm. Whoever upgrades vLLM reads these.
 VLLM_FILES = {
+    "proxy/lora_cpu.py",
     "proxy/sampler.py",
+    "proxy/sampler_v2.py",
     "proxy/worker.py",
     "server/cli.py",
     "server/engine.py",

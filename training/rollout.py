@@ -21,7 +21,7 @@ from proxy.acceptance import (
     proposed_mask,
 )
 from proxy.exact import divergence, emission_probabilities
-from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.network import ProxyConfig, ProxyNetwork, score_alone
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ class Policy:
         with torch.no_grad():
             embeddings = model.get_input_embeddings().weight
             self._table = network.candidate_table(embeddings) if network else None
+            self._weights = network.weights() if network else None
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
         """[R, K]; without a network the strength is 0, and they do not matter."""
-        if self.network is None or self._table is None:
+        if self._weights is None or self._table is None:
             return torch.zeros_like(candidates.logprobs)
-        return self.network(hidden, self._table[candidates.token_ids], candidates.logprobs)
+        table_rows = self._table[candidates.token_ids]
+        return score_alone(self._weights, hidden, table_rows, candidates.logprobs)
 
 
 def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:

@@ -122,7 +122,7 @@ logged "${install[@]}" "$lock" || logged "${pip_install[@]}" -r "$lock" ||
 begin 5 "assent itself, and a first import"
 logged "${pip_install[@]}" --no-build-isolation --editable . ||
     fail "the log says what is wrong with pyproject.toml."
-logged "$python" -c "import server, proxy, judge, training, torch, vllm
+logged "$python" -c "import server, proxy.loop, judge, training, torch, vllm  # proxy.loop compiles
 assert (torch.version.cuda is not None) == ('$device' == 'cuda'), torch.__version__" ||
     fail "the last line says what could not be imported; mend it if it is ours."
 

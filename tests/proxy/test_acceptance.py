@@ -6,13 +6,13 @@ below 1e-6, and seeds are fixed.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, fisher_exact
+from scipy.stats import fisher_exact, kstest, pearsonr
 
 from proxy.acceptance import (
     Candidates,
@@ -20,14 +20,19 @@ from proxy.acceptance import (
     accept_mask,
     decide,
     draw_noise,
+    noise_key,
     nucleus,
     proposal_times,
     proposed_mask,
+    seeded_noise,
 )
-
-FALSE_ALARM = 1e-6
-
-Outcome = tuple[int, int, bool]  # emitted slot, number proposed, forced
+from tests.proxy.references import (
+    FALSE_ALARM,
+    Outcome,
+    assert_follows,
+    enumerate_law,
+    loop_law,
+)
 
 
 def candidates_of(logits: list[float] | torch.Tensor) -> Candidates:
@@ -71,53 +76,6 @@ def outcomes(decision: Decision) -> Counter[Outcome]:
             strict=True,
         )
     )
-
-
-def enumerate_law(p: list[float], a: list[float], max_rejections: int) -> dict[Outcome, float]:
-    """The probability of every outcome, over all orders and coins. p, a: [K] probabilities."""
-    inside = [slot for slot, prob in enumerate(p) if prob > 0]
-    if len(inside) == 1:
-        return {(inside[0], 1, False): 1.0}
-    law: dict[Outcome, float] = defaultdict(float)
-
-    def visit(left: list[int], reached: float, proposed: int) -> None:
-        if not left or proposed >= max_rejections:
-            law[0, proposed, True] += reached
-            return
-        total = sum(p[slot] for slot in left)
-        for slot in left:
-            here = reached * p[slot] / total
-            law[slot, proposed + 1, False] += here * a[slot]
-            visit([s for s in left if s != slot], here * (1 - a[slot]), proposed + 1)
-
-    visit(inside, 1.0, 0)
-    return dict(law)
-
-
-def loop_law(p: list[float], a: list[float], max_rejections: int, rng: np.random.Generator):
-    """The paper's loop: draw from what is left of the nucleus, ask the proxy, remove, again."""
-    left = {slot: prob for slot, prob in enumerate(p) if prob > 0}
-    if len(left) == 1:
-        return next(iter(left)), 1, False
-    proposed = 0
-    while left and proposed < max_rejections:
-        weights = np.array(list(left.values()))
-        slot = int(rng.choice(list(left), p=weights / weights.sum()))
-        proposed += 1
-        if rng.random() < a[slot]:
-            return slot, proposed, False
-        del left[slot]
-    return 0, proposed, True
-
-
-def assert_follows(counts: Counter[Outcome], law: dict[Outcome, float], tests: int = 1) -> None:
-    """`counts` are draws from `law`; `tests` = how many such comparisons the test makes."""
-    total = counts.total()
-    impossible = {o: n for o, n in counts.items() if law.get(o, 0.0) < 1e-30}
-    assert not impossible
-    for outcome, probability in law.items():
-        result = binomtest(counts[outcome], total, min(probability, 1.0))
-        assert result.pvalue > FALSE_ALARM / (tests * len(law)), (outcome, counts, law)
 
 
 def random_cases() -> Iterator[tuple[list[float], list[float], float, int]]:
@@ -290,14 +248,60 @@ def test_proposed_mask_marks_what_the_counts_count():
     assert decision.forced.any() and not decision.forced.all()
 
 
-def test_seeded_rows_draw_alike_alone_and_in_a_batch():
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(11)
+def test_seeded_noise_depends_on_seed_position_and_token_alone():
+    keys = torch.tensor([noise_key(seed) for seed in (11, 12, 11, -3)])
+    positions = torch.tensor([40, 40, 41, 40])
+    token_ids = torch.tensor([[7, 0, 900_000, 33]]).repeat(4, 1)
+    batch = seeded_noise(keys, positions, token_ids)
+    assert torch.equal(batch[:1], seeded_noise(keys[:1], positions[:1].int(), token_ids[:1]))
+    # Neither more candidates nor another order of them changes what a token draws.
+    more = torch.cat((torch.arange(100, 120).repeat(4, 1), token_ids.flip(-1)), dim=-1)
+    assert torch.equal(batch, seeded_noise(keys, positions, more)[:, :, 20:].flip(-1))
+    assert len(batch.unique()) == batch.numel()
 
-    alone = draw_noise(1, 8, "cpu", {0: generator()})
-    batch = draw_noise(5, 8, "cpu", {3: generator()})
-    assert torch.equal(alone[0], batch[3])
-    assert not torch.equal(batch[0], batch[1])
+
+def test_seeded_noise_is_splitmix64():
+    """Against the published algorithm in plain Python integers: counter in, finaliser, -log(u)."""
+
+    def mix(bits: int) -> int:
+        bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+        bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) % 2**64
+        return bits ^ bits >> 31
+
+    # The generator's first outputs from state 1234567, as published with its reference code.
+    gamma = 0x9E3779B97F4A7C15
+    assert [mix((1234567 + i * gamma) % 2**64) for i in (1, 2)] == [
+        6457827717110365317,
+        3203168211198807973,
+    ]
+    seed, position, token_ids = 2**63 + 5, 300, [0, 5, 151_935]
+    noise = seeded_noise(
+        torch.tensor([noise_key(seed)]), torch.tensor([position]), torch.tensor([token_ids])
+    )
+    for kind in (0, 1):
+        for slot, token_id in enumerate(token_ids):
+            counter = mix((seed + gamma) % 2**64) + position * 0xD1342543DE82EF95
+            bits = mix((counter + (2 * token_id + kind + 1) * gamma) % 2**64)
+            expected = -math.log(((bits >> 11) + 0.5) / 2**53)
+            assert noise[0, kind, slot].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_seeded_noise_is_exponential_and_uncorrelated():
+    """Kolmogorov-Smirnov and correlations over neighbouring seeds, positions and tokens."""
+    keys = torch.tensor([noise_key(seed) for seed in range(300)]).repeat_interleave(40)
+    token_ids = torch.arange(16).expand(12_000, -1)
+    noise = seeded_noise(keys, torch.arange(40).repeat(300), token_ids).double()
+    flat = noise.flatten(1)  # [12000, 32]
+    columns = [kstest(flat[:, column].numpy(), "expon").pvalue for column in range(32)]
+    assert min(columns) > FALSE_ALARM / 32
+    series = [
+        (flat[:, 0], flat[:, 1]),  # race and race of the next token
+        (noise[:, 0, 0], noise[:, 1, 0]),  # race and coin
+        (flat[:-1, 5], flat[1:, 5]),  # position and the next
+        (flat[:-40, 5], flat[40:, 5]),  # seed and the next
+    ]
+    for one, other in series:
+        assert pearsonr(one.numpy(), other.numpy()).pvalue > FALSE_ALARM / len(series)
 
 
 def test_nucleus_by_hand():
@@ -384,6 +388,8 @@ def test_nothing_reads_a_tensor_on_the_host():
             max_rejections=torch.empty(4, dtype=torch.int64),
             greedy=greedy,
         )
+        keys, positions = torch.empty(2, 4, dtype=torch.int64)
+        seeded_noise(keys, positions, candidates.token_ids)
         mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
     assert [tuple(x.shape) for x in (*decision, mask)] == [(4,), (4,), (4,), (4,), (4, 8)]
     assert decision.token_ids.dtype == decision.slots.dtype == torch.int64

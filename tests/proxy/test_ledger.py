@@ -1,42 +1,68 @@
 """Assignments and counts, without an engine."""
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from proxy.acceptance import Decision
-from proxy.ledger import Ledger, Plan, ServedProxy
-from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.acceptance import Decision, noise_key
+from proxy.ledger import Batch, Ledger
+from proxy.plan import Plan
+from proxy.pool import ProxyPool, ServedProxy
+from proxy.rows import Assignment
+from tests.proxy.proxies import opinionated, put_into
 
 EOS = 1
 
 
-def served(name: str, version: str = "v1") -> ServedProxy:
-    network = ProxyNetwork(ProxyConfig(hidden_size=4, vocab_size=10, width=2, max_rejections=5))
-    totals = torch.zeros(3, dtype=torch.int64)
-    return ServedProxy(name, version, network, torch.zeros(10, 2), totals)
-
-
 def params(proxy: str | None, **alignment: Any) -> Any:
-    extra_args = {"alignment": {"proxy": proxy, **alignment}} if proxy else None
-    return SimpleNamespace(extra_args=extra_args, stop_token_ids=[], eos_token_id=EOS)
+    """vLLM's SamplingParams, as far as they matter here."""
+    own = {
+        "stop_token_ids": [],
+        "eos_token_id": EOS,
+        "seed": None,
+        "temperature": 1.0,
+        "min_p": 0.0,
+    }
+    own |= {key: alignment.pop(key) for key in tuple(alignment) if key in own}
+    found = {"alignment": alignment | {"proxy": proxy}} if proxy or alignment else None
+    return SimpleNamespace(extra_args=found, **own)
 
 
 class Worker:
-    """The requests that a worker has in hand, and its ledger."""
+    """The requests that a worker has in hand, its proxies, and its ledger."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.ledger = Ledger(torch.device("cpu"), **kwargs)
         self.requests: dict[str, Any] = {}
-        self.proxies = {name: served(name) for name in ("a", "b")}
+        self.pool = ProxyPool()
+        self.proxies: dict[tuple[str, str | None], ServedProxy] = {}
+        for name in ("a", "b"):
+            self.load(name)
 
-    def plan(self, batch: list[str] | None = None) -> Plan:
-        batch = list(self.requests) if batch is None else batch
-        return self.ledger.plan(
-            batch, self.requests.__getitem__, self.requests.keys(), self.proxies
+    def load(self, name: str, version: str = "v1") -> ServedProxy:
+        proxy = put_into(self.pool, name, opinionated(1, max_rejections=5), version).served
+        self.proxies[name, None] = self.proxies[name, version] = proxy
+        return proxy
+
+    def plan(self, batch: list[str] | None = None, *, has_shadows: bool = False) -> Plan:
+        chosen = Batch(
+            req_ids=list(self.requests) if batch is None else batch,
+            params_of=self.requests.__getitem__,
+            live=self.requests.keys(),
+            hidden=torch.empty(0),
+            positions=torch.empty(0),
+            discarded=None,
         )
+        find = self.proxies.get
+        return self.ledger.plan(chosen, self.pool, lambda *key: find(key), has_shadows=has_shadows)
+
+    def assignments(self) -> list[Assignment]:
+        """Those of all requests that a proxy decides."""
+        rows = self.plan().aligned
+        return [] if rows is None else rows.assignments
 
     def step(
         self,
@@ -47,47 +73,77 @@ class Worker:
         plan: Plan | None = None,
     ) -> None:
         """Decide for every row alike; token 7 unless told otherwise."""
-        plan = plan or self.plan()
-        mask = torch.tensor([req_id in discarded for req_id in plan.req_ids])
-        for group in plan.groups:
-            ids = [(tokens or {}).get(plan.req_ids[row], 7) for row in group.rows]
-            rows = len(ids)
-            decision = Decision(
-                slots=torch.zeros(rows, dtype=torch.int64),
-                token_ids=torch.tensor(ids),
-                num_proposed=torch.full((rows,), proposed),
-                forced=torch.full((rows,), forced),
-            )
-            self.ledger.record(group, decision, mask)
+        rows = (plan or self.plan()).aligned
+        if rows is None:
+            return
+        ids = [a.req_id for a in rows.assignments]
+        decision = Decision(
+            slots=torch.zeros(len(ids), dtype=torch.int64),
+            token_ids=torch.tensor([(tokens or {}).get(req_id, 7) for req_id in ids]),
+            num_proposed=torch.full((len(ids),), proposed),
+            forced=torch.full((len(ids),), forced),
+        )
+        mask = torch.tensor([req_id in discarded for req_id in ids])
+        self.ledger.history.record(rows, decision, mask)
 
 
-def test_rows_are_grouped_by_proxy():
+def test_what_each_request_gets():
     worker = Worker()
     worker.requests = {
-        "r0": params("a", strength=2.0),
+        "r0": params("a", strength=2.0, temperature=0.0),
         "r1": params(None),
-        "r2": params("b", max_rejections=0),
-        "r3": params("a"),
+        "r2": params("b", max_rejections=0, trace=True, stop_token_ids=[8, 9]),
+        "r3": params("a", seed=-5, shadow=False, min_p=0.25),
         "r4": params("unknown"),
         "r5": params("b", strength=0),
+        "r6": params("a", version="v1"),
+        "r7": params("a", version="v2"),
     }
-    plan = worker.plan()
-    a, b = plan.groups
-    assert (a.proxy.name, a.rows, a.strength.tolist()) == ("a", [0, 3], [2.0, 1.0])
-    assert a.max_rejections.tolist() == [5, 5]  # the proxy's own number
-    assert (b.proxy.name, b.rows, b.max_rejections.tolist()) == ("b", [2], [0])
-    assert plan.plain_rows == plan.plain_index.tolist() == [1, 4, 5]
+    plan = worker.plan(has_shadows=True)
+    assert plan.aligned is not None and plan.shadowed is not None
+    assert plan.plain_rows == [1, 4, 5, 7]
+    assert plan.shadowed.tolist() == [True, True, True, False, True, True, True, True]
+    assert plan.needs_processors
+    r0, r2, r3, r6 = plan.aligned.assignments
+    assert [proxy.name for proxy in plan.aligned.proxies] == ["a", "b", "a", "a"]
+    assert [a.strength for a in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]
+    assert [a.max_rejections for a in (r0, r2, r3, r6)] == [5, 0, 5, 5]  # the proxy's own number
+    assert [a.is_greedy for a in (r0, r2, r3, r6)] == [True, False, False, False]
+    assert [a.traced for a in (r0, r2, r3, r6)] == [False, True, False, False]
+    assert (r3.key, r3.is_seeded) == (noise_key(-5), True)
+    assert not r0.is_seeded and len({a.key for a in (r0, r2, r3, r6)}) == 4
+    assert set(r2.stop_ids) == {8, 9, EOS}
+    assert len({a.slot for a in (r0, r2, r3, r6)} - {0}) == 4
+
+
+def test_an_unknown_proxy_is_said_once_and_sampled_without(caplog):
+    worker = Worker()
+    worker.requests = {"r0": params("unknown"), "r1": params("a", version="v9")}
+    with caplog.at_level(logging.WARNING, logger="proxy.ledger"):
+        for batch in (["r0"], ["r0", "r1"], ["r1"]):
+            assert worker.plan(batch).aligned is None
+    assert [record.args for record in caplog.records] == [("unknown", None), ("a", "v9")]
+
+
+def test_params_without_anything():
+    """Pooling requests have none, and warm-up ones may lack extra arguments."""
+    worker = Worker()
+    worker.requests = {"r0": None, "r1": SimpleNamespace(extra_args=None)}
+    assert worker.plan().plain_rows == [0, 1]
 
 
 def test_plan_is_cached_while_the_batch_is_the_same():
     worker = Worker()
     worker.requests = {"r0": params("a"), "r1": params("b")}
     first = worker.plan(["r0", "r1"])
+    before = worker.assignments()
     assert worker.plan(["r0", "r1"]) is first
     swapped = worker.plan(["r1", "r0"])
-    assert [(g.proxy.name, g.rows) for g in swapped.groups] == [("b", [0]), ("a", [1])]
-    slots = {g.proxy.name: g.slots.tolist() for g in first.groups}
-    assert {g.proxy.name: g.slots.tolist() for g in swapped.groups} == slots
+    assert swapped is not first
+    assert swapped.aligned is not None
+    assert swapped.aligned.assignments == before[::-1]
+    worker.ledger.forget_plan()
+    assert worker.plan(["r1", "r0"]) is not swapped
 
 
 def test_counts_add_up_and_are_taken_once():
@@ -153,13 +209,15 @@ def test_a_request_keeps_the_version_it_began_with():
     worker = Worker()
     worker.requests = {"x": params("a"), "y": params("b"), "early": params("late")}
     worker.step()
-    worker.proxies = {"a": served("a", "v2"), "late": served("late")}
-    worker.requests["z"] = params("a")
+    worker.load("a", "v2")
+    worker.load("late")
+    del worker.proxies["b", None]
+    worker.requests |= {"z": params("a"), "old": params("a", version="v1"), "b": params("b")}
     worker.step()
-    assert [g.proxy.version for g in worker.plan().groups] == ["v1", "v1", "v2"]
-    counts = worker.ledger.take(["x", "y", "z", "early"])
-    assert {r: c["version"] for r, c in counts.items()} == {"x": "v1", "y": "v1", "z": "v2"}
-    assert [counts[r]["accepted"] for r in "xyz"] == [2, 2, 1]
+    counts = worker.ledger.take(["x", "y", "z", "old", "early", "b"])
+    versions = {r: c["version"] for r, c in counts.items()}
+    assert versions == {"x": "v1", "y": "v1", "z": "v2", "old": "v1"}
+    assert [counts[r]["accepted"] for r in ("x", "y", "z", "old")] == [2, 2, 1, 1]
 
 
 def test_a_preempted_request_keeps_its_counts():
@@ -170,6 +228,65 @@ def test_a_preempted_request_keeps_its_counts():
     worker.step()
     counts = worker.ledger.take(["x", "y"])
     assert [counts[r]["accepted"] for r in "xy"] == [2, 3]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_request_that_the_runner_dropped_goes_on_where_it_was(seed):
+    """vLLM's second model runner forgets a preempted request and shows it again as a new one."""
+    worker = Worker()
+    worker.requests = {"x": params("a", seed=seed), "y": params("b")}
+    worker.step()
+    (before, _) = worker.assignments()
+    dropped = worker.requests.pop("x")
+    worker.step()
+    assert worker.ledger.proxies_in_use(worker.requests) == {worker.proxies["b", None]}
+    worker.load("a", "v2")
+    worker.requests["x"] = dropped
+    worker.step()
+    assert worker.assignments()[1] == before
+    counts = worker.ledger.take(["x", "y"])
+    assert (counts["x"]["accepted"], counts["y"]["accepted"]) == (2, 3)
+    assert counts["x"]["version"] == "v1"
+
+
+def test_proxies_in_use():
+    worker = Worker()
+    a, b = worker.proxies["a", None], worker.proxies["b", None]
+    worker.requests = {"x": params("a"), "y": params("b"), "z": params(None)}
+    assert worker.ledger.proxies_in_use(worker.requests) == set()  # none has begun
+    worker.step()
+    assert worker.ledger.proxies_in_use(worker.requests) == {a, b}
+    worker.ledger.take(["y"])  # asked for while it runs: it goes on
+    assert worker.ledger.proxies_in_use(worker.requests) == {a, b}
+    del worker.requests["x"]
+    assert worker.ledger.proxies_in_use(worker.requests) == {b}
+    assert worker.ledger.take(["x"])["x"]["accepted"] == 1
+    worker.requests.clear()
+    assert worker.ledger.proxies_in_use(worker.requests) == set()
+
+
+def test_forgetting_the_plan_counts_what_was_decided():
+    """What is not counted yet would keep the tensors of a pool that is no more."""
+    worker = Worker()
+    worker.requests = {"x": params("a")}
+    for _ in range(3):
+        worker.step()
+    assert len(worker.ledger.history._records) == 3
+    worker.ledger.forget_plan()
+    assert worker.ledger.history._records == []
+    assert worker.ledger.take(["x"])["x"]["accepted"] == 3
+
+
+def test_unseeded_requests_draw_alike_on_all_ranks():
+    """vLLM seeds torch's generator alike on all of them; two requests never share a key."""
+    keys = []
+    for _rank in range(2):
+        torch.manual_seed(11)
+        worker = Worker()
+        torch.manual_seed(12)
+        worker.requests = {f"r{i}": params("a") for i in range(5)}
+        keys.append([a.key for a in worker.assignments()])
+    assert keys[0] == keys[1] and len(set(keys[0])) == 5
 
 
 def test_memory_is_bounded():
@@ -189,7 +306,7 @@ def test_memory_is_bounded():
         "r48": 1,
         "r49": 1,
     }
-    assert worker.ledger._counts.shape == (5, 3)
+    assert worker.ledger.history.size() == 5
     assert not worker.ledger._internal_ids and not worker.ledger._live
 
 
@@ -213,24 +330,43 @@ def test_a_slot_starts_from_zero_for_its_next_owner():
 
 def test_ranks_that_do_not_report_count_nothing():
     worker = Worker(reports=False)
-    worker.requests = {"x": params("a")}
+    worker.requests = {"x": params("a", trace=True)}
     worker.step()
+    assert worker.ledger.take_traces(["x"]) == {}
     assert worker.ledger.take(["x"]) == {}
-    assert worker.proxies["a"].totals.tolist() == [0, 0, 0]
 
 
-def test_metrics():
-    from prometheus_client import REGISTRY
-
-    def read(name: str) -> float:
-        return REGISTRY.get_sample_value(name, {"proxy": "metered"}) or 0.0
-
+def test_traces_by_the_callers_id():
+    """Whatever is new of those that are traced, and nothing once the counts have been taken."""
     worker = Worker()
-    worker.proxies = {"metered": served("metered")}
-    worker.requests = {"x": params("metered"), "y": params("metered"), "z": params(None)}
-    worker.step(proposed=4)
-    worker.step(proposed=6, forced=True)
-    assert read("assent_tokens_aligned_total") == 4
-    assert read("assent_candidates_proposed_total") == 20
-    assert read("assent_candidates_rejected_total") == 18
-    assert read("assent_candidates_forced_total") == 2
+    worker.requests = {
+        "0_abc-0000000a": params("a", trace=True, eos_token_id=None),
+        "1_abc-0000000a": params("b", trace=True, eos_token_id=None),
+        "quiet-0000000b": params("a"),
+    }
+    plan = worker.plan()
+    assert plan.aligned is not None
+
+    def step() -> None:
+        args = torch.randn(3, 40), torch.randn(3, 12), torch.zeros(3), None, None
+        assert plan.aligned is not None
+        decision, tracing = plan.aligned.decide(*args, tempered=False)
+        worker.ledger.history.record(plan.aligned, decision, None, tracing)
+
+    def lengths(asked: list[str]) -> dict[str, int]:
+        taken = worker.ledger.take_traces(asked)
+        return {req_id: len(entries) for req_id, entries in taken.items()}
+
+    step()
+    step()
+    assert lengths(["abc", "quiet", "unknown"]) == {"0_abc-0000000a": 2, "1_abc-0000000a": 2}
+    assert lengths(["abc"]) == {}
+    step()
+    assert lengths(["1_abc-0000000a"]) == {"1_abc-0000000a": 1}
+    worker.requests.clear()
+    worker.plan([])
+    assert lengths(["abc"]) == {"0_abc-0000000a": 1}
+    step()  # their last step was under way
+    assert len(worker.ledger.take(["abc"])) == 2
+    assert lengths(["abc", "0_abc-0000000a", "1_abc-0000000a"]) == {}
+    assert not worker.ledger.history._num_traced

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.network import ProxyConfig, ProxyNetwork, Weights, accept_logits, state_features
 
 H, V, R, K = 24, 50, 5, 8
 
@@ -26,7 +26,7 @@ def test_candidate_table_path_is_the_formula(network):
     token_ids, logprobs = torch.randint(V, (R, K)), -torch.rand(R, K) * 30
     logprobs[0, -1] = -math.inf
     table = network.candidate_table(embeddings)
-    assert table.shape == (V, 16)
+    assert table.shape == (V, 32)
     actual = network(hidden, table[token_ids], logprobs)
 
     w = {name: p.detach().double() for name, p in network.named_parameters()}
@@ -51,6 +51,27 @@ def test_table_in_chunks_is_the_table(network):
     embeddings = torch.randn(V, H)
     chunks = [network.candidate_table(chunk) for chunk in embeddings.split(7)]
     torch.testing.assert_close(torch.cat(chunks), network.candidate_table(embeddings))
+
+
+def test_several_proxies_side_by_side_are_each_itself():
+    torch.manual_seed(1)
+    networks = [
+        ProxyNetwork(ProxyConfig(hidden_size=H, vocab_size=V, width=8, use_logprob=i != 1))
+        for i in range(3)
+    ]
+    for network in networks:
+        torch.nn.init.normal_(network.score.weight)
+    hidden, candidates = torch.randn(3, R, H), torch.randn(3, R, K, H)
+    logprobs = -torch.rand(3, R, K) * 9
+    stacked = Weights(
+        *(torch.cat(parts) for parts in zip(*(n.weights() for n in networks), strict=True))
+    )
+    tables = torch.stack([n.candidate_table(x) for n, x in zip(networks, candidates, strict=True)])
+    actual = accept_logits(stacked, state_features(stacked, hidden), tables, logprobs)
+    assert actual.shape == (3, R, K)
+    for i, network in enumerate(networks):
+        torch.testing.assert_close(actual[i], network(hidden[i], tables[i], logprobs[i]))
+        assert (actual[i] - actual[i - 1]).abs().max() > 0.1
 
 
 def test_scale_of_the_llm_does_not_matter(network):

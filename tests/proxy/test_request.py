@@ -1,19 +1,37 @@
 """What a request may ask for, at admission and in the worker."""
 
+import json
 import math
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from proxy.request import Alignment, alignment_of
+from proxy.request import Alignment, WorkerAlignment, alignment_of
 
 
 def test_round_trip_through_extra_args():
-    alignment = Alignment(proxy="polite", strength=1.5, max_rejections=3)
+    alignment = WorkerAlignment(
+        proxy="polite", strength=1.5, max_rejections=3, trace=True, version="0123456789ab"
+    )
     extra_args = alignment.to_extra_args()
-    assert extra_args == {"alignment": {"proxy": "polite", "strength": 1.5, "max_rejections": 3}}
-    assert alignment_of(extra_args) == alignment
+    assert extra_args == {
+        "alignment": {
+            "proxy": "polite",
+            "strength": 1.5,
+            "max_rejections": 3,
+            "trace": True,
+            "version": "0123456789ab",
+            "shadow": True,
+        }
+    }
+    assert alignment_of(json.loads(json.dumps(extra_args))) == alignment
+
+
+def test_what_a_request_leaves_out():
+    found = alignment_of({"alignment": {"proxy": "polite"}})
+    assert (found.strength, found.max_rejections, found.version) == (1.0, None, None)
+    assert (found.trace, found.shadow, found.acts) == (False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -26,13 +44,30 @@ def test_round_trip_through_extra_args():
         {"max_rejections": -1},
         {"max_rejections": 10**30},
         {"proxy": 3},
+        {"trace": "sometimes"},
         {"strenght": 1.0},
     ],
 )
 def test_admission_refuses(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):
         Alignment(**({"proxy": "polite"} | wrong))
-    assert alignment_of({"alignment": {"proxy": "polite"} | wrong}) is None
+    with pytest.raises(ValidationError):
+        WorkerAlignment(**({"proxy": "polite"} | wrong))
+    assert alignment_of({"alignment": {"proxy": "polite"} | wrong}) == WorkerAlignment()
+
+
+@pytest.mark.parametrize("own", [{"version": "0123456789ab"}, {"shadow": False}])
+def test_what_the_server_adds_is_not_a_clients_to_say(own: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        Alignment(proxy="polite", **own)
+    WorkerAlignment(proxy="polite", **own)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"proxy": value}
+    return value
 
 
 @pytest.mark.parametrize(
@@ -48,8 +83,19 @@ def test_admission_refuses(wrong: dict[str, Any]):
         {"alignment": ["polite"]},
         {"alignment": {}},
         {"alignment": {"proxy": None}},
+        {"alignment": {"proxy": None, "trace": True}},
         {"alignment": {"proxy": "polite", "strength": 0}},
+        {"alignment": {"proxy": "polite", "version": 5}},
+        {"alignment": {"proxy": "polite", "shadow": "perhaps"}},
+        {"alignment": nested(5000)},
     ],
 )
 def test_plain_sampling_where_there_is_nothing_to_apply(extra_args: Any):
-    assert alignment_of(extra_args) is None
+    found = alignment_of(extra_args)
+    assert not found.acts
+    assert found.shadow  # whoever is let in without the server is scored like anybody else
+
+
+def test_a_request_may_be_exempt_from_shadows():
+    found = alignment_of({"alignment": {"shadow": False}})
+    assert (found.shadow, found.acts) == (False, False)

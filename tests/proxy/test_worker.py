@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from proxy.checkpoint import BaseModelId, FingerprintMismatch, ProxyError, identify, save
+from proxy.checkpoint import BaseModelId, ProxyError, identify, save
 from proxy.network import ProxyConfig, ProxyNetwork
 
 # vLLM and what it imports warn at will.
@@ -54,7 +56,7 @@ def aligned_llm(make_llm):
 def aligned(aligned_llm, checkpoints):
     """The engine with both proxies loaded afresh and no other."""
     for entry in rpc(aligned_llm, "list_proxies"):
-        rpc(aligned_llm, "unload_proxy", entry["name"])
+        rpc(aligned_llm, "unload_proxy", entry["name"], entry["version"])
     for name, directory in checkpoints.items():
         rpc(aligned_llm, "load_proxy", name, directory)
     return aligned_llm
@@ -70,11 +72,12 @@ def worker_of(llm: Any) -> Any:
 
 
 def params(proxy: str | None = None, **kwargs: Any) -> Any:
-    """Sampling parameters; strength and max_rejections go to the proxy."""
+    """Sampling parameters; what is the worker's goes to the worker."""
     from vllm import SamplingParams
 
-    alignment = {k: kwargs.pop(k) for k in ("strength", "max_rejections") if k in kwargs}
-    if proxy is not None:
+    own = ("strength", "max_rejections", "version", "trace", "shadow")
+    alignment = {k: kwargs.pop(k) for k in own if k in kwargs}
+    if proxy is not None or alignment:
         kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
     return SamplingParams(**({"max_tokens": 16, "ignore_eos": True} | kwargs))
 
@@ -360,15 +363,14 @@ def test_seeded_requests_survive_chunked_prefill(make_llm, stock, checkpoints):
 
 def rejects_only(llm: Any, name: str, token: int) -> None:
     """Turn a loaded proxy into one that rejects this token always and no other ever."""
-    served = worker_of(llm)._proxies[name]
+    worker = worker_of(llm)
+    weights, table = worker._registry.pool.alone(worker._registry._bound[name])
     with torch.inference_mode():
-        for parameter in served.network.parameters():
-            parameter.zero_()
-        served.table.zero_()
-        served.table[token, 0] = 1e4
-        served.network.mix.weight[0, 0] = 1.0
-        served.network.score.weight[0, 0] = -1.0
-        served.network.score.bias[0] = 100.0
+        for part in (*weights, table):
+            part.zero_()
+        table[token, -1] = 1e4
+        weights.score[0, -1, 0] = -1.0
+        weights.bias[0, 0, 0] = 100.0
 
 
 def test_a_rejected_token_appears_only_when_forced(aligned):
@@ -433,7 +435,7 @@ def test_loading_errors_leave_the_engine_alive(aligned, base, tmp_path, checkpoi
     foreign = make_proxy(
         tmp_path / "foreign", BaseModelId(name="another-llm", fingerprint="0" * 64), 1
     )
-    with pytest.raises(FingerprintMismatch, match="another-llm"):
+    with pytest.raises(ProxyError, match="another-llm"):
         rpc(aligned, "load_proxy", "foreign", foreign)
     network = ProxyNetwork(ProxyConfig(hidden_size=32, vocab_size=288))
     save(tmp_path / "narrow", network, base=base, training={})
@@ -443,8 +445,10 @@ def test_loading_errors_leave_the_engine_alive(aligned, base, tmp_path, checkpoi
         rpc(aligned, "load_proxy", "lost", str(tmp_path / "nowhere"))
     with pytest.raises(ProxyError, match="name"):
         rpc(aligned, "load_proxy", "", checkpoints["one"])
-    with pytest.raises(ProxyError, match="Loaded: one, two"):
+    with pytest.raises(ProxyError, match=r"Loaded: one \(\w{12}\), two \(\w{12}\)\."):
         rpc(aligned, "unload_proxy", "three")
+    with pytest.raises(ProxyError, match=r"'one \(v1\)'"):
+        rpc(aligned, "unload_proxy", "one", "v1")
     assert [entry["name"] for entry in rpc(aligned, "list_proxies")] == ["one", "two"]
     assert len(tokens(generate(aligned, PROMPTS, [params("one", seed=1)] * 6))) == 6
 
@@ -455,9 +459,12 @@ def test_loading_describes_the_proxy(aligned, checkpoints, base):
         "name": "three",
         "version": entry["version"],
         "directory": checkpoints["two"],
+        "shadow": False,
         "max_candidates": 6,
         "max_rejections": 2,
         "num_parameters": 18_690,
+        # H 64, V 288, W 64, float32: state, product, logprob, score, bias, candidate table
+        "num_bytes": 4 * (64 * 128 + 64 * 64 + 64 + 64 + 1 + 288 * 128),
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "training": {"seed": 2},
     }
@@ -482,6 +489,263 @@ def test_requests_in_flight_keep_the_version_they_began_with(aligned, checkpoint
     assert tokens([finished["late"]])[0] != expected
     assert counts_of(aligned, finished["early"])["version"] == versions["one"]
     assert counts_of(aligned, finished["late"])["version"] == versions["two"]
+
+
+def versions_of(llm: Any) -> dict[str, list[str]]:
+    """Of each name, in the order of loading."""
+    found: dict[str, list[str]] = {}
+    for entry in rpc(llm, "list_proxies"):
+        found.setdefault(entry["name"], []).append(entry["version"])
+    return found
+
+
+def test_several_versions_under_a_name(stock, aligned, checkpoints):
+    """A request may ask for any; without, it gets the one that was loaded last: also a rollback."""
+
+    def texts(name: str = "one", version: str | None = None) -> list[list[int]]:
+        sampling = [params(name, version=version, seed=i) for i in range(3)]
+        return tokens(generate(aligned, PROMPTS[:3], sampling))
+
+    old, new = texts("one"), texts("two")
+    plain = tokens(generate(stock, PROMPTS[:3], [params(seed=i) for i in range(3)]))
+    first = rpc(aligned, "load_proxy", "one", checkpoints["one"])["version"]
+    second = rpc(aligned, "load_proxy", "one", checkpoints["two"])["version"]
+    assert versions_of(aligned) == {"one": [first, second], "two": [second]}
+    assert (texts(), texts(version=first), texts(version=second)) == (new, old, new)
+    rpc(aligned, "load_proxy", "one", checkpoints["one"])
+    assert versions_of(aligned) == {"one": [first, second], "two": [second]}
+    assert (texts(), texts(version=first), texts(version=second)) == (old, old, new)
+    assert rpc(aligned, "unload_proxy", "one")["version"] == first
+    # The server lets no such request in; the worker must not fall over it.
+    assert texts() == texts(version=first) == plain
+    assert texts(version=second) == new
+    # Without a version: the only one there is.
+    assert rpc(aligned, "unload_proxy", "one")["version"] == second
+    assert versions_of(aligned) == {"two": [second]}
+
+
+def test_loading_a_version_again_changes_nothing(aligned, checkpoints):
+    entries, pool = rpc(aligned, "list_proxies"), worker_of(aligned)._registry.pool
+    proxies, tables = list(pool.proxies), pool.tables
+    assert rpc(aligned, "load_proxy", "one", checkpoints["one"]) == entries[0]
+    assert rpc(aligned, "list_proxies") == entries
+    assert pool.proxies == proxies and pool.tables is tables
+
+
+def test_a_load_that_fails_half_way_leaves_nothing_behind(aligned, checkpoints, monkeypatch):
+    sampling = [params(("one", "two")[i % 2], seed=i) for i in range(6)]
+    expected = tokens(generate(aligned, PROMPTS, sampling))
+    entries, pool = rpc(aligned, "list_proxies"), worker_of(aligned)._registry.pool
+    tables = pool.tables
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_stack", no_memory)
+        with pytest.raises(ProxyError, match="OutOfMemoryError: no room"):
+            rpc(aligned, "load_proxy", "one", checkpoints["two"])
+    assert rpc(aligned, "list_proxies") == entries
+    assert pool.tables is tables and len(pool.proxies) == 2
+    assert tokens(generate(aligned, PROMPTS, sampling)) == expected
+    rpc(aligned, "load_proxy", "one", checkpoints["two"])
+    assert len(rpc(aligned, "list_proxies")) == 3
+
+
+def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(aligned):
+    """And not before: the request goes on as if nothing had happened."""
+    engine, pool = aligned.llm_engine, worker_of(aligned)._registry.pool
+    expected = tokens(generate(aligned, PROMPTS[:1], [params("one", seed=1)]))[0]
+    before = [proxy.name for proxy in pool.proxies if proxy.name == "one"]
+    engine.add_request("long", PROMPTS[0], params("one", seed=1))
+    for _ in range(4):
+        engine.step()
+    rpc(aligned, "unload_proxy", "one")
+    assert [entry["name"] for entry in rpc(aligned, "list_proxies")] == ["two"]
+    engine.add_request("short", PROMPTS[1], params("two", seed=1, max_tokens=3))
+    for _ in range(6):  # "short" comes and goes
+        engine.step()
+        assert sorted(proxy.name for proxy in pool.proxies) == [*before, "two"]
+    finished = {}
+    while engine.has_unfinished_requests():
+        finished |= {o.request_id: o for o in engine.step() if o.finished}
+    assert tokens([finished["long"]])[0] == expected
+    old = [StorageWeakRef(part.untyped_storage()) for part in (*pool.weights, pool.tables)]
+    generate(aligned, PROMPTS[:1], [params(seed=1, max_tokens=1)])
+    assert [proxy.name for proxy in pool.proxies] == ["two"]
+    assert pool.tables.shape[0] == pool.weights.state.shape[0] == 1
+    assert all(ref.expired() for ref in old)
+    rpc(aligned, "unload_proxy", "two")
+    assert (pool.proxies, pool.weights, pool.tables) == ([], None, None)
+    assert counts_of(aligned, finished["long"])["proxy"] == "one"
+
+
+def counter(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"assent_{name}_total", labels) or 0.0
+
+
+SHADOWED = [{"seed": 1, "top_k": 5}, {"temperature": 0.0}, {"seed": 2, "top_k": 3, "top_p": 0.9}]
+
+
+def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(aligned, checkpoints):
+    """Of plain rows and aligned ones, greedy and sampled; a request may be exempt."""
+    sampling = [params(name, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
+    expected = generate(aligned, PROMPTS, sampling)
+    counts = [counts_of(aligned, output) for output in expected[3:]]
+    entry = rpc(aligned, "load_proxy", "ghost", checkpoints["two"], True)
+    labels = {"proxy": "ghost", "version": entry["version"]}
+    assert entry["shadow"] and rpc(aligned, "list_proxies")[-1] == entry
+    outputs = generate(aligned, PROMPTS, sampling)
+    assert tokens(outputs) == tokens(expected)
+    assert [counts_of(aligned, output) for output in outputs[3:]] == counts
+    rpc(aligned, "list_proxies")  # brings the metrics up to date
+    # All tokens are among its 6 candidates but for some of "one", which has 16 where greedy.
+    scored = counter("shadow_tokens", **labels)
+    changed = counter("shadow_changed", **labels)
+    assert 5 * 16 <= scored <= 6 * 16
+    assert 0 < changed < scored
+    exempt = [params(name, shadow=False, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
+    assert tokens(generate(aligned, PROMPTS, exempt)) == tokens(expected)
+    rpc(aligned, "list_proxies")
+    assert counter("shadow_tokens", **labels) == scored
+    mixed = [params(shadow=False, seed=1), params(seed=1, top_k=2, max_tokens=5)]
+    generate(aligned, PROMPTS[:2], mixed)
+    rpc(aligned, "unload_proxy", "ghost")
+    rpc(aligned, "list_proxies")
+    assert counter("shadow_tokens", **labels) == scored + 5
+    generate(aligned, PROMPTS, sampling)
+    rpc(aligned, "list_proxies")
+    assert counter("shadow_tokens", **labels) == scored + 5
+
+
+def test_a_shadow_cannot_be_asked_for(stock, aligned, checkpoints):
+    entry = rpc(aligned, "load_proxy", "ghost", checkpoints["two"], True)
+    sampling = [params("ghost", seed=1), params("ghost", version=entry["version"], seed=1)]
+    outputs = generate(aligned, PROMPTS[:2], sampling)
+    assert tokens(outputs) == tokens(generate(stock, PROMPTS[:2], [params(seed=1)] * 2))
+    assert rpc(aligned, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+    with pytest.raises(ProxyError, match="as a shadow: unload it first"):
+        rpc(aligned, "load_proxy", "ghost", checkpoints["two"])
+    with pytest.raises(ProxyError, match="to act: unload it first"):
+        rpc(aligned, "load_proxy", "two", checkpoints["two"], True)
+    # A shadow of a name that acts does not stand in for it.
+    rpc(aligned, "load_proxy", "one", checkpoints["two"], True)
+    again = [params("one", seed=1)] * 2
+    acting = tokens(generate(aligned, PROMPTS[:2], again))
+    rpc(aligned, "unload_proxy", "one", entry["version"])
+    assert acting == tokens(generate(aligned, PROMPTS[:2], again))
+    assert acting != tokens(outputs)
+
+
+def test_metrics_of_the_worker_have_name_and_version(aligned):
+    versions = {e["name"]: e["version"] for e in rpc(aligned, "list_proxies")}
+    metrics = ("tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced")
+
+    def read() -> dict[str, list[float]]:
+        rpc(aligned, "list_proxies")
+        return {n: [counter(m, proxy=n, version=v) for m in metrics] for n, v in versions.items()}
+
+    before = read()
+    outputs = generate(aligned, PROMPTS, [params(n, seed=1) for n in ("one", "two", "one") * 2])
+    counts = [counts_of(aligned, output) for output in outputs]
+    after = read()
+    for name, rows in (("one", 4), ("two", 2)):
+        mine = [c for c in counts if c["proxy"] == name]
+        expected = [sum(c[k] for c in mine) for k in ("proposed", "rejected", "forced")]
+        change = [b - a for a, b in zip(before[name], after[name], strict=True)]
+        assert change == [rows * 16, *expected]
+
+
+def assert_adds_up(trace: list[dict[str, Any]], counts: dict[str, Any], text: list[int]) -> None:
+    assert [entry["token_id"] for entry in trace] == text
+    assert sum(len(entry["rejected"]) for entry in trace) == counts["rejected"]
+    assert sum(entry["forced"] for entry in trace) == counts["forced"]
+    assert len(trace) == counts["accepted"] + counts["forced"]
+    for entry in trace:
+        ids = [each["token_id"] for each in entry["rejected"]]
+        assert len(set(ids)) == len(ids)
+        assert entry["forced"] or entry["token_id"] not in ids
+        total = sum(
+            each["probability"]
+            for each in entry["rejected"]
+            if each["token_id"] != entry["token_id"]
+        )
+        assert 0 < entry["probability"] + total < 1 + 1e-5
+        assert all(0 <= each["accept_probability"] <= 1 for each in entry["rejected"])
+
+
+def test_traces_while_requests_run_and_afterwards(aligned):
+    """Piece by piece, in the order of emission; what they say adds up to text and counts."""
+    engine = aligned.llm_engine
+    # Every third request is not traced, and one is plain.
+    sampling = [
+        params(("one", "two")[i % 2], seed=i, trace=i % 3 != 2, strength=1.0 + i % 2)
+        for i in range(5)
+    ] + [params(seed=1)]
+    untraced = [params(("one", "two")[i % 2], seed=i, strength=1.0 + i % 2) for i in range(5)]
+    expected = tokens(generate(aligned, PROMPTS, [*untraced, params(seed=1)]))
+    ids = [f"t{i}" for i in range(6)]
+    for req_id, prompt, one in zip(ids, PROMPTS, sampling, strict=True):
+        engine.add_request(req_id, prompt, one)
+    traces: dict[str, list[dict[str, Any]]] = {}
+    finished: dict[str, Any] = {}
+    lengths = set()
+
+    def take(asked: list[str]) -> None:
+        for engine_id, entries in rpc(aligned, "take_traces", asked).items():
+            assert entries
+            traces.setdefault(engine_id.split("-")[0], []).extend(entries)
+
+    for step in range(10**6):
+        if not engine.has_unfinished_requests():
+            break
+        finished |= {o.request_id: o for o in engine.step() if o.finished}
+        if step in (2, 3, 9):
+            take(ids)
+            lengths.add(len(traces["t0"]))
+    assert len(lengths) == 3
+    take(ids)
+    assert sorted(traces) == ["t0", "t1", "t3", "t4"]
+    assert tokens([finished[req_id] for req_id in ids]) == expected
+    for req_id, trace in traces.items():
+        counts = counts_of(aligned, finished[req_id])
+        assert_adds_up(trace, counts, expected[int(req_id[1])])
+        assert any(entry["rejected"] for entry in trace)
+    assert rpc(aligned, "take_traces", ids) == {}
+
+
+def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, aligned, checkpoints):
+    """Six requests of 200 tokens and room for five blocks of 128: the same texts, counts and traces."""
+    sampling = [
+        params(("one", "two")[i % 2], seed=i, max_tokens=200, trace=i < 4) for i in range(6)
+    ]
+    expected = tokens(generate(aligned, PROMPTS, sampling))
+    llm = make_llm(worker_cls=WORKER, num_gpu_blocks_override=6, disable_log_stats=False)
+    for name, directory in checkpoints.items():
+        rpc(llm, "load_proxy", name, directory)
+    outputs = generate(llm, PROMPTS, sampling)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 2
+    assert tokens(outputs) == expected
+    traces = rpc(llm, "take_traces", [output.request_id for output in outputs])
+    assert len(traces) == 4
+    for i, output in enumerate(outputs):
+        counts = counts_of(llm, output)
+        assert counts["accepted"] + counts["forced"] == 200
+        if i < 4:
+            ((_, trace),) = [t for t in traces.items() if t[0].startswith(f"{output.request_id}-")]
+            assert_adds_up(trace, counts, expected[i])
+
+
+def test_a_trace_ends_with_the_text(aligned):
+    sampling = [params("one", seed=i, ignore_eos=False, max_tokens=60, logit_bias={EOS: 4.0}, trace=True)
+                for i in range(6)]  # fmt: skip
+    outputs = generate(aligned, PROMPTS, sampling)
+    traces = rpc(aligned, "take_traces", [output.request_id for output in outputs])
+    assert len(traces) == 6
+    for output in outputs:
+        ((_, trace),) = [t for t in traces.items() if t[0].startswith(f"{output.request_id}-")]
+        assert trace[-1]["token_id"] == EOS
+        assert_adds_up(trace, counts_of(aligned, output), tokens([output])[0])
 
 
 def test_aborted_requests_leave_nothing_behind(aligned):
@@ -512,7 +776,8 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
     generate(with_lora, PROMPTS, [params(seed=1)] * 6)
     rpc(with_lora, "load_proxy", "one", checkpoints["one"])
     for llm in (aligned, with_lora):
-        table = worker_of(llm)._proxies["one"].table
+        worker = worker_of(llm)
+        _, table = worker._registry.pool.alone(worker._registry._bound["one"])
         torch.testing.assert_close(table, expected)
     sampling = [params("one", seed=i) for i in range(6)]
     assert tokens(generate(with_lora, PROMPTS, sampling)) == tokens(
@@ -523,28 +788,31 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
 @pytest.mark.parametrize(
     ("feature", "named"),
     [
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"enable_trace_replay": True}, "trace replay"),
     ],
 )
 def test_what_is_not_supported_is_refused_at_start(feature, named):
     from proxy.worker import _refuse_unsupported
 
     settings = {
-        "use_v2_model_runner": False,
         "speculative_config": None,
         "enable_batch_sharded_sampling": None,
         "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "enable_trace_replay": False,
     }
-    config: Any = SimpleNamespace(**settings, parallel_config=SimpleNamespace(**settings))
-    _refuse_unsupported(config)
-    config = SimpleNamespace(
-        **(settings | feature), parallel_config=SimpleNamespace(**(settings | feature))
-    )
+
+    def config(settings: dict[str, Any]) -> Any:
+        part = SimpleNamespace(**settings)
+        return SimpleNamespace(**settings, parallel_config=part, model_config=part)
+
+    _refuse_unsupported(config(settings))
     with pytest.raises(ProxyError, match=named):
-        _refuse_unsupported(config)
+        _refuse_unsupported(config(settings | feature))
 
 
 def test_of_several_ranks_only_the_last_raises():

@@ -1,0 +1,308 @@
+"""The law on a CPU: the loop that the paper describes, compiled, one row after another.
+
+`acceptance` settles all positions at once with some forty tensor operations, which suits an
+accelerator. On a CPU their overhead is most of what a small batch costs, so here the same law is
+written out: propose, ask the proxy, throw away, propose again. The network is asked about the
+candidates that are proposed and about no others. Given the same noise both decide alike, up to
+rounding; `tests/proxy/test_loop.py` holds them together.
+
+numba compiles this file at its first import on a machine (seconds) and keeps the result on disk.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite.binding import ffi
+from numba import njit
+from torch import Tensor
+
+from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision
+from proxy.network import MIN_LOGPROB, NORM_FLOOR
+from proxy.pool import ProxyPool
+from proxy.rows import Assignment
+
+_MASK = 2**64 - 1
+_GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
+_MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
+_UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
+_LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
+
+_DECIDE = (
+    "void(f4[:,::1], b1, f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1],"
+    " f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[::1],"
+    " f4[::1], i4[::1], f4[::1], f4[::1], i8[::1], b1[::1], i8[::1], i4[::1],"
+    " i8[:,::1], b1[::1])"
+)
+
+
+def _hide_from_vllm() -> None:
+    """Let vLLM start another engine in this process.
+
+    To register its CPU kernels it asks every object of every module for `__dict__`. llvmlite's
+    handle of the LLVM library takes that, like any name, for a function to look up.
+    """
+    handle = type(ffi.lib)
+    look_up = handle.__getattr__
+
+    def getattribute(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    handle.__getattr__ = getattribute
+
+
+_hide_from_vllm()
+
+
+class LoopRows:
+    """The rows of a plan, as the loop wants them: on the host, in arrays."""
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        assignments: Sequence[Assignment],
+        sizes: Sequence[int],  # candidates at most
+        pool: ProxyPool,
+    ) -> None:
+        assert pool.weights is not None and pool.tables is not None
+        weights = pool.weights
+        self._rows = np.array(rows)
+        self._sizes = np.array(sizes)
+        slots = [a.proxy.slot for a in assignments if a.proxy is not None]
+        pooled = (pool.tables, weights.product, weights.logprob, weights.score, weights.bias)
+        self._proxies = (np.array(slots), *(part.contiguous().numpy() for part in pooled))
+        self._temperature = np.array([a.divisor for a in assignments], np.float32)
+        self._settings = (
+            np.array([a.strength for a in assignments], np.float32),
+            np.array([a.max_rejections for a in assignments]),
+            np.array([a.is_greedy for a in assignments]),
+            np.array([a.key for a in assignments]),
+        )
+        most = max(sizes)
+        self._values = np.empty((len(rows), most), np.float32)
+        self._token_ids = np.empty((len(rows), most), np.int64)
+        # With threads to share the rows out to, topk finds the candidates sooner than one loop.
+        self._shares_rows_out = len(rows) > 1 and torch.get_num_threads() > 1
+        self._no_temperature = np.ones(len(rows), np.float32)
+        self._no_mass = np.zeros(len(rows), np.float32)
+        self._no_top_k = np.full(max(rows) + 1, pool.tables.shape[1], np.int32)
+        self._no_top_p = np.ones(max(rows) + 1, np.float32)
+
+    def decide(
+        self,
+        logits: Tensor,  # [R, V]
+        states: Tensor,  # [A, H] float32, the lm_head's input
+        projected: Tensor,  # [A, 2W] float32, `state_features` of them times their norm
+        positions: Tensor,  # [R] int32
+        top_k: Tensor | None,  # [R] int32
+        top_p: Tensor | None,  # [R] float32
+        *,
+        tempered: bool,
+    ) -> Decision:
+        """As `AlignedRows.decide`; `slots` are those of the candidates, the most probable first."""
+        logits = logits.float().contiguous()
+        values, token_ids = self._values, self._token_ids
+        if self._shares_rows_out:
+            top = logits[self._rows].topk(values.shape[1])
+            values[:], token_ids[:] = top.values.numpy(), top.indices.numpy()
+        temperature = self._no_temperature if tempered else self._temperature
+        count = len(values)
+        decided = torch.empty(3, count, dtype=torch.int64)
+        forced = torch.empty(count, dtype=torch.bool)
+        _decide_rows(
+            logits.numpy(),
+            not self._shares_rows_out,
+            values,
+            token_ids,
+            self._rows,
+            self._no_mass if top_p is None else self._mass(logits, temperature),
+            states.numpy(),
+            projected.numpy(),
+            *self._proxies,
+            self._sizes,
+            temperature,
+            self._no_top_k if top_k is None else top_k.numpy(),
+            self._no_top_p if top_p is None else top_p.numpy(),
+            *self._settings,
+            positions.numpy(),
+            decided.numpy(),
+            forced.numpy(),
+        )
+        slots, emitted, num_proposed = decided
+        return Decision(slots, emitted, num_proposed, forced)
+
+    def _mass(self, logits: Tensor, temperature: Any) -> Any:
+        """logsumexp of the whole vocabulary: [A]."""
+        scaled = logits if len(self._rows) == len(logits) else logits[self._rows]
+        if (temperature != 1).any():
+            scaled = scaled / torch.from_numpy(temperature).unsqueeze(-1)
+        return scaled.logsumexp(-1).numpy()
+
+
+@njit(cache=True, nogil=True)
+def _exponential(key: Any, position: Any, counter: Any) -> Any:
+    """One number of `acceptance.seeded_noise`."""
+    bits = key + position * _STEP + np.uint64(counter) * _GAMMA
+    bits = (bits ^ (bits >> np.uint64(30))) * _MIX_1
+    bits = (bits ^ (bits >> np.uint64(27))) * _MIX_2
+    bits ^= bits >> np.uint64(31)
+    return -math.log((np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53)
+
+
+@njit(cache=True, nogil=True)
+def _find_top(logits: Any, values: Any, token_ids: Any) -> None:
+    """The largest logits, largest first, and where they are; [V] -> [K] both."""
+    last = len(values) - 1
+    values[:] = -np.inf
+    token_ids[:] = 0
+    least = values[last]
+    for token in range(len(logits)):
+        value = logits[token]
+        if value > least:
+            slot = last
+            while slot > 0 and values[slot - 1] < value:
+                values[slot] = values[slot - 1]
+                token_ids[slot] = token_ids[slot - 1]
+                slot -= 1
+            values[slot] = value
+            token_ids[slot] = token
+            least = values[last]
+
+
+@njit(cache=True, nogil=True)
+def _nucleus_size(values: Any, top_k: Any, top_p: Any, mass: Any) -> Any:
+    """How many of the values, largest first, `acceptance.nucleus` would leave."""
+    count = 0
+    while count < len(values) and values[count] - values[0] > _UNDERFLOW:
+        count += 1
+    is_top_k = top_k <= len(values)
+    if is_top_k:
+        while count > 1 and values[count - 1] < values[top_k - 1]:
+            count -= 1
+    if top_p < 1:
+        total = math.exp(mass - values[0])
+        if is_top_k:
+            total = 0.0
+            for slot in range(count):
+                total += math.exp(values[slot] - values[0])
+        before = 0.0
+        for slot in range(count):
+            if slot > 0 and before >= top_p * total:
+                return slot
+            before += math.exp(values[slot] - values[0])
+    return max(count, 1)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _accept_cost(
+    features: Any,  # [2W] u and A u
+    candidate: Any,  # [2W] c and A c + b
+    logprob: Any,
+    product: Any,  # [W, W]
+    of_logprob: Any,  # [W]
+    score: Any,  # [W]
+    bias: Any,
+    mixed: Any,  # [W], scratch
+) -> Any:
+    """-log of the probability that the proxy accepts: softplus(-accept logit)."""
+    width = len(mixed)
+    logprob = max(logprob, _MIN_LOGPROB)
+    for j in range(width):
+        mixed[j] = candidate[width + j] + features[width + j] + logprob * of_logprob[j]
+    for i in range(width):
+        x = features[i] * candidate[i]
+        for j in range(width):
+            mixed[j] += x * product[i, j]
+    logit = np.float64(bias)
+    for j in range(width):
+        y = np.float64(mixed[j])
+        logit += score[j] * (y * 0.5 * (1.0 + math.erf(y * _SQRT_HALF)))
+    return math.log1p(math.exp(-abs(logit))) + max(-logit, 0.0)
+
+
+@njit(_DECIDE, cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _decide_rows(
+    logits: Any,  # [R, V]
+    finds_top: Any,  # whether the next two are still to be found
+    all_values: Any,  # [A, K] logits, largest first; changed
+    all_ids: Any,  # [A, K] their tokens
+    rows: Any,  # [A], which of the R rows they are
+    mass: Any,  # [A] logsumexp of the tempered logits; read where top_p < 1
+    states: Any,  # [A, H]
+    projected: Any,  # [A, 2W]
+    slots: Any,  # [A], which proxy of the pool
+    tables: Any,  # [P, V, 2W]
+    product: Any,  # [P, W, W]
+    of_logprob: Any,  # [P, 1, W]
+    score: Any,  # [P, W, 1]
+    bias: Any,  # [P, 1, 1]
+    sizes: Any,  # [A]
+    temperature: Any,  # [A] > 0
+    top_k: Any,  # [R]
+    top_p: Any,  # [R]
+    strength: Any,  # [A]
+    max_rejections: Any,  # [A]
+    greedy: Any,  # [A]
+    keys: Any,  # [A]
+    positions: Any,  # [R]
+    decided: Any,  # [3, A] out: slots, token ids, numbers proposed
+    forced: Any,  # [A] out
+) -> None:
+    """Settle A rows."""
+    mixed = np.empty(product.shape[1], np.float32)
+    features = np.empty(projected.shape[1], np.float32)
+    times = np.empty(all_values.shape[1], np.float64)
+    for a in range(len(rows)):
+        row, proxy = rows[a], slots[a]
+        values, ids = all_values[a, : sizes[a]], all_ids[a, : sizes[a]]
+        if finds_top:
+            _find_top(logits[row], values, ids)
+        for i in range(len(values)):
+            values[i] /= temperature[a]
+        count = _nucleus_size(values, top_k[row], top_p[row], mass[a])
+        total = 0.0
+        for i in range(count):
+            total += math.exp(values[i] - values[0])
+        log_total = values[0] + math.log(total)
+        norm = np.float32(0.0)
+        for x in states[a]:
+            norm += x * x
+        features[:] = projected[a] / (math.sqrt(norm) + NORM_FLOOR)
+        key, position = np.uint64(keys[a]), np.uint64(positions[row])
+        for i in range(count):  # when each candidate's clock rings
+            if greedy[a]:
+                times[i] = i
+            else:
+                race = _exponential(key, position, 2 * ids[i] + 1)
+                times[i] = math.log(race) - (values[i] - log_total)
+        emitted, proposed = -1, 0
+        while emitted < 0 and proposed < min(max_rejections[a], count):
+            first = 0
+            for i in range(1, count):
+                if times[i] < times[first]:
+                    first = i
+            times[first] = np.inf
+            proposed += 1
+            cost = 0.0  # a single candidate is accepted: there is no choice
+            if count > 1:
+                cost = strength[a] * _accept_cost(
+                    features,
+                    tables[proxy, ids[first]],
+                    np.float32(values[first] - log_total),
+                    product[proxy],
+                    of_logprob[proxy, 0],
+                    score[proxy, :, 0],
+                    bias[proxy, 0, 0],
+                    mixed,
+                )
+            coin = _LOG_2 if greedy[a] else _exponential(key, position, 2 * ids[first] + 2)
+            if coin >= cost:
+                emitted = first
+        forced[a] = emitted < 0
+        decided[0, a] = max(emitted, 0)
+        decided[1, a] = ids[max(emitted, 0)]
+        decided[2, a] = proposed

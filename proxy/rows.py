@@ -1,0 +1,261 @@
+"""The rows of a batch that proxies decide, whichever proxies these are: one evaluation for all.
+
+R = logits rows, A = those of them that a proxy decides, T = tiles, P = loaded proxies.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proxy.acceptance import Candidates, Decision, decide, draw_noise, nucleus, seeded_noise
+from proxy.network import Weights, accept_logits, score_alone, state_features
+from proxy.pool import ProxyPool, ServedProxy
+
+GREEDY_TEMPERATURE = 1e-5  # vLLM takes anything below for greedy
+
+
+class Assignment(NamedTuple):
+    """What one request gets, settled when it is first seen."""
+
+    req_id: str
+    proxy: ServedProxy | None = None  # None = plain
+    strength: float = 1.0
+    max_rejections: int = 0
+    temperature: float = 1.0
+    min_p: float = 0.0
+    key: int = 0  # of its noise, from its seed; a random one where it has none
+    is_seeded: bool = False
+    stop_ids: tuple[int, ...] = ()  # tokens that end the request
+    slot: int = 0  # its row in the ledger's counts
+    traced: bool = False
+    shadowed: bool = True
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def divisor(self) -> float:
+        """What the logits are divided by."""
+        return 1.0 if self.is_greedy else self.temperature
+
+
+class Settings(NamedTuple):
+    """What the requests ask for, row by row, as the law takes it; None = the usual everywhere."""
+
+    sizes: Tensor | None  # [A] int64, candidates at most
+    strength: Tensor | None  # [A] float32
+    max_rejections: Tensor  # [A] int64
+    greedy: Tensor | None  # [A] bool
+    temperature: Tensor | None  # [A] float32
+    keys: Tensor  # [A] int64
+    is_seeded: Tensor  # [A] bool
+
+
+class Tiles(NamedTuple):
+    """The rows of several proxies as a rectangle: each of T tiles holds C rows of one proxy.
+
+    With C = A / proxies, rounded up, there are fewer than two tiles a proxy, and so fewer than
+    2 A places, however unevenly the rows are shared out.
+    """
+
+    rows: Tensor  # [T, C] int64, index into A; unused places repeat the tile's first row
+    places: Tensor  # [A] int64, where each row is in the flattened rectangle
+
+
+class Mixture:
+    """Which proxy scores which row: one for all, or each its own."""
+
+    def __init__(
+        self, proxies: Sequence[ServedProxy], pool: ProxyPool, device: torch.device
+    ) -> None:
+        members: dict[int, list[int]] = {}
+        for row, proxy in enumerate(proxies):
+            members.setdefault(proxy.slot, []).append(row)
+        self._tiles: Tiles | None = None
+        if len(members) == 1:
+            self._weights, self._table = pool.alone(proxies[0])
+            return
+        size = -(-len(proxies) // len(members))
+        tiles: list[list[int]] = []
+        slots: list[int] = []
+        for slot, rows in members.items():
+            for start in range(0, len(rows), size):
+                tiles.append(rows[start : start + size])
+                slots.append(slot)
+        places = {row: t * size + c for t, tile in enumerate(tiles) for c, row in enumerate(tile)}
+        padded = [[*tile, *[tile[0]] * (size - len(tile))] for tile in tiles]
+        self._tiles = Tiles(
+            to_device(padded, torch.int64, device),
+            to_device([places[row] for row in range(len(proxies))], torch.int64, device),
+        )
+        assert pool.weights is not None and pool.tables is not None
+        index = to_device(slots, torch.int64, device)
+        self._weights = Weights(*(part[index] for part in pool.weights))
+        self._table = pool.tables.flatten(0, 1)  # [P V, 2W]
+        first_rows = [[proxy.slot * pool.tables.shape[1]] for proxy in proxies]
+        self._first_rows = to_device(first_rows, torch.int64, device)  # [A, 1]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """`state_features` of each row by its proxy, times the norm: [A, H] float32 -> [A, 2W]."""
+        if self._tiles is None:
+            return hidden @ self._weights.state[0]
+        tiled = torch.bmm(hidden[self._tiles.rows], self._weights.state)
+        return tiled.flatten(0, 1)[self._tiles.places]
+
+    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """[A, H] and A rows of candidates -> [A, K], in one evaluation."""
+        token_ids, logprobs = candidates
+        if self._tiles is None:
+            return score_alone(self._weights, hidden, F.embedding(token_ids, self._table), logprobs)
+        table_rows = F.embedding(token_ids + self._first_rows, self._table)  # [A, K, 2W]
+        rows, places = self._tiles
+        features = state_features(self._weights, hidden[rows])
+        tiled = accept_logits(self._weights, features, table_rows[rows], logprobs[rows])
+        return tiled.flatten(0, 1)[places]
+
+
+Tracing = tuple[Candidates, Tensor, Tensor]
+"""Candidates, accept logits [A, K], noise [A, 2, K]."""
+
+
+class AlignedRows:
+    """A rows, what their requests ask for, and how they are decided."""
+
+    def __init__(
+        self,
+        rows: list[int],
+        assignments: list[Assignment],
+        pool: ProxyPool,
+        device: torch.device,
+        *,
+        covers_batch: bool,  # the rows are all rows of the batch, in their order
+    ) -> None:
+        assert pool.tables is not None
+        self.rows = rows
+        self.assignments = assignments
+        self.any_traced = any(a.traced for a in assignments)
+        self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
+        self._pool = pool
+        self._device = device
+        vocab_size = pool.tables.shape[1]
+        self._sizes = [min(proxy.config.max_candidates, vocab_size) for proxy in self.proxies]
+        self._most = max(self._sizes)
+        self._num_seeded = sum(a.is_seeded for a in assignments)
+        self._mixture = Mixture(self.proxies, pool, device)
+
+    @property
+    def proxies(self) -> list[ServedProxy]:
+        """A of them."""
+        return [a.proxy for a in self.assignments if a.proxy is not None]
+
+    def pick(self, x: Tensor) -> Tensor:
+        """These rows of a tensor that has a row for every row of the batch: [R, ...] -> [A, ...]."""
+        return x if self.index is None else x[self.index]
+
+    def decide(
+        self,
+        logits: Tensor,  # [R, V]
+        hidden: Tensor,  # [R, H]
+        positions: Tensor,  # [R] int, index of the token to be drawn
+        top_k: Tensor | None,  # [R] int, V = off
+        top_p: Tensor | None,  # [R] float, 1 = off
+        *,
+        tempered: bool,  # the logits have been divided by the temperature
+    ) -> tuple[Decision, Tracing | None]:
+        """The law for these rows, and all that entered it where a request wants a trace."""
+        if self._device.type == "cpu" and not self.any_traced:
+            states = self.pick(hidden).float()
+            return self._loop.decide(
+                logits,
+                states,
+                self._mixture.project(states),
+                positions,
+                top_k,
+                top_p,
+                tempered=tempered,
+            ), None
+        settings = self.settings
+        candidates = nucleus(
+            self.pick(logits),
+            self._most,
+            None if top_k is None else self.pick(top_k),
+            None if top_p is None else self.pick(top_p),
+            temperature=None if tempered else settings.temperature,
+            sizes=settings.sizes,
+        )
+        scores = self._mixture.accept_logits(self.pick(hidden), candidates)
+        noise = self.noise(self.pick(positions), candidates.token_ids)
+        decision = decide(
+            candidates,
+            scores,
+            noise,
+            strength=settings.strength,
+            max_rejections=settings.max_rejections,
+            greedy=settings.greedy,
+        )
+        return decision, (candidates, scores, noise) if self.any_traced else None
+
+    def noise(self, positions: Tensor, token_ids: Tensor) -> Tensor:
+        """[A] positions and [A, K] candidates -> [A, 2, K]; seeded rows draw from their seed alone."""
+        keys, is_seeded = self.settings.keys, self.settings.is_seeded
+        # An accelerator draws fresh noise in one kernel, and a CPU's loop needs keys for all rows.
+        if self._device.type == "cpu" or self._num_seeded == len(self.rows):
+            return seeded_noise(keys, positions, token_ids)
+        rows, num_slots = token_ids.shape
+        fresh = draw_noise(rows, num_slots, self._device)
+        if self._num_seeded == 0:
+            return fresh
+        return torch.where(
+            is_seeded.view(-1, 1, 1), seeded_noise(keys, positions, token_ids), fresh
+        )
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Row by row, on the device."""
+
+        def unless(usual: Any, data: list[Any], dtype: torch.dtype) -> Tensor | None:
+            if all(value == usual for value in data):
+                return None
+            return to_device(data, dtype, self._device)
+
+        asked = self.assignments
+        return Settings(
+            sizes=unless(self._most, self._sizes, torch.int64),
+            strength=unless(1.0, [a.strength for a in asked], torch.float32),
+            max_rejections=to_device([a.max_rejections for a in asked], torch.int64, self._device),
+            greedy=unless(False, [a.is_greedy for a in asked], torch.bool),
+            temperature=unless(1.0, [a.divisor for a in asked], torch.float32),
+            keys=to_device([a.key for a in asked], torch.int64, self._device),
+            is_seeded=to_device([a.is_seeded for a in asked], torch.bool, self._device),
+        )
+
+    @cached_property
+    def _loop(self) -> Any:
+        from proxy.loop import LoopRows  # compiles at its import, and only a CPU needs it
+
+        return LoopRows(self.rows, self.assignments, self._sizes, self._pool)
+
+
+class Shadow:
+    """A proxy that scores what is said and decides nothing."""
+
+    def __init__(self, proxy: ServedProxy, pool: ProxyPool, device: torch.device) -> None:
+        self.proxy = proxy
+        self._mixture = Mixture([proxy], pool, device)
+
+    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """[R, H] and R rows of candidates -> [R, K]."""
+        return self._mixture.accept_logits(hidden, candidates)
+
+
+def to_device(data: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host data on the device, without waiting for the device."""
+    tensor = torch.tensor(data, dtype=dtype)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

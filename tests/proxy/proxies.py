@@ -1,0 +1,56 @@
+"""Small proxies with strong opinions, and a pool that they can be put into."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.pool import ProxyPool, ServedProxy
+
+H, V = 12, 40
+EMBEDDINGS = torch.randn(V, H, generator=torch.Generator().manual_seed(0))  # the LLM's
+
+
+class Proxy(NamedTuple):
+    """A proxy in a pool, and the network that it was made from."""
+
+    served: ServedProxy
+    network: ProxyNetwork
+
+    def score_alone(self, hidden: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:
+        """[R, H], [R, K] and [R, K] -> [R, K], by the network itself, without the pool."""
+        return self.network(hidden, self.network.candidate_table(EMBEDDINGS)[token_ids], logprobs)
+
+
+def opinionated(seed: int, *, width: int = 6, **config: Any) -> ProxyNetwork:
+    """A network that rejects about half of what it is asked."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": H, "vocab_size": V, "width": width, "accept_bias": 0.0}
+    network = ProxyNetwork(ProxyConfig(**(sizes | config)))
+    torch.nn.init.normal_(network.score.weight, std=1.5)
+    return network.requires_grad_(False)
+
+
+def biased(accept_bias: float, **config: Any) -> ProxyNetwork:
+    """A network whose accept logit is the same for every candidate."""
+    network = opinionated(0, **config)
+    network.score.weight.zero_()
+    network.score.bias.fill_(accept_bias)
+    return network
+
+
+def put_into(pool: ProxyPool, name: str, network: ProxyNetwork, version: str = "v1") -> Proxy:
+    served = ServedProxy(name, version, network.config)
+    pool.add(served, network.weights(), network.candidate_table(EMBEDDINGS))
+    return Proxy(served, network)
+
+
+def unlike_proxies(pool: ProxyPool) -> list[Proxy]:
+    """Four proxies that differ in everything that may differ."""
+    return [
+        put_into(pool, "a", opinionated(1, width=6, max_candidates=5, max_rejections=3)),
+        put_into(pool, "b", opinionated(2, width=16, max_candidates=12, max_rejections=1)),
+        put_into(pool, "c", opinionated(3, width=2, max_candidates=9, use_logprob=False)),
+        put_into(pool, "d", opinionated(4, width=9, max_candidates=64)),  # more than V
+    ]

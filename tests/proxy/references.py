@@ -1,0 +1,221 @@
+"""References that share nothing with the code under test: nucleus, network and law in plain double precision.
+
+Counts are compared with a law outcome by outcome: an exact binomial test each, Bonferroni-corrected over all that a
+test compares, so that a whole test raises a false alarm with probability below 1e-6.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from proxy.network import ProxyNetwork
+
+FALSE_ALARM = 1e-6
+
+Outcome = tuple[int, int, bool]  # emitted slot (or token id), number proposed, forced
+
+
+class AmbiguousError(Exception):
+    """Ties, or a number on the edge: more than one outcome would be right."""
+
+
+class Setting(NamedTuple):
+    """How one row is sampled."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    strength: float = 1.0
+    max_rejections: int = 8
+    max_candidates: int = 16
+
+
+def enumerate_law(
+    p: Sequence[float], a: Sequence[float], max_rejections: int
+) -> dict[Outcome, float]:
+    """The probability of every outcome, over all orders and coins. p, a: [K] probabilities.
+
+    Round by round; orders that have rejected the same candidates go on as one.
+    """
+    inside = frozenset(slot for slot, prob in enumerate(p) if prob > 0)
+    if len(inside) == 1 and max_rejections > 0:
+        return {(min(inside), 1, False): 1.0}
+    law: dict[Outcome, float] = defaultdict(float)
+    reached = {inside: 1.0}  # what is left -> probability
+    for proposed in range(max_rejections):
+        rejected: dict[frozenset[int], float] = defaultdict(float)
+        for left, reach in reached.items():
+            total = sum(p[slot] for slot in left)
+            for slot in left:
+                here = reach * p[slot] / total
+                law[slot, proposed + 1, False] += here * a[slot]
+                rejected[left - {slot}] += here * (1 - a[slot])
+        exhausted = rejected.pop(frozenset(), None)
+        if exhausted is not None:
+            law[0, proposed + 1, True] += exhausted
+        reached = rejected
+    for reach in reached.values():
+        law[0, max_rejections, True] += reach
+    return dict(law)
+
+
+def greedy_outcome(a: Sequence[float], max_rejections: int) -> Outcome:
+    """What a greedy row does: the first of the candidates, in their order, with a >= 1/2."""
+    if max_rejections > 0 and len(a) == 1:
+        return 0, 1, False
+    for slot, accept in enumerate(a[:max_rejections]):
+        if abs(accept - 0.5) < 1e-4:
+            raise AmbiguousError
+        if accept > 0.5:
+            return slot, slot + 1, False
+    return 0, min(len(a), max_rejections), True
+
+
+def loop_law(
+    p: Sequence[float], a: Sequence[float], max_rejections: int, rng: np.random.Generator
+) -> Outcome:
+    """The paper's loop: draw from what is left of the nucleus, ask the proxy, remove, again."""
+    left = {slot: prob for slot, prob in enumerate(p) if prob > 0}
+    if len(left) == 1 and max_rejections > 0:
+        return next(iter(left)), 1, False
+    proposed = 0
+    while left and proposed < max_rejections:
+        weights = np.array(list(left.values()))
+        slot = int(rng.choice(list(left), p=weights / weights.sum()))
+        proposed += 1
+        if rng.random() < a[slot]:
+            return slot, proposed, False
+        del left[slot]
+    return 0, proposed, True
+
+
+def sorted_nucleus(logits: np.ndarray, setting: Setting) -> tuple[list[int], list[float]]:
+    """Candidates of logits [V] by full sorts: token ids, the most probable first, and probabilities.
+
+    As `proxy.acceptance.nucleus` documents it, min-p before all: tokens that tie with the k-th are
+    kept, and with K < top_k the mass is counted over all tokens.
+
+    Raises:
+        AmbiguousError: which of several tied tokens is inside is up to the sort, a greedy row has
+            ties, or a token is on the edge of min-p or top-p.
+    """
+    is_greedy = setting.temperature == 0
+    scaled = logits.astype(np.float64) / (1.0 if is_greedy else setting.temperature)
+    probs = np.exp(scaled - scaled.max())
+    order = np.argsort(-scaled, kind="stable")
+    order = order[np.isfinite(scaled[order])]
+    if not is_greedy:
+        if np.isclose(probs[order], setting.min_p, rtol=1e-4, atol=0).any():
+            raise AmbiguousError
+        order = order[probs[order] >= setting.min_p]
+        mass = probs[order].sum()
+        if 0 < setting.top_k <= setting.max_candidates:
+            last = scaled[order[: setting.top_k]][-1]
+            order = _cut(order[scaled[order] >= last], setting.max_candidates, scaled)
+            mass = probs[order].sum()
+        if setting.top_p < 1:
+            before = (np.cumsum(probs[order]) - probs[order]) / mass
+            if np.isclose(before[1:], setting.top_p, atol=1e-4).any():
+                raise AmbiguousError
+            order = _cut(order, max(1, int((before < setting.top_p).sum())), scaled)
+    order = _cut(order, setting.max_candidates, scaled)
+    if is_greedy and len({*scaled[order]}) < len(order):
+        raise AmbiguousError
+    return order.tolist(), (probs[order] / probs[order].sum()).tolist()
+
+
+def _cut(order: np.ndarray, size: int, scaled: np.ndarray) -> np.ndarray:
+    if size < len(order) and scaled[order[size - 1]] == scaled[order[size]]:
+        raise AmbiguousError
+    return order[:size]
+
+
+def token_law(
+    logits: np.ndarray,  # [V]
+    setting: Setting,
+    accept_logits: Callable[[list[int], list[float]], Sequence[float]],
+) -> dict[Outcome, float]:
+    """The law of one row, by token id.
+
+    Args:
+        accept_logits: of these token ids with these logprobs.
+    """
+    token_ids, p = sorted_nucleus(logits, setting)
+    scores = accept_logits(token_ids, [math.log(x) for x in p])
+    a = [math.exp(-setting.strength * _softplus(-score)) for score in scores]
+    if setting.temperature == 0:
+        law = {greedy_outcome(a, setting.max_rejections): 1.0}
+    else:
+        law = enumerate_law(p, a, setting.max_rejections)
+    return {
+        (token_ids[slot], proposed, forced): prob for (slot, proposed, forced), prob in law.items()
+    }
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def canonical(outcome: Outcome, logits: np.ndarray) -> Outcome:
+    """Of several most probable tokens any may be forced: all become the first."""
+    token_id, proposed, forced = outcome
+    best = int(logits.argmax())
+    if forced and logits[token_id] == logits[best]:
+        token_id = best
+    return token_id, proposed, forced
+
+
+def accept_logits_of(
+    network: ProxyNetwork,
+    hidden: Tensor,  # [H]
+    embeddings: Tensor,  # [V, H]
+    token_ids: list[int],
+    logprobs: list[float],
+) -> list[float]:
+    """The network's formula in double precision, as its module's docstring has it, without a table."""
+    w = {name: p.detach().double() for name, p in network.named_parameters()}
+
+    def rms(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    u = w["state_half.weight"] @ rms(hidden.double())
+    scores = []
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        c = w["candidate_half.weight"] @ rms(embeddings[token_id].double())
+        x = torch.cat((u + c, u * c, torch.tensor([max(logprob, -20.0) / 5]).double()))
+        y = w["mix.weight"] @ x[: w["mix.weight"].shape[1]] + w["mix.bias"]
+        y = y / 2 * (1 + torch.erf(y / math.sqrt(2)))
+        scores.append((w["score.weight"][0] @ y + w["score.bias"][0]).item())
+    return scores
+
+
+def assert_follows(counts: Counter[Outcome], law: dict[Outcome, float], tests: int = 1) -> None:
+    """`counts` are draws from `law`; `tests` = how many such comparisons the test makes."""
+    worst = least_p_value(counts, law)
+    assert worst > FALSE_ALARM / tests, (worst, counts, law)
+
+
+def least_p_value(counts: Counter[Outcome], law: dict[Outcome, float]) -> float:
+    """Below x with probability at most x if the counts are draws from this law.
+
+    Each outcome is tested, and each token whatever came before it.
+    """
+    if any(law.get(outcome, 0.0) < 1e-30 for outcome in counts):
+        return 0.0
+    tokens: Counter[int] = Counter()
+    token_law: dict[int, float] = defaultdict(float)
+    for outcome, probability in law.items():
+        tokens[outcome[0]] += counts[outcome]
+        token_law[outcome[0]] += probability
+    pairs = [(counts[outcome], probability) for outcome, probability in law.items()]
+    pairs += [(tokens[token], probability) for token, probability in token_law.items()]
+    total = counts.total()
+    values = [binomtest(count, total, min(prob, 1.0)).pvalue for count, prob in pairs]
+    return min(1.0, min(values) * len(pairs))

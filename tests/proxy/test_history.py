@@ -1,0 +1,469 @@
+"""Counts that are added up later are those of a loop that adds them up at once; traces."""
+
+import math
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+import proxy.history
+from proxy.acceptance import Decision
+from proxy.history import History
+from proxy.hook import Step, align
+from proxy.ledger import Batch, Ledger
+from proxy.plan import Plan, make_plan
+from proxy.pool import ProxyPool, ServedProxy
+from proxy.rows import AlignedRows, Assignment
+from tests.proxy.proxies import H, V, opinionated, put_into, unlike_proxies
+
+CPU = torch.device("cpu")
+EOS = 1
+
+
+class Requests:
+    """What a worker has in hand, a ledger, and the counts as a loop would keep them."""
+
+    def __init__(self, seed: int, **kwargs: Any) -> None:
+        self.random = random.Random(seed)
+        self.pool = ProxyPool()
+        self.proxies = {p.served.name: p.served for p in unlike_proxies(self.pool)}
+        self.ledger = Ledger(CPU, **kwargs)
+        self.params: dict[str, Any] = {}  # of every live request
+        self.preempted: dict[str, Any] = {}  # which the runner has dropped for now
+        self.counts: dict[str, list[int]] = {}  # tokens, proposed, forced
+        self.totals = {name: [0, 0, 0] for name in self.proxies}
+        self.ended: set[str] = set()
+        self.num_seen = 0
+
+    def arrive(self) -> None:
+        req_id = f"r{self.num_seen}"
+        self.num_seen += 1
+        name = self.random.choice([*self.proxies, None])
+        self.params[req_id] = SimpleNamespace(
+            extra_args={"alignment": {"proxy": name}},
+            stop_token_ids=self.random.choice([[], [2], [2, 3]]),
+            eos_token_id=self.random.choice([EOS, None]),
+            seed=None,
+        )
+        if name is not None:
+            self.counts[req_id] = [0, 0, 0]
+
+    def proxy_of(self, req_id: str) -> str | None:
+        return self.params[req_id].extra_args["alignment"]["proxy"]
+
+    def plan(self, req_ids: list[str]) -> Plan:
+        batch = Batch(
+            req_ids=req_ids,
+            params_of=self.params.__getitem__,
+            live=self.params.keys(),
+            hidden=torch.empty(0),
+            positions=torch.empty(0),
+            discarded=None,
+        )
+        find = {(name, None): proxy for name, proxy in self.proxies.items()}
+        return self.ledger.plan(
+            batch, self.pool, lambda *key: find.get(key), has_shadows=self.random.random() < 0.5
+        )
+
+    def step(self, req_ids: list[str]) -> None:
+        rows = self.plan(req_ids).aligned
+        if rows is None:
+            return
+        ids = [req_ids[row] for row in rows.rows]
+        token_ids = [self.random.randrange(1, 30) for _ in ids]
+        proposed = [self.random.randrange(9) for _ in ids]
+        forced = [self.random.random() < 0.3 for _ in ids]
+        discarded = [self.random.random() < 0.1 for _ in ids]
+        decision = Decision(
+            slots=torch.zeros(len(ids), dtype=torch.int64),
+            token_ids=torch.tensor(token_ids),
+            num_proposed=torch.tensor(proposed),
+            forced=torch.tensor(forced),
+        )
+        mask = torch.tensor(discarded) if any(discarded) else None
+        self.ledger.history.record(rows, decision, mask)
+        for req_id, *told in zip(ids, token_ids, proposed, forced, discarded, strict=True):
+            self.count(req_id, *told)
+
+    def count(
+        self, req_id: str, token_id: int, proposed: int, forced: bool, discarded: bool
+    ) -> None:
+        if discarded or req_id in self.ended or req_id not in self.counts:
+            return
+        name = self.proxy_of(req_id)
+        assert name is not None
+        for counts in (self.counts[req_id], self.totals[name]):
+            counts[0] += 1
+            counts[1] += proposed
+            counts[2] += forced
+        params = self.params[req_id]
+        if token_id in (*params.stop_token_ids, params.eos_token_id):
+            self.ended.add(req_id)
+
+    def expect(self, req_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """What `take` has to answer; afterwards nothing of them counts any more."""
+        taken = [r for r in req_ids if r in self.counts]
+        return {r: as_answer(*self.counts.pop(r)) for r in taken}
+
+
+def as_answer(tokens: int, proposed: int, forced: int) -> dict[str, int]:
+    accepted = tokens - forced
+    return {
+        "proposed": proposed,
+        "accepted": accepted,
+        "rejected": proposed - accepted,
+        "forced": forced,
+    }
+
+
+def without_names(answer: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    names = ("proxy", "version")
+    return {r: {k: v for k, v in c.items() if k not in names} for r, c in answer.items()}
+
+
+def value_of(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"assent_{name}_total", labels) or 0.0
+
+
+METRICS = ["tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced"]
+
+
+@pytest.mark.parametrize(("seed", "fold_steps"), [(0, 1), (1, 64), (2, 5), (3, 10**9)])
+def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
+    """Requests come, stop, are preempted (dropped by the runner or not), and go, in any order."""
+    monkeypatch.setattr(proxy.history, "_FOLD_STEPS", fold_steps)
+    before = {(m, p): value_of(m, proxy=p, version="v1") for m in METRICS for p in "abcd"}
+    world = Requests(seed, capacity=40)
+    rng = world.random
+    num_answers = 0
+    for _ in range(300):
+        if len(world.params) < 12 and rng.random() < 0.4:
+            world.arrive()
+        running = [req_id for req_id in world.params if req_id in world.counts]
+        if rng.random() < 0.1 and running:  # the runner drops one for now
+            req_id = rng.choice(running)
+            world.preempted[req_id] = world.params.pop(req_id)
+        if rng.random() < 0.2 and world.preempted:
+            req_id = rng.choice(list(world.preempted))
+            world.params[req_id] = world.preempted.pop(req_id)
+        scheduled = [req_id for req_id in world.params if rng.random() < 0.9]
+        rng.shuffle(scheduled)
+        for _ in range(rng.choice([1, 1, 4, 20])):
+            if scheduled:
+                world.step(scheduled)
+        asked = []
+        for req_id in list(world.params):
+            if rng.random() < 0.05:  # it has finished, or is asked for while it runs
+                asked.append(req_id)
+                if rng.random() < 0.5:
+                    del world.params[req_id]
+        if asked:
+            answer = world.ledger.take(asked)
+            # Whoever has never been scheduled is not known.
+            assert all(not any(world.counts.get(r, [])) for r in asked if r not in answer)
+            assert without_names(answer) == world.expect(list(answer))
+            num_answers += len(answer)
+    assert num_answers > 30
+    rest = list(world.counts)
+    expected = {r: c for r, c in world.expect(rest).items() if any(c.values())}
+    actual = without_names(world.ledger.take(rest))
+    assert {r: c for r, c in actual.items() if any(c.values())} == expected
+    world.ledger.history.flush_metrics()
+    for name, counts in world.totals.items():
+        total = as_answer(*counts)
+        values = [counts[0], total["proposed"], total["rejected"], total["forced"]]
+        for metric, value in zip(METRICS, values, strict=True):
+            change = value_of(metric, proxy=name, version="v1") - before[metric, name]
+            assert change == value
+
+
+def decided(token_ids: list[int], proposed: int = 3, forced: bool = False) -> Decision:
+    rows = len(token_ids)
+    return Decision(
+        slots=torch.zeros(rows, dtype=torch.int64),
+        token_ids=torch.tensor(token_ids),
+        num_proposed=torch.full((rows,), proposed),
+        forced=torch.full((rows,), forced),
+    )
+
+
+class Clock:
+    """`time.monotonic`, in seconds, as far as a test says."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(proxy.history, "time", clock)
+    return clock
+
+
+def rows_of(name: str, *, version: str = "v1", slots: tuple[int, ...] = (1, 2)) -> AlignedRows:
+    pool = ProxyPool()
+    served = put_into(pool, name, opinionated(1), version).served
+    assignments = [Assignment(f"r{slot}", served, slot=slot, stop_ids=(EOS,)) for slot in slots]
+    rows = make_plan([a.req_id for a in assignments], assignments, pool, CPU, has_shadows=False)
+    assert rows.aligned is not None
+    return rows.aligned
+
+
+def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
+    """After 64 steps, but no more often than once in a second: reading waits for the device."""
+    history = History(CPU, reports=True, capacity=4)
+    rows = rows_of("flushed", version="0123456789ab")
+    history.open(1)
+    history.open(2)
+
+    def tokens() -> float:
+        return value_of("tokens_aligned", proxy="flushed", version="0123456789ab")
+
+    for _ in range(64):
+        history.record(rows, decided([7, 7]), None)
+    assert tokens() == 0
+    clock.seconds += 1.5
+    for _ in range(63):
+        history.record(rows, decided([7, 7], proposed=2, forced=True), None)
+    assert tokens() == 0
+    history.record(rows, decided([7, 7], proposed=2, forced=True), None)
+    labels = {"proxy": "flushed", "version": "0123456789ab"}
+    history.flush_metrics()  # nothing twice
+    assert tokens() == 256
+    assert value_of("candidates_proposed", **labels) == 128 * 3 + 128 * 2
+    assert value_of("candidates_rejected", **labels) == 128 * 2 + 128 * 2
+    assert value_of("candidates_forced", **labels) == 128
+
+
+def test_metrics_of_shadows(clock):
+    history = History(CPU, reports=True, capacity=4)
+    shadow = ServedProxy("ghost", "v7", opinionated(1).config)
+    for _ in range(3):
+        scored = torch.tensor([True, True, False])
+        history.record_shadow(shadow, scored, torch.tensor([True, False, True]))
+    labels = {"proxy": "ghost", "version": "v7"}
+    assert value_of("shadow_tokens", **labels) == 0
+    history.flush_metrics()
+    history.flush_metrics()
+    assert value_of("shadow_tokens", **labels) == 6
+    assert value_of("shadow_changed", **labels) == 3
+    clock.seconds += 1.5
+    history.record_shadow(shadow, torch.tensor([True]), torch.tensor([False]))
+    assert value_of("shadow_tokens", **labels) == 7
+
+
+def test_a_history_that_does_not_report_keeps_nothing():
+    history = History(CPU, reports=False, capacity=4)
+    rows = rows_of("silent")
+    history.open(1)
+    history.record(rows, decided([7, 7]), None)
+    history.record_shadow(rows.assignments[0].proxy, torch.tensor([True]), torch.tensor([True]))
+    assert history.read([1]) == [[0, 0, 0]]
+    history.flush_metrics()
+    assert value_of("tokens_aligned", proxy="silent", version="v1") == 0
+    assert value_of("shadow_tokens", proxy="silent", version="v1") == 0
+
+
+def test_slots():
+    history = History(CPU, reports=True, capacity=2)
+    assert history.size() == 3
+    rows = rows_of("slots")
+    history.open(1)
+    history.open(2)
+    history.record(rows, decided([7, EOS]), None)
+    history.record(rows, decided([7, 7]), None)
+    history.grow()
+    assert history.size() == 6
+    assert history.read([2, 1]) == [[1, 3, 0], [2, 6, 0]]
+    history.open(2)
+    history.open(5)
+    assert history.read([2, 1, 5]) == [[0, 0, 0], [2, 6, 0], [0, 0, 0]]
+    history.record(rows, decided([7, 7]), None)
+    assert history.read([1, 2]) == [[3, 9, 0], [1, 3, 0]]
+
+
+# --- traces ---
+
+
+class Traced:
+    """Steps of the real law over one batch, and what a trace of it ought to say."""
+
+    def __init__(self, assignments: list[Assignment], pool: ProxyPool, capacity: int = 9) -> None:
+        self.pool = pool
+        self.plan = make_plan(
+            [a.req_id for a in assignments], assignments, pool, CPU, has_shadows=False
+        )
+        self.history = History(CPU, reports=True, capacity=capacity)
+        for assignment in assignments:
+            self.history.open(assignment.slot)
+
+    def step(self, num: int = 1, discarded: list[bool] | None = None) -> list[list[dict[str, Any]]]:
+        """The entries of every row, step by step."""
+        expected = []
+        rows = self.plan.aligned
+        assert rows is not None and rows.any_traced
+        for _ in range(num):
+            logits, hidden = torch.randn(len(rows.rows), V) * 3, torch.randn(len(rows.rows), H)
+            seen: list[Any] = []
+            recorder = SimpleNamespace(record=lambda *step: seen.append(step))  # noqa: B023
+            mask = None if discarded is None else torch.tensor(discarded)
+            positions = torch.randint(1000, (len(rows.rows),))
+            top_k = torch.full((len(rows.rows),), 4)
+            args = self.plan, hidden, positions, mask, ()
+            align(Step(*args, recorder), logits, top_k, None, tempered=False)
+            self.history.record(*seen[0])
+            _, _, _, (candidates, accept_logits, noise) = seen[0]
+            expected.append(
+                [
+                    self.entry(a, *(x[row] for x in (*candidates, accept_logits, noise)))
+                    for row, a in enumerate(rows.assignments)
+                ]
+            )
+        return expected
+
+    def entry(self, a: Assignment, token_ids: Any, logprobs: Any, scores: Any, noise: Any) -> Any:
+        """One position by the paper's loop."""
+        p = [math.exp(x) for x in logprobs.tolist()]
+        accept = [(1 + math.exp(-x)) ** -a.strength for x in scores.tolist()]
+        race, coins = noise.double().tolist()
+        order = [slot for slot in range(len(p)) if p[slot] > 0]
+        if not a.is_greedy:
+            order.sort(key=lambda slot: race[slot] / p[slot])
+
+        def candidate(slot: int, *, is_asked: bool = True) -> dict[str, Any]:
+            return {
+                "token_id": token_ids[slot].item(),
+                "probability": pytest.approx(p[slot], rel=1e-4),
+                "accept_probability": pytest.approx(accept[slot], rel=1e-4) if is_asked else None,
+            }
+
+        rejected: list[int] = []
+        for slot in order[: a.max_rejections]:
+            limit = 0.5 if a.is_greedy else math.exp(-coins[slot])
+            if accept[slot] >= limit or len(order) == 1:
+                said, forced = slot, False
+                break
+            rejected.append(slot)
+        else:
+            said, forced = 0, True
+        emitted = candidate(said, is_asked=not forced or said in rejected)
+        return emitted | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
+
+
+def traced(pool: ProxyPool, **settings: Any) -> list[Assignment]:
+    a, b, c, _ = unlike_proxies(pool)
+    return [
+        Assignment("t0", a.served, 1.0, 3, slot=1, traced=True, **settings),
+        Assignment("t1", b.served, 0.5, 1, slot=2, traced=True, temperature=0.7, **settings),
+        Assignment("quiet", c.served, 1.0, 3, slot=3, **settings),
+        Assignment("t2", c.served, 3.0, 0, slot=4, traced=True, **settings),
+        Assignment("t3", a.served, 1.2, 8, slot=5, traced=True, temperature=0.0, **settings),
+    ]
+
+
+def take(history: History, req_id: str) -> list[dict[str, Any]]:
+    history.fold()
+    return history.take_trace(req_id)
+
+
+def test_a_trace_says_what_the_loop_would_have_done():
+    """Order of proposal, probabilities, accept probabilities with the strength, and who was forced."""
+    torch.manual_seed(3)
+    pool = ProxyPool()
+    world = Traced(traced(pool), pool)
+    first = world.step(300)
+    actual = {name: take(world.history, name) for name in ("t0", "t1", "t2", "t3", "quiet")}
+    for row, name in ((0, "t0"), (1, "t1"), (3, "t2"), (4, "t3")):
+        assert actual[name] == [step[row] for step in first]
+    assert actual["quiet"] == []
+    forced = {name: sum(entry["forced"] for entry in actual[name]) for name in ("t0", "t1", "t3")}
+    assert all(5 < count < 295 for count in forced.values())
+    assert all(entry["forced"] and not entry["rejected"] for entry in actual["t2"])
+    assert {entry["accept_probability"] for entry in actual["t2"]} == {None}
+    # Forced although it was rejected itself; forced without having been asked about.
+    asked = {e["accept_probability"] is not None for e in actual["t0"] if e["forced"]}
+    assert asked == {True, False}
+    assert max(len(entry["rejected"]) for entry in actual["t3"]) == 4
+    # What has been taken is gone, and what comes next is what came since.
+    assert take(world.history, "t0") == []
+    second = world.step(3)
+    assert take(world.history, "t0") == [step[0] for step in second]
+
+
+def test_a_trace_adds_up_to_the_counts():
+    torch.manual_seed(1)
+    pool = ProxyPool()
+    assignments = traced(pool)
+    world = Traced(assignments, pool)
+    world.step(50)
+    for assignment in assignments:
+        if assignment.traced:
+            entries = take(world.history, assignment.req_id)
+            ((tokens, proposed, forced),) = world.history.read([assignment.slot])
+            assert tokens == len(entries) == 50
+            assert forced == sum(entry["forced"] for entry in entries)
+            rejected = sum(len(entry["rejected"]) for entry in entries)
+            assert proposed - (tokens - forced) == rejected
+            assert len({entry["token_id"] for entry in entries}) > 10
+
+
+def test_unfinished_prefills_and_what_comes_after_the_end_are_not_traced():
+    torch.manual_seed(2)
+    pool = ProxyPool()
+    # Every token ends the request.
+    assignments = traced(pool, stop_ids=tuple(range(V)))
+    world = Traced(assignments, pool)
+    world.step(2, discarded=[True, False, False, False, False])
+    expected = world.step(2)
+    assert take(world.history, "t0") == [expected[0][0]]
+    world.step(2)
+    assert take(world.history, "t0") == []
+    assert len(take(world.history, "t1")) == 1
+
+
+def test_a_trace_ends_at_its_limit(monkeypatch):
+    """In one go or in pieces: the first 4096 tokens (20 here), and none after them."""
+    assert proxy.history._TRACE_TOKENS == 4096
+    monkeypatch.setattr(proxy.history, "_TRACE_TOKENS", 20)
+    torch.manual_seed(3)
+    pool = ProxyPool()
+    world = Traced(traced(pool), pool)
+    expected = world.step(10)
+    assert take(world.history, "t0") == [step[0] for step in expected]
+    expected += (second := world.step(9))
+    assert take(world.history, "t0") == [step[0] for step in second]
+    expected += (third := world.step(5))
+    assert take(world.history, "t0") == [third[0][0]]
+    assert take(world.history, "t1") == [step[1] for step in expected[:20]]
+    world.step(5)
+    assert take(world.history, "t0") == take(world.history, "t1") == []
+    world.history.forget_trace("t1")
+    world.step(5)  # as if its name had come again
+    assert len(take(world.history, "t1")) == 5
+
+
+def test_traces_that_nobody_takes_are_bounded(monkeypatch):
+    """The one that has waited longest is cut off: a trace has no holes."""
+    monkeypatch.setattr(proxy.history, "_TRACED_REQUESTS", 2)
+    torch.manual_seed(4)
+    pool = ProxyPool()
+    a, *_ = unlike_proxies(pool)
+    three = [
+        Assignment(f"t{slot}", a.served, slot=slot, max_rejections=8, traced=True)
+        for slot in (1, 2, 3)
+    ]
+    world = Traced(three, pool)
+    world.step(4)
+    assert take(world.history, "t1") == []
+    assert [len(take(world.history, name)) for name in ("t2", "t3")] == [4, 4]
+    two = Traced(three[:2], pool)
+    two.history = world.history
+    two.step(4)
+    assert [len(take(world.history, name)) for name in ("t1", "t2")] == [0, 4]

@@ -1,0 +1,365 @@
+"""What one step does to its rows, and what it reports: without an engine."""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import proxy.history
+import proxy.network
+import proxy.plan
+import proxy.rows
+from proxy.acceptance import Decision, noise_key, seeded_noise
+from proxy.history import History
+from proxy.hook import Step, align, score_shadows
+from proxy.plan import make_plan
+from proxy.pool import ProxyPool
+from proxy.rows import Assignment, Shadow
+from tests.proxy.proxies import EMBEDDINGS, H, Proxy, V, biased, put_into, unlike_proxies
+from tests.proxy.references import Outcome, Setting, accept_logits_of, sorted_nucleus
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Stands in for the history: what it is told, and nothing else."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, Decision, Any, Any]] = []
+        self.shadows: list[tuple[str, list[bool], list[bool]]] = []
+
+    def record(self, *step: Any) -> None:
+        self.steps.append(step)
+
+    def record_shadow(self, proxy: Any, scored: torch.Tensor, changed: torch.Tensor) -> None:
+        self.shadows.append((proxy.name, scored.tolist(), changed.tolist()))
+
+
+def step_of(
+    pool: ProxyPool,
+    assignments: list[Assignment],
+    history: Any,
+    *,
+    hidden: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    discarded: list[bool] | None = None,
+    shadows: list[Proxy] = [],  # noqa: B006
+) -> Step:
+    rows = len(assignments)
+    ids = [f"r{row}" for row in range(rows)]
+    return Step(
+        plan=make_plan(ids, assignments, pool, CPU, has_shadows=bool(shadows)),
+        hidden=torch.randn(rows, H) if hidden is None else hidden,
+        positions=torch.arange(rows, dtype=torch.int32) if positions is None else positions,
+        discarded=None if discarded is None else torch.tensor(discarded),
+        shadows=[Shadow(shadow.served, pool, CPU) for shadow in shadows],
+        history=history,
+    )
+
+
+def replay(
+    proxy: Proxy, setting: Setting, logits: np.ndarray, hidden: torch.Tensor, noise: torch.Tensor
+) -> Outcome:
+    """One row by the paper's loop, in double precision, on these clocks and coins [2, V]."""
+    token_ids, p = sorted_nucleus(logits, setting)
+    scores = accept_logits_of(
+        proxy.network, hidden, EMBEDDINGS, token_ids, [math.log(x) for x in p]
+    )
+    race, coins = noise[:, token_ids].double().tolist()
+    order = list(range(len(p)))
+    if setting.temperature > 0:
+        order.sort(key=lambda slot: race[slot] / p[slot])
+    for proposed, slot in enumerate(order):
+        if proposed >= setting.max_rejections:
+            break
+        accept = (1 + math.exp(-scores[slot])) ** -setting.strength
+        if setting.temperature == 0:
+            is_accepted = accept >= 0.5
+        else:
+            is_accepted = math.exp(-coins[slot]) <= accept
+        if is_accepted or len(p) == 1:
+            return token_ids[slot], proposed + 1, False
+    return token_ids[0], min(len(p), setting.max_rejections), True
+
+
+def random_setting(rng: np.random.Generator, proxy: Proxy) -> Setting:
+    return Setting(
+        temperature=float(rng.choice([0.0, 1.0, 0.6, 1.7])),
+        top_k=int(rng.choice([0, 1, 3, 7])),
+        top_p=float(rng.choice([1.0, 0.9, 0.5])),
+        strength=float(rng.choice([1.0, 0.3, 4.0])),
+        max_rejections=int(rng.choice([0, 1, 2, 8])),
+        max_candidates=min(proxy.served.config.max_candidates, V),
+    )
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
+    """Random settings, proxies and plain neighbours; the very tokens, counts and forced flags.
+
+    Without a trace a CPU runs the compiled loop, with one the law on tensors.
+    """
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    pool = ProxyPool()
+    proxies = unlike_proxies(pool)
+    seen: list[Outcome] = []
+    for _ in range(12):
+        chosen = [proxies[i] if i < 4 else None for i in rng.integers(5, size=17)]
+        settings = [random_setting(rng, proxy or proxies[0]) for proxy in chosen]
+        assignments = [
+            Assignment(
+                f"r{row}",
+                proxy and proxy.served,
+                strength=setting.strength,
+                max_rejections=setting.max_rejections,
+                temperature=setting.temperature,
+                key=noise_key(100 + row),
+                is_seeded=True,
+                traced=traced,
+            )
+            for row, (proxy, setting) in enumerate(zip(chosen, settings, strict=True))
+        ]
+        history = Recorder()
+        positions = torch.from_numpy(rng.integers(1, 500, size=17, dtype=np.int32))
+        step = step_of(pool, assignments, history, positions=positions)
+        logits = torch.randn(17, V) * 2
+        # vLLM switches top-k and top-p off for greedy rows.
+        is_greedy = torch.tensor([s.temperature == 0 for s in settings])
+        top_k = torch.tensor([s.top_k or V for s in settings], dtype=torch.int32)
+        top_p = torch.tensor([s.top_p for s in settings])
+        scale = torch.tensor([s.temperature or 1.0 for s in settings])
+        align(
+            step,
+            logits / scale.unsqueeze(-1) if tempered else logits,
+            top_k.masked_fill(is_greedy, V),
+            top_p.masked_fill(is_greedy, 1.0),
+            tempered=tempered,
+        )
+        ((rows, decision, _, _),) = history.steps
+        actual = zip(*(x.tolist() for x in decision[1:]), strict=True)
+        for row, outcome in zip(rows.rows, actual, strict=True):
+            proxy = chosen[row]
+            assert proxy is not None
+            key = torch.tensor([noise_key(100 + row)])
+            noise = seeded_noise(key, positions[row : row + 1].long(), torch.arange(V)[None])[0]
+            args = settings[row], logits[row].numpy(), step.hidden[row], noise
+            assert outcome == replay(proxy, *args), settings[row]
+            seen.append(outcome)
+    forced = [outcome for outcome in seen if outcome[2]]
+    assert len(seen) > 100 and 20 < len(forced) < len(seen) - 20
+
+
+def test_the_answer_is_what_is_recorded():
+    pool = ProxyPool()
+    a, b, *_ = unlike_proxies(pool)
+    assignments = [
+        Assignment("r0", a.served, max_rejections=3),
+        Assignment("r1"),
+        Assignment("r2", b.served, max_rejections=3),
+    ]
+    history = Recorder()
+    step = step_of(pool, assignments, history, discarded=[False, False, True])
+    token_ids = align(step, torch.randn(3, V), None, None, tempered=False)
+    ((rows, decision, discarded, tracing),) = history.steps
+    assert rows is step.plan.aligned
+    assert torch.equal(token_ids, decision.token_ids) and token_ids.shape == (2,)
+    assert discarded.tolist() == [False, True]
+    assert tracing is None
+
+
+def test_a_trace_is_kept_only_where_one_is_wanted():
+    pool = ProxyPool()
+    a, *_ = unlike_proxies(pool)
+    assignments = [Assignment("r0", a.served), Assignment("r1", a.served, traced=True)]
+    history = Recorder()
+    align(step_of(pool, assignments, history), torch.randn(2, V), None, None, tempered=False)
+    ((_, _, discarded, tracing),) = history.steps
+    assert discarded is None
+    candidates, accept_logits, noise = tracing
+    assert candidates.token_ids.shape == accept_logits.shape == (2, 5)
+    assert noise.shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 4, 48])
+def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
+    """However many rows and proxies there are: one pass over the hidden states, and one over candidates.
+
+    The compiled loop asks the network about single candidates, as they are proposed.
+    """
+    calls: Counter[str] = Counter()
+
+    def spy(name: str) -> None:
+        original = getattr(proxy.network, name)
+
+        def counted(*args: Any) -> torch.Tensor:
+            calls[name] += 1
+            return original(*args)
+
+        for module in (proxy.network, proxy.rows):
+            monkeypatch.setattr(module, name, counted)
+
+    spy("state_features")
+    spy("accept_logits")
+    project = proxy.rows.Mixture.project
+    monkeypatch.setattr(
+        proxy.rows.Mixture, "project", lambda *args: calls.update(["project"]) or project(*args)
+    )
+    pool = ProxyPool()
+    proxies = unlike_proxies(pool)
+    assignments = [
+        Assignment("r", proxies[row % 4].served, traced=traced) for row in range(num_rows)
+    ]
+    step = step_of(pool, assignments, Recorder())
+    align(step, torch.randn(num_rows, V), None, None, tempered=False)
+    assert calls == ({"state_features": 1, "accept_logits": 1} if traced else {"project": 1})
+
+
+def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
+    """Meta tensors hold no values: whatever looked at one, as a device sync does, would raise."""
+    meta = torch.device("meta")
+
+    def without_values(data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype).to(meta)
+
+    for module in (proxy.rows, proxy.plan, proxy.history):
+        monkeypatch.setattr(module, "to_device", without_values)
+    monkeypatch.setattr(proxy.history, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    pool = ProxyPool()
+    a, b, c, d = unlike_proxies(pool)
+    pool.weights = type(pool.weights)(*(x.to(meta) for x in pool.weights or ()))  # type: ignore[misc]
+    pool.tables = pool.tables.to(meta) if pool.tables is not None else None
+    assignments = [
+        Assignment("r0", a.served, 0.5, temperature=0.7, is_seeded=True, traced=True),
+        Assignment("r1"),
+        Assignment("r2", b.served, temperature=0.0),
+        Assignment("r3", c.served),
+    ]
+    history = History(meta, reports=True, capacity=4)
+    for chosen in (assignments, assignments[:1], assignments[2:3] * 4):
+        rows = len(chosen)
+        step = Step(
+            plan=make_plan([a.req_id for a in chosen], chosen, pool, meta, has_shadows=True),
+            hidden=torch.empty(rows, H, device=meta),
+            positions=torch.empty(rows, dtype=torch.int32, device=meta),
+            discarded=torch.empty(rows, dtype=torch.bool, device=meta),
+            shadows=[Shadow(d.served, pool, meta)],
+            history=history,
+        )
+        logits = torch.empty(rows, V, device=meta)
+        top_k = torch.empty(rows, dtype=torch.int32, device=meta)
+        top_p = torch.empty(rows, device=meta)
+        token_ids = align(step, logits, top_k, top_p, tempered=False)
+        assert token_ids.shape == (sum(a.proxy is not None for a in chosen),)
+        score_shadows(step, logits, top_k, top_p, torch.empty(rows, dtype=torch.int64, device=meta))
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the control
+        token_ids.tolist()
+
+
+# --- shadows ---
+
+SAID = 2  # among these logits the third most probable token
+LOGITS = torch.tensor([3.0, 2.0, 1.0] + [-math.inf] * (V - 3))
+
+
+def score(
+    shadow_bias: float,
+    sampled: list[int],
+    assignments: list[Assignment] | None = None,
+    *,
+    logits: torch.Tensor = LOGITS,
+    discarded: list[bool] | None = None,
+    top_k: int = V,
+    **config: Any,
+) -> tuple[list[bool], list[bool]]:
+    """(scored, changed) of plain rows with these logits and tokens, and a shadow of one mind."""
+    pool = ProxyPool()
+    shadow = put_into(pool, "shadow", biased(shadow_bias, **config))
+    if assignments is None:
+        assignments = [Assignment(f"r{row}") for row in range(len(sampled))]
+    history = Recorder()
+    step = step_of(pool, assignments, history, discarded=discarded, shadows=[shadow])
+    rows = len(sampled)
+    top_ks = torch.full((rows,), top_k, dtype=torch.int32)
+    score_shadows(step, logits.expand(rows, -1), top_ks, torch.ones(rows), torch.tensor(sampled))
+    ((name, scored, changed),) = history.shadows
+    assert name == "shadow"
+    return scored, changed
+
+
+def test_a_shadow_that_accepts_all_changes_nothing():
+    assert score(1e4, [0, 1, 2]) == ([True] * 3, [False] * 3)
+
+
+def test_a_shadow_that_rejects_all_would_say_the_most_probable():
+    assert score(-1e4, [0, 1, 2]) == ([True] * 3, [False, True, True])
+
+
+def test_a_shadow_that_is_never_asked_would_say_the_most_probable():
+    assert score(1e4, [0, 1, 2], max_rejections=0) == ([True] * 3, [False, True, True])
+
+
+def test_a_shadow_is_asked_about_what_is_said_first():
+    """One rejection is all there may be, and it is spent on the token that is said."""
+    assert score(-1e4, [1] * 50, max_rejections=1) == ([True] * 50, [True] * 50)
+    assert score(1e4, [1] * 50, max_rejections=1) == ([True] * 50, [False] * 50)
+
+
+def test_a_single_candidate_is_nobodys_choice():
+    assert score(-1e4, [0], top_k=1) == ([True], [False])
+
+
+@pytest.mark.parametrize(("bias", "changed"), [(0.01, False), (-0.01, True)])
+def test_a_shadow_of_a_greedy_row_throws_no_dice(bias, changed):
+    """It accepts from one half on: accept logit 0."""
+    greedy = [Assignment(f"r{row}", temperature=0.0) for row in range(60)]
+    assert score(bias, [SAID] * 60, greedy) == ([True] * 60, [changed] * 60)
+
+
+def test_a_shadow_of_other_rows_throws_a_coin():
+    """A change takes a rejection, then the acceptance of one of the other two: 1/2 x 3/4 of 2000 = 750.
+
+    By Hoeffding's inequality the count is 150 or more away with probability below 1e-9.
+    """
+    torch.manual_seed(0)
+    scored, changed = score(0.0, [0] * 2000)
+    assert all(scored)
+    assert abs(sum(changed) - 750) < 150
+
+
+def test_rows_that_no_shadow_scores():
+    """Unfinished prefills, requests that are exempt, and tokens that it does not know as candidates."""
+    assignments = [Assignment("r0"), Assignment("r1", shadowed=False), Assignment("r2")]
+    scored, _ = score(-1e4, [1, 1, 1], assignments, discarded=[True, False, False])
+    assert scored == [False, False, True]
+    scored, _ = score(-1e4, [0, 1, 2, 30], max_candidates=2)
+    assert scored == [True, True, False, False]
+
+
+def test_no_shadow_is_asked_where_all_rows_are_exempt():
+    pool = ProxyPool()
+    shadow = put_into(pool, "shadow", biased(0.0))
+    history = Recorder()
+    step = step_of(pool, [Assignment("r0", shadowed=False)], history, shadows=[shadow])
+    score_shadows(step, LOGITS[None], None, None, torch.tensor([0]))
+    assert history.shadows == []
+
+
+def test_every_shadow_scores_every_row():
+    pool = ProxyPool()
+    shadows = [put_into(pool, "yes", biased(1e4)), put_into(pool, "no", biased(-1e4, width=3))]
+    acting = put_into(pool, "acting", biased(0.0, width=9))
+    history = Recorder()
+    assignments = [Assignment("r0"), Assignment("r1", acting.served, max_rejections=4)]
+    step = step_of(pool, assignments, history, shadows=shadows)
+    score_shadows(step, LOGITS.expand(2, -1), None, None, torch.tensor([1, 0]))
+    assert history.shadows == [
+        ("yes", [True, True], [False, False]),
+        ("no", [True, True], [True, False]),
+    ]

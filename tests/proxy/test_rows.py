@@ -1,0 +1,184 @@
+"""Rows of any mix of proxies, each decided as if it were alone."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import proxy.rows
+from proxy.acceptance import Candidates, noise_key, seeded_noise
+from proxy.pool import ProxyPool
+from proxy.rows import AlignedRows, Assignment, Mixture
+from tests.proxy.proxies import H, Proxy, V, unlike_proxies
+
+CPU = torch.device("cpu")
+K = 12
+
+
+@pytest.fixture
+def pool() -> ProxyPool:
+    return ProxyPool()
+
+
+@pytest.fixture
+def proxies(pool: ProxyPool) -> dict[str, Proxy]:
+    return {proxy.served.name: proxy for proxy in unlike_proxies(pool)}
+
+
+def assign(proxies: dict[str, Proxy], name: str, **settings: Any) -> Assignment:
+    seed = settings.pop("seed", None)
+    if seed is not None:
+        settings |= {"key": noise_key(seed), "is_seeded": True}
+    return Assignment("r", proxies[name].served, **settings)
+
+
+def aligned_of(pool: ProxyPool, assignments: list[Assignment]) -> AlignedRows:
+    return AlignedRows([*range(len(assignments))], assignments, pool, CPU, covers_batch=True)
+
+
+def some_candidates(rows: int) -> Candidates:
+    token_ids = torch.stack([torch.randperm(V)[:K] for _ in range(rows)])
+    logprobs = torch.randn(rows, K).sort(descending=True).values.log_softmax(-1)
+    return Candidates(token_ids, logprobs.masked_fill(torch.rand(rows, K) < 0.1, -torch.inf))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        "a",
+        "bbbbb",
+        "aaaaabcd",  # five rows of one and one of each of the others
+        "dcba",  # every row its own
+        "abcd" * 4,
+        "abbbbbbbbbbbbbbbbbbbbbbb",
+        "cacacaddc",
+        *("".join("abcd"[i] for i in torch.randint(4, (n,)).tolist()) for n in (3, 11, 64)),
+    ],
+)
+def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, shares, monkeypatch):
+    """Against each row's network, alone; and it takes one evaluation, of fewer than 2 A places."""
+    evaluations = []
+
+    def spy(name: str) -> None:
+        original = getattr(proxy.rows, name)
+
+        def counted(weights: Any, first: torch.Tensor, *rest: Any) -> torch.Tensor:
+            evaluations.append(first[..., 0].numel())
+            return original(weights, first, *rest)
+
+        monkeypatch.setattr(proxy.rows, name, counted)
+
+    spy("accept_logits")
+    spy("score_alone")
+    torch.manual_seed(0)
+    mixture = Mixture([proxies[name].served for name in shares], pool, CPU)
+    hidden, candidates = torch.randn(len(shares), H), some_candidates(len(shares))
+    actual = mixture.accept_logits(hidden, candidates)
+    features = mixture.project(hidden) / hidden.norm(dim=-1, keepdim=True)
+    assert actual.shape == (len(shares), K) and features.shape == (len(shares), 32)
+    for row, name in enumerate(shares):
+        one = slice(row, row + 1)
+        expected = proxies[name].score_alone(hidden[one], *(x[one] for x in candidates))
+        torch.testing.assert_close(actual[one], expected, rtol=1e-4, atol=1e-5)
+        network = proxies[name].network
+        rms = hidden[row].square().mean().sqrt()
+        u = network.state_half.weight @ hidden[row] / rms
+        torch.testing.assert_close(features[row, : len(u)], u, rtol=1e-4, atol=1e-5)
+    assert len(evaluations) == 1
+    assert evaluations[0] == len(shares) or evaluations[0] < 2 * len(shares)
+
+
+def test_rows_outlive_a_change_of_the_pool(pool, proxies):
+    """They keep the tensors that they were made with: a step may be under way."""
+    mixture = Mixture([proxies[name].served for name in "cab"], pool, CPU)
+    hidden, candidates = torch.randn(3, H), some_candidates(3)
+    before = mixture.accept_logits(hidden, candidates)
+    pool.retain([proxies["b"].served])
+    assert torch.equal(mixture.accept_logits(hidden, candidates), before)
+
+
+def test_settings_of_each_row(pool, proxies):
+    settings = aligned_of(
+        pool,
+        [
+            assign(proxies, "a", strength=2.0, max_rejections=7, temperature=0.5),
+            assign(proxies, "b", temperature=0.0, seed=3),
+            assign(proxies, "d", strength=0.25, max_rejections=1),
+        ],
+    ).settings
+    assert settings.strength is not None and settings.temperature is not None
+    assert settings.greedy is not None and settings.sizes is not None
+    assert settings.strength.tolist() == [2.0, 1.0, 0.25]
+    assert settings.max_rejections.tolist() == [7, 0, 1]
+    assert settings.temperature.tolist() == [0.5, 1.0, 1.0]
+    assert settings.greedy.tolist() == [False, True, False]
+    assert settings.sizes.tolist() == [5, 12, 40]  # as many as there are tokens, at most
+    assert settings.is_seeded.tolist() == [False, True, False]
+
+
+def test_what_is_usual_takes_no_tensor(pool, proxies):
+    settings = aligned_of(pool, [assign(proxies, "a"), assign(proxies, "a")]).settings
+    assert (settings.strength, settings.temperature) == (None, None)
+    assert (settings.greedy, settings.sizes) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "is_greedy", "divisor"),
+    [(0.0, True, 1.0), (9.9e-6, True, 1.0), (1e-5, False, 1e-5), (0.7, False, 0.7)],
+)
+def test_greedy_as_vllm_has_it(temperature, is_greedy, divisor):
+    assignment = Assignment("r", temperature=temperature)
+    assert (assignment.is_greedy, assignment.divisor) == (is_greedy, divisor)
+
+
+def test_seeded_rows_draw_from_their_seeds_alone(pool, proxies):
+    """Whatever is beside them, and whatever the type of the positions; vLLM has int32."""
+    seeds = [11, 12, -(2**70), 11]
+    positions = torch.tensor([40, 40, 3, 41], dtype=torch.int32)
+    assignments = [assign(proxies, n, seed=seed) for n, seed in zip("abda", seeds, strict=True)]
+    token_ids = torch.randperm(V)[:40].expand(4, -1)
+    noise = aligned_of(pool, assignments).noise(positions, token_ids)
+    assert noise.shape == (4, 2, 40) and noise.dtype == torch.float32
+    assert len(noise.unique()) == noise.numel()
+    for row, assignment in enumerate(assignments):
+        one = slice(row, row + 1)
+        key = torch.tensor([noise_key(seeds[row])])
+        assert torch.equal(noise[one], seeded_noise(key, positions[one].long(), token_ids[one]))
+        alone = aligned_of(pool, [assignment]).noise(positions[one], token_ids[one, :5])
+        assert torch.equal(noise[one, :, :5], alone)
+
+
+def test_an_accelerator_draws_afresh_for_rows_without_a_seed(pool, proxies, monkeypatch):
+    """As on any device but a CPU: in one kernel, for all; seeded rows are left alone."""
+    seeds = [11, None, 11]
+    rows = aligned_of(pool, [assign(proxies, "a", seed=seed) for seed in seeds])
+    assert rows.settings.keys.device == CPU  # made before the device is another
+    monkeypatch.setattr(rows, "_device", torch.device("meta"))
+    positions = torch.tensor([40, 40, 41])
+    monkeypatch.setattr(proxy.rows, "draw_noise", lambda *_: torch.full((3, 2, 5), 0.5))
+    token_ids = torch.arange(5).expand(3, -1)
+    noise = rows.noise(positions, token_ids)
+    seeded = seeded_noise(torch.tensor([noise_key(11)] * 2), positions[[0, 2]], token_ids[:2])
+    assert torch.equal(noise[[0, 2]], seeded)
+    assert (noise[1] == 0.5).all()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_neighbours_change_nothing(pool, proxies, traced):
+    """K is that of the row's own proxy, also where top-p counts the mass of more than K tokens."""
+    torch.manual_seed(0)
+    top_k, top_p = torch.tensor([7, 7, 7, V], dtype=torch.int32), torch.tensor([0.5, 0.7, 0.9, 0.8])
+    assignments = [
+        assign(proxies, name, seed=seed, max_rejections=8, traced=traced)
+        for seed, name in enumerate("abca")
+    ]
+    together = aligned_of(pool, assignments)
+    alone = [aligned_of(pool, [assignment]) for assignment in assignments]
+    for position in range(100):
+        logits, hidden = torch.randn(4, V), torch.randn(4, H)
+        positions = torch.full((4,), position, dtype=torch.int32)
+        args = logits, hidden, positions, top_k, top_p
+        decision, _ = together.decide(*args, tempered=False)
+        for row, rows in enumerate(alone):
+            one, _ = rows.decide(*(x[row : row + 1] for x in args), tempered=False)
+            assert [x[row].item() for x in decision] == [x.item() for x in one]
