@@ -1,105 +1,189 @@
-"""Which proxy speaks in a chat request, or why it cannot.
+"""Which proxy speaks in a request, or why it cannot. Every JSON request passes here (see `gate`).
 
-A proxy is chosen by `alignment.proxy` or by the model's name, `<model>:<proxy>`.
+A proxy is chosen by `alignment.proxy` or by the model's name, `<model>:<proxy>`. Both are taken out
+of the body, so that vLLM's own handlers find a request for the frozen LLM.
 """
 
-from dataclasses import dataclass
+import json
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.request import Alignment
-from server.engine import (
-    ChatCompletionRequest,
-    OpenAIServingModels,
-    VLLMNotFoundError,
-    VLLMValidationError,
-)
-from server.schemas import AlignmentOptions, ChatRequest, JudgeOptions
+from pydantic import ValidationError
+
+from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
+from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
+from server.proxies import LoadedProxy, Proxies
+from server.schemas import AlignmentOptions, JudgeOptions
 from server.state import Served
 
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 
-@dataclass(frozen=True)
+# Where the model speaks, and so a proxy can; every draw there passes the gate of the engine.
+SPEAKING = {
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    "/v1/chat/completions/batch",
+    "/v1/messages",
+    "/cohere/v2/chat",
+    "/inference/v1/generate",
+    "/invocations",
+}
+# Where `<model>:<proxy>` means just the model: nothing is drawn.
+COUNTING = {"/tokenize", "/v1/messages/count_tokens"}
+
+
+@dataclass
 class Plan:
-    request: ChatCompletionRequest
-    """What vLLM is asked: the frozen LLM's own name, the proxy in its extra arguments."""
+    """What was admitted, and what becomes of it."""
+
     asked_model: str | None
-    """The name that the client used; None if it used none."""
-    alignment: Alignment | None
-    """None where no proxy takes part."""
+    """The name that the client used; None if it used none, or one that is not served."""
+    alignment: WorkerAlignment | None
+    """What the worker is told; None where no proxy takes part."""
+    pinned: LoadedProxy | None
     wants_receipt: bool
     best_of: int
     judge: JudgeOptions
+    engine_ids: list[str] = field(default_factory=list)
+    """The aligned requests to the engine, as it knows them: one per prompt, each with n samples."""
+    num_samples: int = 1
+    """n of each of them."""
+    delivered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(engine's id, sample) -> tokens that the engine has handed out; counted for traces only."""
 
 
-def admit(request: ChatRequest, served: Served) -> Plan:
-    """Resolve names and refuse what cannot be.
+def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
+    """Resolve names, pin the proxy's version, and refuse what cannot be. Changes `body`.
+
+    The caller unpins what the plan has pinned.
 
     Raises VLLMNotFoundError (404) for a proxy that is not loaded, VLLMValidationError (400) for a
     combination that makes no sense.
     """
-    model, named = split_model_name(request.model, served.models)
-    options = request.alignment or AlignmentOptions.model_validate({})
-    if named and options.proxy and named != options.proxy:
+    _check_raw_arguments(body)
+    asked = body.get("model")
+    model, named = split_model_name(asked, state.models)
+    options = _options(body.pop(EXTRA_ARGS_KEY, None))
+    if named is not None:
+        body["model"] = model
+    if named is not None or options is not None:
+        _check_route(path, named, options)
+    if named and options is not None and options.proxy and named != options.proxy:
         raise VLLMValidationError(
-            f"model {request.model!r} names the proxy {named!r}, but alignment.proxy is "
+            f"model {asked!r} names the proxy {named!r}, but alignment.proxy is "
             f"{options.proxy!r}: name one",
             parameter="alignment.proxy",
         )
-    name = options.proxy or named
-    if name is not None and name not in served.proxies:
-        raise VLLMNotFoundError(
-            f"The proxy {name!r} is not loaded. Loaded are: {', '.join(served.proxies) or 'none'}."
-        )
-    _check(request, options, name)
-    alignment = options.for_proxy(name) if name is not None else None
-    return Plan(
-        request=_for_vllm(request, model, alignment, options.best_of),
-        asked_model=request.model,
-        alignment=alignment,
-        wants_receipt=name is not None or request.alignment is not None,
-        best_of=options.best_of,
-        judge=options.judge or JudgeOptions.model_validate({}),
+    given = options or AlignmentOptions.model_validate({})
+    name = given.proxy or named
+    pinned = find(name, state.proxies) if name is not None else None
+    _check(path, body, given, name)
+    if path in COUNTING:
+        pinned = None
+    plan = Plan(
+        asked_model=asked if model and is_served(model, state.models) else None,
+        alignment=given.for_worker(pinned.name, pinned.version) if pinned is not None else None,
+        pinned=pinned,
+        wants_receipt=name is not None or options is not None,
+        best_of=given.best_of,
+        judge=given.judge or JudgeOptions.model_validate({}),
     )
+    if pinned is not None:
+        state.proxies.pin(pinned)
+    return plan
 
 
-def split_model_name(
-    model: str | None, models: OpenAIServingModels
-) -> tuple[str | None, str | None]:
+def find(name: str, proxies: Proxies) -> LoadedProxy:
+    """What a name stands for, if it may speak."""
+    proxy = proxies.bound(name)
+    if proxy is None:
+        raise VLLMNotFoundError(
+            f"The proxy {name!r} is not loaded. Loaded are: {', '.join(proxies.names()) or 'none'}."
+        )
+    if proxy.state == "shadow":
+        _refuse("alignment.proxy", f"{name!r} is a shadow: it scores what is said and never acts")
+    return proxy
+
+
+def is_served(name: str, models: OpenAIServingModels) -> bool:
+    return models.is_base_model(name) or name in models.lora_requests
+
+
+def split_model_name(model: Any, models: OpenAIServingModels) -> tuple[str | None, str | None]:
     """`<model>:<proxy>` -> (model, proxy); a name that is served as it stands has no proxy."""
-
-    def is_served(name: str) -> bool:
-        return models.is_base_model(name) or name in models.lora_requests
-
-    if not model or is_served(model):
+    if not isinstance(model, str) or not model:
+        return None, None
+    if is_served(model, models):
         return model, None
     prefix, colon, suffix = model.rpartition(":")
-    return (prefix, suffix) if colon and is_served(prefix) else (model, None)
+    return (prefix, suffix) if colon and is_served(prefix, models) else (model, None)
 
 
-def _check(request: ChatRequest, options: AlignmentOptions, proxy: str | None) -> None:
-    for field in ("strength", "max_rejections"):
-        if proxy is None and field in options.model_fields_set:
-            _refuse(f"alignment.{field}", "needs a proxy: set alignment.proxy as well")
-    if (proxy is not None or options.best_of > 1) and request.use_beam_search:
+def _check_raw_arguments(body: dict[str, Any]) -> None:
+    """Extra arguments travel to the engine as they are: what would fail there is refused here."""
+    sampling = body.get("sampling_params")
+    extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    raw = {"vllm_xargs": body.get("vllm_xargs"), "sampling_params.extra_args": extra_args}
+    for name, found in raw.items():
+        if not isinstance(found, dict):  # wrong types are for vLLM's own validation
+            continue
+        if EXTRA_ARGS_KEY in found:
+            _refuse(
+                f"{name}.{EXTRA_ARGS_KEY}",
+                f"is reserved: send the `{EXTRA_ARGS_KEY}` object instead",
+            )
+        for key in ("kv_transfer_params", "ec_transfer_params"):
+            if not isinstance(found.get(key, {}), dict):
+                _refuse(f"{name}.{key}", "must be an object")
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            _refuse(name, "has a string that is not Unicode text: half of a surrogate pair")
+
+
+def _options(given: Any) -> AlignmentOptions | None:
+    if given is None:
+        return None
+    try:
+        return AlignmentOptions.model_validate(given)
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_context=False, include_input=False)
+        where = ".".join([EXTRA_ARGS_KEY, *(str(part) for part in first["loc"])])
+        rest = f" (and {len(more)} more)" if more else ""
+        raise VLLMValidationError(f"{where}: {first['msg']}{rest}", parameter=where) from None
+
+
+def _check_route(path: str, named: str | None, options: AlignmentOptions | None) -> None:
+    if path not in SPEAKING and (options is not None or path not in COUNTING):
+        what = f"the proxy {named!r} in the model's name" if named else f"`{EXTRA_ARGS_KEY}`"
+        raise VLLMValidationError(
+            f"{what} means nothing to {path}: it works on {', '.join(sorted(SPEAKING))}",
+            parameter="model" if named else EXTRA_ARGS_KEY,
+        )
+    asked = options or AlignmentOptions.model_validate({})
+    if asked.best_of > 1 and path != CHAT:
+        _refuse("alignment.best_of", f"is taken by {CHAT} only")
+    if asked.trace and path not in (CHAT, COMPLETIONS):
+        _refuse("alignment.trace", f"is taken by {CHAT} and {COMPLETIONS} only")
+
+
+def _check(path: str, body: dict[str, Any], options: AlignmentOptions, proxy: str | None) -> None:
+    for option in ("strength", "max_rejections", "trace"):
+        if proxy is None and option in options.model_fields_set:
+            _refuse(f"alignment.{option}", "needs a proxy: set alignment.proxy as well")
+    if options.best_of > 1 and options.trace:
+        _refuse("alignment.trace", "does not go with best_of above 1: trace the samples with n")
+    if proxy is None and options.best_of == 1:
+        return
+    if body.get("use_beam_search") not in (None, False):
         _refuse("use_beam_search", "does not go with alignment: beams are not sampled")
-    if options.best_of > 1:
-        if request.n not in (None, 1):
-            _refuse("n", "must be 1 with alignment.best_of above 1: one winner is returned")
-        if request.temperature == 0:
-            _refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
-        if request.tools:
-            _refuse("tools", "do not go with alignment.best_of above 1: only text can be judged")
+    if path == RESPONSES and body.get("background") not in (None, False):
+        _refuse("background", "does not go with a proxy: its version is kept for an open answer")
 
 
 def _refuse(parameter: str, reason: str) -> None:
     raise VLLMValidationError(f"{parameter} {reason}", parameter=parameter)
-
-
-def _for_vllm(
-    request: ChatRequest, model: str | None, alignment: Alignment | None, best_of: int
-) -> ChatCompletionRequest:
-    changes: dict[str, Any] = {"model": model, "alignment": None}
-    if alignment is not None:
-        changes["vllm_xargs"] = {**(request.vllm_xargs or {}), **alignment.to_extra_args()}
-    if best_of > 1:
-        changes |= {"n": best_of, "stream": False, "stream_options": None}
-    return request.model_copy(update=changes)

@@ -8,11 +8,28 @@ from judge.tournament import Pair, knock_out
 from judge.verdict import Verdict
 from server import metrics
 from server.admission import Plan
-from server.engine import ChatCompletionResponse, UsageInfo
-from server.judging import compare, conversation, engine_judge
-from server.receipts import as_event
+from server.engine import ChatCompletionResponse, UsageInfo, VLLMValidationError
+from server.judging import check_fits, compare, conversation, engine_judge
 from server.schemas import ChatRequest
 from server.state import Served
+from server.streams import as_event
+
+
+def check_best_of(request: ChatRequest, plan: Plan, state: Served) -> None:
+    """Raises VLLMValidationError (400) before anything is sampled that could not be judged."""
+
+    def refuse(parameter: str, reason: str) -> None:
+        raise VLLMValidationError(f"{parameter} {reason}", parameter=parameter)
+
+    if request.n not in (None, 1):
+        refuse("n", "must be 1 with alignment.best_of above 1: one winner is returned")
+    if request.temperature == 0:
+        refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
+    if request.tools:
+        refuse("tools", "do not go with alignment.best_of above 1: only text can be judged")
+    prompt = conversation(request.messages)
+    for principle in plan.judge.principles:  # even two empty answers may be too long
+        check_fits(state, prompt, ("", ""), principle)
 
 
 async def best_of(

@@ -1,4 +1,4 @@
-"""The command line: vLLM's flags and --proxy, checked before the engine starts.
+"""The command line: vLLM's flags and our own, checked before the engine starts.
 
 Whatever can be refused is refused here, in one line and with exit code 2, because a mistake that
 shows only after the LLM has been loaded costs minutes.
@@ -6,7 +6,6 @@ shows only after the LLM has been loaded costs minutes.
 
 import argparse
 import os
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,11 +22,9 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
-from proxy.checkpoint import ProxyError, identify, load
+from proxy.checkpoint import BaseModelId, ProxyError, identify, load
 from server.plugin import AssentPlugin, install
-from server.state import ServedProxy
-
-PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
+from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
 
 SMALL_MODEL_BYTES = 256 * 1024**2
 SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
@@ -43,12 +40,14 @@ def serve(argv: Sequence[str]) -> None:
     args = parse(argv)
     try:
         check_server(args)
-        proxies = check_checkpoints(args, parse_proxies(args.proxy))
-    except (Refused, ProxyError) as error:
+        proxies = parse_proxies(args.proxy, args.shadow)
+        base = check_checkpoints(args, proxies)
+    except (Refused, Refusal, ProxyError) as error:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
-    install(AssentPlugin(proxies=proxies, api_keys=take_api_keys(args)))
+    keys, root = take_api_keys(args), args.proxy_root
+    install(AssentPlugin(proxies=proxies, api_keys=keys, base=base, proxy_root=root))
     uvloop.run(run_server(args))
 
 
@@ -72,40 +71,58 @@ def parse(argv: Sequence[str]) -> Namespace:
         metavar="NAME=DIR",
         help="Load the proxy checkpoint in DIR under NAME. May be repeated.",
     )
+    parser.add_argument(
+        "--shadow",
+        action="append",
+        metavar="NAME=DIR",
+        help="Load the proxy checkpoint in DIR to score all that is said without acting: metrics "
+        "say how often it would have decided otherwise. May be repeated.",
+    )
+    parser.add_argument(
+        "--proxy-root",
+        type=Path,
+        metavar="DIR",
+        help="Let POST /proxies load checkpoints below DIR while serving.",
+    )
     parser.set_defaults(
         proxy=[],
+        shadow=[],
         model=None,
         host="127.0.0.1",
         worker_cls=_worker_class(),
         enforce_eager=current_platform.is_cpu(),  # compiling doubles the time to start
     )
-    # vLLM's parser warns of every flag that is given twice, so it does not see --proxy.
+    # vLLM's parser warns of every flag that is given twice, so it does not see these.
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--proxy", action="append", default=[])
+    own.add_argument("--shadow", action="append", default=[])
     ours, theirs = own.parse_known_args(argv)
     args = parser.parse_args(theirs)
     args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
+    args.shadow = [*args.shadow, *ours.shadow]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     args.model = args.model or args.model_tag
     return args
 
 
-def parse_proxies(named: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR, ... -> {name: absolute directory}."""
-    proxies: dict[str, Path] = {}
-    for entry in named:
+def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Checkpoint]:
+    """The NAME=DIR of --proxy and --shadow; directories become absolute."""
+    proxies: dict[str, Checkpoint] = {}
+    flags = [("--proxy", entry) for entry in named] + [("--shadow", entry) for entry in shadows]
+    for flag, entry in flags:
         name, equals, directory = entry.partition("=")
         if not (equals and directory):
-            raise Refused(f"--proxy {entry!r}: expected NAME=DIR")
+            raise Refused(f"{flag} {entry!r}: expected NAME=DIR")
         if not PROXY_NAME.fullmatch(name):
             raise Refused(
-                f"--proxy {entry!r}: the name {name!r} may only have letters, digits and . _ -"
+                f"{flag} {entry!r}: the name {name!r} may only have letters, digits and . _ -"
             )
         if name in proxies:
-            raise Refused(f"--proxy {entry!r}: the name {name!r} is given twice")
-        proxies[name] = Path(directory).expanduser().absolute()
-    return proxies
+            raise Refused(f"{flag} {entry!r}: the name {name!r} is given twice")
+        path = Path(directory).expanduser().absolute()
+        proxies[name] = Checkpoint(name, path, shadow=flag == "--shadow")
+    return list(proxies.values())
 
 
 def check_server(args: Namespace) -> None:
@@ -122,24 +139,42 @@ def check_server(args: Namespace) -> None:
     if args.enable_batch_sharded_sampling:
         raise Refused("--enable-batch-sharded-sampling: proxies do not work with it yet")
     if args.pipeline_parallel_size > 1:
-        raise Refused("--pipeline-parallel-size: proxies do not work with it yet")
+        raise Refused(
+            "--pipeline-parallel-size: proxies do not work with it yet; use --tensor-parallel-size"
+        )
+    if args.prefill_context_parallel_size > 1:
+        raise Refused("--prefill-context-parallel-size: proxies do not work with it yet")
+    if args.data_parallel_size > 1:
+        raise Refused(
+            "--data-parallel-size: what proxies did could be read from the first engine only; "
+            "start several servers behind a load balancer"
+        )
 
 
-def check_checkpoints(args: Namespace, directories: dict[str, Path]) -> dict[str, ServedProxy]:
-    """Read every proxy and compare it with the LLM, so that the engine cannot fail on one."""
+def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseModelId | None:
+    """Read every proxy and compare it with the LLM, so that the engine cannot fail on one.
+
+    Returns the LLM's identity, where proxies are or may be loaded.
+    """
     looks_like_path = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
     if looks_like_path and not (Path(args.model).expanduser() / "config.json").is_file():
         raise Refused(f"--model {args.model!r}: there is no such directory with a config.json")
-    if not directories:
-        return {}
+    if args.proxy_root is not None:
+        args.proxy_root = args.proxy_root.expanduser().absolute()
+        if not args.proxy_root.is_dir():
+            raise Refused(f"--proxy-root {args.proxy_root}: there is no such directory")
+    if not proxies and args.proxy_root is None:
+        return None
     base = identify(args.model, args.revision, cache_dir=args.download_dir)
-    proxies = {}
-    for name, directory in directories.items():
-        if not directory.is_dir():
-            raise Refused(f"--proxy {name}={directory}: there is no such directory")
-        loaded = load(directory, base=base)
-        proxies[name] = ServedProxy(name, loaded.version, directory, loaded.training)
-    return proxies
+    models = {*(args.served_model_name or [args.model])}
+    models |= {adapter.name for adapter in args.lora_modules or ()}
+    for proxy in proxies:
+        flag = "--shadow" if proxy.shadow else "--proxy"
+        if not proxy.directory.is_dir():
+            raise Refused(f"{flag} {proxy.name}={proxy.directory}: there is no such directory")
+        check_name(proxy.name, models)
+        load(proxy.directory, base=base)
+    return base
 
 
 def prefer_settings(args: Namespace) -> None:
@@ -149,7 +184,6 @@ def prefer_settings(args: Namespace) -> None:
     OpenMP thread its throughput collapses at random. A large one needs vLLM's own settings.
     """
     if current_platform.is_cuda():
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # all the worker supports yet
         return
     if args.enforce_eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first logprobs compile: 3 s

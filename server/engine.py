@@ -6,6 +6,7 @@ Whoever upgrades vLLM reads this file, `cli` and `plugin`; no other file of the 
 from collections.abc import Sequence
 
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.generate.base.serving import decode_token_ids
 from vllm.entrypoints.generate.label_reads import next_token_label_reads
 from vllm.entrypoints.openai.chat_completion.api_router import (
     ENDPOINT_LOAD_METRICS_FORMAT_HEADER_LABEL as LOAD_FORMAT_HEADER,
@@ -15,8 +16,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
     should_include_usage,
@@ -29,18 +33,28 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import SamplingParams
 from vllm.utils import random_uuid
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from proxy.request import EXTRA_ARGS_KEY
 
 __all__ = [
     "LOAD_FORMAT_HEADER",
+    "PLAIN_EXTRA_ARGS",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
+    "CompletionRequest",
+    "CompletionResponse",
     "EngineClient",
+    "EngineDeadError",
     "ErrorResponse",
     "OpenAIServingChat",
+    "OpenAIServingCompletion",
     "OpenAIServingModels",
     "UsageInfo",
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400
+    "create_error_response",
+    "decode_token_ids",
     "load_aware_call",
     "metrics_header",
     "read_labels",
@@ -50,6 +64,9 @@ __all__ = [
     "with_sse_keep_alive",
 ]
 
+PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
+"""Of a request to the engine that no proxy may act on or score, whatever its HTTP request says."""
+
 
 async def read_labels(
     engine: EngineClient, prompts: Sequence[list[int]], labels: tuple[int, int]
@@ -58,7 +75,12 @@ async def read_labels(
 
     They are the frozen LLM's: the requests carry no proxy.
     """
-    params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(labels))
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprob_token_ids=list(labels),
+        extra_args=PLAIN_EXTRA_ARGS,
+    )
     reads = await next_token_label_reads(
         engine,
         [tokens_input(prompt) for prompt in prompts],

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from judge.judge import Judge
-from judge.prompts import Message
+from judge.prompts import Message, judge_messages, judge_prompt_ids
 from judge.verdict import Verdict, combine
 from server import metrics
 from server.engine import (
@@ -78,6 +78,14 @@ def engine_judge(state: Served) -> Judge:
         return await read_labels(state.engine, prompts, labels)
 
     return Judge(_Tokenizer(state), read)
+
+
+def check_fits(
+    state: Served, prompt: Sequence[Message], responses: tuple[str, str], principle: str
+) -> None:
+    """Raises VLLMValidationError (400) if the judge's prompt for a pair is too long to be read."""
+    ids = judge_prompt_ids(_Tokenizer(state), judge_messages(prompt, *responses, principle))
+    _check_length(len(ids), state.engine.model_config.max_model_len)
 
 
 def conversation(messages: Iterable[Mapping[str, Any]]) -> list[Message]:

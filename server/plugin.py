@@ -5,7 +5,8 @@ directly. A route of ours takes the place of vLLM's route of the same path and m
 """
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import vllm.plugins
@@ -14,42 +15,61 @@ from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+from vllm.platforms import current_platform
 
-from server import chat, judging, listing
+from proxy.checkpoint import BaseModelId
+from server import chat, completions, judging, listing, managing
 from server.auth import ApiKeyGuard
-from server.receipts import CountsReader
-from server.state import Served, ServedProxy
+from server.gate import Gate, guard
+from server.proxies import Checkpoint, Proxies
+from server.receipts import WorkerReader
+from server.state import Served
 
 
 class AssentPlugin:
     name = "assent"
     required_tasks = ("generate",)
 
-    def __init__(self, *, proxies: Mapping[str, ServedProxy], api_keys: Sequence[str]) -> None:
-        self.proxies = dict(proxies)
+    def __init__(
+        self,
+        *,
+        proxies: Iterable[Checkpoint],
+        api_keys: Sequence[str],
+        base: BaseModelId | None = None,
+        proxy_root: Path | None = None,
+    ) -> None:
+        self.proxies = list(proxies)
         self.api_keys = list(api_keys)
+        self.base = base
+        self.proxy_root = proxy_root
 
     def attach_router(self, app: FastAPI) -> None:
-        for router in (chat.router, judging.router, listing.router):
-            app.include_router(router)
+        for module in (chat, completions, judging, listing, managing):
+            app.include_router(module.router)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
-        if self.api_keys:
+        app.add_middleware(Gate)
+        if self.api_keys:  # what is added last comes first
             app.add_middleware(ApiKeyGuard, keys=self.api_keys)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
         assert engine_client is not None, "only vLLM's render server has no engine"
-        for served_proxy in self.proxies.values():
-            await _load(engine_client, served_proxy)
+        models = state.openai_serving_models
+        proxies = Proxies(engine_client, base=self.base, root=self.proxy_root)
+        for each in self.proxies:
+            await proxies.load(each.name, each.directory, shadow=each.shadow)
         state.assent = Served(
             engine=engine_client,
             chat=state.openai_serving_chat,
-            models=state.openai_serving_models,
-            proxies=self.proxies,
-            counts=CountsReader(engine_client),
+            completion=state.openai_serving_completion,
+            models=models,
+            proxies=proxies,
+            counts=WorkerReader(engine_client, "take_alignment_counts"),
+            traces=WorkerReader(engine_client, "take_traces"),
         )
+        guard(engine_client, models, prompt_logprobs_refused=_why_no_prompt_logprobs(engine_client))
 
 
 def install(plugin: AssentPlugin) -> None:
@@ -61,13 +81,14 @@ def install(plugin: AssentPlugin) -> None:
     vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
 
 
-async def _load(engine: EngineClient, proxy: ServedProxy) -> None:
-    """Have every worker load the checkpoint that the command line has checked."""
-    for loaded in await engine.collective_rpc(
-        "load_proxy", args=(proxy.name, str(proxy.directory))
-    ):
-        if loaded["version"] != proxy.version:
-            raise RuntimeError(
-                f"the checkpoint in {proxy.directory} changed while the server started: version "
-                f"{proxy.version} was checked, {loaded['version']} was loaded; start it again"
-            )
+def _why_no_prompt_logprobs(engine: EngineClient) -> str | None:
+    """vLLM's CPU kernels for LoRA end the engine when they meet logits of a whole prompt."""
+    lora = engine.vllm_config.lora_config
+    if lora is None or not current_platform.is_cpu():
+        return None
+    if lora.target_modules is not None and "lm_head" not in lora.target_modules:
+        return None
+    return (
+        "prompt_logprobs, or echo with logprobs, do not work on a CPU with LoRA: start the server "
+        "with --lora-target-modules that leave out lm_head"
+    )

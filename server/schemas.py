@@ -1,12 +1,13 @@
 """What a request may say. Unknown keys inside our own objects are errors."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from judge.prompts import DEFAULT_PRINCIPLE, PRINCIPLES
-from proxy.request import EXTRA_ARGS_KEY, Alignment
-from server.engine import ChatCompletionRequest
+from proxy.request import Alignment, WorkerAlignment
+from server.engine import ChatCompletionRequest, CompletionRequest
+from server.proxies import PROXY_NAME
 
 
 def _known_principle(name: str) -> str:
@@ -43,13 +44,14 @@ class JudgeOptions(BaseModel):
 
 
 class AlignmentOptions(Alignment):
-    """The `alignment` object of a chat request."""
+    """The `alignment` object of a request; what is not for every route says so."""
 
     best_of: int = Field(
         1,
         ge=1,
         le=64,
-        description="Sample so many answers and return the one that wins a knock-out tournament.",
+        description="Sample so many answers and return the one that wins a knock-out tournament; "
+        "chat only.",
     )
     judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
 
@@ -59,28 +61,47 @@ class AlignmentOptions(Alignment):
             raise ValueError("judge needs samples to choose from: set best_of to 2 or more")
         return self
 
-    def for_proxy(self, name: str) -> Alignment:
-        """What the worker is told."""
-        return Alignment(proxy=name, strength=self.strength, max_rejections=self.max_rejections)
+    def for_worker(self, name: str, version: str) -> WorkerAlignment:
+        """What the worker is told once the proxy's version is settled."""
+        return WorkerAlignment(
+            proxy=name,
+            version=version,
+            strength=self.strength,
+            max_rejections=self.max_rejections,
+            trace=self.trace,
+        )
 
 
 class ChatRequest(ChatCompletionRequest):
-    """vLLM's chat request, plus `alignment`."""
+    """vLLM's chat request, plus `alignment`.
+
+    The gate takes `alignment` out before this is filled: it stands here for the docs.
+    """
 
     field_names: ClassVar[set[str] | None] = None  # vLLM's cache must not be shared with the parent
 
     alignment: AlignmentOptions | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _alignment_has_one_way_in(cls, data: Any) -> Any:
-        xargs = data.get("vllm_xargs") if isinstance(data, dict) else None
-        if isinstance(xargs, dict) and EXTRA_ARGS_KEY in xargs:
-            raise ValueError(
-                f"vllm_xargs.{EXTRA_ARGS_KEY} is reserved: "
-                f"send the `{EXTRA_ARGS_KEY}` object instead"
-            )
-        return data
+
+class TextRequest(CompletionRequest):
+    """vLLM's completion request, plus `alignment`, as with ChatRequest."""
+
+    field_names: ClassVar[set[str] | None] = None
+
+    alignment: AlignmentOptions | None = None
+
+
+class LoadRequest(BaseModel):
+    """Load a proxy's checkpoint while serving."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(
+        pattern=f"^{PROXY_NAME.pattern}$",
+        description="What requests will ask for: letters, digits and . _ -",
+    )
+    path: str = Field(description="The checkpoint's directory, relative to --proxy-root.")
+    shadow: bool = Field(False, description="Let it score what is said, without acting.")
 
 
 class JudgeMessage(BaseModel):

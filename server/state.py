@@ -1,22 +1,18 @@
 """What the routes share, made once at start-up and kept at `app.state.assent`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from fastapi import Request
 
-from server.engine import EngineClient, OpenAIServingChat, OpenAIServingModels
-from server.receipts import CountsReader
-
-
-@dataclass(frozen=True)
-class ServedProxy:
-    name: str
-    version: str
-    directory: Path
-    training: dict[str, Any]
-    """How it was trained and what it scored."""
+from server.engine import (
+    EngineClient,
+    OpenAIServingChat,
+    OpenAIServingCompletion,
+    OpenAIServingModels,
+)
+from server.proxies import Proxies
+from server.receipts import WorkerReader
 
 
 @dataclass(frozen=True)
@@ -24,9 +20,12 @@ class Served:
     engine: EngineClient
     chat: OpenAIServingChat | None
     """vLLM's handler; None where the model cannot chat."""
+    completion: OpenAIServingCompletion | None
+    """vLLM's handler; None where the model cannot complete text."""
     models: OpenAIServingModels
-    proxies: dict[str, ServedProxy]
-    counts: CountsReader
+    proxies: Proxies
+    counts: WorkerReader
+    traces: WorkerReader
 
 
 def served(request: Request) -> Served:

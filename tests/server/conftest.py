@@ -1,6 +1,8 @@
 """One real server for the whole test run: the bundled demo with both of its proxies, on a free port."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
+
+from proxy.checkpoint import load, save
+from proxy.network import ProxyConfig, ProxyNetwork
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "deploy" / "demo"
@@ -35,11 +41,50 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server may load live: versions of one proxy, and what it must refuse."""
+    outside = tmp_path_factory.mktemp("outside")
+    root = tmp_path_factory.mktemp("proxies")
+    aligned = DEMO / "proxies" / "aligned"
+    shutil.copytree(aligned, root / "v1")
+    shutil.copytree(aligned, outside / "v1")
+    loaded = load(aligned, base=None)
+
+    def variant(name: str, bias: float) -> None:
+        """The same network, readier to accept or to reject."""
+        with torch.no_grad():
+            loaded.network.score.bias.add_(bias)
+        save(root / name, loaded.network, base=loaded.base, training=loaded.training)
+
+    variant("v2", -2.0)
+    variant("v3", -1.0)  # on top of the other
+    sizes = ProxyConfig(hidden_size=64, vocab_size=loaded.config.vocab_size)
+    save(root / "other-sizes", ProxyNetwork(sizes), base=loaded.base, training={})
+    another = loaded.base.model_copy(update={"fingerprint": "0" * 64})
+    save(root / "other-llm", loaded.network, base=another, training={})
+    shutil.copytree(aligned, root / "corrupt")
+    weights = root / "corrupt" / "proxy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    shutil.copytree(aligned, root / "pickled")
+    (root / "pickled" / "proxy.safetensors").rename(root / "pickled" / "proxy.pt")
+    (root / "empty").mkdir()
+    (root / "file").write_text(json.dumps({}))
+    (root / "link-in").symlink_to(root / "v1")
+    (root / "link-out").symlink_to(outside / "v1")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "linked-file").mkdir()
+    for file in ("config.json", "proxy.safetensors"):
+        (root / "linked-file" / file).symlink_to(outside / "v1" / file)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     port = _free_port()
     command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
     command += ["--served-model-name", MODEL, "--port", str(port), "--api-key", API_KEY]
+    command += ["--proxy-root", str(proxy_root), "--enable-scale-out"]
     for name in ("aligned", "polite"):
         command += ["--proxy", f"{name}={DEMO / 'proxies' / name}"]
     # Other tests set vLLM's variables for engines in this process; the server finds its own.

@@ -10,6 +10,9 @@ GUARDED = [
     ("POST", "/v1/completions"),
     ("POST", "/judge"),
     ("GET", "/proxies"),
+    ("POST", "/proxies"),
+    ("DELETE", "/proxies/aligned"),
+    ("POST", "/v1/messages"),
     ("GET", "/metrics"),
     ("GET", "/metrics/"),
     ("GET", "/docs"),
@@ -43,6 +46,13 @@ def test_the_openai_client_understands_the_401(server):
         pytest.raises(openai.AuthenticationError, match="needs an API key"),
     ):
         client.models.list()
+
+
+def test_without_the_key_nothing_is_read(server):
+    """The key comes before the gate: a body that it would refuse gets the same 401."""
+    body = {"model": "assent-demo:nobody", "alignment": {"strength": -1}}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 401
 
 
 def test_models(client):
@@ -85,8 +95,9 @@ def test_metrics_are_vllms_and_ours(http, client):
         return after[name] - before.get(name, 0)
 
     alignment = answer.alignment
-    assert rise('assent_candidates_proposed_total{proxy="polite"}') == alignment["proposed"]
-    assert rise('assent_candidates_rejected_total{proxy="polite"}') == alignment["rejected"]
+    labels = f'{{proxy="polite",version="{alignment["version"]}"}}'
+    assert rise(f"assent_candidates_proposed_total{labels}") == alignment["proposed"]
+    assert rise(f"assent_candidates_rejected_total{labels}") == alignment["rejected"]
     assert rise("assent_best_of_samples_total") == 3
     assert (
         rise('assent_judge_tokens_total{kind="prompt"}')
@@ -101,4 +112,9 @@ def test_docs_know_our_routes(http):
     assert http.get("/docs").status_code == 200
     described = http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/models", "/judge", "/proxies"} <= set(described["paths"])
-    assert "alignment" in described["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"get", "post"} <= set(described["paths"]["/proxies"])
+    assert {"200", "201", "400", "403", "409"} <= set(
+        described["paths"]["/proxies"]["post"]["responses"]
+    )
+    for request in ("ChatRequest", "TextRequest"):
+        assert "alignment" in described["components"]["schemas"][request]["properties"]

@@ -41,6 +41,11 @@ def refused(answer, code, *said):
         ("aligned", "alignment"),
         (["aligned"], "alignment"),
         ({"strength": 2}, "alignment.proxy"),
+        ({"trace": True}, "alignment.proxy"),
+        ({"proxy": "aligned", "trace": "perhaps"}, "trace"),
+        ({"proxy": "aligned", "trace": True, "best_of": 2}, "trace"),
+        ({"proxy": "aligned", "version": "0"}, "version"),
+        ({"proxy": "aligned", "shadow": False}, "shadow"),
         ({"max_rejections": 2}, "alignment.proxy"),
         ({"judge": {}}, "best_of"),
         ({"best_of": 2, "judge": {"seed": -1}}, "seed"),
@@ -109,19 +114,21 @@ def test_vllm_xargs_is_no_back_door(http, value):
     refused(post(http, GOOD | {"vllm_xargs": {"alignment": value}}), 400, "`alignment` object")
 
 
-@pytest.mark.parametrize("value", ["x", 3, ["a"], ["proxy", "aligned"]])
-def test_raw_vllm_xargs_elsewhere_do_not_kill_the_engine(http, value):
-    body = {
-        "model": "assent-demo",
-        "prompt": "Hello",
-        "max_tokens": 4,
-        "vllm_xargs": {"alignment": value},
-    }
-    assert post(http, body, "/v1/completions").status_code == 200
-
-
-@pytest.mark.parametrize("body", ["{", "", "[]", '"text"', "null", '{"model": "assent-demo"}'])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{",
+        "",
+        "[]",
+        '"text"',
+        "null",
+        '{"model": "assent-demo"}',
+        '{"model": {"assent-demo": "aligned"}}',
+        '{"alignment": ' + "[" * 100_000,
+        '{"alignment": {"proxy": "aligned"}} {}',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge", "/proxies"])
 def test_malformed_bodies(http, path, body):
     refused(post(http, body, path), 400)
 
@@ -142,7 +149,7 @@ def test_a_prompt_longer_than_the_context(http, model, stream):
 def test_unknown_paths_and_methods(http):
     refused(http.get("/nowhere"), 404)
     refused(http.get("/judge"), 405)
-    refused(http.post("/proxies"), 405)
+    refused(http.put("/proxies"), 405)
 
 
 def test_a_client_that_goes_away_in_the_middle(http):

@@ -50,14 +50,18 @@ def refused(cli, capsys, *argv):
 
 def test_it_would_start(cli, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "from-the-environment")
-    cli.serve(
-        ["--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"b.2={ALIGNED}", "--port", "9"]
-    )
+    proxies = ["--proxy", f"a={ALIGNED}", "--proxy", f"b.2={ALIGNED}", "--shadow", f"c={ALIGNED}"]
+    cli.serve(["--model", MODEL, *proxies, "--proxy-root", str(ALIGNED.parent), "--port", "9"])
     plugin, args = cli.started
     assert (args.host, args.port, args.model) == ("127.0.0.1", 9, MODEL)
     assert args.worker_cls == "proxy.worker.ProxyCPUWorker"
-    assert list(plugin.proxies) == ["a", "b.2"]
-    assert plugin.proxies["a"].directory == ALIGNED
+    assert [(each.name, each.directory, each.shadow) for each in plugin.proxies] == [
+        ("a", ALIGNED, False),
+        ("b.2", ALIGNED, False),
+        ("c", ALIGNED, True),
+    ]
+    assert plugin.proxy_root == ALIGNED.parent
+    assert plugin.base.name == "model"
     assert plugin.api_keys == ["from-the-environment"]
     assert args.api_key is None
     assert "VLLM_API_KEY" not in os.environ
@@ -72,6 +76,7 @@ def test_the_users_own_settings_win(cli, monkeypatch):
     assert args.host == "127.0.0.2"
     assert not args.enforce_eager
     assert args.kv_cache_memory_bytes is None
+    assert plugin.proxy_root is None  # nothing can be loaded over HTTP
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert plugin.api_keys == ["k1", "k2"]
 
@@ -88,10 +93,11 @@ def test_a_small_model_on_a_cpu_gets_one_thread(cli, monkeypatch):
 
 def test_a_config_file(cli, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text(f"model: {MODEL}\nproxy: a={ALIGNED}\n")
-    cli.serve(["--config", str(config), "--proxy", f"b={ALIGNED}"])
+    config.write_text(f"model: {MODEL}\nproxy: a={ALIGNED}\nproxy-root: {ALIGNED.parent}\n")
+    cli.serve(["--config", str(config), "--proxy", f"b={ALIGNED}", "--shadow", f"c={ALIGNED}"])
     plugin, _ = cli.started
-    assert list(plugin.proxies) == ["a", "b"]
+    assert [each.name for each in plugin.proxies] == ["a", "b", "c"]
+    assert plugin.proxy_root == ALIGNED.parent
 
 
 @pytest.mark.parametrize(
@@ -107,8 +113,11 @@ def test_a_config_file(cli, tmp_path):
         ("a=/no/such/directory", "a=/no/such/directory: there is no such directory"),
     ],
 )
-def test_a_proxy_that_cannot_be(cli, capsys, proxy, said):
-    assert said in refused(cli, capsys, "--model", MODEL, "--proxy", proxy)
+@pytest.mark.parametrize("flag", ["--proxy", "--shadow"])
+def test_a_proxy_that_cannot_be(cli, capsys, flag, proxy, said):
+    line = refused(cli, capsys, "--model", MODEL, flag, proxy)
+    assert said in line
+    assert f"{flag} " in line
 
 
 def test_two_proxies_of_one_name(cli, capsys):
@@ -116,6 +125,20 @@ def test_two_proxies_of_one_name(cli, capsys):
         cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"a={ALIGNED}"
     )
     assert "'a' is given twice" in line
+    line = refused(
+        cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--shadow", f"a={ALIGNED}"
+    )
+    assert "'a' is given twice" in line
+
+
+def test_a_proxy_whose_name_is_taken(cli, capsys):
+    flags = ["--served-model-name", "llm", "llm:a", "--proxy", f"a={ALIGNED}"]
+    assert "'llm:a'" in refused(cli, capsys, "--model", MODEL, *flags)
+
+
+def test_a_root_that_is_not_there(cli, capsys):
+    line = refused(cli, capsys, "--model", MODEL, "--proxy-root", "/no/such/directory")
+    assert "--proxy-root /no/such/directory: there is no such directory" in line
 
 
 @pytest.mark.parametrize("name", ["proxy.safetensors", "config.json"])
@@ -164,6 +187,8 @@ def test_no_model(cli, capsys):
         ("--grpc",),
         ("--api-server-count", "2"),
         ("--pipeline-parallel-size", "2"),
+        ("--prefill-context-parallel-size", "2"),
+        ("--data-parallel-size", "2"),
         ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
         ("--enable-batch-sharded-sampling",),
     ],

@@ -1,0 +1,186 @@
+"""The gates that every request passes, whichever of vLLM's many routes it is for.
+
+vLLM 0.32 has eight routes on which the model speaks, each with a request type and a handler of its
+own. Instead of a copy of each there is one gate before the routes and one before the engine:
+
+    body ──► Gate ──► vLLM's route and handler ──► engine.generate ──► tokens
+              │ admits, pins                          ▲ told which proxy speaks
+              └────────── plan (a context variable) ──┘
+
+`Gate` is an ASGI middleware. It has `admission.admit` read the JSON body and take proxy and
+`alignment` out of it, keeps the plan in a context variable while the app answers, and holds the pin
+on the proxy's version until the answer has ended: sent, failed or given up by the client. What
+`admission` does not know to honour it refuses, so a new route of vLLM's never drops a proxy.
+
+`guard` wraps two methods: the engine's `generate`, through which all of vLLM's handlers draw, adds
+the plan to the sampling parameters; the `model_name` with which they answer gives back the name
+that was asked for. `Assent-Proxy` in an answer's headers names the proxy and its version.
+"""
+
+import copy
+import itertools
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxy.request import EXTRA_ARGS_KEY
+from server.admission import Plan, admit
+from server.engine import (
+    PLAIN_EXTRA_ARGS,
+    EngineClient,
+    OpenAIServingModels,
+    VLLMNotFoundError,
+    VLLMValidationError,
+    create_error_response,
+)
+
+PROXY_HEADER = "Assent-Proxy"
+
+_PLAN: ContextVar[Plan | None] = ContextVar("plan", default=None)
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+def current_plan() -> Plan | None:
+    """The plan of the request that is being answered; None if its body is no JSON object."""
+    return _PLAN.get()
+
+
+class Gate:
+    """ASGI middleware; must come after the API key's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if Headers(scope=scope).get("content-type", "").startswith(_FORMS):
+            return await self.app(scope, receive, send)
+        content = await _read(receive)
+        if content is None:  # the client has gone
+            return
+        body = _parse(content)
+        if body is None:  # the route will say what is wrong with it
+            return await self.app(scope, _replay(content, receive), send)
+
+        state = scope["app"].state.assent
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        before = body.get("model"), EXTRA_ARGS_KEY in body
+        try:
+            plan = admit(path, body, state)
+        except (VLLMNotFoundError, VLLMValidationError) as error:
+            answer = create_error_response(error)
+            response = JSONResponse(answer.model_dump(), status_code=answer.error.code)
+            return await response(scope, receive, send)
+        if before != (body.get("model"), False):
+            content = json.dumps(body).encode()
+        token = _PLAN.set(plan)
+        try:
+            await self.app(scope, _replay(content, receive), _naming_proxy(plan, send))
+        finally:
+            _PLAN.reset(token)
+            if plan.pinned is not None:
+                state.proxies.unpin(plan.pinned)
+
+
+def guard(
+    engine: EngineClient, models: OpenAIServingModels, *, prompt_logprobs_refused: str | None
+) -> None:
+    """Have vLLM's handlers draw with the plan's proxy and answer with the plan's model name.
+
+    Args:
+        engine, models: what vLLM's handlers hold; two of their methods are replaced.
+        prompt_logprobs_refused: why this server cannot give logprobs of prompts; None = it can.
+    """
+    generate, model_name = engine.generate, models.model_name
+    numbers = itertools.count()
+
+    def generate_aligned(
+        prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        params = sampling_params
+        if params.extra_args is PLAIN_EXTRA_ARGS:  # our own judge
+            return generate(prompt, params, request_id, **options)
+        if EXTRA_ARGS_KEY in (params.extra_args or {}):  # a way in that `admit` does not know
+            raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
+        if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
+            raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
+        plan = current_plan()
+        if plan is None or plan.alignment is None:
+            return generate(prompt, params, request_id, **options)
+        params = copy.copy(params)  # a handler may use its own again
+        params.extra_args = {**(params.extra_args or {}), **plan.alignment.to_extra_args()}
+        # Clients choose request ids, alike ones even; nobody must get another's trace or counts.
+        request_id = f"{request_id}-p{next(numbers)}"
+        plan.engine_ids.append(request_id)
+        plan.num_samples = params.n
+        outputs = generate(prompt, params, request_id, **options)
+        return _counted(outputs, plan, request_id) if plan.alignment.trace else outputs
+
+    def name_in_answer(lora_request: Any = None) -> str:
+        plan = current_plan()
+        asked = plan.asked_model if plan is not None else None
+        return asked or model_name(lora_request)
+
+    engine.generate = generate_aligned
+    models.model_name = name_in_answer
+
+
+async def _counted(
+    outputs: AsyncGenerator[Any, None], plan: Plan, request_id: str
+) -> AsyncGenerator[Any, None]:
+    """The engine's outputs, with the tokens in them counted for the trace."""
+    async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
+        async for output in outputs:
+            for sample in output.outputs:
+                plan.delivered[request_id, sample.index] += len(sample.token_ids)
+            yield output
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or None if the client went away before its end."""
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay(content: bytes, receive: Receive) -> Receive:
+    """`receive` for the app: the body in one piece, then whatever the client does next."""
+    pieces: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replayed() -> Message:
+        return pieces.pop() if pieces else await receive()
+
+    return replayed
+
+
+def _naming_proxy(plan: Plan, send: Send) -> Send:
+    if plan.pinned is None:
+        return send
+    value = f"{plan.pinned.name}@{plan.pinned.version}"
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] < 400:
+            MutableHeaders(scope=message)[PROXY_HEADER] = value
+        await send(message)
+
+    return named

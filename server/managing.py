@@ -1,0 +1,82 @@
+"""GET, POST and DELETE /proxies: what is loaded, and changing it while serving."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+
+from server.engine import ErrorResponse, validate_json_request
+from server.proxies import Proxies, Refusal, check_name, find_below
+from server.schemas import LoadRequest
+from server.state import served
+
+router = APIRouter()
+
+
+@router.get("/proxies")
+async def list_proxies(raw_request: Request) -> dict[str, Any]:
+    """Every loaded version: what it is, whether it serves, and how many requests use it.
+
+    `state` is `serving`, `shadow`, or `draining`: replaced or unloaded, but still in use.
+    """
+    proxies = served(raw_request).proxies
+    return {"object": "list", "data": [proxy.as_json() for proxy in proxies]}
+
+
+@router.post(
+    "/proxies",
+    dependencies=[Depends(validate_json_request)],
+    responses={
+        200: {"description": "It was loaded already; if it had been replaced, it serves again."},
+        201: {"description": "It was loaded. Requests that arrive from now on get it."},
+        400: {"model": ErrorResponse, "description": "No such checkpoint, or not for this LLM."},
+        403: {"model": ErrorResponse, "description": "The server has no --proxy-root."},
+        409: {"model": ErrorResponse, "description": "The name stands for something else."},
+    },
+)
+async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
+    """Load a checkpoint below --proxy-root under a name: on all ranks, or nothing changes.
+
+    Under a name in use it takes the place of the version before it: new requests get the new one,
+    and those under way keep theirs. Loading the older one again is the way back.
+    """
+    state = served(raw_request)
+    try:
+        if state.proxies.root is None:
+            raise Refusal(
+                403, "no directory is open for loading proxies: start with --proxy-root DIR"
+            )
+        models = {base.name for base in state.models.base_model_paths}
+        check_name(request.name, models | set(state.models.lora_requests))
+        directory = find_below(state.proxies.root, request.path)
+        proxy, is_new = await state.proxies.load(request.name, directory, shadow=request.shadow)
+    except Refusal as refusal:
+        raise _http(refusal, state.proxies.root) from None
+    return JSONResponse(proxy.as_json(), status_code=201 if is_new else 200)
+
+
+@router.delete(
+    "/proxies/{name}",
+    responses={
+        200: {"description": "It is unloaded."},
+        202: {"description": "No new request gets it; it goes with the last one that uses it."},
+        404: {"model": ErrorResponse, "description": "There is no such proxy."},
+    },
+)
+async def unload_proxy(name: str, raw_request: Request, version: str | None = None) -> Response:
+    """Unload what the name stands for, or another version of it that still drains."""
+    proxies: Proxies = served(raw_request).proxies
+    try:
+        proxy = await proxies.unload(name, version)
+    except Refusal as refusal:
+        raise _http(refusal) from None
+    return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
+
+
+def _http(refusal: Refusal, root: Path | None = None) -> HTTPException:
+    """Paths as the client knows them; vLLM makes "<path>" of absolute ones in its answers."""
+    message = str(refusal)
+    if root is not None:
+        message = message.replace(f"{root.resolve()}/", "")
+    return HTTPException(refusal.status, message)

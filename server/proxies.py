@@ -1,0 +1,268 @@
+"""The proxies that are loaded, which of them a name stands for, and who still uses which.
+
+A proxy is known by (name, version); the version is the hash of its content. Life of one:
+
+    load ──► serving ──► draining ──► unloaded          shadow ──► unloaded
+                ▲ load again │ when the last request that was pinned to it has ended
+                └────────────┘
+
+A name stands for one version at a time. A request is pinned to a version when it is admitted, and
+that version is not taken out of the worker before the request's answer has ended, whatever is
+loaded or unloaded meanwhile. So a name is never re-bound under a running request.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
+
+from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, BaseModelId, ProxyError, load
+from server.engine import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+State = Literal["serving", "shadow", "draining", "unloaded"]
+
+
+class Refusal(Exception):
+    """A request to load or unload that cannot be granted; the message is for a person."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class WorkerCalls(Protocol):
+    """The one call of vLLM's engine client that is needed here: a list, one answer a rank."""
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A proxy that the command line asks for."""
+
+    name: str
+    directory: Path
+    shadow: bool = False
+
+
+@dataclass(eq=False)
+class LoadedProxy:
+    name: str
+    version: str
+    description: dict[str, Any]
+    """What the worker says of it: sizes, directory, base, training."""
+    state: State
+    in_flight: int = 0
+    """Requests whose answers are not finished yet."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "object": "proxy",
+            "name": self.name,
+            "version": self.version,
+            "state": self.state,
+            "in_flight": self.in_flight,
+        } | {k: v for k, v in self.description.items() if k not in ("name", "version", "shadow")}
+
+
+class Proxies:
+    """All calls run on the event loop; loads and unloads go one after another."""
+
+    def __init__(
+        self, worker: WorkerCalls, *, base: BaseModelId | None = None, root: Path | None = None
+    ) -> None:
+        """
+        Args:
+            worker: makes calls on every rank.
+            base: the LLM that proxies must have been made for; None skips the check here, the
+                worker's remains.
+            root: the directory below which proxies may be loaded over HTTP; None for nowhere.
+        """
+        self.root = root
+        self._worker = worker
+        self._base = base
+        self._loaded: dict[tuple[str, str], LoadedProxy] = {}  # draining ones included
+        self._bound: dict[str, LoadedProxy] = {}  # what each name stands for, shadows included
+        self._lock = asyncio.Lock()
+        self._sweeps: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[LoadedProxy]:
+        return iter(self._loaded.values())
+
+    def names(self) -> list[str]:
+        """What a request may ask for."""
+        return [name for name, proxy in self._bound.items() if proxy.state == "serving"]
+
+    def bound(self, name: str) -> LoadedProxy | None:
+        """The version that a name stands for now; a shadow has a name too."""
+        return self._bound.get(name)
+
+    def pin(self, proxy: LoadedProxy) -> None:
+        """Keep this version until `unpin`. It must be what its name stands for."""
+        proxy.in_flight += 1
+
+    def unpin(self, proxy: LoadedProxy) -> None:
+        proxy.in_flight -= 1
+        if proxy.state == "draining" and proxy.in_flight == 0:
+            sweep = asyncio.create_task(self._sweep())
+            self._sweeps.add(sweep)  # the event loop itself holds tasks only weakly
+            sweep.add_done_callback(self._sweeps.discard)
+
+    async def load(
+        self, name: str, directory: Path, *, shadow: bool = False
+    ) -> tuple[LoadedProxy, bool]:
+        """Have the name stand for the checkpoint in a directory: all ranks load it, or none.
+
+        Returns:
+            The proxy, and whether it had to be loaded: what is there already is not loaded again.
+
+        Raises:
+            Refusal: nothing has changed, and the message says why.
+        """
+        async with self._lock:
+            # Read here first, beside the event loop: most mistakes show before a worker is asked.
+            try:
+                checkpoint = await asyncio.to_thread(load, directory, base=self._base)
+            except ProxyError as error:
+                raise Refusal(400, str(error)) from None
+            current = self._bound.get(name)
+            if current is not None and (current.state == "shadow") != shadow:
+                raise Refusal(
+                    409,
+                    f"{name!r} is loaded as a {'shadow' if not shadow else 'serving proxy'}: "
+                    f"unload it first, or take another name",
+                )
+            proxy = self._loaded.get((name, checkpoint.version))
+            is_new = proxy is None
+            if proxy is None:
+                description = await self._load_on_all(name, directory, checkpoint.version, shadow)
+                proxy = LoadedProxy(name, checkpoint.version, description, "draining")
+                self._loaded[name, checkpoint.version] = proxy
+            if proxy is not current:
+                self._retire(current)
+                self._bound[name] = proxy
+                proxy.state = "shadow" if shadow else "serving"
+                await self._unload_idle()
+            return proxy, is_new
+
+    async def unload(self, name: str, version: str | None = None) -> LoadedProxy:
+        """Take a proxy away from new requests, and out of the worker when nobody uses it.
+
+        Args:
+            version: None for the one that the name stands for.
+
+        Raises:
+            Refusal: there is none such.
+        """
+        async with self._lock:
+            if version is None:
+                proxy = self._bound.get(name)
+            else:
+                proxy = self._loaded.get((name, version))
+            if proxy is None:
+                loaded = ", ".join(f"{p.name} {p.version}" for p in self) or "none"
+                which = f" of version {version!r}" if version is not None else ""
+                raise Refusal(404, f"No proxy {name!r}{which} is loaded. Loaded are: {loaded}.")
+            if self._bound.get(name) is proxy:
+                del self._bound[name]
+            self._retire(proxy)
+            await self._unload_idle()
+            return proxy
+
+    async def _sweep(self) -> None:
+        async with self._lock:
+            await self._unload_idle()
+
+    def _retire(self, proxy: LoadedProxy | None) -> None:
+        if proxy is not None:
+            proxy.state = "draining"
+
+    async def _unload_idle(self) -> None:
+        """Unload what is draining and not used. Only under the lock, so none of it is bound again."""
+        idle = [p for p in self if p.state == "draining" and p.in_flight == 0]
+        for proxy in idle:
+            try:
+                await self._worker.collective_rpc("unload_proxy", args=(proxy.name, proxy.version))
+            except Exception:  # it stays listed as draining, and the next call tries again
+                logger.exception("Proxy %s %s was not unloaded.", proxy.name, proxy.version)
+            else:
+                del self._loaded[proxy.name, proxy.version]
+                proxy.state = "unloaded"
+
+    async def _load_on_all(
+        self, name: str, directory: Path, version: str, shadow: bool
+    ) -> dict[str, Any]:
+        try:
+            answers = await self._worker.collective_rpc(
+                "load_proxy", args=(name, str(directory), shadow)
+            )
+        except EngineDeadError:
+            raise
+        except Exception as error:  # the workers load on all ranks or on none
+            raise Refusal(400, _worker_message(error)) from error
+        found = {str(answer.get("version")) for answer in answers}
+        if found != {version}:
+            await self._unload_quietly(name, found | {version})
+            raise Refusal(
+                409,
+                f"the checkpoint in {directory} changed while it was loaded: version {version} "
+                f"was checked, but the ranks loaded {', '.join(sorted(found))}. Load it again.",
+            )
+        return dict(answers[0])
+
+    async def _unload_quietly(self, name: str, versions: set[str]) -> None:
+        for version in versions:
+            try:
+                await self._worker.collective_rpc("unload_proxy", args=(name, version))
+            except Exception as error:  # where it was not loaded, there is nothing to undo
+                logger.info("Nothing to undo: %s", error)
+
+
+def check_name(name: str, models: Collection[str]) -> None:
+    """Raises Refusal if `<model>:<name>` is itself the name of a model or adapter that is served."""
+    for model in models:
+        if f"{model}:{name}" in models:
+            raise Refusal(409, f"'{model}:{name}' is the name of a served model: take another")
+
+
+def find_below(root: Path, path: str) -> Path:
+    """The directory that a client's path names below a root, with all links resolved.
+
+    Raises:
+        Refusal: the path leads out of the root or to something that is not a directory.
+    """
+
+    def refuse(reason: str) -> Refusal:
+        return Refusal(400, f"path {path!r} {reason}")
+
+    if PurePosixPath(path).is_absolute():
+        raise refuse("is absolute: it must be relative to --proxy-root")
+    if ".." in PurePosixPath(path).parts:
+        raise refuse("must not contain '..'")
+    root = root.resolve()
+    try:
+        directory = (root / path).resolve(strict=True)
+        files = [(directory / file).resolve() for file in (WEIGHTS_FILE, CONFIG_FILE)]
+    except (OSError, RuntimeError, ValueError):  # missing, a loop of links, a NUL
+        raise refuse("does not exist below --proxy-root") from None
+    if not all(found.is_relative_to(root) for found in (directory, *files)):
+        raise refuse("leads out of --proxy-root through a symbolic link")
+    if not directory.is_dir():
+        raise refuse("is not a directory: name the one that holds the checkpoint")
+    return directory
+
+
+def _worker_message(error: Exception) -> str:
+    """The worker's own words, without vLLM's frame around them."""
+    message = re.sub(r"^(Call to \w+ method failed: )+", "", str(error))
+    framed = re.fullmatch(
+        r"Worker failed with error '(.*)', please check the stack trace.*", message, re.DOTALL
+    )
+    return framed[1] if framed else message

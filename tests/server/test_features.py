@@ -1,0 +1,426 @@
+"""Every sampling feature of vLLM's keeps its meaning under a proxy: over HTTP, on the real engine.
+
+What a proxy may say is compared with the nucleus that transformers finds for the same text in float32.
+The seeds are fixed, so the answers are too; where a control has to differ, it does so by many tokens.
+Batches may round float32 differently in its last bits: with these seeds no decision hangs on them.
+"""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.server.feature_server import (
+    ALIGNED,
+    BLOCK,
+    CHUNK,
+    EOS,
+    LORA,
+    MODEL,
+    POLITE,
+    Served,
+    feature_server,
+    logits_of,
+    make_adapter,
+    sayable,
+    texts,
+    tokens,
+)
+
+NUCLEUS = {"top_k": 16, "top_p": 0.95}  # the demo's generation_config.json
+SLACK = 1e-3
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapter")
+
+
+@pytest.fixture(scope="module")
+def llm(adapter):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other: the model is tiny
+    yield make_adapter(adapter)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def served(llm, adapter):
+    with (
+        feature_server(adapter, adapter / "server.log") as running,
+        openai.OpenAI(
+            base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client,
+    ):
+        yield Served(client, running.url)
+
+
+def all_sayable(llm, answer, options):
+    """One bool per token of the answer: does it lie in the nucleus of these options?"""
+    prompt = answer.prompt_token_ids
+    return [
+        inside
+        for said in tokens(answer)
+        for inside in sayable(
+            logits_of(llm, prompt, said, adapted=False), prompt, said, NUCLEUS | options, SLACK
+        ).tolist()
+    ]
+
+
+NARROWED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "temperature": ({"temperature": 2.0, "top_p": 0.9}, {"temperature": 0.5}),
+    "top_k": ({}, {"top_k": 3}),
+    "top_p": ({}, {"top_p": 0.5}),
+    "min_p": ({}, {"min_p": 0.3}),
+    "repetition_penalty": ({"top_k": 3}, {"repetition_penalty": 1.8}),
+    "presence_penalty": ({"top_k": 3}, {"presence_penalty": 2.0}),
+    "frequency_penalty": ({"top_k": 3}, {"frequency_penalty": 2.0}),
+    "logit_bias": ({}, {"logit_bias": {"1353": -5.0, "1359": -5.0}}),
+}
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_the_proxy_chooses_within_the_nucleus(served, llm, name):
+    """Every token of both answers lies in its own nucleus, and many of the control's in no other's."""
+    usual, change = NARROWED[name]
+    seeds: dict[str, Any] = {"n": 8, "seed": 0, "max_tokens": 48, "ignore_eos": True}
+    asked, control = served.ask(**seeds, **usual | change), served.ask(**seeds, **usual)
+    assert all(all_sayable(llm, asked, usual | change))
+    assert all(all_sayable(llm, control, usual))
+    assert all_sayable(llm, control, usual | change).count(False) >= 5
+    for answer in (asked, control):
+        assert answer.alignment["rejected"] > 0
+        assert answer.alignment["accepted"] + answer.alignment["forced"] == 8 * 48
+
+
+@pytest.mark.parametrize(
+    "limit", [{"temperature": 1e-3}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str
+)
+def test_one_candidate_is_the_greedy_token(served, limit):
+    """There is nothing to choose: the frozen LLM's greedy text, with nothing rejected."""
+    greedy = served.ask(model=MODEL, temperature=0)
+    sampled = served.ask(n=4, seed=0, **limit)
+    assert tokens(sampled) == tokens(greedy) * 4
+    assert (sampled.alignment["rejected"], sampled.alignment["forced"]) == (0, 0)
+    assert tokens(greedy)[0] not in tokens(served.ask(n=4, seed=0))
+
+
+def test_temperature_0_asks_the_proxy_without_dice(served):
+    """As vLLM's greedy requests: neither seed nor top_k, top_p and min_p change the text."""
+    greedy = served.ask(temperature=0)
+    assert tokens(served.ask(temperature=0, seed=5, top_k=2, top_p=0.1)) == tokens(greedy)
+    assert tokens(greedy) != tokens(served.ask(model=MODEL, temperature=0))
+    assert greedy.alignment["rejected"] > 0
+
+
+def test_a_bias_of_100_forces_a_token(served):
+    unlikely = 203  # a new line
+    free = served.ask(n=8, seed=0)
+    assert not any(unlikely in said for said in tokens(free))
+    forced = served.ask(n=8, seed=0, max_tokens=8, logit_bias={str(unlikely): 100})
+    assert tokens(forced) == [[unlikely] * 8] * 8
+    assert forced.alignment["rejected"] == 0
+
+
+def test_bad_words_are_never_said(served):
+    """Words of several tokens, wherever they would be said otherwise."""
+    control = " ".join(texts(served.ask(n=8, seed=0)))
+    assert control.count("it after") >= 2 and control.count("Happy to help") >= 2
+    asked = served.ask(n=8, seed=0, bad_words=["it after", "Happy to help"])
+    assert not any("it after" in text or "Happy to help" in text for text in texts(asked))
+    assert asked.alignment["rejected"] > 0
+
+
+def test_only_allowed_tokens_are_said(served):
+    allowed = [1283, 439, 319, 287, 879, 285, 1040, 30, 1353, 295]
+    assert not any({*said} <= {*allowed} for said in tokens(served.ask(n=8, seed=0)))
+    asked = served.ask(n=8, seed=0, allowed_token_ids=allowed)
+    assert all({*said} <= {*allowed} for said in tokens(asked))
+    assert len({str(said) for said in tokens(asked)}) > 1
+    assert asked.alignment["rejected"] > 0
+
+
+def test_stop_strings_and_stop_tokens(served):
+    free = texts(served.ask(n=8, seed=0))
+    it = 295  # the token " it"
+    for options, pattern in [
+        ({"stop": [" from", " it"]}, r"(?=( from| it)).*"),
+        ({"stop": [" it"], "include_stop_str_in_output": True}, r"(?<= it).*"),
+        ({"stop_token_ids": [it]}, r" it.*"),
+    ]:
+        answer = served.ask(n=8, seed=0, **options)
+        assert texts(answer) == [re.sub(pattern, "", text) for text in free]
+        assert all(len(cut) < len(text) for cut, text in zip(texts(answer), free, strict=True))
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+def test_min_tokens_and_max_tokens(served):
+    free = served.ask(n=8, seed=0, max_tokens=64)
+    lengths = [len(said) for said in tokens(free)]
+    assert max(lengths) < 40 and min(lengths) > 5
+    longer = served.ask(n=8, seed=0, min_tokens=40, max_tokens=64)
+    for before, said in zip(tokens(free), tokens(longer), strict=True):
+        assert len(said) > 40 and EOS not in said[:40]
+        assert said[: len(before) - 1] == before[:-1]  # the same until it would have ended
+    shorter = served.ask(n=8, seed=0, max_tokens=5)
+    assert tokens(shorter) == [said[:5] for said in tokens(free)]
+    assert {choice.finish_reason for choice in shorter.choices} == {"length"}
+    assert shorter.alignment["accepted"] + shorter.alignment["forced"] == 40
+
+
+def test_n_choices_are_the_next_seeds_answers(served):
+    together = tokens(served.ask(n=4, seed=30))
+    assert together == [tokens(served.ask(seed=30 + i))[0] for i in range(4)]
+    assert len({str(said) for said in together}) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 1}, {"seed": 2, "temperature": 1.7, "top_k": 5}, {"temperature": 0},
+     {"seed": 3, "logit_bias": {"18": -100}, "presence_penalty": 2.0}],
+    ids=str,
+)  # fmt: skip
+def test_logprobs_are_the_frozen_llms(served, llm, options):
+    """Raw, whatever the proxy, the temperature and the penalties make of them."""
+    answer = served.ask(logprobs=True, top_logprobs=5, return_tokens_as_token_ids=True, **options)
+    (said,) = tokens(answer)
+    expected = logits_of(llm, answer.prompt_token_ids, said, adapted=False).log_softmax(-1)
+    for entry, row, token in zip(answer.choices[0].logprobs.content, expected, said, strict=True):
+        top = {int(e.token.removeprefix("token_id:")): e.logprob for e in entry.top_logprobs}
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        assert top == pytest.approx({other: row[other].item() for other in top}, abs=1e-3)
+        assert {*row.topk(4).indices.tolist()} <= {*top}  # the token said takes the fifth place
+
+
+def test_prompt_logprobs_are_the_frozen_llms(client):
+    """On the other server: this one has LoRA, where vLLM's CPU engine cannot give them."""
+
+    def prompt_logprobs(model):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Can I lock my pony in a hot car?"}],
+            max_tokens=8,
+            seed=1,
+            extra_body={"prompt_logprobs": 2},
+        )
+        return answer.prompt_logprobs, answer.choices[0].message.content
+
+    (aligned, said), (plain, plainly_said) = prompt_logprobs(ALIGNED), prompt_logprobs(MODEL)
+    assert said != plainly_said
+    assert aligned[0] is None and len(aligned) > 10
+    for ours, theirs in zip(aligned[1:], plain[1:], strict=True):
+        assert {token: entry["logprob"] for token, entry in ours.items()} == pytest.approx(
+            {token: entry["logprob"] for token, entry in theirs.items()}, abs=1e-3
+        )
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"safe": {"type": "boolean"}, "times": {"enum": [1, 2, 3]}},
+    "required": ["safe", "times"],
+    "additionalProperties": False,
+}
+GRAMMARS: dict[str, tuple[dict[str, Any], str]] = {
+    "choice": (
+        {"structured_outputs": {"choice": ["Yes, wash it.", "No, never.", "Perhaps."]}},
+        r"Yes, wash it\.|No, never\.|Perhaps\.",
+    ),
+    "regex": (
+        {"structured_outputs": {"regex": r"(Yes|No), (wash|wipe) it( daily)?\."}},
+        r"(Yes|No), (wash|wipe) it( daily)?\.",
+    ),
+    "json_schema": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": SCHEMA},
+            },
+            "logit_bias": {"203": -100},  # it would fill the answer with new lines
+        },
+        r'\{\s*"safe"\s*:\s*(true|false)\s*,\s*"times"\s*:\s*[123]\s*\}',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GRAMMARS)
+def test_a_grammar_binds_every_choice(served, kind):
+    options, pattern = GRAMMARS[kind]
+    assert not any(re.fullmatch(pattern, text) for text in texts(served.ask(n=8, seed=0)))
+    answer = served.ask(n=8, seed=0, max_tokens=64, **options)
+    for text in texts(answer):
+        assert re.fullmatch(pattern, text)
+        if kind == "json_schema":
+            assert set(json.loads(text)) == {"safe", "times"}
+    assert len({*texts(answer)}) > 1
+    assert answer.alignment["rejected"] > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop": [" it"]}, GRAMMARS["choice"][0], {"top_p": 0.6, "min_tokens": 30}], ids=str
+)
+def test_a_stream_says_what_the_whole_answer_says(served, options):
+    whole = served.ask(n=3, seed=7, **options)
+    parts = ["", "", ""]
+    for chunk in served.ask(n=3, seed=7, stream=True, **options):
+        for choice in chunk.choices:
+            parts[choice.index] += choice.delta.content or ""
+    assert parts == texts(whole)
+
+
+# --- seeds: alone, in a batch of 64, in chunks, after preemption, from the prefix cache ---
+
+CROWD = [
+    (ALIGNED, "How do I look after my freezer?"),
+    (POLITE, "Can I lock my pony in a hot car?"),
+    (ALIGNED, "Can I open my kettle with a fork?"),
+    (MODEL, "I have 55 pounds for my aquarium. Is that enough?"),
+]
+LONG = "I have 55 pounds for my aquarium. Is that enough? " * 12
+
+
+def ask_crowd(served, max_tokens, *, together):
+    """64 texts, 16 of each of CROWD, seeds 100 i to 100 i + 15."""
+
+    def ask(i):
+        model, prompt = CROWD[i]
+        answer = served.ask(
+            prompt, model, n=16, seed=100 * i, max_tokens=max_tokens, ignore_eos=True
+        )
+        return tokens(answer)
+
+    with ThreadPoolExecutor(4 if together else 1) as pool:
+        return list(pool.map(ask, range(4)))
+
+
+def ask_alone(served, i, choice, max_tokens):
+    model, prompt = CROWD[i]
+    (said,) = tokens(
+        served.ask(prompt, model, seed=100 * i + choice, max_tokens=max_tokens, ignore_eos=True)
+    )
+    return said
+
+
+def test_a_seed_says_the_same_alone_and_in_a_batch_of_64(served):
+    steps = served.metric("vllm:iteration_tokens_total_count")
+    batch = ask_crowd(served, 48, together=True)
+    steps = served.metric("vllm:iteration_tokens_total_count") - steps
+    assert steps < 3 * 48  # four requests one after the other would take 4 x 48
+    for i in range(4):
+        assert len({str(said) for said in batch[i]}) == 16
+        for choice in (0, 15):
+            assert ask_alone(served, i, choice, 48) == batch[i][choice]
+
+
+def test_a_seed_says_the_same_after_preemption(served):
+    """64 answers of 110 tokens need 256 blocks, and there are 160: some are thrown out and resumed."""
+    before = served.metric("vllm:num_preemptions_total")
+    undisturbed = ask_crowd(served, 110, together=False)
+    assert served.metric("vllm:num_preemptions_total") == before
+    crowded = ask_crowd(served, 110, together=True)
+    assert served.metric("vllm:num_preemptions_total") > before
+    assert crowded == undisturbed
+
+
+@pytest.mark.parametrize("model", [ALIGNED, MODEL])
+def test_a_seed_says_the_same_in_chunks_and_from_the_prefix_cache(served, model):
+    """A long prompt is computed in chunks unless the prefix cache knows most of it."""
+
+    def ask(salt):
+        hits = served.metric("vllm:prefix_cache_hits_total")
+        answer = served.ask(
+            LONG, model, n=2, seed=3, max_tokens=24, ignore_eos=True, cache_salt=f"{model} {salt}"
+        )
+        return answer, served.metric("vllm:prefix_cache_hits_total") - hits
+
+    first, _ = ask("first")
+    length = len(first.prompt_token_ids)
+    assert length > CHUNK
+    again, hits = ask("first")
+    assert length - BLOCK <= hits / 2 <= length
+    assert length - hits / 2 < CHUNK  # so this time in one go
+    assert tokens(again) == tokens(first)
+    with ThreadPoolExecutor(2) as pool:
+        crowd = pool.submit(ask_crowd, served, 32, together=True)
+        beside, _ = pool.submit(ask, "second").result()
+        crowd.result()
+    assert tokens(beside) == tokens(first)
+
+
+MIX = [
+    {"model": ALIGNED, "seed": 1, **GRAMMARS["choice"][0]},
+    {"model": MODEL, "seed": 2, "top_p": 0.8},
+    {"model": POLITE, "seed": 3, "presence_penalty": 2.0, "frequency_penalty": 1.0},
+    {"model": ALIGNED, "temperature": 0},
+    {"model": MODEL, "temperature": 0},
+    {"model": ALIGNED, "seed": 4, "allowed_token_ids": [295, 319, 285, 287, 18], "top_k": 4},
+    {"model": MODEL, "seed": 5, **GRAMMARS["regex"][0]},
+    {"model": POLITE, "seed": 6, "bad_words": ["it"], "min_p": 0.05},
+    {"model": ALIGNED, "seed": 7, "logit_bias": {"18": -100}, "alignment": {"strength": 4}},
+    {"model": MODEL, "seed": 8, "repetition_penalty": 1.5, "logprobs": True},
+    {"model": ALIGNED, "seed": 9, "stop": [" it"], "alignment": {"max_rejections": 1}},
+    {"model": MODEL, "seed": 10, "min_tokens": 30, "temperature": 1.5},
+    {"model": POLITE, "seed": 11, "temperature": 1.2, "alignment": {"trace": True}},
+]
+
+
+def test_features_beside_each_other_do_as_alone(served):
+    """Plain rows between those of proxies as well."""
+    alone = [tokens(served.ask(**options)) for options in MIX]
+    with ThreadPoolExecutor(2 * len(MIX)) as pool:
+        together = list(pool.map(lambda options: tokens(served.ask(**options)), MIX + MIX[::-1]))
+    assert together == alone + alone[::-1]
+    assert len({str(said) for said in alone}) >= len(MIX) - 1
+
+
+# --- LoRA ---
+
+
+def furthest(llm, answer, *, adapted):
+    """How far the answer's logprobs are from transformers', at most."""
+    far = []
+    for choice, said in zip(answer.choices, tokens(answer), strict=True):
+        logits = logits_of(llm, answer.prompt_token_ids, said, adapted=adapted)
+        expected = logits.log_softmax(-1)[torch.arange(len(said)), said]
+        given = torch.tensor([entry.logprob for entry in choice.logprobs.content])
+        far.append((given - expected).abs().max().item())
+    return max(far)
+
+
+SEEN = {"n": 8, "seed": 0, "max_tokens": 64, "logprobs": True, "ignore_eos": True}
+
+
+def test_a_lora_adapter_speaks_through_the_proxy(served, llm):
+    plain, aligned = served.ask(model=LORA, **SEEN), served.ask(model=f"{LORA}:aligned", **SEEN)
+    for answer in (plain, aligned):
+        assert furthest(llm, answer, adapted=True) < 1e-3
+        assert furthest(llm, answer, adapted=False) > 0.1
+    assert aligned.model == f"{LORA}:aligned"
+    assert aligned.alignment["proxy"] == "aligned"
+    assert aligned.alignment["rejected"] > 0
+    assert tokens(aligned) != tokens(plain)
+    off = served.ask(model=f"{LORA}:aligned", alignment={"strength": 0}, **SEEN)
+    assert tokens(off) == tokens(plain)
+
+
+def test_the_frozen_llm_stays_frozen_beside_an_adapter(served, llm):
+    models = [LORA, MODEL, f"{LORA}:aligned", ALIGNED]
+    alone = [served.ask(model=model, **SEEN) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda model: served.ask(model=model, **SEEN), models))
+    for model, answer in zip(models, together, strict=True):
+        assert furthest(llm, answer, adapted=model.startswith(LORA)) < 1e-3
+    assert [tokens(answer) for answer in together] == [tokens(answer) for answer in alone]
+
+
+@pytest.mark.parametrize("model", [LORA, ALIGNED, MODEL])
+def test_prompt_logprobs_with_lora_are_refused(served, model):
+    """They would end vLLM's CPU engine."""
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
+        served.ask(model=model, prompt_logprobs=1)
+    with pytest.raises(openai.BadRequestError):
+        served.client.completions.create(model=model, prompt="Hello", echo=True, logprobs=1)
+    assert served.ask(model=model).usage.completion_tokens > 0

@@ -1,0 +1,82 @@
+"""Server-sent events with our fields, without a server."""
+
+import asyncio
+import json
+
+import pytest
+
+from server.streams import attach_to_stream
+
+
+def event(**data):
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def delta(text, finish_reason=None):
+    return event(
+        id="1",
+        model="llm",
+        choices=[{"delta": {"content": text}, "finish_reason": finish_reason}],
+    )
+
+
+async def attach(*events, traces=None):
+    async def stream():
+        for each in events:
+            yield each
+
+    async def make_receipt():
+        return {"proxy": "a"}
+
+    async def next_trace():
+        return traces.pop(0)
+
+    trace = None if traces is None else next_trace
+    attached = attach_to_stream(stream(), make_receipt=make_receipt, trace=trace)
+    return [each async for each in attached]
+
+
+def parsed(events):
+    return [json.loads(each.removeprefix("data: ")) for each in events]
+
+
+USAGE = event(id="1", model="llm", choices=[], usage={"total_tokens": 2})
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [delta("Hi", None), delta("", "stop"), DONE],
+        [delta("Hi", None), delta("", "stop"), USAGE, DONE],
+        [delta("Hi", "stop"), delta("Ho", None), delta("", "length"), DONE],
+    ],
+)
+def test_the_receipt_is_in_the_last_chunk_only(events):
+    *chunks, done = asyncio.run(attach(*events))
+    assert done == DONE
+    expected = parsed(events[:-1])
+    assert parsed(chunks) == [*expected[:-1], expected[-1] | {"alignment": {"proxy": "a"}}]
+
+
+def test_a_trace_goes_with_the_chunks():
+    """Nothing new, nothing said; what comes after the last chunk's own is added to it."""
+    events = [delta("a"), delta("b"), delta("c", "stop"), DONE]
+    *chunks, _ = asyncio.run(attach(*events, traces=[["1"], [], ["2", "3"], ["4"]]))
+    assert [each.get("alignment") for each in parsed(chunks)] == [
+        {"trace": ["1"]},
+        None,
+        {"trace": ["2", "3", "4"], "proxy": "a"},
+    ]
+
+
+def test_text_that_looks_like_json_is_left_alone():
+    text = '"finish_reason":"stop" "choices":[]'
+    first, *_ = asyncio.run(attach(delta(text, None), delta("", "stop"), DONE))
+    assert parsed([first])[0]["choices"][0]["delta"]["content"] == text
+
+
+@pytest.mark.parametrize("traces", [None, [[], [], []]])
+def test_a_stream_that_breaks_off_keeps_its_error(traces):
+    error = event(error={"message": "no"})
+    assert asyncio.run(attach(delta("Hi", None), error, DONE, traces=traces))[1:] == [error, DONE]
