@@ -1,0 +1,141 @@
+"""The engines that are measured: our server and vLLM's own, with one and the same settings, and the engine in process.
+
+with serve(get_model("demo"), "assent", {"aligned": directory}) as server:
+    httpx.get(server.url + "/health")
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from benchmarks.models import REPOSITORY, Model
+
+ServerKind = Literal["assent", "stock"]
+
+MODULES: dict[ServerKind, str] = {
+    "assent": "server",
+    "stock": "vllm.entrypoints.launchers.api_server.entry",  # vLLM as it comes
+}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # small steps: a second process costs more than it brings
+    "OMP_NUM_THREADS": "1",  # more threads than free cores: throughput collapses at random
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+SETTINGS: dict[str, Any] = {
+    "max_model_len": 1024,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 2048,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,  # or the second of two runs would find the first one's prompts
+    "dtype": "bfloat16",
+}
+START_SECONDS = 600
+STOP_SECONDS = 20
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    model: str
+    """The name that requests give."""
+    seconds_to_start: float
+    """From the process's start to the first 200 of /health."""
+
+
+@contextmanager
+def serve(model: Model, kind: ServerKind, proxies: Mapping[str, Path]) -> Iterator[Server]:
+    """A server of its own session on a free port of the loopback device; nothing of it outlives the block.
+
+    Raises:
+        RuntimeError: it did not start; the message ends with the log's last lines.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", MODULES[kind], "--model", str(model.directory)]
+    command += ["--tokenizer", str(model.tokenizer)]
+    command += ["--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--kv-cache-memory-bytes", str(model.kv_cache_bytes)]
+    for key, value in SETTINGS.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", str(value)]
+    for name, directory in proxies.items():
+        command += ["--proxy", f"{name}={directory}"]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | ENVIRONMENT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while not _is_healthy(url):
+                if process.poll() is not None or time.perf_counter() - start > START_SECONDS:
+                    log.seek(0)
+                    tail = log.read().decode(errors="replace").splitlines()[-30:]
+                    raise RuntimeError("\n".join([f"{kind} server did not start:", *tail]))
+                time.sleep(POLL_SECONDS)
+            yield Server(url, model.name, time.perf_counter() - start)
+        finally:
+            _stop(process)
+
+
+def make_llm(model: Model, *, worker: str | None = "proxy.worker.ProxyCPUWorker") -> Any:
+    """`vllm.LLM` in this process, with the servers' settings; `worker` None is vLLM's own.
+
+    Call it before anything else imports vllm: some variables are read at that time.
+    """
+    os.environ.update(ENVIRONMENT)
+    import torch
+
+    torch.set_num_threads(1)
+    from vllm import LLM
+
+    return LLM(
+        model=str(model.directory),
+        tokenizer=str(model.tokenizer),
+        kv_cache_memory_bytes=model.kv_cache_bytes,
+        disable_log_stats=True,
+        **({"worker_cls": worker} if worker else {}),
+        **SETTINGS,
+    )
+
+
+def _is_healthy(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):  # nobody is left, as it should be
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

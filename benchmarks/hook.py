@@ -1,0 +1,251 @@
+"""The hook's own cost at the sizes of a 7 B model, without vLLM: `python -m benchmarks.hook`.
+
+Random logits, hidden states and proxy weights (H 4096, K 32) go through the functions that vLLM's samplers call, beside
+the same arithmetic as vLLM's own draw in plain torch: softmax and exponential race over the vocabulary and, where a
+top-k or top-p is in use, a sort of it. vLLM has faster kernels for parts of that: on a CPU for the draw
+(`benchmarks.steps` times it), on CUDA for top-k and top-p.
+
+The share of a decode step is hook / (hook + weights), where `weights` is an estimate of the rest: the time to read
+7.6 B parameters of two bytes once, at the bandwidth with which this machine sums up a large tensor. Attention and
+everything else would make the step longer and the share smaller.
+
+With `--device cuda` a first pass runs with `torch.cuda.set_sync_debug_mode("error")`: it fails if anything in the hook
+waits for the device. `benchmarks/clock.py` says what the columns and the times are.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks.clock import LAW, Clock, wrapped_law
+from proxy.acceptance import noise_key
+from proxy.history import History
+from proxy.hook import Step, align
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.plan import Plan, make_plan
+from proxy.pool import ProxyPool, ServedProxy
+from proxy.rows import Assignment
+
+NUM_PARAMETERS = 7.6e9
+BYTES_PER_PARAMETER = 2
+HOOK_PARTS = (*LAW, "rest")
+PARTS = (*HOOK_PARTS, "hook", "plain")
+SYNC_CHECK_STEPS = 70  # counts are folded every 64
+
+SamplingName = Literal["top_p 1", "top_p 0.95", "top_k 20, top_p 0.95"]
+SAMPLINGS: dict[SamplingName, tuple[int | None, float | None]] = {
+    "top_p 1": (None, None),
+    "top_p 0.95": (None, 0.95),
+    "top_k 20, top_p 0.95": (20, 0.95),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    rows: tuple[int, ...] = (1, 4, 16, 64, 256)
+    """R, requests in the batch; all of them have a proxy."""
+    vocab_sizes: tuple[int, ...] = (32_000, 152_064)
+    """V."""
+    hidden_size: int = 4096
+    """H."""
+    max_candidates: int = 32
+    """K."""
+    width: int = 64
+    """Of the proxy's layers."""
+    proxies: int = 1
+    """Loaded; the rows take turns with them."""
+    seeded: bool = False
+    """Every row has a seed; matters on CUDA only."""
+    samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
+    """Temperature 1 in each."""
+    seconds: float = 1.0
+    """Each case is repeated about so long, and at least five times."""
+    output: Path | None = None
+    """A JSON file for the figures."""
+
+
+def medians(
+    calls: Mapping[str, Callable[[], Any]], clock: Clock, options: Options
+) -> dict[str, float]:
+    """Median seconds of each call and of the parts within; by taking turns they find less in the cache than alone."""
+
+    def lap() -> dict[str, float]:
+        for name, call in calls.items():
+            with clock.part(name):
+                call()
+        return clock.take()
+
+    lap()
+    seconds = sum(lap().values())
+    laps = [lap() for _ in range(max(5, int(options.seconds / seconds)))]
+    return {part: statistics.median(lap[part] for lap in laps) for part in laps[0]}
+
+
+def bandwidth(clock: Clock, options: Options) -> float:
+    """Bytes per second of reading."""
+    tensor = torch.ones(1 << 28, device=options.device)  # 1 GiB
+    seconds = medians({"read": tensor.sum}, clock, options)["read"]
+    return tensor.numel() * tensor.element_size() / seconds
+
+
+def load_proxies(options: Options, vocab_size: int) -> Callable[[int], Plan]:
+    """Makes the proxies; returns what plans a batch of R rows for them."""
+    device = torch.device(options.device)
+    config = ProxyConfig(
+        hidden_size=options.hidden_size,
+        vocab_size=vocab_size,
+        width=options.width,
+        max_candidates=options.max_candidates,
+    )
+    pool = ProxyPool()
+    for number in range(options.proxies):
+        network = ProxyNetwork(config).to(device)
+        table = torch.randn(vocab_size, 2 * options.width, device=device)
+        pool.add(ServedProxy(f"proxy{number}", "0", config), network.weights(), table)
+
+    def plan(count: int) -> Plan:
+        assignments = [
+            Assignment(
+                f"request{row}",
+                proxy=pool.proxies[row % options.proxies],
+                max_rejections=config.max_rejections,
+                key=noise_key(row),
+                is_seeded=options.seeded,
+                slot=row + 1,
+            )
+            for row in range(count)
+        ]
+        ids = [assignment.req_id for assignment in assignments]
+        return make_plan(ids, assignments, pool, device, has_shadows=False)
+
+    return plan
+
+
+def plain_draw(
+    logits: Tensor,  # [R, V]
+    top_k: Tensor | None,  # [R] int
+    top_p: Tensor | None,  # [R] float
+    scratch: Tensor,  # [R, V], for the logits that are left
+) -> Tensor:
+    """vLLM's draw in plain torch: token ids [R]."""
+    if top_p is not None:
+        values, index = logits.sort(-1)
+        if top_k is not None:
+            least = values.gather(-1, (logits.shape[-1] - top_k.long()).unsqueeze(-1))
+            values.masked_fill_(values < least, -torch.inf)
+        is_outside = values.softmax(-1).cumsum(-1) <= 1 - top_p.unsqueeze(-1)
+        is_outside[:, -1] = False
+        logits = scratch.scatter_(-1, index, values.masked_fill_(is_outside, -torch.inf))
+    probabilities = logits.softmax(-1)
+    return probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+@torch.inference_mode()
+def measure_case(
+    options: Options, clock: Clock, plan: Plan, vocab_size: int, sampling: SamplingName
+) -> dict[str, float]:
+    """Milliseconds of the hook, of its parts and of the plain draw."""
+    device, count = torch.device(options.device), len(plan.req_ids)
+    logits = torch.randn(count, vocab_size, device=device) * 2.5
+    hidden = torch.randn(count, options.hidden_size, device=device, dtype=torch.bfloat16)
+    positions = torch.arange(count, device=device, dtype=torch.int32)
+    k, p = SAMPLINGS[sampling]
+    top_k = None if k is None else torch.full((count,), k, device=device, dtype=torch.int32)
+    top_p = None if p is None else torch.full((count,), p, device=device)
+    history = History(device, reports=True, capacity=count)
+    step = Step(plan, hidden, positions, None, (), history)
+
+    def hook() -> Tensor:
+        return align(step, logits, top_k, top_p, tempered=False)
+
+    if options.device == "cuda":
+        refuse_syncs(hook)
+        clock.take()
+    scratch = torch.empty_like(logits)
+    calls = {"rest": hook, "plain": lambda: plain_draw(logits, top_k, top_p, scratch)}
+    seconds = medians(calls, clock, options)
+    milliseconds = {part: seconds.get(part, 0.0) * 1e3 for part in (*HOOK_PARTS, "plain")}
+    milliseconds["hook"] = sum(milliseconds[part] for part in HOOK_PARTS)
+    return {f"{part}_ms": milliseconds[part] for part in PARTS}
+
+
+def refuse_syncs(hook: Callable[[], Any]) -> None:
+    """Run it with every wait for the device made an error."""
+    hook()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(SYNC_CHECK_STEPS):
+            hook()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def measure(options: Options) -> dict[str, Any]:
+    torch.manual_seed(0)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+        name = "CPU, one thread"
+    else:
+        name = torch.cuda.get_device_name()
+    clock = Clock(is_cuda=options.device == "cuda")
+    speed = bandwidth(clock, options)
+    weights_ms = NUM_PARAMETERS * BYTES_PER_PARAMETER / speed * 1e3
+    cases = []
+    for vocab_size in options.vocab_sizes:
+        with torch.inference_mode():
+            plan = load_proxies(options, vocab_size)
+        for count, sampling in product(options.rows, options.samplings):
+            with wrapped_law(clock, options.device):
+                figures = measure_case(options, clock, plan(count), vocab_size, sampling)
+            share = figures["hook_ms"] / (figures["hook_ms"] + weights_ms)
+            case = {"vocab_size": vocab_size, "rows": count, "sampling": sampling}
+            cases.append(case | figures | {"share_of_step": share})
+    return {
+        "device": name,
+        "bytes_per_second": speed,
+        "weights_ms": weights_ms,
+        "hidden_size": options.hidden_size,
+        "max_candidates": options.max_candidates,
+        "proxies": options.proxies,
+        "seeded": options.seeded,
+        "cases": cases,
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures as a table for the docs, in milliseconds."""
+    print(
+        f"{figures['device']}: {figures['bytes_per_second'] / 1e9:.0f} GB/s, so the weights of a step "
+        f"take {figures['weights_ms']:.1f} ms.\n"
+    )
+    print(f"| V | R | sampling | {' | '.join(PARTS)} draw | share of step |")
+    print("|---" * (len(PARTS) + 4) + "|")
+    for case in figures["cases"]:
+        times = [f"{case[f'{part}_ms']:.3g}" for part in PARTS]
+        cells = [case["vocab_size"], case["rows"], case["sampling"], *times]
+        print(f"| {' | '.join(map(str, cells))} | {case['share_of_step']:.2%} |")
+
+
+def main(options: Options) -> None:
+    figures = measure(options)
+    show(figures)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
