@@ -70,7 +70,7 @@ class Shape:
 
 
 SHAPES: dict[tuple[ModelName, ShapeName], Shape] = {
-    ("demo", "prompt-heavy"): Shape(512, 8),
+    ("demo", "prompt-heavy"): Shape(512, 32),
     ("demo", "decode-heavy"): Shape(16, 128),
     ("large", "prompt-heavy"): Shape(128, 4),
     ("large", "decode-heavy"): Shape(8, 16),

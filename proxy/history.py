@@ -1,9 +1,10 @@
 """What became of aligned tokens: counts and traces, by request and by proxy.
 
-A step only appends what was decided; every now and then, and whenever someone asks, the steps
-are folded into counts on the device in one go. Nothing waits for the device until somebody asks.
+A step only appends what was decided, on the device. Whenever someone asks, and every hundred steps
+or so, the steps are brought to the host and added up; only then does anything wait for the device.
 """
 
+import operator
 import time
 from collections import defaultdict
 from itertools import groupby
@@ -47,11 +48,11 @@ class History:
         """
         self._device = device
         self._reports = reports
-        self._counts = torch.zeros(capacity + 1, 3, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(capacity + 1, dtype=torch.bool, device=device)
+        self._counts = [[0, 0, 0] for _ in range(capacity + 1)]  # tokens, proposed, forced
+        self._ended = [False] * (capacity + 1)
         self._ended[DISCARD_SLOT] = True
         self._records: list[_Record] = []
-        self._totals: dict[ServedProxy, Tensor] = {}  # [3] int64 since the last flush
+        self._totals: dict[ServedProxy, list[int]] = {}  # the three since the last flush
         self._shadow_totals: dict[ServedProxy, Tensor] = {}  # [2] int64: tokens, changed
         self._flushed_at = time.monotonic()
         self._traces: dict[str, list[dict[str, Any]]] = {}
@@ -94,48 +95,44 @@ class History:
 
     def _fold_same_rows(self, records: list[_Record]) -> None:
         """S steps of the same A rows."""
-        assignments = records[0].rows.assignments
-        slots = self._tensor([a.slot for a in assignments])
-        width = max(1, *(len(a.stop_ids) for a in assignments))
-        stop_ids = self._tensor(
-            [[*a.stop_ids, *[-1] * (width - len(a.stop_ids))] for a in assignments]
-        )
-        token_ids = torch.stack([record.decision.token_ids for record in records])  # [S, A]
-        counted = (~self._ended[slots]).expand(len(records), -1).clone()
-        for step, record in enumerate(records):
-            if record.discarded is not None:
-                counted[step] &= ~record.discarded
-        stops = (token_ids.unsqueeze(-1) == stop_ids).any(-1) & counted
-        counted &= (stops.cumsum(0) - stops.long()) == 0
-        proposed = torch.stack([record.decision.num_proposed for record in records])
-        forced = torch.stack([record.decision.forced for record in records])
-        sums = torch.stack(
-            (counted.sum(0), (proposed * counted).sum(0), (forced & counted).sum(0)), dim=-1
-        )  # [A, 3]
-        self._counts.index_add_(0, slots, sums)
-        self._ended[slots] |= stops.any(0)
-        by_proxy: defaultdict[ServedProxy, list[int]] = defaultdict(list)
-        for row, assignment in enumerate(assignments):
+        decisions = [record.decision for record in records]
+        token_ids = torch.stack([decision.token_ids for decision in decisions]).tolist()  # [S, A]
+        proposed = torch.stack([decision.num_proposed for decision in decisions]).tolist()
+        forced = torch.stack([decision.forced for decision in decisions]).tolist()
+        discarded = [
+            None if record.discarded is None else record.discarded.tolist() for record in records
+        ]
+        counted: list[list[int]] = [[] for _ in records]  # rows
+        for row, assignment in enumerate(records[0].rows.assignments):
+            slot, sums = assignment.slot, [0, 0, 0]
+            for step, discards in enumerate(discarded):
+                if self._ended[slot]:
+                    break
+                if discards is not None and discards[row]:
+                    continue
+                counted[step].append(row)
+                sums[0] += 1
+                sums[1] += proposed[step][row]
+                sums[2] += forced[step][row]
+                self._ended[slot] = token_ids[step][row] in assignment.stop_ids
+            totals = [self._counts[slot]]
             if assignment.proxy is not None:
-                by_proxy[assignment.proxy].append(row)
-        for proxy, rows in by_proxy.items():
-            total = sums[self._tensor(rows)].sum(0)
-            self._totals[proxy] = self._totals.get(proxy, 0) + total
+                totals.append(self._totals.setdefault(assignment.proxy, [0, 0, 0]))
+            for total in totals:
+                total[:] = map(operator.add, total, sums)
         if records[0].tracing is not None:
-            self._trace(records, counted.tolist())
+            for record, rows in zip(records, counted, strict=True):
+                self._trace(record, rows)
 
-    def _trace(self, records: list[_Record], counted: list[list[bool]]) -> None:
-        for record, was_counted in zip(records, counted, strict=True):
-            rows = [
-                row
-                for row, assignment in enumerate(record.rows.assignments)
-                if assignment.traced and was_counted[row]
-            ]
-            for row, entry in zip(rows, _trace_entries(record, self._tensor(rows)), strict=True):
-                req_id = record.rows.assignments[row].req_id
-                self._num_traced[req_id] += 1
-                if self._num_traced[req_id] <= _TRACE_TOKENS:
-                    self._traces.setdefault(req_id, []).append(entry)
+    def _trace(self, record: _Record, counted: list[int]) -> None:
+        assignments = record.rows.assignments
+        rows = [row for row in counted if assignments[row].traced]
+        index = to_device(rows, torch.int64, self._device)
+        for row, entry in zip(rows, _trace_entries(record, index), strict=True):
+            req_id = assignments[row].req_id
+            self._num_traced[req_id] += 1
+            if self._num_traced[req_id] <= _TRACE_TOKENS:
+                self._traces.setdefault(req_id, []).append(entry)
         while len(self._traces) > _TRACED_REQUESTS:
             # What came later would be taken for what is gone: the trace ends here.
             oldest = next(iter(self._traces))
@@ -149,11 +146,10 @@ class History:
 
     def flush_metrics(self) -> None:
         """Bring the Prometheus counters up to date."""
-        for proxy, total in self._totals.items():
-            tokens, proposed, forced = total.tolist()
+        for proxy, (tokens, proposed, forced) in self._totals.items():
             metrics.add(proxy.name, proxy.version, tokens=tokens, proposed=proposed, forced=forced)
-        for proxy, total in self._shadow_totals.items():
-            tokens, changed = total.tolist()
+        for proxy, sums in self._shadow_totals.items():
+            tokens, changed = sums.tolist()
             metrics.add_shadow(proxy.name, proxy.version, tokens=tokens, changed=changed)
         self._totals.clear()
         self._shadow_totals.clear()
@@ -167,18 +163,19 @@ class History:
 
     def grow(self) -> None:
         """Twice as many slots."""
-        self._counts = torch.cat((self._counts, torch.zeros_like(self._counts)))
-        self._ended = torch.cat((self._ended, torch.zeros_like(self._ended)))
+        size = self.size()
+        self._counts += [[0, 0, 0] for _ in range(size)]
+        self._ended += [False] * size
 
     def open(self, slot: int) -> None:
         """A new request counts here."""
-        self._counts[slot] = 0
+        self._counts[slot] = [0, 0, 0]
         self._ended[slot] = False
 
     def read(self, slots: list[int]) -> list[list[int]]:
         """Tokens, proposed and forced of each slot, up to this moment."""
         self.fold()
-        return self._counts[slots].tolist()
+        return [self._counts[slot] for slot in slots]
 
     def take_trace(self, req_id: str) -> list[dict[str, Any]]:
         """The entries since the last time; call `fold` before."""
@@ -188,9 +185,6 @@ class History:
         """Nobody will ask any more."""
         self._traces.pop(req_id, None)
         self._num_traced.pop(req_id, None)
-
-    def _tensor(self, data: list[Any]) -> Tensor:
-        return to_device(data, torch.int64, self._device)
 
 
 def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:

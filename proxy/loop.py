@@ -22,7 +22,7 @@ from torch import Tensor
 from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision
 from proxy.network import MIN_LOGPROB, NORM_FLOOR
 from proxy.pool import ProxyPool
-from proxy.rows import Assignment
+from proxy.rows import Assignment, Mixture
 
 _MASK = 2**64 - 1
 _GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
@@ -30,11 +30,12 @@ _MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
 _UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
 _LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
 
+_FEW_PRODUCTS = 2**17  # beyond, a matrix product is worth the calls it takes
 _DECIDE = (
     "void(f4[:,::1], b1, f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1],"
     " f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[::1],"
     " f4[::1], i4[::1], f4[::1], f4[::1], i8[::1], b1[::1], i8[::1], i4[::1],"
-    " i8[:,::1], b1[::1])"
+    " i8[::1], i8[::1], i8[::1], b1[::1])"
 )
 
 
@@ -67,6 +68,7 @@ class LoopRows:
         assignments: Sequence[Assignment],
         sizes: Sequence[int],  # candidates at most
         pool: ProxyPool,
+        mixture: Mixture,
     ) -> None:
         assert pool.weights is not None and pool.tables is not None
         weights = pool.weights
@@ -82,6 +84,13 @@ class LoopRows:
             np.array([a.is_greedy for a in assignments]),
             np.array([a.key for a in assignments]),
         )
+        self._mixture = mixture
+        state = mixture.state
+        self._state = None
+        if state is not None and len(rows) * state.numel() <= _FEW_PRODUCTS:
+            self._state = state.contiguous().numpy()
+            self._states = np.empty((len(rows), state.shape[0]), np.float32)
+            self._projected = np.empty((len(rows), state.shape[1]), np.float32)
         most = max(sizes)
         self._values = np.empty((len(rows), most), np.float32)
         self._token_ids = np.empty((len(rows), most), np.int64)
@@ -95,8 +104,7 @@ class LoopRows:
     def decide(
         self,
         logits: Tensor,  # [R, V]
-        states: Tensor,  # [A, H] float32, the lm_head's input
-        projected: Tensor,  # [A, 2W] float32, `state_features` of them times their norm
+        hidden: Tensor,  # [A, H], the lm_head's input
         positions: Tensor,  # [R] int32
         top_k: Tensor | None,  # [R] int32
         top_p: Tensor | None,  # [R] float32
@@ -104,15 +112,16 @@ class LoopRows:
         tempered: bool,
     ) -> Decision:
         """As `AlignedRows.decide`; `slots` are those of the candidates, the most probable first."""
-        logits = logits.float().contiguous()
+        if not logits.is_contiguous() or logits.dtype != torch.float32:
+            logits = logits.float().contiguous()
         values, token_ids = self._values, self._token_ids
         if self._shares_rows_out:
             top = logits[self._rows].topk(values.shape[1])
             values[:], token_ids[:] = top.values.numpy(), top.indices.numpy()
         temperature = self._no_temperature if tempered else self._temperature
         count = len(values)
-        decided = torch.empty(3, count, dtype=torch.int64)
-        forced = torch.empty(count, dtype=torch.bool)
+        slots, emitted, num_proposed = (np.empty(count, np.int64) for _ in range(3))
+        forced = np.empty(count, np.bool_)
         _decide_rows(
             logits.numpy(),
             not self._shares_rows_out,
@@ -120,8 +129,7 @@ class LoopRows:
             token_ids,
             self._rows,
             self._no_mass if top_p is None else self._mass(logits, temperature),
-            states.numpy(),
-            projected.numpy(),
+            *self._project(hidden),
             *self._proxies,
             self._sizes,
             temperature,
@@ -129,11 +137,22 @@ class LoopRows:
             self._no_top_p if top_p is None else top_p.numpy(),
             *self._settings,
             positions.numpy(),
-            decided.numpy(),
-            forced.numpy(),
+            slots,
+            emitted,
+            num_proposed,
+            forced,
         )
-        slots, emitted, num_proposed = decided
-        return Decision(slots, emitted, num_proposed, forced)
+        tensor = torch.from_numpy
+        return Decision(tensor(slots), tensor(emitted), tensor(num_proposed), tensor(forced))
+
+    def _project(self, hidden: Tensor) -> tuple[Any, Any]:
+        """[A, H] -> the same in float32, and `state_features` of it times its norm, [A, 2W]."""
+        if self._state is not None and hidden.dtype == torch.bfloat16 and hidden.is_contiguous():
+            bits = hidden.view(torch.int16).numpy()
+            _project_bfloat16(bits, self._state, self._states, self._projected)
+            return self._states, self._projected
+        states = hidden.float()
+        return states.contiguous().numpy(), self._mixture.project(states).numpy()
 
     def _mass(self, logits: Tensor, temperature: Any) -> Any:
         """logsumexp of the whole vocabulary: [A]."""
@@ -151,6 +170,21 @@ def _exponential(key: Any, position: Any, counter: Any) -> Any:
     bits = (bits ^ (bits >> np.uint64(27))) * _MIX_2
     bits ^= bits >> np.uint64(31)
     return -math.log((np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53)
+
+
+@njit("void(i2[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])", cache=True, nogil=True)
+def _project_bfloat16(bits: Any, state: Any, states: Any, projected: Any) -> None:
+    """One call in the place of five for a few rows: [A, H] and [H, 2W] -> [A, H] and [A, 2W]."""
+    words = np.empty(bits.shape[1], np.uint32)
+    for a in range(len(bits)):
+        for i in range(len(words)):
+            words[i] = np.uint32(np.uint16(bits[a, i])) << np.uint32(16)
+        states[a] = words.view(np.float32)
+        projected[a] = 0.0
+        for i in range(len(words)):
+            x = states[a, i]
+            for j in range(projected.shape[1]):
+                projected[a, j] += x * state[i, j]
 
 
 @njit(cache=True, nogil=True)
@@ -249,7 +283,9 @@ def _decide_rows(
     greedy: Any,  # [A]
     keys: Any,  # [A]
     positions: Any,  # [R]
-    decided: Any,  # [3, A] out: slots, token ids, numbers proposed
+    emitted_slots: Any,  # [A] out
+    emitted_ids: Any,  # [A] out
+    num_proposed: Any,  # [A] out
     forced: Any,  # [A] out
 ) -> None:
     """Settle A rows."""
@@ -303,6 +339,6 @@ def _decide_rows(
             if coin >= cost:
                 emitted = first
         forced[a] = emitted < 0
-        decided[0, a] = max(emitted, 0)
-        decided[1, a] = ids[max(emitted, 0)]
-        decided[2, a] = proposed
+        emitted_slots[a] = max(emitted, 0)
+        emitted_ids[a] = ids[max(emitted, 0)]
+        num_proposed[a] = proposed

@@ -100,10 +100,15 @@ class Mixture:
         first_rows = [[proxy.slot * pool.tables.shape[1]] for proxy in proxies]
         self._first_rows = to_device(first_rows, torch.int64, device)  # [A, 1]
 
+    @property
+    def state(self) -> Tensor | None:
+        """[H, 2W], what `project` multiplies with; None = not the same for all rows."""
+        return self._weights.state[0] if self._tiles is None else None
+
     def project(self, hidden: Tensor) -> Tensor:
         """`state_features` of each row by its proxy, times the norm: [A, H] float32 -> [A, 2W]."""
         if self._tiles is None:
-            return hidden @ self._weights.state[0]
+            return torch.mm(hidden, self._weights.state[0])
         tiled = torch.bmm(hidden[self._tiles.rows], self._weights.state)
         return tiled.flatten(0, 1)[self._tiles.places]
 
@@ -169,15 +174,9 @@ class AlignedRows:
     ) -> tuple[Decision, Tracing | None]:
         """The law for these rows, and all that entered it where a request wants a trace."""
         if self._device.type == "cpu" and not self.any_traced:
-            states = self.pick(hidden).float()
+            hidden = self.pick(hidden)
             return self._loop.decide(
-                logits,
-                states,
-                self._mixture.project(states),
-                positions,
-                top_k,
-                top_p,
-                tempered=tempered,
+                logits, hidden, positions, top_k, top_p, tempered=tempered
             ), None
         settings = self.settings
         candidates = nucleus(
@@ -238,7 +237,7 @@ class AlignedRows:
     def _loop(self) -> Any:
         from proxy.loop import LoopRows  # compiles at its import, and only a CPU needs it
 
-        return LoopRows(self.rows, self.assignments, self._sizes, self._pool)
+        return LoopRows(self.rows, self.assignments, self._sizes, self._pool, self._mixture)
 
 
 class Shadow:

@@ -4,8 +4,10 @@ A proxy is chosen by `alignment.proxy` or by the model's name, `<model>:<proxy>`
 of the body, so that vLLM's own handlers find a request for the frozen LLM.
 """
 
+import asyncio
 import json
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
 from server.proxies import LoadedProxy, Proxies
+from server.receipts import BySample
 from server.schemas import AlignmentOptions, JudgeOptions
 from server.state import Served
 
@@ -54,6 +57,26 @@ class Plan:
     """n of each of them."""
     delivered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(engine's id, sample) -> tokens that the engine has handed out; counted for traces only."""
+    take_counts: Callable[[list[str]], Awaitable[BySample]] | None = None
+    """How to ask the worker what the proxy did; None where the answer does not say."""
+    counts: dict[str, asyncio.Task[BySample]] = field(default_factory=dict)
+    """What it did, by the engine's id: asked for as soon as a request has ended, for the answer is
+    still to be put together."""
+
+    def finish(self, engine_id: str) -> None:
+        """Nothing more will be drawn for this request: ask for its counts."""
+        if self.take_counts is not None and engine_id not in self.counts:
+            take = self.take_counts([engine_id])
+            self.counts[engine_id] = asyncio.ensure_future(take)
+
+    async def all_counts(self) -> BySample:
+        """The counts of all requests, by the ids given to the engine, and sample."""
+        found: BySample = {}
+        for engine_id in self.engine_ids:
+            self.finish(engine_id)
+        for task in self.counts.values():
+            found |= await task
+        return found
 
 
 def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
@@ -91,6 +114,7 @@ def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
         wants_receipt=name is not None or options is not None,
         best_of=given.best_of,
         judge=given.judge or JudgeOptions.model_validate({}),
+        take_counts=state.counts.take if path in (CHAT, COMPLETIONS) else None,
     )
     if pinned is not None:
         state.proxies.pin(pinned)

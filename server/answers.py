@@ -32,7 +32,7 @@ async def add_receipt(answer: Answer, plan: Plan, state: Served) -> Answer:
 
     async def make_receipt() -> dict[str, Any]:
         truncated = {"trace_truncated": trace.is_truncated()} if trace is not None else {}
-        return await receipt(plan, state) | truncated
+        return await receipt(plan) | truncated
 
     if not isinstance(answer, Whole):
         advance = trace.advance if trace is not None else None
@@ -47,11 +47,11 @@ async def add_receipt(answer: Answer, plan: Plan, state: Served) -> Answer:
     return answer
 
 
-async def receipt(plan: Plan, state: Served) -> dict[str, Any]:
+async def receipt(plan: Plan) -> dict[str, Any]:
     """The proxy, the version that the request was pinned to, and what it did, over all choices."""
     if plan.pinned is None:
         return {"proxy": None, "version": None} | dict.fromkeys(COUNTS, 0)
-    counts = sum_counts(await state.counts.take(plan.engine_ids))
+    counts = sum_counts(await plan.all_counts())
     return {"proxy": plan.pinned.name, "version": plan.pinned.version} | counts
 
 

@@ -120,8 +120,7 @@ def guard(
         request_id = f"{request_id}-p{next(numbers)}"
         plan.engine_ids.append(request_id)
         plan.num_samples = params.n
-        outputs = generate(prompt, params, request_id, **options)
-        return _counted(outputs, plan, request_id) if plan.alignment.trace else outputs
+        return _watched(generate(prompt, params, request_id, **options), plan, request_id)
 
     def name_in_answer(lora_request: Any = None) -> str:
         plan = current_plan()
@@ -132,14 +131,17 @@ def guard(
     models.model_name = name_in_answer
 
 
-async def _counted(
+async def _watched(
     outputs: AsyncGenerator[Any, None], plan: Plan, request_id: str
 ) -> AsyncGenerator[Any, None]:
-    """The engine's outputs, with the tokens in them counted for the trace."""
+    """The engine's outputs; counts the tokens for the trace, and has the receipt made at the end."""
     async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
         async for output in outputs:
-            for sample in output.outputs:
-                plan.delivered[request_id, sample.index] += len(sample.token_ids)
+            if plan.alignment is not None and plan.alignment.trace:
+                for sample in output.outputs:
+                    plan.delivered[request_id, sample.index] += len(sample.token_ids)
+            elif output.finished:
+                plan.finish(request_id)
             yield output
 
 

@@ -1,0 +1,72 @@
+"""The compiled loop against the law on tensors: the same requests on the same numbers, decision by decision."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from proxy.acceptance import noise_key
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.pool import ProxyPool, ServedProxy
+from proxy.rows import AlignedRows, Assignment
+
+H, V, WIDTH = 64, 500, 16
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> AlignedRows:
+    """A trace makes a CPU take the tensors' way."""
+    assignments = [
+        Assignment(
+            f"r{row}",
+            pool.proxies[row % len(pool.proxies)],
+            strength=(0.5, 1.0, 3.0)[row % 3],
+            max_rejections=(8, 0, 1, 2, 3)[row % 5],
+            temperature=(1.0, 0.6, 0.0)[row // 2 % 3],
+            key=noise_key(row),
+            is_seeded=True,
+            traced=traced,
+        )
+        for row in range(count)
+    ]
+    return AlignedRows(list(range(count)), assignments, pool, CPU, covers_batch=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_proxies", [1, 3])
+@pytest.mark.parametrize("count", [1, 5, 400])  # a few rows are projected within the loop
+def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
+    """2000 rows. Rounding differs, so a coin very near its limit might fall either way; none here does."""
+    threads(num_threads)
+    torch.manual_seed(0)
+    pool = ProxyPool()
+    for number in range(num_proxies):
+        config = ProxyConfig(
+            hidden_size=H, vocab_size=V, width=WIDTH, max_candidates=8 + number, accept_bias=0.0
+        )
+        network = ProxyNetwork(config).requires_grad_(False)
+        torch.nn.init.normal_(network.score.weight, std=1.5)
+        table = network.candidate_table(torch.randn(V, H))
+        pool.add(ServedProxy(f"p{number}", "v", config), network.weights(), table)
+    loop, tensors = (rows_of(pool, count, traced=traced) for traced in (False, True))
+    forced = 0
+    for step in range(2000 // count):
+        logits = torch.randn(count, V) * 3
+        hidden = torch.randn(count, H).to(dtype)
+        positions = torch.full((count,), step, dtype=torch.int32)
+        top_p = torch.rand(count) if step % 2 else None
+        args: tuple[Any, ...] = logits, hidden, positions, None, top_p
+        one, none = loop.decide(*args, tempered=False)
+        other, tracing = tensors.decide(*args, tempered=False)
+        assert none is None and tracing is not None
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+        forced += int(one.forced.sum())
+    assert (200 if count > 1 else 0) < forced < 1900
