@@ -203,9 +203,13 @@ class ProxyGPUWorker(GPUWorker):
     @raised_by_last_rank
     def list_proxies(self) -> list[dict[str, Any]]:
         """The loaded proxies, each as `load_proxy` returned it."""
+        return self._registry.list()
+
+    @raised_by_last_rank
+    def flush_metrics(self) -> None:
+        """Bring the Prometheus counters up to the last step."""
         self._ledger.history.fold()
         self._ledger.history.flush_metrics()
-        return self._registry.list()
 
     @raised_by_last_rank
     def take_alignment_counts(self, request_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -226,9 +230,7 @@ class ProxyGPUWorker(GPUWorker):
         A stop string is found after the fact, outside the engine, so such a request's counts
         may include the few tokens under way by then.
         """
-        counts = self._ledger.take(request_ids)
-        self._ledger.history.flush_metrics()
-        return counts
+        return self._ledger.take(request_ids)
 
     @raised_by_last_rank
     def take_traces(self, request_ids: Iterable[str]) -> dict[str, list[dict[str, Any]]]:

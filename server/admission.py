@@ -58,7 +58,8 @@ class Plan:
     delivered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(engine's id, sample) -> tokens that the engine has handed out; counted for traces only."""
     take_counts: Callable[[list[str]], Awaitable[BySample]] | None = None
-    """How to ask the worker what the proxy did; None where the answer does not say."""
+    """How to ask the worker what the proxy did, which takes a round trip to the engine; None for
+    requests without an `alignment` object: whoever just names a model reads no counts."""
     counts: dict[str, asyncio.Task[BySample]] = field(default_factory=dict)
     """What it did, by the engine's id: asked for as soon as a request has ended, for the answer is
     still to be put together."""
@@ -114,7 +115,7 @@ def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
         wants_receipt=name is not None or options is not None,
         best_of=given.best_of,
         judge=given.judge or JudgeOptions.model_validate({}),
-        take_counts=state.counts.take if path in (CHAT, COMPLETIONS) else None,
+        take_counts=state.counts.take if options is not None else None,
     )
     if pinned is not None:
         state.proxies.pin(pinned)

@@ -17,11 +17,12 @@ the plan to the sampling parameters; the `model_name` with which they answer giv
 that was asked for. `Assent-Proxy` in an answer's headers names the proxy and its version.
 """
 
+import asyncio
 import copy
 import itertools
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -39,10 +40,12 @@ from server.engine import (
     VLLMValidationError,
     create_error_response,
 )
+from server.state import Served
 
 PROXY_HEADER = "Assent-Proxy"
 
 _PLAN: ContextVar[Plan | None] = ContextVar("plan", default=None)
+_FLUSH_SECONDS = 2.0
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -58,6 +61,9 @@ class Gate:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path == "/metrics":
+            await _bring_up_to_date(scope["app"].state.assent)
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if Headers(scope=scope).get("content-type", "").startswith(_FORMS):
@@ -70,7 +76,6 @@ class Gate:
             return await self.app(scope, _replay(content, receive), send)
 
         state = scope["app"].state.assent
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         before = body.get("model"), EXTRA_ARGS_KEY in body
         try:
             plan = admit(path, body, state)
@@ -143,6 +148,12 @@ async def _watched(
             elif output.finished:
                 plan.finish(request_id)
             yield output
+
+
+async def _bring_up_to_date(state: Served) -> None:
+    """Have the worker write its counters down, which it otherwise does every now and then."""
+    with suppress(Exception):  # the engine may be dead; its last counters are worth a look then
+        await asyncio.wait_for(state.engine.collective_rpc("flush_metrics"), _FLUSH_SECONDS)
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:

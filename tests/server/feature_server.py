@@ -107,6 +107,8 @@ class Served:
     ) -> Any:
         options = {"max_tokens": 32} | options
         extra = {key: options.pop(key) for key in VLLMS_OWN & set(options)}
+        if ":" in model:
+            extra.setdefault("alignment", {})  # else the answer has no counts
         return self.client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": prompt}],

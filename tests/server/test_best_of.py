@@ -29,7 +29,12 @@ def test_the_receipt_replays_to_the_returned_sample(client):
     assert choice.index == 0
 
     samples = client.chat.completions.create(
-        model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=11, n=5
+        model="assent-demo:aligned",
+        messages=QUESTION,
+        max_tokens=32,
+        seed=11,
+        n=5,
+        extra_body={"alignment": {}},
     )
     assert choice.message.content == samples.choices[receipt["winner"]].message.content
     for key in ("proxy", "version", "proposed", "accepted", "rejected", "forced"):

@@ -17,7 +17,10 @@ def chat(client, model="assent-demo", prompt=PROMPTS[0], extra=None, **options):
     return client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": prompt}],
-        extra_body={"return_token_ids": True} | (extra or {}),
+        # Without the object the answer names the proxy and has no counts.
+        extra_body={"return_token_ids": True}
+        | ({"alignment": {}} if ":" in model else {})
+        | (extra or {}),
         **options,
     )
 

@@ -57,6 +57,7 @@ def long_chat(model="assent-demo:live", **more):
         "seed": 3,
         "max_tokens": 800,
         "ignore_eos": True,
+        "alignment": {},
     } | more
 
 
