@@ -22,6 +22,8 @@ from torch import Tensor
 
 UNDERFLOW = math.log(torch.finfo(torch.float32).tiny)  # -87.3
 
+_SPARE = 16
+
 # SplitMix64's constants, as signed numbers; the step from position to position is an odd number
 # that has nothing to do with them.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -66,7 +68,7 @@ def nucleus(
     approximation follows: where K < top_k < V, the mass is counted over the whole vocabulary
     instead of the top_k tokens.
     """
-    values, token_ids = logits.topk(min(max_candidates, logits.shape[-1]), dim=-1)  # [R, K] both
+    values, token_ids = most_probable(logits, max_candidates)  # [R, K] both
     num_slots = values.shape[-1]
     values = values.float()
     if temperature is not None:
@@ -93,6 +95,18 @@ def nucleus(
         is_outside[:, 0] = False
         values = values.masked_fill(is_outside, -math.inf)
     return Candidates(token_ids, F.threshold(values.log_softmax(-1), UNDERFLOW, -math.inf))
+
+
+def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of [R, V] logits, largest first, and their token ids: [R, count] both, or [R, V].
+
+    Of equal ones the first tokens come first, as argmax has it: what topk makes of them depends
+    on how many it is asked for. (It is asked for a few more, so that ties at the end are whole.)
+    """
+    values, token_ids = logits.topk(min(count + _SPARE, logits.shape[-1]), dim=-1)
+    token_ids, order = token_ids.sort(-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], token_ids.gather(-1, order)[:, :count]
 
 
 def draw_noise(rows: int, max_candidates: int, device: torch.device | str) -> Tensor:

@@ -19,7 +19,7 @@ from llvmlite.binding import ffi
 from numba import njit
 from torch import Tensor
 
-from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision
+from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision, most_probable
 from proxy.network import MIN_LOGPROB, NORM_FLOOR
 from proxy.pool import ProxyPool
 from proxy.rows import Assignment, Mixture
@@ -116,8 +116,8 @@ class LoopRows:
             logits = logits.float().contiguous()
         values, token_ids = self._values, self._token_ids
         if self._shares_rows_out:
-            top = logits[self._rows].topk(values.shape[1])
-            values[:], token_ids[:] = top.values.numpy(), top.indices.numpy()
+            top = most_probable(logits[self._rows], values.shape[1])
+            values[:], token_ids[:] = (x.numpy() for x in top)
         temperature = self._no_temperature if tempered else self._temperature
         count = len(values)
         slots, emitted, num_proposed = (np.empty(count, np.int64) for _ in range(3))

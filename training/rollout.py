@@ -4,7 +4,7 @@ The server's hook and this loop call the same law (`proxy.acceptance`) on the sa
 the lm_head's input. One forward of the LLM per emitted token, however many candidates are rejected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,6 +131,11 @@ def generate(
     cache = None
     alive = torch.ones(count, dtype=torch.bool, device=device)
     emitted, records = [], _Records(count, device, measure_kl)
+
+    def draw(token_ids: Tensor) -> Tensor:
+        noise = torch.empty(count, 2, token_ids.shape[-1], device=device)
+        return noise.exponential_(generator=generator)
+
     with _HeadInput(model) as head:
         for _ in range(decoding.max_new_tokens):
             output = model(
@@ -143,7 +148,7 @@ def generate(
             )
             cache = output.past_key_values
             decision = _step(
-                policy, output.logits[:, -1], head.rows, decoding, generator, alive, records
+                policy, output.logits[:, -1], head.rows, decoding, draw, alive, records
             )
             tokens = torch.where(alive, decision.token_ids, 0)
             emitted.append(torch.where(alive, tokens, -1))
@@ -161,7 +166,7 @@ def _step(
     logits: Tensor,  # [N, V]
     hidden: Tensor,  # [N, H]
     decoding: Decoding,
-    generator: torch.Generator,
+    draw: Callable[[Tensor], Tensor],  # candidates [N, K] -> standard exponentials [N, 2, K]
     alive: Tensor,  # [N] bool, False = the response has ended
     records: "_Records",
 ) -> Decision:
@@ -171,8 +176,7 @@ def _step(
     logits = logits.float() / (1.0 if is_greedy else decoding.temperature)
     candidates = _candidates(logits, policy.config.max_candidates, decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
-    num_slots = candidates.token_ids.shape[-1]
-    noise = torch.empty(rows, 2, num_slots, device=device).exponential_(generator=generator)
+    noise = draw(candidates.token_ids)
     greedy = torch.full((rows,), is_greedy, device=device)
     strength = torch.full((rows,), policy.strength, device=device)
     max_rejections = torch.full((rows,), policy.config.max_rejections, device=device)

@@ -42,7 +42,8 @@ def enumerate_law(
 ) -> dict[Outcome, float]:
     """The probability of every outcome, over all orders and coins. p, a: [K] probabilities.
 
-    Round by round; orders that have rejected the same candidates go on as one.
+    Round by round; orders that have rejected the same candidates go on as one. Up to about 16
+    candidates: what is rejected may be any subset of them.
     """
     inside = frozenset(slot for slot, prob in enumerate(p) if prob > 0)
     if len(inside) == 1 and max_rejections > 0:
@@ -56,7 +57,8 @@ def enumerate_law(
             for slot in left:
                 here = reach * p[slot] / total
                 law[slot, proposed + 1, False] += here * a[slot]
-                rejected[left - {slot}] += here * (1 - a[slot])
+                if a[slot] < 1:
+                    rejected[left - {slot}] += here * (1 - a[slot])
         exhausted = rejected.pop(frozenset(), None)
         if exhausted is not None:
             law[0, proposed + 1, True] += exhausted

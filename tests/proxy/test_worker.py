@@ -580,7 +580,8 @@ def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(aligned):
     assert counts_of(aligned, finished["long"])["proxy"] == "one"
 
 
-def counter(name: str, **labels: str) -> float:
+def counter(llm: Any, name: str, **labels: str) -> float:
+    rpc(llm, "flush_metrics")
     return REGISTRY.get_sample_value(f"assent_{name}_total", labels) or 0.0
 
 
@@ -600,22 +601,22 @@ def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(aligned,
     assert [counts_of(aligned, output) for output in outputs[3:]] == counts
     rpc(aligned, "list_proxies")  # brings the metrics up to date
     # All tokens are among its 6 candidates but for some of "one", which has 16 where greedy.
-    scored = counter("shadow_tokens", **labels)
-    changed = counter("shadow_changed", **labels)
+    scored = counter(aligned, "shadow_tokens", **labels)
+    changed = counter(aligned, "shadow_changed", **labels)
     assert 5 * 16 <= scored <= 6 * 16
     assert 0 < changed < scored
     exempt = [params(name, shadow=False, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
     assert tokens(generate(aligned, PROMPTS, exempt)) == tokens(expected)
     rpc(aligned, "list_proxies")
-    assert counter("shadow_tokens", **labels) == scored
+    assert counter(aligned, "shadow_tokens", **labels) == scored
     mixed = [params(shadow=False, seed=1), params(seed=1, top_k=2, max_tokens=5)]
     generate(aligned, PROMPTS[:2], mixed)
     rpc(aligned, "unload_proxy", "ghost")
     rpc(aligned, "list_proxies")
-    assert counter("shadow_tokens", **labels) == scored + 5
+    assert counter(aligned, "shadow_tokens", **labels) == scored + 5
     generate(aligned, PROMPTS, sampling)
     rpc(aligned, "list_proxies")
-    assert counter("shadow_tokens", **labels) == scored + 5
+    assert counter(aligned, "shadow_tokens", **labels) == scored + 5
 
 
 def test_a_shadow_cannot_be_asked_for(stock, aligned, checkpoints):
@@ -643,7 +644,10 @@ def test_metrics_of_the_worker_have_name_and_version(aligned):
 
     def read() -> dict[str, list[float]]:
         rpc(aligned, "list_proxies")
-        return {n: [counter(m, proxy=n, version=v) for m in metrics] for n, v in versions.items()}
+        return {
+            n: [counter(aligned, m, proxy=n, version=v) for m in metrics]
+            for n, v in versions.items()
+        }
 
     before = read()
     outputs = generate(aligned, PROMPTS, [params(n, seed=1) for n in ("one", "two", "one") * 2])

@@ -1,0 +1,401 @@
+"""The law, vectorised and inside the real engine, is the enumerated one, whatever a row asks for.
+
+Each test raises a false alarm with probability below 1e-6 (`tests.proxy.references`), and seeds are fixed. The controls
+show that laws of other settings are told apart by the same counts.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from proxy.acceptance import decide, draw_noise, noise_key, nucleus, seeded_noise
+from proxy.checkpoint import identify, save
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.sampler import ProxySampler
+from tests.proxy.references import (
+    AmbiguousError,
+    Outcome,
+    Setting,
+    accept_logits_of,
+    assert_follows,
+    canonical,
+    least_p_value,
+    token_law,
+)
+
+Law = dict[Outcome, float]
+
+
+def random_setting(rng: np.random.Generator) -> Setting:
+    """Everything at once; an option that is off here is on there."""
+    chosen = {
+        "temperature": rng.choice([0.7, 1.0, 1.4, 2.0]),
+        "top_k": rng.choice([0, 0, 0, 0, 1, 4, 6, 40]),
+        "top_p": rng.choice([1.0, 1.0, 0.95, 0.8, 0.5]),
+        "min_p": rng.choice([0.0, 0.0, 0.0, 0.05, 0.2]),
+        "strength": rng.choice([0.5, 1.0, 1.0, 3.0]),
+        "max_rejections": rng.choice([0, 1, 2, 2, 3, 8, 8, 8]),
+    }
+    return Setting(**{name: value.item() for name, value in chosen.items()})
+
+
+# --- the vectorised law ---
+
+
+class Kind(NamedTuple):
+    """One sort of row of the vectorised law: its logits and accept logits by token, [V] each."""
+
+    logits: np.ndarray
+    scores: np.ndarray
+    setting: Setting
+    law: Law
+
+
+def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
+    """Rows of all sorts whose law is unambiguous; many have tied bf16 logits."""
+    rng = np.random.default_rng(11)
+    kinds: list[Kind] = []
+    for i in itertools.count():
+        if len(kinds) == count:
+            break
+        logits = rng.normal(0, 2, vocab_size).astype(np.float32)
+        if i % 3 == 0:
+            logits = torch.tensor(logits * 3).bfloat16().float().numpy()
+            best, second, third, fourth, *_ = np.argsort(-logits)
+            logits[second], logits[fourth] = logits[best], logits[third]
+        scores = rng.normal(0, 1.5, vocab_size) - (40.0 if i % 8 == 5 else 0.0)
+        setting = random_setting(rng)._replace(max_candidates=int(rng.choice([1, 3, 5, 6, 8])))
+        if i % 7 == 0:
+            setting = setting._replace(temperature=0.0)
+        elif setting.min_p:  # vLLM applies it before the law
+            floor = logits.max() + setting.temperature * np.log(setting.min_p)
+            logits = np.where(logits >= floor, logits, -np.inf)
+
+        def accept_logits(ids: list[int], _: list[float], scores=scores) -> list[float]:
+            return scores[ids].tolist()
+
+        try:
+            law = token_law(logits, setting, accept_logits)
+        except AmbiguousError:
+            continue
+        kinds.append(Kind(logits, scores, setting, law))
+    return kinds
+
+
+def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
+    """`repeats` rows of every kind in one call; odd rows with seeded noise."""
+    rows = len(kinds) * repeats
+    by_row = [kind for _ in range(repeats) for kind in kinds]
+    logits = torch.tensor(np.stack([kind.logits for kind in by_row]))
+    scores = torch.tensor(np.stack([kind.scores for kind in by_row])).float()
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(kind.setting, name) for kind in by_row])
+
+    greedy = column("temperature") == 0
+    off = logits.shape[1]
+    top_k, top_p = column("top_k"), column("top_p")
+    sizes = column("max_candidates")
+    candidates = nucleus(
+        logits,
+        int(sizes.max()),
+        torch.where((top_k == 0) | greedy, off, top_k),
+        top_p.masked_fill(greedy, 1.0),
+        temperature=column("temperature").masked_fill(greedy, 1.0),
+        sizes=sizes,
+    )
+    torch.manual_seed(12)
+    keys = torch.tensor([noise_key(row // len(kinds)) for row in range(rows)])
+    noise = draw_noise(rows, candidates.token_ids.shape[1], "cpu")
+    is_seeded = torch.arange(rows) // len(kinds) % 2 == 1
+    seeded = seeded_noise(keys, torch.full((rows,), 70), candidates.token_ids)
+    decision = decide(
+        candidates,
+        scores.gather(-1, candidates.token_ids),
+        torch.where(is_seeded.view(-1, 1, 1), seeded, noise),
+        strength=column("strength"),
+        max_rejections=column("max_rejections"),
+        greedy=greedy,
+    )
+    outcomes = zip(*(x.tolist() for x in decision[1:]), strict=True)
+    counts: list[Counter[Outcome]] = [Counter() for _ in kinds]
+    for row, outcome in enumerate(outcomes):
+        counts[row % len(kinds)][canonical(outcome, by_row[row].logits)] += 1
+    return counts
+
+
+def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
+    """Each row its own scores, K, max_rejections, strength, temperature, top-k, top-p, min-p."""
+    kinds = random_kinds(72)
+    assert sum(len(kind.law) == 1 for kind in kinds) > 5
+    assert any(prob > 0.5 and forced for k in kinds for (*_, forced), prob in k.law.items())
+    for kind, counts in zip(kinds, decide_mixed(kinds, repeats=4000), strict=True):
+        assert_follows(counts, kind.law, tests=len(kinds))
+
+
+# --- vLLM's V1 sampler in the real engine ---
+
+VOCAB_SIZE = 288
+PROMPTS = ((5,), (7, 80, 9), (200, 11, 40, 41), (33, 34))
+REQUESTS_AT_ONCE = 4000  # the worker keeps the counts of 4096
+# Widths and K differ; "never" rejects everything.
+PROXIES: dict[str, dict[str, Any]] = {
+    "wide": {"width": 64, "max_candidates": 8},
+    "narrow": {"width": 16, "max_candidates": 5, "use_logprob": False},
+    "never": {"width": 8, "max_candidates": 6, "accept_bias": -60.0},
+}
+
+
+class Asked(NamedTuple):
+    """One sort of request, for one token."""
+
+    prompt: tuple[int, ...]
+    proxy: str | None
+    setting: Setting
+    trace: bool = False
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.proxy is not None and self.setting.strength > 0
+
+    @property
+    def num_repeats(self) -> int:
+        """Few where dice decide nothing."""
+        setting = self.setting
+        is_certain = 0 in (setting.temperature, setting.max_rejections) or setting.top_k == 1
+        return 40 if is_certain else 1000
+
+    def params(self, seed: int | None) -> Any:
+        from vllm import SamplingParams
+
+        setting, extra_args = self.setting, None
+        if self.proxy is not None:
+            extra_args = {
+                "alignment": {
+                    "proxy": self.proxy,
+                    "strength": setting.strength,
+                    "max_rejections": setting.max_rejections,
+                    "trace": self.trace,
+                }
+            }
+        return SamplingParams(
+            temperature=setting.temperature,
+            top_k=setting.top_k,
+            top_p=setting.top_p,
+            min_p=setting.min_p,
+            seed=seed,
+            max_tokens=1,
+            detokenize=False,
+            extra_args=extra_args,
+        )
+
+
+class Seen(NamedTuple):
+    """What the engine did with a request, and what the hook had seen if that is recorded."""
+
+    outcome: Outcome
+    logits: Tensor  # [V], or [0]
+    hidden: Tensor  # [H], or [0]
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, ProxyNetwork]:
+    made = {}
+    for seed, (name, config) in enumerate(PROXIES.items()):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 64, "vocab_size": VOCAB_SIZE, "accept_bias": 0.0}
+        made[name] = ProxyNetwork(ProxyConfig(**sizes | config))
+        torch.nn.init.normal_(made[name].score.weight, std=1.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def make_aligned(make_llm, model_dir, networks, tmp_path_factory) -> Callable[[str], Any]:
+    """An engine of this dtype that takes hundreds of requests at once, all proxies loaded."""
+    root = tmp_path_factory.mktemp("proxies")
+    for name, network in networks.items():
+        save(root / name, network, base=identify(str(model_dir)), training={})
+
+    def make(dtype: str) -> Any:
+        llm = make_llm(
+            worker_cls="proxy.worker.ProxyCPUWorker",
+            dtype=dtype,
+            max_num_seqs=512,
+            max_num_batched_tokens=4096,
+            kv_cache_memory_bytes=128 << 20,
+        )
+        for name in networks:
+            llm.collective_rpc("load_proxy", args=(name, str(root / name)))
+        return llm
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def frozen(model_dir) -> Any:
+    """The LLM in transformers, in double precision."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
+
+
+def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Asked]:
+    """Of every sort. `mixed`: some without a proxy, some with a min-p; these take another path."""
+    rng = np.random.default_rng(13)
+    asked = []
+    for i in range(28):
+        name = ("wide", "narrow", "wide", "narrow", "never")[i % 5]
+        setting = random_setting(rng)._replace(max_candidates=PROXIES[name]["max_candidates"])
+        proxy: str | None = name
+        if i % 7 == 0:
+            setting = setting._replace(temperature=0.0)
+        if not mixed:
+            setting = setting._replace(min_p=0.0)
+        elif i % 9 == 1:  # the frozen LLM: all of its tokens, and the first proposal stands
+            setting = setting._replace(strength=0.0, max_rejections=1, max_candidates=VOCAB_SIZE)
+            proxy = None if i % 2 else proxy
+        asked.append(Asked(PROMPTS[i % len(PROMPTS)], proxy, setting, trace))
+    return asked
+
+
+def ask_often(
+    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, record: bool = False
+) -> list[list[Seen]]:
+    """Every request many times, shuffled into common batches; every other one has a seed."""
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
+    original = ProxySampler.sample
+
+    def sample(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if record and self.step is not None:
+            rows = zip(logits.clone(), self.step.hidden.clone(), strict=True)
+            ids = [req_id.rsplit("-", 1)[0] for req_id in self.step.plan.req_ids]
+            recorded.update(zip(ids, rows, strict=True))
+        return original(self, logits, *args, **kwargs)
+
+    monkeypatch.setattr(ProxySampler, "sample", sample)
+    torch.manual_seed(15)  # the engine, in this process, draws from it
+    repeats = [one.num_repeats for one in asked]
+    order = np.random.default_rng(14).permutation(np.repeat(np.arange(len(asked)), repeats))
+    nothing = torch.empty(0), torch.empty(0)
+    seen: list[list[Seen]] = [[] for _ in asked]
+    for start in range(0, len(order), REQUESTS_AT_ONCE):
+        batch = order[start : start + REQUESTS_AT_ONCE].tolist()
+        prompts = [{"prompt_token_ids": list(asked[i].prompt)} for i in batch]
+        params = [asked[i].params(n if n % 2 else None) for n, i in enumerate(batch, start)]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        ids = [output.request_id for output in outputs]
+        (counts,) = llm.collective_rpc("take_alignment_counts", args=(ids,))
+        by_id = {req_id.rsplit("-", 1)[0]: count for req_id, count in counts.items()}
+        for i, output in zip(batch, outputs, strict=True):
+            (token_id,) = output.outputs[0].token_ids
+            plain = {"proposed": 1, "forced": 0}  # no proxy: the first proposal stands
+            count = by_id.pop(output.request_id) if asked[i].is_aligned else plain
+            outcome = (token_id, count["proposed"], bool(count["forced"]))
+            seen[i].append(Seen(outcome, *recorded.get(output.request_id, nothing)))
+        assert not by_id
+        recorded.clear()
+    return seen
+
+
+def law_of(
+    asked: Asked,
+    logits: Tensor,  # [V]
+    hidden: Tensor,  # [H]
+    embeddings: Tensor,  # [V, H]
+    networks: dict[str, ProxyNetwork],
+) -> Law:
+    def accept_logits(token_ids: list[int], logprobs: list[float]) -> list[float]:
+        if asked.proxy is None:
+            return [0.0] * len(token_ids)
+        network = networks[asked.proxy]
+        return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
+
+    return token_law(logits.double().numpy(), asked.setting, accept_logits)
+
+
+@torch.no_grad()
+def expected_laws(asked: list[Asked], frozen: Any, networks: Any) -> list[Law | None]:
+    """From transformers' logits and hidden states; None where more than one law would do."""
+    laws: list[Law | None] = []
+    embeddings = frozen.get_input_embeddings().weight
+    for one in asked:
+        output = frozen(torch.tensor([one.prompt]), output_hidden_states=True)
+        hidden = output.hidden_states[-1][0, -1]
+        try:
+            laws.append(law_of(one, output.logits[0, -1], hidden, embeddings, networks))
+        except AmbiguousError:
+            laws.append(None)
+    return laws
+
+
+@pytest.mark.parametrize(
+    "path",
+    [{}, {"mixed": True}, {"trace": True}],
+    ids=["logits untouched", "beside plain rows and min-p", "traced"],
+)
+def test_the_engine_follows_the_enumerated_law(
+    make_aligned, frozen, networks, monkeypatch, path: dict[str, bool]
+):
+    """Tokens and counts of requests of all sorts in common batches, seeded and not."""
+    asked = random_requests(**path)
+    laws = expected_laws(asked, frozen, networks)
+    assert None not in laws
+    counts = [
+        Counter(one.outcome for one in same)
+        for same in ask_often(make_aligned("float32"), asked, monkeypatch)
+    ]
+    for count, law in zip(counts, laws, strict=True):
+        assert_follows(count, law, tests=len(asked))
+    # The control: every option has requests whose counts could not have come about without it.
+    changes: dict[str, Callable[[Any], Any]] = {
+        "temperature": lambda x: x * 2,
+        "top_k": lambda x: 3,
+        "top_p": lambda x: x / 2,
+        "strength": lambda x: x * 2 + 1,
+        "max_rejections": lambda x: x + 1,
+        "max_candidates": lambda x: 4,
+        **({"min_p": lambda x: 0.5} if path.get("mixed") else {}),
+    }
+    for option, change in changes.items():
+        values = []
+        for one, count in zip(asked, counts, strict=True):
+            if one.is_aligned:
+                changed = {option: change(getattr(one.setting, option))}
+                other = one._replace(setting=one.setting._replace(**changed))
+                (law,) = expected_laws([other], frozen, networks)
+                values += [] if law is None else [least_p_value(count, law)]
+        assert min(values) < 1e-12, option
+
+
+def test_the_engine_follows_the_law_of_tied_bf16_logits(
+    make_aligned, networks, model_dir, monkeypatch
+):
+    """Of the very logits and hidden states that the hook saw; some of the nuclei have ties."""
+    from safetensors.torch import load_file
+
+    embeddings = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
+    asked = random_requests(mixed=True)
+    groups: dict[tuple[int, bytes], list[Seen]] = defaultdict(list)
+    for i, same in enumerate(ask_often(make_aligned("bfloat16"), asked, monkeypatch, record=True)):
+        for one in same:
+            groups[i, one.logits.numpy().tobytes()].append(one)
+    num_tied, num_followed = 0, 0
+    for (i, _), same in groups.items():
+        logits = same[0].logits
+        try:
+            law = law_of(asked[i], logits, same[0].hidden, embeddings, networks)
+        except AmbiguousError:
+            continue
+        values = [logits[token].item() for token in {token for token, _, _ in law}]
+        num_tied += len({*values}) < len(values)
+        num_followed += len(same)
+        counts = Counter(canonical(one.outcome, logits.numpy()) for one in same)
+        assert_follows(counts, law, tests=len(groups))
+    assert num_tied >= 3
+    assert num_followed > sum(map(len, groups.values())) / 2

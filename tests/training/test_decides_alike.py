@@ -1,0 +1,383 @@
+"""The trainer's rollout: its law, and that it decides as the server does.
+
+False alarms: below 1e-6 for each test of the law (`tests.proxy.references`), with fixed seeds. Decisions are compared
+one by one, except in rows where rounding may decide.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import training.rollout
+from proxy.acceptance import Decision, seeded_noise
+from proxy.checkpoint import identify, save
+from proxy.hook import align
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.sampler import ProxySampler
+from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
+from tests.proxy.references import (
+    AmbiguousError,
+    Outcome,
+    Setting,
+    accept_logits_of,
+    assert_follows,
+    canonical,
+    token_law,
+)
+from training.rollout import Decoding, Policy, Rollout, generate
+
+# Of different widths, K and limits, so that a pool of them has to pad.
+PROXIES: dict[str, dict[str, Any]] = {
+    "wide": {"width": 64, "max_candidates": 8, "max_rejections": 8},
+    "narrow": {"width": 16, "max_candidates": 5, "max_rejections": 2, "use_logprob": False},
+    "never": {"width": 8, "max_candidates": 6, "max_rejections": 3, "accept_bias": -60.0},
+    "silent": {"width": 8, "max_candidates": 6, "max_rejections": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, ProxyNetwork]:
+    made = {}
+    for seed, (name, config) in enumerate(PROXIES.items()):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 64, "vocab_size": 288, "accept_bias": 0.0}
+        made[name] = ProxyNetwork(ProxyConfig(**sizes | config)).requires_grad_(False)
+        torch.nn.init.normal_(made[name].score.weight, std=1.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def load_frozen(model_dir) -> Callable[[torch.dtype], PreTrainedModel]:  # noqa: F811
+    return lambda dtype: AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+
+
+# --- the law ---
+
+
+class Asked(NamedTuple):
+    proxy: str
+    strength: float
+    decoding: Decoding
+
+    @property
+    def setting(self) -> Setting:
+        limits = {key: PROXIES[self.proxy][key] for key in ("max_candidates", "max_rejections")}
+        return Setting(
+            temperature=self.decoding.temperature,
+            top_k=self.decoding.top_k,
+            top_p=self.decoding.top_p,
+            strength=self.strength,
+            **limits,
+        )
+
+
+def ask(proxy: str, strength: float, temperature: float, top_k: int, top_p: float) -> Asked:
+    decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=1)
+    return Asked(proxy, strength, decoding)
+
+
+ASKED = [
+    ask("wide", 1.0, 1.0, 0, 1.0),
+    ask("wide", 0.5, 0.7, 0, 0.95),
+    ask("wide", 3.0, 1.4, 6, 1.0),
+    ask("wide", 1.0, 2.0, 40, 0.75),
+    ask("wide", 1.0, 1.0, 1, 1.0),  # a single candidate
+    ask("wide", 1.0, 0.0, 1, 0.1),  # greedy: neither top-k nor top-p
+    ask("wide", 3.0, 0.0, 0, 1.0),
+    ask("narrow", 1.0, 1.0, 0, 1.0),
+    ask("narrow", 3.0, 1.4, 4, 0.9),
+    ask("narrow", 0.5, 0.7, 6, 0.8),
+    ask("narrow", 0.0, 1.0, 0, 1.0),
+    ask("never", 1.0, 1.0, 0, 1.0),  # all rejected
+    ask("never", 1.0, 0.0, 0, 1.0),
+    ask("silent", 1.0, 1.0, 0, 1.0),
+]
+
+
+def outcomes(rollout: Rollout) -> list[Outcome]:
+    """Of responses of one token each: token, number proposed, forced."""
+    answers: defaultdict[int, list[bool]] = defaultdict(list)
+    decisions = rollout.decisions
+    for episode, accepted in zip(
+        decisions.episodes.tolist(), decisions.accepted.tolist(), strict=True
+    ):
+        answers[episode].append(accepted)
+    seen, counts = [], rollout.counts
+    for episode, (token_id,) in enumerate(rollout.responses):
+        if episode in answers:
+            asked = answers[episode]
+            seen.append((token_id, len(asked), True not in asked))
+        else:  # a single candidate, or no rejection allowed: alike in all episodes
+            seen.append((token_id, counts.proposed // counts.tokens, counts.forced > 0))
+    assert sum(proposed for _, proposed, _ in seen) == counts.proposed
+    assert sum(forced for *_, forced in seen) == counts.forced
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_rollout_follows_the_enumerated_law(load_frozen, networks, monkeypatch, dtype):
+    """In bf16 that of the logits and hidden states it has seen, ties and all, where it is clear."""
+    rows, prompt = 4000, [7, 12, 9]
+    frozen = load_frozen(dtype)
+    embeddings = frozen.get_input_embeddings().weight
+    seen_by_rollout: list[tuple[Tensor, Tensor]] = []
+    original = training.rollout._step
+
+    def step(policy: Policy, logits: Tensor, hidden: Tensor, *rest: Any) -> Decision:
+        assert torch.equal(logits, logits[:1].expand_as(logits))
+        seen_by_rollout.append((logits[0], hidden[0]))
+        return original(policy, logits, hidden, *rest)
+
+    monkeypatch.setattr(training.rollout, "_step", step)
+    precise = load_frozen(torch.float64)(torch.tensor([prompt]), output_hidden_states=True)
+    followed = []  # whether there were ties
+    for asked in ASKED:
+        network = networks[asked.proxy]
+        policy = Policy(frozen, network, asked.strength)
+        rollout = generate(policy, [prompt] * rows, asked.decoding, end_id=-2, seed=1)
+        logits, hidden = seen_by_rollout.pop()
+        if dtype == torch.float32:
+            logits, hidden = precise.logits[0, -1], precise.hidden_states[-1][0, -1]
+        scores = logits.double().numpy()
+
+        def accept_logits(
+            token_ids: list[int], logprobs: list[float], network=network, hidden=hidden
+        ) -> list[float]:
+            return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
+
+        try:
+            law = token_law(scores, asked.setting, accept_logits)
+        except AmbiguousError:
+            continue
+        counts = Counter(canonical(outcome, scores) for outcome in outcomes(rollout))
+        assert_follows(counts, law, tests=len(ASKED))
+        tokens = {token for token, *_ in law}
+        followed.append(len({scores[token] for token in tokens}) < len(tokens))
+    if dtype == torch.float32:
+        assert followed == [False] * len(ASKED)
+    else:
+        assert sum(followed) >= 5
+
+
+# --- trainer and server ---
+
+
+class Decided(NamedTuple):
+    """What the server decided in R rows, and from what."""
+
+    logits: Tensor  # [R, V] before the temperature
+    hidden: Tensor  # [R, H]
+    keys: Tensor  # [R] int64, of the noise
+    positions: Tensor  # [R] int
+    token_ids: Tensor  # [R] int64
+    num_proposed: Tensor  # [R] int64
+    forced: Tensor  # [R] bool
+
+
+class Traced(NamedTuple):
+    """The same, where requests are traced."""
+
+    candidate_ids: Tensor  # [R, K]
+    logprobs: Tensor  # [R, K]
+    accept_logits: Tensor  # [R, K]
+
+
+class Recorder:
+    """Stands in for the history, and keeps what was decided last."""
+
+    def record(self, rows: Any, decision: Decision, discarded: Any, tracing: Any) -> None:
+        self.decision, self.tracing = decision, tracing
+
+
+def decide_in_engine(
+    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, trace: bool, plain: bool
+) -> list[tuple[Decided, Traced | None]]:
+    """A long answer to each request, all in common batches, and what was decided, by request.
+
+    `plain`: requests without a proxy are among them.
+    """
+    from vllm import SamplingParams
+
+    raw: list[Tensor] = []
+    decided: defaultdict[str, list[Decided]] = defaultdict(list)
+    traced: defaultdict[str, list[Traced]] = defaultdict(list)
+    sample = ProxySampler.sample
+
+    def recorded_sample(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raw[:] = [logits.clone()]
+        return sample(self, logits, *args, **kwargs)
+
+    def recorded_align(step: Any, *args: Any, **kwargs: Any) -> Tensor:
+        recorder = Recorder()
+        rows = step.plan.aligned
+        token_ids = align(step._replace(history=recorder), *args, **kwargs)
+        columns = (
+            *(rows.pick(x).clone() for x in (raw[0], step.hidden)),
+            torch.tensor([a.key for a in rows.assignments]),
+            rows.pick(step.positions).clone(),
+            *recorder.decision[1:],
+        )
+        for row, assignment in enumerate(rows.assignments):
+            req_id = assignment.req_id.rsplit("-", 1)[0]
+            decided[req_id].append(Decided(*(column[row] for column in columns)))
+            if recorder.tracing is not None:
+                candidates, accept_logits, _ = recorder.tracing
+                found = (*candidates, accept_logits)
+                traced[req_id].append(Traced(*(column[row] for column in found)))
+        return token_ids
+
+    monkeypatch.setattr(ProxySampler, "sample", recorded_sample)
+    monkeypatch.setattr("proxy.sampler.align", recorded_align)
+    prompts, params = [], []
+    for i, one in enumerate(asked):
+        decoding = one.decoding
+        sampling = {
+            "temperature": decoding.temperature,
+            "top_k": decoding.top_k,
+            "top_p": decoding.top_p,
+            "max_tokens": 30,
+            "ignore_eos": True,
+            "detokenize": False,
+            "seed": i,
+        }
+        alignment = {"proxy": one.proxy, "strength": one.strength, "trace": trace}
+        prompts.append({"prompt_token_ids": [i % 250 + 5, *range(i % 7)]})
+        params.append(SamplingParams(**sampling, extra_args={"alignment": alignment}))
+    others = len(prompts) if plain else 0
+    prompts += prompts[:others]
+    params += [SamplingParams(**sampling | {"seed": i}) for i in range(others)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)[: len(asked)]
+    result = []
+    for output in outputs:
+        mine = decided[output.request_id]
+        # What was recorded is what the engine said.
+        said = list(output.outputs[0].token_ids)
+        assert [step.token_ids.item() for step in mine] == said and len(said) == 30
+        pairs = traced.get(output.request_id)
+        result.append((stack(mine), stack(pairs) if pairs else None))
+    return result
+
+
+def stack(rows: list[Any]) -> Any:
+    """The same with a row for each of them."""
+    return type(rows[0])(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def decide_in_training(
+    policy: Policy, asked: Asked, server: Decided, jitter: float = 0
+) -> Decision:
+    """The rollout's step with the server's numbers; `jitter` is the relative error of the noise."""
+
+    def draw(token_ids: Tensor) -> Tensor:
+        noise = seeded_noise(server.keys, server.positions, token_ids)
+        return noise * (1 + jitter * torch.randn_like(noise).sign())
+
+    count = len(server.logits)
+    return training.rollout._step(
+        policy,
+        server.logits,
+        server.hidden,
+        asked.decoding,
+        draw,
+        torch.ones(count, dtype=torch.bool),
+        training.rollout._Records(count, torch.device("cpu"), measure_kl=False),
+    )
+
+
+class Compared(NamedTuple):
+    """Rows of all requests together, [R] bool each."""
+
+    differs: Tensor  # in the token, the number proposed or the forced flag
+    loose: Tensor  # rounding may decide
+    tied: Tensor  # two of the nine largest logits are equal
+
+
+@pytest.fixture
+def compare(
+    make_llm,  # noqa: F811
+    model_dir,  # noqa: F811
+    load_frozen,
+    networks,
+    tmp_path,
+    monkeypatch,
+) -> Callable[..., Compared]:
+    """Runs requests of all sorts at once in the engine, and the trainer's step on what it saw."""
+
+    def run(dtype: torch.dtype, *, trace: bool, plain: bool) -> Compared:
+        llm = make_llm(
+            worker_cls="proxy.worker.ProxyCPUWorker",
+            dtype=str(dtype).removeprefix("torch."),
+            max_num_seqs=256,
+            max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=128 << 20,
+        )
+        for name, network in networks.items():
+            save(tmp_path / name, network, base=identify(str(model_dir)), training={})
+            llm.collective_rpc("load_proxy", args=(name, str(tmp_path / name)))
+        frozen = load_frozen(dtype)
+        asked = [one for one in ASKED if one.strength > 0] * 8
+        torch.manual_seed(0)
+        parts = []
+        for one, (server, traced) in zip(
+            asked, decide_in_engine(llm, asked, monkeypatch, trace=trace, plain=plain), strict=True
+        ):
+            policy = Policy(frozen, networks[one.proxy], one.strength)
+            ours = decide_in_training(policy, one, server)
+            theirs = server[4:]
+            differs = torch.stack([a != b for a, b in zip(ours[1:], theirs, strict=True)]).any(0)
+            loose = torch.zeros_like(differs)
+            for _ in range(4):
+                loose |= decide_in_training(policy, one, server, 1e-4).token_ids != ours.token_ids
+            best = server.logits.topk(9).values
+            tied = (best[:, 1:] == best[:, :-1]).any(-1)
+            parts.append(Compared(differs, loose, tied))
+            assert (traced is not None) == trace
+            if traced is not None:
+                assert_scored_alike(policy, one, server, traced, ~tied)
+        return Compared(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    return run
+
+
+def assert_scored_alike(
+    policy: Policy, asked: Asked, server: Decided, traced: Traced, rows: Tensor
+) -> None:
+    """The same candidates, and accept logits that differ by less than 1e-5."""
+    logits = server.logits.float() / (asked.decoding.temperature or 1.0)
+    ours = training.rollout._candidates(logits, policy.config.max_candidates, asked.decoding)
+    accept_logits = policy.accept_logits(server.hidden, ours)[rows]
+    inside = (ours.logprobs > -torch.inf)[rows]
+    token_ids, logprobs, their_logits = (x[rows] for x in traced)
+    size = policy.config.max_candidates  # a neighbour may have more
+    assert (logprobs[:, size:] == -torch.inf).all()
+    assert torch.equal(logprobs[:, :size] > -torch.inf, inside)
+    assert torch.equal(token_ids[:, :size][inside], ours.token_ids[rows][inside])
+    exact = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(logprobs[:, :size], ours.logprobs[rows], **exact)
+    torch.testing.assert_close(their_logits[:, :size][inside], accept_logits[inside], **exact)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["proxies", "proxies and plain rows"])
+@pytest.mark.parametrize("trace", [False, True], ids=["loop", "traced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_trainer_and_server_decide_alike(compare, dtype, trace, plain):
+    """Given the same logits, hidden states and noise, in batches that mix all proxies."""
+    differs, loose, tied = compare(dtype, trace=trace, plain=plain)
+    assert loose.sum() < 30
+    assert (~tied & ~loose).sum() > 1500
+    assert not (differs & ~tied & ~loose).any()
+
+
+@pytest.mark.parametrize("trace", [False, True], ids=["loop", "traced"])
+@torch.inference_mode()
+def test_ties_are_decided_alike(compare, trace):
+    differs, loose, tied = compare(torch.bfloat16, trace=trace, plain=False)
+    assert (tied & ~loose).sum() > 500
+    assert not (differs & tied & ~loose).any()
