@@ -30,6 +30,7 @@ _MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
 _UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
 _LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
 
+_BLOCK = 16  # logits
 _FEW_PRODUCTS = 2**17  # beyond, a matrix product is worth the calls it takes
 _DECIDE = (
     "void(f4[:,::1], b1, f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1],"
@@ -187,14 +188,23 @@ def _project_bfloat16(bits: Any, state: Any, states: Any, projected: Any) -> Non
                 projected[a, j] += x * state[i, j]
 
 
+@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+def _block_maxima(logits: Any, maxima: Any) -> None:
+    """The largest of every `_BLOCK` logits; a last, shorter block is left out."""
+    for block in range(len(maxima)):
+        top = logits[block * _BLOCK]
+        for token in range(block * _BLOCK + 1, (block + 1) * _BLOCK):
+            top = max(top, logits[token])
+        maxima[block] = top
+
+
 @njit(cache=True, nogil=True)
-def _find_top(logits: Any, values: Any, token_ids: Any) -> None:
-    """The largest logits, largest first, and where they are; [V] -> [K] both."""
+def _keep_largest(
+    logits: Any, start: Any, stop: Any, least: Any, values: Any, token_ids: Any
+) -> Any:
+    """Sort those of `logits[start:stop]` above `least` into the K largest; returns the new `least`."""
     last = len(values) - 1
-    values[:] = -np.inf
-    token_ids[:] = 0
-    least = values[last]
-    for token in range(len(logits)):
+    for token in range(start, stop):
         value = logits[token]
         if value > least:
             slot = last
@@ -204,7 +214,28 @@ def _find_top(logits: Any, values: Any, token_ids: Any) -> None:
                 slot -= 1
             values[slot] = value
             token_ids[slot] = token
-            least = values[last]
+            least = max(least, values[last])
+    return least
+
+
+@njit(cache=True, nogil=True)
+def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
+    """The largest logits, largest first, and where they are; [V] -> [K] both.
+
+    The K-th largest of the blocks' maxima is a floor: K logits reach it, so all that are sought do,
+    and few others. Only blocks that reach it are looked through.
+    """
+    _block_maxima(logits, maxima)
+    values[:] = -np.inf
+    floor = _keep_largest(maxima, 0, len(maxima), np.float32(-np.inf), values, token_ids)
+    values[:] = -np.inf
+    token_ids[:] = 0
+    least = np.nextafter(floor, np.float32(-np.inf))  # what equals the floor counts
+    for block in range(len(maxima)):
+        if maxima[block] > least:
+            start = block * _BLOCK
+            least = _keep_largest(logits, start, start + _BLOCK, least, values, token_ids)
+    _keep_largest(logits, len(maxima) * _BLOCK, len(logits), least, values, token_ids)
 
 
 @njit(cache=True, nogil=True)
@@ -292,11 +323,12 @@ def _decide_rows(
     mixed = np.empty(product.shape[1], np.float32)
     features = np.empty(projected.shape[1], np.float32)
     times = np.empty(all_values.shape[1], np.float64)
+    maxima = np.empty(logits.shape[1] // _BLOCK, np.float32)
     for a in range(len(rows)):
         row, proxy = rows[a], slots[a]
         values, ids = all_values[a, : sizes[a]], all_ids[a, : sizes[a]]
         if finds_top:
-            _find_top(logits[row], values, ids)
+            _find_top(logits[row], values, ids, maxima)
         for i in range(len(values)):
             values[i] /= temperature[a]
         count = _nucleus_size(values, top_k[row], top_p[row], mass[a])
