@@ -10,6 +10,7 @@ from collections import defaultdict
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,34 +96,36 @@ class History:
 
     def _fold_same_rows(self, records: list[_Record]) -> None:
         """S steps of the same A rows."""
+        assignments = records[0].rows.assignments
+        slots = [assignment.slot for assignment in assignments]
         decisions = [record.decision for record in records]
-        token_ids = torch.stack([decision.token_ids for decision in decisions]).tolist()  # [S, A]
-        proposed = torch.stack([decision.num_proposed for decision in decisions]).tolist()
-        forced = torch.stack([decision.forced for decision in decisions]).tolist()
-        discarded = [
-            None if record.discarded is None else record.discarded.tolist() for record in records
-        ]
-        counted: list[list[int]] = [[] for _ in records]  # rows
-        for row, assignment in enumerate(records[0].rows.assignments):
-            slot, sums = assignment.slot, [0, 0, 0]
-            for step, discards in enumerate(discarded):
-                if self._ended[slot]:
-                    break
-                if discards is not None and discards[row]:
-                    continue
-                counted[step].append(row)
-                sums[0] += 1
-                sums[1] += proposed[step][row]
-                sums[2] += forced[step][row]
-                self._ended[slot] = token_ids[step][row] in assignment.stop_ids
-            totals = [self._counts[slot]]
+        token_ids = _to_host([decision.token_ids for decision in decisions])  # [S, A]
+        most = max(len(assignment.stop_ids) for assignment in assignments)
+        stops = np.array(  # [A, most]; no token is -1
+            [[*a.stop_ids, *[-1] * (most - len(a.stop_ids))] for a in assignments], np.int64
+        )
+        counted = np.tile(~np.array([self._ended[slot] for slot in slots]), (len(records), 1))
+        for step, record in enumerate(records):
+            if record.discarded is not None:
+                counted[step] &= ~_to_host([record.discarded])[0]
+        ends = counted & (token_ids[:, :, None] == stops).any(-1)
+        counted &= ends.cumsum(0) - ends == 0  # up to the first end
+        columns = (
+            counted,
+            counted * _to_host([decision.num_proposed for decision in decisions]),
+            counted & _to_host([decision.forced for decision in decisions]),
+        )
+        sums = np.stack([column.sum(0) for column in columns], -1).tolist()  # [A, 3]
+        for assignment, ended, more in zip(assignments, ends.any(0).tolist(), sums, strict=True):
+            self._ended[assignment.slot] |= ended
+            totals = [self._counts[assignment.slot]]
             if assignment.proxy is not None:
                 totals.append(self._totals.setdefault(assignment.proxy, [0, 0, 0]))
             for total in totals:
-                total[:] = map(operator.add, total, sums)
+                total[:] = map(operator.add, total, more)
         if records[0].tracing is not None:
             for record, rows in zip(records, counted, strict=True):
-                self._trace(record, rows)
+                self._trace(record, np.flatnonzero(rows).tolist())
 
     def _trace(self, record: _Record, counted: list[int]) -> None:
         assignments = record.rows.assignments
@@ -185,6 +188,11 @@ class History:
         """Nobody will ask any more."""
         self._traces.pop(req_id, None)
         self._num_traced.pop(req_id, None)
+
+
+def _to_host(tensors: list[Tensor]) -> Any:
+    """S of [A] -> an array [S, A]; waits for the device."""
+    return torch.stack(tensors).cpu().numpy()
 
 
 def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:
