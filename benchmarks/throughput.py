@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal, NamedTuple
 
-import httpx
+import aiohttp
 import tyro
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -132,17 +132,21 @@ class Run(NamedTuple):
 async def run(server: Server, requests: Sequence[bytes], concurrency: int) -> Run:
     """Send them all, `concurrency` at a time."""
     waiting = iter(requests)
-    limits = httpx.Limits(max_connections=concurrency)
+    connector = aiohttp.TCPConnector(limit=concurrency)
     headers = {"Content-Type": "application/json"}
-    async with httpx.AsyncClient(
-        base_url=server.url, headers=headers, limits=limits, timeout=3600
+    async with aiohttp.ClientSession(
+        base_url=server.url,
+        headers=headers,
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(3600),
+        raise_for_status=True,
     ) as http:
 
         async def client() -> list[dict[str, int]]:
             usages = []
             for body in waiting:
-                reply = await http.post("/v1/chat/completions", content=body)
-                usages.append(reply.raise_for_status().json()["usage"])
+                async with http.post("/v1/chat/completions", data=body) as reply:
+                    usages.append((await reply.json())["usage"])
             return usages
 
         start = time.perf_counter()
