@@ -44,7 +44,7 @@ class Decision(NamedTuple):
     slots: Tensor  # [R] int64, index into K of the emitted candidate
     token_ids: Tensor  # [R] int64
     num_proposed: Tensor  # [R] int64, candidates put to the proxy, the accepted one included
-    forced: Tensor  # [R] bool, nothing was accepted: the most probable candidate was emitted
+    forced: Tensor  # [R] bool (or 0 and 1), nothing was accepted: the most probable candidate was emitted
 
 
 def nucleus(

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite.binding import ffi
-from numba import njit
+from numba import boolean, float32, from_dtype, int32, int64, njit, void
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision, most_probable
@@ -30,13 +31,24 @@ _MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
 _UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
 _LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
 
-_BLOCK = 16  # logits
-_FEW_PRODUCTS = 2**17  # beyond, a matrix product is worth the calls it takes
-_DECIDE = (
-    "void(f4[:,::1], b1, f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1],"
-    " f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], i8[::1],"
-    " f4[::1], i4[::1], f4[::1], f4[::1], i8[::1], b1[::1], i8[::1], i4[::1],"
-    " i8[::1], i8[::1], i8[::1], b1[::1])"
+_BLOCK, _MANY_BLOCKS = 16, 128  # logits; blocks for each that is sought
+_GREATEST_GAP, _BISECTIONS = 2**16, 4
+_TILE = 4  # rows
+# Below, the loop multiplies the hidden states itself. MKL's product takes half as long, but all that
+# runs after it on the core is some 4 % slower for milliseconds: its AVX-512 lowers the clock.
+_FEW_PRODUCTS = 2**23
+_REQUEST = np.dtype(
+    [
+        ("row", np.int64),
+        ("proxy", np.int64),  # its place in the pool
+        ("size", np.int64),  # candidates at most
+        ("max_rejections", np.int64),
+        ("key", np.int64),  # of its noise
+        ("temperature", np.float32),
+        ("strength", np.float32),
+        ("greedy", np.bool_),
+    ],
+    align=True,
 )
 
 
@@ -73,31 +85,38 @@ class LoopRows:
     ) -> None:
         assert pool.weights is not None and pool.tables is not None
         weights = pool.weights
-        self._rows = np.array(rows)
-        self._sizes = np.array(sizes)
-        slots = [a.proxy.slot for a in assignments if a.proxy is not None]
-        pooled = (pool.tables, weights.product, weights.logprob, weights.score, weights.bias)
-        self._proxies = (np.array(slots), *(part.contiguous().numpy() for part in pooled))
-        self._temperature = np.array([a.divisor for a in assignments], np.float32)
-        self._settings = (
-            np.array([a.strength for a in assignments], np.float32),
-            np.array([a.max_rejections for a in assignments]),
-            np.array([a.is_greedy for a in assignments]),
-            np.array([a.key for a in assignments]),
+        self._requests = np.array(
+            [
+                (
+                    row,
+                    a.proxy.slot,
+                    size,
+                    a.max_rejections,
+                    a.key,
+                    a.divisor,
+                    a.strength,
+                    a.is_greedy,
+                )
+                for row, size, a in zip(rows, sizes, assignments, strict=True)
+                if a.proxy is not None
+            ],
+            _REQUEST,
         )
+        pooled = (pool.tables, weights.product, weights.logprob, weights.score, weights.bias)
+        self._proxies = tuple(part.contiguous().numpy() for part in pooled)
         self._mixture = mixture
         state = mixture.state
         self._state = None
         if state is not None and len(rows) * state.numel() <= _FEW_PRODUCTS:
-            self._state = state.contiguous().numpy()
-            self._states = np.empty((len(rows), state.shape[0]), np.float32)
-            self._projected = np.empty((len(rows), state.shape[1]), np.float32)
+            self._state = state.mT.contiguous().numpy()
+            tiled = -(-len(rows) // _TILE) * _TILE
+            self._states = np.zeros((tiled, state.shape[0]), np.float32)
+            self._projected = np.empty((tiled, state.shape[1]), np.float32)
         most = max(sizes)
         self._values = np.empty((len(rows), most), np.float32)
         self._token_ids = np.empty((len(rows), most), np.int64)
         # With threads to share the rows out to, topk finds the candidates sooner than one loop.
         self._shares_rows_out = len(rows) > 1 and torch.get_num_threads() > 1
-        self._no_temperature = np.ones(len(rows), np.float32)
         self._no_mass = np.zeros(len(rows), np.float32)
         self._no_top_k = np.full(max(rows) + 1, pool.tables.shape[1], np.int32)
         self._no_top_p = np.ones(max(rows) + 1, np.float32)
@@ -117,34 +136,25 @@ class LoopRows:
             logits = logits.float().contiguous()
         values, token_ids = self._values, self._token_ids
         if self._shares_rows_out:
-            top = most_probable(logits[self._rows], values.shape[1])
+            top = most_probable(logits[self._requests["row"]], values.shape[1])
             values[:], token_ids[:] = (x.numpy() for x in top)
-        temperature = self._no_temperature if tempered else self._temperature
-        count = len(values)
-        slots, emitted, num_proposed = (np.empty(count, np.int64) for _ in range(3))
-        forced = np.empty(count, np.bool_)
+        decided = torch.empty((4, len(values)), dtype=torch.int64)
         _decide_rows(
             logits.numpy(),
+            tempered,
             not self._shares_rows_out,
             values,
             token_ids,
-            self._rows,
-            self._no_mass if top_p is None else self._mass(logits, temperature),
+            self._requests,
+            self._no_mass if top_p is None else self._mass(logits, tempered=tempered),
             *self._project(hidden),
             *self._proxies,
-            self._sizes,
-            temperature,
             self._no_top_k if top_k is None else top_k.numpy(),
             self._no_top_p if top_p is None else top_p.numpy(),
-            *self._settings,
             positions.numpy(),
-            slots,
-            emitted,
-            num_proposed,
-            forced,
+            decided.numpy(),
         )
-        tensor = torch.from_numpy
-        return Decision(tensor(slots), tensor(emitted), tensor(num_proposed), tensor(forced))
+        return Decision(*decided.unbind())
 
     def _project(self, hidden: Tensor) -> tuple[Any, Any]:
         """[A, H] -> the same in float32, and `state_features` of it times its norm, [A, 2W]."""
@@ -155,10 +165,11 @@ class LoopRows:
         states = hidden.float()
         return states.contiguous().numpy(), self._mixture.project(states).numpy()
 
-    def _mass(self, logits: Tensor, temperature: Any) -> Any:
+    def _mass(self, logits: Tensor, *, tempered: bool) -> Any:
         """logsumexp of the whole vocabulary: [A]."""
-        scaled = logits if len(self._rows) == len(logits) else logits[self._rows]
-        if (temperature != 1).any():
+        rows, temperature = self._requests["row"], self._requests["temperature"]
+        scaled = logits if len(rows) == len(logits) else logits[rows]
+        if not tempered and (temperature != 1).any():
             scaled = scaled / torch.from_numpy(temperature).unsqueeze(-1)
         return scaled.logsumexp(-1).numpy()
 
@@ -173,19 +184,39 @@ def _exponential(key: Any, position: Any, counter: Any) -> Any:
     return -math.log((np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53)
 
 
-@njit("void(i2[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])", cache=True, nogil=True)
+@njit(
+    "void(i2[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])",
+    cache=True,
+    nogil=True,
+    fastmath={"contract", "reassoc"},
+)
 def _project_bfloat16(bits: Any, state: Any, states: Any, projected: Any) -> None:
-    """One call in the place of five for a few rows: [A, H] and [H, 2W] -> [A, H] and [A, 2W]."""
-    words = np.empty(bits.shape[1], np.uint32)
+    """[A, H] and [2W, H] -> [A, H] and [A, 2W]; both with rows to spare for a last, whole tile."""
+    width = bits.shape[1]
+    words = np.empty(width, np.uint32)
     for a in range(len(bits)):
-        for i in range(len(words)):
+        for i in range(width):
             words[i] = np.uint32(np.uint16(bits[a, i])) << np.uint32(16)
         states[a] = words.view(np.float32)
-        projected[a] = 0.0
-        for i in range(len(words)):
-            x = states[a, i]
-            for j in range(projected.shape[1]):
-                projected[a, j] += x * state[i, j]
+    zero = np.float32(0.0)
+    for a in range(0, len(bits), _TILE):
+        x0, x1, x2, x3 = states[a], states[a + 1], states[a + 2], states[a + 3]
+        for j in range(0, len(state), 2):  # eight sums at once: what registers hold
+            y, z = state[j], state[j + 1]
+            y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = zero
+            for i in range(width):
+                y0 += x0[i] * y[i]
+                y1 += x1[i] * y[i]
+                y2 += x2[i] * y[i]
+                y3 += x3[i] * y[i]
+                z0 += x0[i] * z[i]
+                z1 += x1[i] * z[i]
+                z2 += x2[i] * z[i]
+                z3 += x3[i] * z[i]
+            projected[a, j], projected[a, j + 1] = y0, z0
+            projected[a + 1, j], projected[a + 1, j + 1] = y1, z1
+            projected[a + 2, j], projected[a + 2, j + 1] = y2, z2
+            projected[a + 3, j], projected[a + 3, j + 1] = y3, z3
 
 
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
@@ -219,18 +250,53 @@ def _keep_largest(
 
 
 @njit(cache=True, nogil=True)
+def _reach(values: Any, floor: Any) -> Any:
+    """How many values are not below the floor."""
+    count = 0
+    for value in values:
+        count += value >= floor
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _floor(values: Any, wanted: Any) -> Any:
+    """A number that as many values reach as are wanted, and few more; -inf if none was found."""
+    high = values[0]
+    for value in values:
+        high = max(high, value)
+    low, gap = high, np.float32(1.0)
+    while gap < _GREATEST_GAP and _reach(values, low) < wanted:
+        gap *= np.float32(2.0)
+        high, low = low, low - gap
+    if _reach(values, low) < wanted:
+        return np.float32(-np.inf)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / np.float32(2.0)
+        if _reach(values, middle) < wanted:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
 def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
     """The largest logits, largest first, and where they are; [V] -> [K] both.
 
-    The K-th largest of the blocks' maxima is a floor: K logits reach it, so all that are sought do,
-    and few others. Only blocks that reach it are looked through.
+    What K of the blocks' maxima reach, K logits reach, so all that are sought do, and few others.
+    Only blocks that reach it are looked through.
     """
     _block_maxima(logits, maxima)
     values[:] = -np.inf
-    floor = _keep_largest(maxima, 0, len(maxima), np.float32(-np.inf), values, token_ids)
-    values[:] = -np.inf
     token_ids[:] = 0
-    least = np.nextafter(floor, np.float32(-np.inf))  # what equals the floor counts
+    sample = maxima
+    while len(sample) > _MANY_BLOCKS * len(values):
+        fewer = np.empty(len(sample) // _BLOCK, np.float32)
+        _block_maxima(sample, fewer)
+        sample = fewer
+    least = np.float32(-np.inf)
+    if len(sample) >= len(values):  # what equals the floor counts
+        least = np.nextafter(_floor(sample, len(values)), least)
     for block in range(len(maxima)):
         if maxima[block] > least:
             start = block * _BLOCK
@@ -262,7 +328,31 @@ def _nucleus_size(values: Any, top_k: Any, top_p: Any, mass: Any) -> Any:
     return max(count, 1)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+def _fit_erf() -> tuple[float, ...]:
+    """Coefficients of P, for erf(x) = x P(x^2 / 8 - 1) within 2e-8 where |x| <= 4."""
+
+    def quotient(t: Any) -> Any:
+        x = np.sqrt(8 * (t + 1))
+        return np.vectorize(math.erf)(x) / x
+
+    return tuple(Chebyshev.interpolate(quotient, 16).convert(kind=Polynomial).coef.tolist())
+
+
+_ERF = _fit_erf()
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "nnan", "nsz"})
+def _gelu(y: Any) -> Any:
+    """With a polynomial in the place of math.erf, so that several are done at once."""
+    x = min(max(y * _SQRT_HALF, -4.0), 4.0)
+    t = x * x / 8.0 - 1.0
+    p = _ERF[-1]
+    for power in range(len(_ERF) - 2, -1, -1):
+        p = p * t + _ERF[power]
+    return 0.5 * y * (1.0 + x * p)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _accept_cost(
     features: Any,  # [2W] u and A u
     candidate: Any,  # [2W] c and A c + b
@@ -284,53 +374,69 @@ def _accept_cost(
             mixed[j] += x * product[i, j]
     logit = np.float64(bias)
     for j in range(width):
-        y = np.float64(mixed[j])
-        logit += score[j] * (y * 0.5 * (1.0 + math.erf(y * _SQRT_HALF)))
+        logit += score[j] * _gelu(np.float64(mixed[j]))
     return math.log1p(math.exp(-abs(logit))) + max(-logit, 0.0)
 
 
-@njit(_DECIDE, cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@njit(
+    void(
+        float32[:, ::1],
+        boolean,
+        boolean,
+        float32[:, ::1],
+        int64[:, ::1],
+        from_dtype(_REQUEST)[::1],
+        float32[::1],
+        float32[:, ::1],
+        float32[:, ::1],
+        float32[:, :, ::1],
+        float32[:, :, ::1],
+        float32[:, :, ::1],
+        float32[:, :, ::1],
+        float32[:, :, ::1],
+        int32[::1],
+        float32[::1],
+        int32[::1],
+        int64[:, ::1],
+    ),
+    cache=True,
+    nogil=True,
+    fastmath={"contract", "reassoc"},
+)
 def _decide_rows(
     logits: Any,  # [R, V]
+    tempered: Any,  # whether they have been divided by the temperature
     finds_top: Any,  # whether the next two are still to be found
     all_values: Any,  # [A, K] logits, largest first; changed
     all_ids: Any,  # [A, K] their tokens
-    rows: Any,  # [A], which of the R rows they are
+    requests: Any,  # [A] _REQUEST
     mass: Any,  # [A] logsumexp of the tempered logits; read where top_p < 1
     states: Any,  # [A, H]
     projected: Any,  # [A, 2W]
-    slots: Any,  # [A], which proxy of the pool
     tables: Any,  # [P, V, 2W]
     product: Any,  # [P, W, W]
     of_logprob: Any,  # [P, 1, W]
     score: Any,  # [P, W, 1]
     bias: Any,  # [P, 1, 1]
-    sizes: Any,  # [A]
-    temperature: Any,  # [A] > 0
     top_k: Any,  # [R]
     top_p: Any,  # [R]
-    strength: Any,  # [A]
-    max_rejections: Any,  # [A]
-    greedy: Any,  # [A]
-    keys: Any,  # [A]
     positions: Any,  # [R]
-    emitted_slots: Any,  # [A] out
-    emitted_ids: Any,  # [A] out
-    num_proposed: Any,  # [A] out
-    forced: Any,  # [A] out
+    decided: Any,  # [4, A] out, as in Decision
 ) -> None:
     """Settle A rows."""
     mixed = np.empty(product.shape[1], np.float32)
     features = np.empty(projected.shape[1], np.float32)
     times = np.empty(all_values.shape[1], np.float64)
     maxima = np.empty(logits.shape[1] // _BLOCK, np.float32)
-    for a in range(len(rows)):
-        row, proxy = rows[a], slots[a]
-        values, ids = all_values[a, : sizes[a]], all_ids[a, : sizes[a]]
+    for a in range(len(requests)):
+        request = requests[a]
+        row, proxy, greedy = request.row, request.proxy, request.greedy
+        values, ids = all_values[a, : request.size], all_ids[a, : request.size]
         if finds_top:
             _find_top(logits[row], values, ids, maxima)
-        for i in range(len(values)):
-            values[i] /= temperature[a]
+        if not tempered:
+            for i in range(len(values)):
+                values[i] /= request.temperature
         count = _nucleus_size(values, top_k[row], top_p[row], mass[a])
         total = 0.0
         for i in range(count):
@@ -340,15 +446,15 @@ def _decide_rows(
         for x in states[a]:
             norm += x * x
         features[:] = projected[a] / (math.sqrt(norm) + NORM_FLOOR)
-        key, position = np.uint64(keys[a]), np.uint64(positions[row])
+        key, position = np.uint64(request.key), np.uint64(positions[row])
         for i in range(count):  # when each candidate's clock rings
-            if greedy[a]:
+            if greedy:
                 times[i] = i
             else:
                 race = _exponential(key, position, 2 * ids[i] + 1)
                 times[i] = math.log(race) - (values[i] - log_total)
         emitted, proposed = -1, 0
-        while emitted < 0 and proposed < min(max_rejections[a], count):
+        while emitted < 0 and proposed < min(request.max_rejections, count):
             first = 0
             for i in range(1, count):
                 if times[i] < times[first]:
@@ -357,7 +463,7 @@ def _decide_rows(
             proposed += 1
             cost = 0.0  # a single candidate is accepted: there is no choice
             if count > 1:
-                cost = strength[a] * _accept_cost(
+                cost = request.strength * _accept_cost(
                     features,
                     tables[proxy, ids[first]],
                     np.float32(values[first] - log_total),
@@ -367,10 +473,9 @@ def _decide_rows(
                     bias[proxy, 0, 0],
                     mixed,
                 )
-            coin = _LOG_2 if greedy[a] else _exponential(key, position, 2 * ids[first] + 2)
+            coin = _LOG_2 if greedy else _exponential(key, position, 2 * ids[first] + 2)
             if coin >= cost:
                 emitted = first
-        forced[a] = emitted < 0
-        emitted_slots[a] = max(emitted, 0)
-        emitted_ids[a] = ids[max(emitted, 0)]
-        num_proposed[a] = proposed
+        slot = max(emitted, 0)
+        decided[0, a], decided[1, a], decided[2, a] = slot, ids[slot], proposed
+        decided[3, a] = emitted < 0

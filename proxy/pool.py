@@ -69,6 +69,8 @@ class ProxyPool:
         width = max(entry.proxy.config.width for entry in entries)
         padded = [_padded_weights(entry.weights, width) for entry in entries]
         weights = Weights(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
+        # Its columns are what a CPU's loop multiplies with, and others do not mind.
+        weights = weights._replace(state=weights.state.mT.contiguous().mT)
         tables = torch.stack([_padded_halves(entry.table, width) for entry in entries])
         self.proxies = [entry.proxy for entry in entries]
         self.weights, self.tables = weights, tables
