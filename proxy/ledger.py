@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from proxy.acceptance import noise_key
 from proxy.history import DISCARD_SLOT, History
@@ -37,9 +36,6 @@ class Batch(NamedTuple):
     req_ids: Sequence[str]
     params_of: Callable[[str], Any]  # -> vLLM's SamplingParams, or None
     live: Collection[str]  # every request the worker knows, scheduled in this step or not
-    hidden: Tensor  # [R, H], the lm_head's input
-    positions: Tensor  # [R] int, index of the token to be drawn
-    discarded: Tensor | None  # [R] bool, rows of unfinished prefills; None = no row
 
 
 class Ledger:

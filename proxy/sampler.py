@@ -123,16 +123,21 @@ class ProxySampler(Sampler):
 
 
 def read_batch(runner: Any) -> Batch:
-    """The step that this model runner is about to sample."""
+    """The requests that this model runner is about to sample."""
     requests = runner.requests
-    req_ids = runner.input_batch.req_ids
-    count = len(req_ids)
-    discarded = runner.discard_request_mask
     return Batch(
-        req_ids=req_ids,
+        req_ids=runner.input_batch.req_ids,
         params_of=lambda req_id: requests[req_id].sampling_params,
         live=requests.keys(),
-        hidden=runner.execute_model_state.sample_hidden_states,
-        positions=runner.seq_lens[:count],
-        discarded=discarded.gpu[:count].clone() if discarded.np[:count].any() else None,
+    )
+
+
+def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its hidden states, positions and discarded rows, as `Step` has them."""
+    count = len(runner.input_batch.req_ids)
+    discarded = runner.discard_request_mask
+    return (
+        runner.execute_model_state.sample_hidden_states,
+        runner.seq_lens[:count],
+        discarded.gpu[:count].clone() if discarded.np[:count].any() else None,
     )

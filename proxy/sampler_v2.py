@@ -91,24 +91,26 @@ class ProxySamplerV2(Sampler):
 
 
 def read_batch(runner: Any) -> Batch:
-    """The step that this model runner is about to sample.
+    """The requests that this model runner is about to sample."""
+    slot_of = runner.req_states.req_id_to_index
+    return Batch(
+        req_ids=runner.execute_model_state.input_batch.req_ids,
+        params_of=lambda req_id: runner.sampler.params.get(slot_of[req_id]),
+        live=slot_of.keys(),
+    )
+
+
+def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its hidden states, positions and discarded rows, as `Step` has them.
 
     A CUDA graph may pad `seq_lens` and the hidden states beyond the batch's requests and tokens;
     `req_ids`, `idx_mapping` and `logits_indices` have one entry for every row of the logits.
     """
-    state = runner.execute_model_state
-    batch, requests = state.input_batch, runner.req_states
-    slot_of = requests.req_id_to_index
+    state, requests = runner.execute_model_state, runner.req_states
+    batch = state.input_batch
     computed = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens
     seq_lens = batch.seq_lens[: batch.num_reqs]
     discarded = None
     if (computed < batch.prefill_len_np).any():
         discarded = seq_lens < requests.prefill_len.gpu[batch.idx_mapping]
-    return Batch(
-        req_ids=batch.req_ids,
-        params_of=lambda req_id: runner.sampler.params.get(slot_of[req_id]),
-        live=slot_of.keys(),
-        hidden=state.hidden_states[batch.logits_indices],
-        positions=seq_lens,
-        discarded=discarded,
-    )
+    return state.hidden_states[batch.logits_indices], seq_lens, discarded

@@ -29,7 +29,7 @@ from proxy.hook import Step
 from proxy.ledger import Ledger
 from proxy.network import ProxyNetwork
 from proxy.registry import Registry
-from proxy.sampler import ProxySampler, read_batch
+from proxy.sampler import ProxySampler, read_batch, read_rows
 
 _TABLE_CHUNK = 8192  # tokens embedded at once when a proxy is loaded
 
@@ -103,10 +103,10 @@ class ProxyGPUWorker(GPUWorker):
             from proxy import sampler_v2
 
             ours, theirs = sampler_v2.ProxySamplerV2, SamplerV2
-            self._read_batch = sampler_v2.read_batch
+            self._read_batch, self._read_rows = sampler_v2.read_batch, sampler_v2.read_rows
         else:
             ours, theirs = ProxySampler, Sampler
-            self._read_batch = read_batch
+            self._read_batch, self._read_rows = read_batch, read_rows
         if type(sampler) not in (ours, theirs):
             raise ProxyError(
                 f"Proxies need vLLM's own sampler, and this set-up samples with "
@@ -261,10 +261,10 @@ class ProxyGPUWorker(GPUWorker):
         plan = self._ledger.plan(batch, registry.pool, registry.find, has_shadows=bool(shadows))
         if plan.aligned is None and plan.shadowed is None:
             return None
-        if len(batch.hidden) != len(plan.req_ids):
+        hidden, positions, discarded = self._read_rows(self.model_runner)
+        if len(hidden) != len(plan.req_ids):
             return None
-        history = self._ledger.history
-        return Step(plan, batch.hidden, batch.positions, batch.discarded, shadows, history)
+        return Step(plan, hidden, positions, discarded, shadows, self._ledger.history)
 
     def _read_checkpoint(self, name: str, directory: str) -> LoadedProxy:
         """What `load` says, if it says the same on every rank. Raises ProxyError."""

@@ -59,9 +59,6 @@ class Requests:
             req_ids=req_ids,
             params_of=self.params.__getitem__,
             live=self.params.keys(),
-            hidden=torch.empty(0),
-            positions=torch.empty(0),
-            discarded=None,
         )
         find = {(name, None): proxy for name, proxy in self.proxies.items()}
         return self.ledger.plan(

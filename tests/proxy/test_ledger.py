@@ -52,9 +52,6 @@ class Worker:
             req_ids=list(self.requests) if batch is None else batch,
             params_of=self.requests.__getitem__,
             live=self.requests.keys(),
-            hidden=torch.empty(0),
-            positions=torch.empty(0),
-            discarded=None,
         )
         find = self.proxies.get
         return self.ledger.plan(chosen, self.pool, lambda *key: find(key), has_shadows=has_shadows)
