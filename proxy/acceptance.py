@@ -14,6 +14,7 @@ R = logits rows, V = vocabulary, K = candidates. Nothing here synchronises with 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,31 @@ class Candidates(NamedTuple):
     logprobs: Tensor  # [R, K] float32, natural log, renormalised; -inf = outside the nucleus
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True)
+class Decision:
     """What is said at each of R positions, and how it came about."""
 
-    slots: Tensor  # [R] int64, index into K of the emitted candidate
-    token_ids: Tensor  # [R] int64
-    num_proposed: Tensor  # [R] int64, candidates put to the proxy, the accepted one included
-    forced: Tensor  # [R] bool (or 0 and 1), nothing was accepted: the most probable candidate was emitted
+    columns: Tensor  # [4, R] int64, the four below: a step keeps and copies one thing, not four
+
+    @property
+    def slots(self) -> Tensor:
+        """[R] index into K of the emitted candidate."""
+        return self.columns[0]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[R]"""
+        return self.columns[1]
+
+    @property
+    def num_proposed(self) -> Tensor:
+        """[R] candidates put to the proxy, the accepted one included."""
+        return self.columns[2]
+
+    @property
+    def forced(self) -> Tensor:
+        """[R] bool, nothing was accepted: the most probable candidate was emitted."""
+        return self.columns[3].bool()
 
 
 def nucleus(
@@ -210,12 +229,9 @@ def settle(
     num_before = (times < first_time.unsqueeze(-1)).sum(-1)  # rejected if all of them were asked
     forced = (first_time == math.inf) | (num_before >= max_rejections)
     slots = first_slot.masked_fill(forced, 0)
-    return Decision(
-        slots=slots,
-        token_ids=candidates.token_ids.gather(-1, slots.unsqueeze(-1)).squeeze(-1),
-        num_proposed=torch.minimum(num_before + ~forced, max_rejections),
-        forced=forced,
-    )
+    token_ids = candidates.token_ids.gather(-1, slots.unsqueeze(-1)).squeeze(-1)
+    num_proposed = torch.minimum(num_before + ~forced, max_rejections)
+    return Decision(torch.stack((slots, token_ids, num_proposed, forced.long())))
 
 
 def decide(

@@ -2,6 +2,8 @@
 
 A step only appends what was decided, on the device. Whenever someone asks, and every hundred steps
 or so, the steps are brought to the host and added up; only then does anything wait for the device.
+On a CPU what was decided is copied instead: small tensors that stay would lie scattered where the
+next step's logits could have been, and make these wander through cold memory.
 """
 
 import operator
@@ -32,7 +34,7 @@ class _Record(NamedTuple):
     """One step of the A rows of a plan."""
 
     rows: AlignedRows
-    decision: Decision
+    decision: Decision | None  # None = it is in the log, and nobody wants more
     discarded: Tensor | None  # [A] bool
     tracing: Tracing | None
 
@@ -53,6 +55,8 @@ class History:
         self._ended = [False] * (capacity + 1)
         self._ended[DISCARD_SLOT] = True
         self._records: list[_Record] = []
+        # On a CPU: the columns of the records' decisions.
+        self._log = np.empty((_FOLD_STEPS, 4, 0), np.int64) if device.type == "cpu" else None
         self._totals: dict[ServedProxy, list[int]] = {}  # the three since the last flush
         self._shadow_totals: dict[ServedProxy, Tensor] = {}  # [2] int64: tokens, changed
         self._flushed_at = time.monotonic()
@@ -74,7 +78,8 @@ class History:
         their request's end: with asynchronous scheduling one more step is under way by then.
         """
         if self._reports:
-            self._records.append(_Record(rows, decision, discarded, tracing))
+            kept = None if self._copied(decision) and tracing is None else decision
+            self._records.append(_Record(rows, kept, discarded, tracing))
             if len(self._records) >= _FOLD_STEPS:
                 self.fold()
 
@@ -85,21 +90,42 @@ class History:
             self._shadow_totals[proxy] = self._shadow_totals.get(proxy, 0) + sums
             self._flush_if_due()
 
+    def _copied(self, decision: Decision) -> bool:
+        """Put the next record's decision into the log, if there is one."""
+        if self._log is None:
+            return False
+        columns = decision.columns.numpy()
+        size = columns.shape[1]
+        if size > self._log.shape[2]:
+            self.fold()
+            self._log = np.empty((_FOLD_STEPS, 4, size), np.int64)
+        self._log[len(self._records), :, :size] = columns
+        return True
+
     # --- now and then ---
 
     def fold(self) -> None:
         """Add up what the steps since the last time have left."""
         records, self._records = self._records, []
+        start = 0
         for _, group in groupby(records, key=lambda record: id(record.rows)):
-            self._fold_same_rows(list(group))
+            same = list(group)
+            self._fold_same_rows(same, self._columns(same, start))
+            start += len(same)
         self._flush_if_due()
 
-    def _fold_same_rows(self, records: list[_Record]) -> None:
-        """S steps of the same A rows."""
+    def _columns(self, records: list[_Record], start: int) -> Any:
+        """Those of S records of the same A rows, on the host: [S, 4, A]."""
+        if self._log is not None:
+            return self._log[start : start + len(records), :, : len(records[0].rows.rows)]
+        decisions = [record.decision for record in records if record.decision is not None]
+        return torch.stack([decision.columns for decision in decisions]).cpu().numpy()
+
+    def _fold_same_rows(self, records: list[_Record], columns: Any) -> None:
+        """S steps of the same A rows, and what was decided: [S, 4, A]."""
+        _, token_ids, proposed, forced = columns.swapaxes(0, 1)  # [S, A] each
         assignments = records[0].rows.assignments
         slots = [assignment.slot for assignment in assignments]
-        decisions = [record.decision for record in records]
-        token_ids = _to_host([decision.token_ids for decision in decisions])  # [S, A]
         most = max(len(assignment.stop_ids) for assignment in assignments)
         stops = np.array(  # [A, most]; no token is -1
             [[*a.stop_ids, *[-1] * (most - len(a.stop_ids))] for a in assignments], np.int64
@@ -107,15 +133,11 @@ class History:
         counted = np.tile(~np.array([self._ended[slot] for slot in slots]), (len(records), 1))
         for step, record in enumerate(records):
             if record.discarded is not None:
-                counted[step] &= ~_to_host([record.discarded])[0]
+                counted[step] &= ~record.discarded.cpu().numpy()
         ends = counted & (token_ids[:, :, None] == stops).any(-1)
         counted &= ends.cumsum(0) - ends == 0  # up to the first end
-        columns = (
-            counted,
-            counted * _to_host([decision.num_proposed for decision in decisions]),
-            counted & _to_host([decision.forced for decision in decisions]),
-        )
-        sums = np.stack([column.sum(0) for column in columns], -1).tolist()  # [A, 3]
+        parts = counted, counted * proposed, counted * forced
+        sums = np.stack([part.sum(0) for part in parts], -1).tolist()  # [A, 3]
         for assignment, ended, more in zip(assignments, ends.any(0).tolist(), sums, strict=True):
             self._ended[assignment.slot] |= ended
             totals = [self._counts[assignment.slot]]
@@ -190,16 +212,11 @@ class History:
         self._num_traced.pop(req_id, None)
 
 
-def _to_host(tensors: list[Tensor]) -> Any:
-    """S of [A] -> an array [S, A]; waits for the device."""
-    return torch.stack(tensors).cpu().numpy()
-
-
 def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:
     """What was put to the proxy at one step, for some of the rows; reads from the device."""
-    assert record.tracing is not None
+    decision, settings = record.decision, record.rows.settings
+    assert decision is not None and record.tracing is not None
     candidates, accept_logits, noise = record.tracing
-    settings, decision = record.rows.settings, record.decision
     times = proposal_times(candidates, noise[:, 0], settings.greedy)
     strength = 1.0 if settings.strength is None else settings.strength.unsqueeze(-1)
     accept_probs = (-strength * F.softplus(-accept_logits)).exp()

@@ -9,6 +9,7 @@ Nothing here imports vllm.
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ class Ledger:
         if self._plan is not None and self.has_plan_for(batch):
             return self._plan
         self._set_finished_aside(batch.live)
-        assignments = [self._assignment(req_id, batch.params_of, find) for req_id in batch.req_ids]
+        live, params_of = self._live, batch.params_of
+        assignments = [live.get(i) or self._assignment(i, params_of, find) for i in batch.req_ids]
         self._plan = make_plan(
             batch.req_ids, assignments, pool, self._device, has_shadows=has_shadows
         )
@@ -96,7 +98,7 @@ class Ledger:
             assignment = self._finished.pop(req_id, None)
             if assignment is None and (assignment := self._live.get(req_id)) is not None:
                 # A step may still be under way for it: its rows must not meet a new owner.
-                self._live[req_id] = assignment._replace(slot=DISCARD_SLOT)
+                self._live[req_id] = replace(assignment, slot=DISCARD_SLOT)
                 self._plan = None
             if assignment is not None and assignment.slot != DISCARD_SLOT:
                 taken[req_id] = assignment
@@ -139,10 +141,9 @@ class Ledger:
     def _assignment(
         self, req_id: str, params_of: Callable[[str], Any], find: FindProxy
     ) -> Assignment:
-        if req_id not in self._live:
-            # A runner that drops preempted requests shows them again as new ones.
-            preempted = self._finished.pop(req_id, None)
-            self._live[req_id] = preempted or self._assign(req_id, params_of(req_id), find)
+        # A runner that drops preempted requests shows them again as new ones.
+        preempted = self._finished.pop(req_id, None)
+        self._live[req_id] = preempted or self._assign(req_id, params_of(req_id), find)
         return self._live[req_id]
 
     def _assign(self, req_id: str, params: Any, find: FindProxy) -> Assignment:
@@ -168,7 +169,8 @@ class Ledger:
             max_rejections = proxy.config.max_rejections
         stop_ids = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         self._internal_ids.setdefault(_callers_id(req_id), set()).add(req_id)
-        return plain._replace(
+        return replace(
+            plain,
             proxy=proxy,
             strength=alignment.strength,
             max_rejections=max_rejections,

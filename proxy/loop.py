@@ -23,7 +23,7 @@ from torch import Tensor
 from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision, most_probable
 from proxy.network import MIN_LOGPROB, NORM_FLOOR
 from proxy.pool import ProxyPool
-from proxy.rows import Assignment, Mixture
+from proxy.rows import LOOP_REQUEST, Assignment, Mixture
 
 _MASK = 2**64 - 1
 _GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
@@ -37,19 +37,6 @@ _TILE = 4  # rows
 # Below, the loop multiplies the hidden states itself. MKL's product takes half as long, but all that
 # runs after it on the core is some 4 % slower for milliseconds: its AVX-512 lowers the clock.
 _FEW_PRODUCTS = 2**23
-_REQUEST = np.dtype(
-    [
-        ("row", np.int64),
-        ("proxy", np.int64),  # its place in the pool
-        ("size", np.int64),  # candidates at most
-        ("max_rejections", np.int64),
-        ("key", np.int64),  # of its noise
-        ("temperature", np.float32),
-        ("strength", np.float32),
-        ("greedy", np.bool_),
-    ],
-    align=True,
-)
 
 
 def _hide_from_vllm() -> None:
@@ -83,27 +70,12 @@ class LoopRows:
         pool: ProxyPool,
         mixture: Mixture,
     ) -> None:
-        assert pool.weights is not None and pool.tables is not None
-        weights = pool.weights
-        self._requests = np.array(
-            [
-                (
-                    row,
-                    a.proxy.slot,
-                    size,
-                    a.max_rejections,
-                    a.key,
-                    a.divisor,
-                    a.strength,
-                    a.is_greedy,
-                )
-                for row, size, a in zip(rows, sizes, assignments, strict=True)
-                if a.proxy is not None
-            ],
-            _REQUEST,
-        )
-        pooled = (pool.tables, weights.product, weights.logprob, weights.score, weights.bias)
-        self._proxies = tuple(part.contiguous().numpy() for part in pooled)
+        packed = b"".join([assignment.packed for assignment in assignments])
+        self._requests = np.frombuffer(bytearray(packed), LOOP_REQUEST)
+        self._requests["row"] = rows
+        self._requests["proxy"] = [a.proxy.slot for a in assignments if a.proxy is not None]
+        self._requests["size"] = sizes
+        self._proxies = pool.derived("loop", lambda: _arrays(pool))
         self._mixture = mixture
         state = mixture.state
         self._state = None
@@ -118,7 +90,8 @@ class LoopRows:
         # With threads to share the rows out to, topk finds the candidates sooner than one loop.
         self._shares_rows_out = len(rows) > 1 and torch.get_num_threads() > 1
         self._no_mass = np.zeros(len(rows), np.float32)
-        self._no_top_k = np.full(max(rows) + 1, pool.tables.shape[1], np.int32)
+        vocab_size = self._proxies[0].shape[1]
+        self._no_top_k = np.full(max(rows) + 1, vocab_size, np.int32)
         self._no_top_p = np.ones(max(rows) + 1, np.float32)
 
     def decide(
@@ -154,7 +127,7 @@ class LoopRows:
             positions.numpy(),
             decided.numpy(),
         )
-        return Decision(*decided.unbind())
+        return Decision(decided)
 
     def _project(self, hidden: Tensor) -> tuple[Any, Any]:
         """[A, H] -> the same in float32, and `state_features` of it times its norm, [A, 2W]."""
@@ -172,6 +145,14 @@ class LoopRows:
         if not tempered and (temperature != 1).any():
             scaled = scaled / torch.from_numpy(temperature).unsqueeze(-1)
         return scaled.logsumexp(-1).numpy()
+
+
+def _arrays(pool: ProxyPool) -> tuple[Any, ...]:
+    """tables [P, V, 2W], product [P, W, W], of_logprob [P, 1, W], score [P, W, 1], bias [P, 1, 1]."""
+    assert pool.weights is not None and pool.tables is not None
+    weights = pool.weights
+    parts = pool.tables, weights.product, weights.logprob, weights.score, weights.bias
+    return tuple(part.contiguous().numpy() for part in parts)
 
 
 @njit(cache=True, nogil=True)
@@ -385,7 +366,7 @@ def _accept_cost(
         boolean,
         float32[:, ::1],
         int64[:, ::1],
-        from_dtype(_REQUEST)[::1],
+        from_dtype(LOOP_REQUEST)[::1],
         float32[::1],
         float32[:, ::1],
         float32[:, ::1],
@@ -409,7 +390,7 @@ def _decide_rows(
     finds_top: Any,  # whether the next two are still to be found
     all_values: Any,  # [A, K] logits, largest first; changed
     all_ids: Any,  # [A, K] their tokens
-    requests: Any,  # [A] _REQUEST
+    requests: Any,  # [A] LOOP_REQUEST
     mass: Any,  # [A] logsumexp of the tempered logits; read where top_p < 1
     states: Any,  # [A, H]
     projected: Any,  # [A, 2W]
@@ -421,7 +402,7 @@ def _decide_rows(
     top_k: Any,  # [R]
     top_p: Any,  # [R]
     positions: Any,  # [R]
-    decided: Any,  # [4, A] out, as in Decision
+    decided: Any,  # [4, A] out: the columns of Decision
 ) -> None:
     """Settle A rows."""
     mixed = np.empty(product.shape[1], np.float32)

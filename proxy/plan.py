@@ -17,12 +17,15 @@ class Plan(NamedTuple):
     """How the rows of a batch are sampled; a row is a request, in the order of `req_ids`."""
 
     req_ids: list[str]
-    aligned: AlignedRows | None
+    aligned: AlignedRows | None  # None, and no row shadowed: all is vLLM's
     plain_rows: list[int]
     plain_index: Tensor  # [P] int64, `plain_rows` on the device
     needs_processors: bool  # some row has a min-p
     shadowed: Tensor | None  # [R] bool, rows that shadow proxies may score; None = no row
     greedy: Tensor | None  # [R] bool, for the shadows; None = no row
+
+
+_NOTHING_TO_DO = Plan([], None, [], torch.empty(0, dtype=torch.int64), False, None, None)
 
 
 def make_plan(
@@ -34,6 +37,8 @@ def make_plan(
     has_shadows: bool,
 ) -> Plan:
     """Sort the rows of a batch; nothing here waits for the device."""
+    if not has_shadows and not any(a.proxy for a in assignments):
+        return _NOTHING_TO_DO._replace(req_ids=list(req_ids))
     rows = [row for row, a in enumerate(assignments) if a.proxy is not None]
     plain = [row for row, a in enumerate(assignments) if a.proxy is None]
     aligned = None

@@ -4,15 +4,17 @@ P proxies share stacked tensors; narrower ones are padded with zeros, which cont
 Loading and unloading build new tensors, so a load needs room for both for a moment.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from proxy.network import ProxyConfig, Weights
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -38,6 +40,7 @@ class ProxyPool:
         self.proxies: list[ServedProxy] = []  # in the order of their slots
         self.weights: Weights | None = None
         self.tables: Tensor | None = None  # [P, V, 2W]
+        self._derived: dict[Any, Any] = {}
 
     def add(self, proxy: ServedProxy, weights: Weights, table: Tensor) -> None:
         """Take in one more: `Weights` with P = 1 and its candidate table [V, 2 width]."""
@@ -54,6 +57,12 @@ class ProxyPool:
         slot = proxy.slot
         return Weights(*(part[slot : slot + 1] for part in self.weights)), self.tables[slot]
 
+    def derived(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What `make` makes of the tensors, once for as long as these stay the same."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(_T, self._derived[key])
+
     def num_bytes(self, proxy: ServedProxy) -> int:
         """What one proxy occupies here."""
         weights, table = self.alone(proxy)
@@ -63,6 +72,7 @@ class ProxyPool:
         return [_Entry(proxy, *self.alone(proxy)) for proxy in self.proxies]
 
     def _stack(self, entries: list[_Entry]) -> None:
+        self._derived.clear()
         if not entries:
             self.proxies, self.weights, self.tables = [], None, None
             return

@@ -4,9 +4,11 @@ R = logits rows, A = those of them that a proxy decides, T = tiles, P = loaded p
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,24 @@ from proxy.pool import ProxyPool, ServedProxy
 GREEDY_TEMPERATURE = 1e-5  # vLLM takes anything below for greedy
 
 
-class Assignment(NamedTuple):
+LOOP_REQUEST = np.dtype(
+    [
+        ("row", np.int64),
+        ("proxy", np.int64),  # its place in the pool
+        ("size", np.int64),  # candidates at most
+        ("max_rejections", np.int64),
+        ("key", np.int64),
+        ("temperature", np.float32),
+        ("strength", np.float32),
+        ("greedy", np.bool_),
+    ],
+    align=True,
+)
+"""What `proxy.loop` reads of a request."""
+
+
+@dataclass(frozen=True)
+class Assignment:
     """What one request gets, settled when it is first seen."""
 
     req_id: str
@@ -42,6 +61,12 @@ class Assignment(NamedTuple):
     def divisor(self) -> float:
         """What the logits are divided by."""
         return 1.0 if self.is_greedy else self.temperature
+
+    @cached_property
+    def packed(self) -> bytes:
+        """A LOOP_REQUEST but for its first three fields, which the batch and the pool settle."""
+        settings = self.max_rejections, self.key, self.divisor, self.strength, self.is_greedy
+        return np.array((0, 0, 0, *settings), LOOP_REQUEST).tobytes()
 
 
 class Settings(NamedTuple):
@@ -143,20 +168,20 @@ class AlignedRows:
         assert pool.tables is not None
         self.rows = rows
         self.assignments = assignments
+        self.proxies = [a.proxy for a in assignments if a.proxy is not None]  # A of them
         self.any_traced = any(a.traced for a in assignments)
         self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
         self._pool = pool
         self._device = device
         vocab_size = pool.tables.shape[1]
-        self._sizes = [min(proxy.config.max_candidates, vocab_size) for proxy in self.proxies]
-        self._most = max(self._sizes)
-        self._num_seeded = sum(a.is_seeded for a in assignments)
-        self._mixture = Mixture(self.proxies, pool, device)
-
-    @property
-    def proxies(self) -> list[ServedProxy]:
-        """A of them."""
-        return [a.proxy for a in self.assignments if a.proxy is not None]
+        size_of = {p: min(p.config.max_candidates, vocab_size) for p in set(self.proxies)}
+        self._sizes = [size_of[proxy] for proxy in self.proxies]
+        self._most = max(size_of.values())
+        if len(size_of) > 1:
+            self._mixture = Mixture(self.proxies, pool, device)
+        else:
+            (alone,) = size_of
+            self._mixture = pool.derived(alone, lambda: Mixture([alone], pool, device))
 
     def pick(self, x: Tensor) -> Tensor:
         """These rows of a tensor that has a row for every row of the batch: [R, ...] -> [A, ...]."""
@@ -203,11 +228,12 @@ class AlignedRows:
         """[A] positions and [A, K] candidates -> [A, 2, K]; seeded rows draw from their seed alone."""
         keys, is_seeded = self.settings.keys, self.settings.is_seeded
         # An accelerator draws fresh noise in one kernel, and a CPU's loop needs keys for all rows.
-        if self._device.type == "cpu" or self._num_seeded == len(self.rows):
+        num_seeded = sum(a.is_seeded for a in self.assignments)
+        if self._device.type == "cpu" or num_seeded == len(self.rows):
             return seeded_noise(keys, positions, token_ids)
         rows, num_slots = token_ids.shape
         fresh = draw_noise(rows, num_slots, self._device)
-        if self._num_seeded == 0:
+        if num_seeded == 0:
             return fresh
         return torch.where(
             is_seeded.view(-1, 1, 1), seeded_noise(keys, positions, token_ids), fresh

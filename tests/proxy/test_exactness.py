@@ -123,7 +123,7 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
         max_rejections=column("max_rejections"),
         greedy=greedy,
     )
-    outcomes = zip(*(x.tolist() for x in decision[1:]), strict=True)
+    outcomes = zip(*decision.columns[1:].tolist(), strict=True)
     counts: list[Counter[Outcome]] = [Counter() for _ in kinds]
     for row, outcome in enumerate(outcomes):
         counts[row % len(kinds)][canonical(outcome, by_row[row].logits)] += 1

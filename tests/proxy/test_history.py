@@ -74,12 +74,7 @@ class Requests:
         proposed = [self.random.randrange(9) for _ in ids]
         forced = [self.random.random() < 0.3 for _ in ids]
         discarded = [self.random.random() < 0.1 for _ in ids]
-        decision = Decision(
-            slots=torch.zeros(len(ids), dtype=torch.int64),
-            token_ids=torch.tensor(token_ids),
-            num_proposed=torch.tensor(proposed),
-            forced=torch.tensor(forced),
-        )
+        decision = Decision(torch.tensor([[0] * len(ids), token_ids, proposed, forced]))
         mask = torch.tensor(discarded) if any(discarded) else None
         self.ledger.history.record(rows, decision, mask)
         for req_id, *told in zip(ids, token_ids, proposed, forced, discarded, strict=True):
@@ -128,7 +123,7 @@ def value_of(name: str, **labels: str) -> float:
 METRICS = ["tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced"]
 
 
-@pytest.mark.parametrize(("seed", "fold_steps"), [(0, 1), (1, 64), (2, 5), (3, 10**9)])
+@pytest.mark.parametrize(("seed", "fold_steps"), [(0, 1), (1, 64), (2, 5), (3, 10**5)])
 def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
     """Requests come, stop, are preempted (dropped by the runner or not), and go, in any order."""
     monkeypatch.setattr(proxy.history, "_FOLD_STEPS", fold_steps)
@@ -179,12 +174,7 @@ def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
 
 def decided(token_ids: list[int], proposed: int = 3, forced: bool = False) -> Decision:
     rows = len(token_ids)
-    return Decision(
-        slots=torch.zeros(rows, dtype=torch.int64),
-        token_ids=torch.tensor(token_ids),
-        num_proposed=torch.full((rows,), proposed),
-        forced=torch.full((rows,), forced),
-    )
+    return Decision(torch.tensor([[0] * rows, token_ids, [proposed] * rows, [forced] * rows]))
 
 
 class Clock:

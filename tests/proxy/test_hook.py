@@ -142,7 +142,7 @@ def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
             tempered=tempered,
         )
         ((rows, decision, _, _),) = history.steps
-        actual = zip(*(x.tolist() for x in decision[1:]), strict=True)
+        actual = zip(*decision.columns[1:].tolist(), strict=True)
         for row, outcome in zip(rows.rows, actual, strict=True):
             proxy = chosen[row]
             assert proxy is not None

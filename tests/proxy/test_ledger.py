@@ -74,11 +74,10 @@ class Worker:
         if rows is None:
             return
         ids = [a.req_id for a in rows.assignments]
+        token_ids = [(tokens or {}).get(req_id, 7) for req_id in ids]
+        count = len(ids)
         decision = Decision(
-            slots=torch.zeros(len(ids), dtype=torch.int64),
-            token_ids=torch.tensor([(tokens or {}).get(req_id, 7) for req_id in ids]),
-            num_proposed=torch.full((len(ids),), proposed),
-            forced=torch.full((len(ids),), forced),
+            torch.tensor([[0] * count, token_ids, [proposed] * count, [forced] * count])
         )
         mask = torch.tensor([req_id in discarded for req_id in ids])
         self.ledger.history.record(rows, decision, mask)
@@ -126,7 +125,8 @@ def test_params_without_anything():
     """Pooling requests have none, and warm-up ones may lack extra arguments."""
     worker = Worker()
     worker.requests = {"r0": None, "r1": SimpleNamespace(extra_args=None)}
-    assert worker.plan().plain_rows == [0, 1]
+    plan = worker.plan()
+    assert (plan.req_ids, plan.aligned) == (["r0", "r1"], None)
 
 
 def test_plan_is_cached_while_the_batch_is_the_same():

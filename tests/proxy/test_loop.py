@@ -67,6 +67,6 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
         one, none = loop.decide(*args, tempered=False)
         other, tracing = tensors.decide(*args, tempered=False)
         assert none is None and tracing is not None
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+        assert torch.equal(one.columns, other.columns)
         forced += int(one.forced.sum())
     assert (200 if count > 1 else 0) < forced < 1900

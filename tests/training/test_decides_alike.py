@@ -221,7 +221,7 @@ def decide_in_engine(
             *(rows.pick(x).clone() for x in (raw[0], step.hidden)),
             torch.tensor([a.key for a in rows.assignments]),
             rows.pick(step.positions).clone(),
-            *recorder.decision[1:],
+            *recorder.decision.columns[1:],
         )
         for row, assignment in enumerate(rows.assignments):
             req_id = assignment.req_id.rsplit("-", 1)[0]
@@ -330,7 +330,9 @@ def compare(
             policy = Policy(frozen, networks[one.proxy], one.strength)
             ours = decide_in_training(policy, one, server)
             theirs = server[4:]
-            differs = torch.stack([a != b for a, b in zip(ours[1:], theirs, strict=True)]).any(0)
+            differs = torch.stack(
+                [a != b for a, b in zip(ours.columns[1:], theirs, strict=True)]
+            ).any(0)
             loose = torch.zeros_like(differs)
             for _ in range(4):
                 loose |= decide_in_training(policy, one, server, 1e-4).token_ids != ours.token_ids
