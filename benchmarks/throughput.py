@@ -2,7 +2,7 @@
 
 One server of ours answers both kinds of requests. Plain requests name no proxy, and a batch of nothing else goes to
 vLLM's own sampler untouched. With `--stock` vLLM's own server runs beside it with the same settings and is asked the
-same. The kinds take turns, there and back (A B, B A, A B, ...), so that a machine that grows slower does so for all.
+same. The kinds take turns, in random order within each round, so that a machine that grows slower does so for all.
 A run's clients send one request after the other; every request is as long as any other and ignores the end of turn.
 
 A ratio above 1 means that aligned serving is faster. `ratio` is that of the medians; the quartiles are those of the
@@ -175,7 +175,8 @@ def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Opti
     texts = prompts(model, shape.prompt, case.concurrency * waves)
     runs: dict[Kind, list[float]] = {kind: [] for kind in kinds}  # tokens per second
     for number in range(options.pairs):
-        for kind in kinds if number % 2 == 0 else reversed(kinds):
+        # There and back would let the kind at either end run twice in a row, on warm caches.
+        for kind in random.Random(number).sample(kinds, len(kinds)):
             seconds, prompt_tokens, tokens = once(kind, texts)
             assert tokens == len(texts) * shape.answer, "no answer ends early"
             runs[kind].append(tokens / seconds)
