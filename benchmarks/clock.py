@@ -13,8 +13,8 @@ import proxy.rows
 from proxy.history import History
 
 LAW = ("nucleus", "network", "decide", "record")
-"""The law's parts: the most probable candidates and their mass; the network; noise and decision, on a CPU with the
-network's last layers, which are asked one candidate at a time; and what is kept for the counts."""
+"""The law's parts: the most probable candidates and their mass; the network; noise and decision; and what is kept for
+the counts. On a CPU of one thread the compiled loop does the first three, and decide has them."""
 
 
 class Span(NamedTuple):
@@ -98,11 +98,11 @@ def wrapped_law(clock: Clock, device: str) -> Iterator[None]:
         (History, "record", "record"),
     ]
     if device == "cpu":
-        from proxy import loop
+        from proxy import loop_rows
 
         wraps_of += [
-            (loop.LoopRows, "_mass", "nucleus"),
-            (loop, "_decide_rows", "decide"),
+            (loop_rows.LoopRows, "_share_out", "nucleus"),
+            (loop_rows, "decide_rows", "decide"),
         ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wraps_of]
     for owner, name, part in wraps_of:

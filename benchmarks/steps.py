@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 from transformers import AutoConfig
 
+import proxy.sampler
 from benchmarks.clock import LAW, Clock, wrapped_law
 from benchmarks.engines import make_llm
 from benchmarks.models import Model, ModelName, get_model
@@ -42,8 +43,8 @@ PARTS = (
 """In the order in which they run.
 
 scheduler: whose turn it is, and what became of it. inputs: the batch's tensors. forward: the LLM. head: hidden states
-to logits. plan: which row follows which proxy. constraints: penalties, bans and the like. draw: all that the sampler
-does with the constrained logits but for the law's parts (`benchmarks/clock.py`). bookkeeping: the runner's, after
+to logits. plan: which row follows which proxy. constraints: float32 logits, penalties, bans and the like. draw: all that
+the sampler does with the constrained logits but for the law's parts (`benchmarks/clock.py`). bookkeeping: the runner's, after
 sampling. rest: output texts and the like.
 """
 
@@ -80,6 +81,7 @@ def instrument(engine: Any, clock: Clock) -> None:
     clock.wrap(runner, "sample_tokens", "bookkeeping")
     clock.wrap(runner.sampler, "forward", "constraints")
     clock.wrap(runner.sampler, "sample", "draw")
+    clock.wrap(proxy.sampler, "align", "draw")
 
 
 def one_round(

@@ -15,7 +15,8 @@ R = logits rows, V = vocabulary, K = candidates. Nothing here synchronises with 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +46,17 @@ class Decision:
 
     columns: Tensor  # [4, R] int64, the four below: a step keeps and copies one thing, not four
 
+    @cached_property
+    def on_host(self) -> Any:
+        """The columns as a numpy array: waits for the device."""
+        return self.columns.cpu().numpy()
+
     @property
     def slots(self) -> Tensor:
         """[R] index into K of the emitted candidate."""
         return self.columns[0]
 
-    @property
+    @cached_property
     def token_ids(self) -> Tensor:
         """[R]"""
         return self.columns[1]

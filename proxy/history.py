@@ -94,7 +94,7 @@ class History:
         """Put the next record's decision into the log, if there is one."""
         if self._log is None:
             return False
-        columns = decision.columns.numpy()
+        columns = decision.on_host
         size = columns.shape[1]
         if size > self._log.shape[2]:
             self.fold()

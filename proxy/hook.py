@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
     plan: Plan
     hidden: Tensor  # [R, H], the lm_head's input, row by row that of the logits
-    positions: Tensor  # [R] int, index of the token to be drawn
+    positions: Tensor  # [R or more] int, index of the token to be drawn
     discarded: Tensor | None  # [R] bool, rows of unfinished prefills; None = no row
     shadows: Sequence[Shadow]
     history: History

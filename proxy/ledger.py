@@ -151,7 +151,6 @@ class Ledger:
         plain = Assignment(
             req_id,
             temperature=getattr(params, "temperature", 1.0),
-            min_p=getattr(params, "min_p", 0.0),
             shadowed=alignment.shadow,
         )
         if alignment.proxy is None or not alignment.acts:

@@ -6,24 +6,23 @@ written out: propose, ask the proxy, throw away, propose again. The network is a
 candidates that are proposed and about no others. Given the same noise both decide alike, up to
 rounding; `tests/proxy/test_loop.py` holds them together.
 
-numba compiles this file at its first import on a machine (seconds) and keeps the result on disk.
+`loop_rows` calls it. numba compiles this file at its first import on a machine (seconds) and keeps
+the result on disk, until this very file changes: what is compiled belongs in here, all of it.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite.binding import ffi
-from numba import boolean, float32, from_dtype, int32, int64, njit, void
+from numba import boolean, carray, float32, from_dtype, int64, njit, types, void
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
-from torch import Tensor
 
-from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW, Decision, most_probable
+from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW
 from proxy.network import MIN_LOGPROB, NORM_FLOOR
-from proxy.pool import ProxyPool
-from proxy.rows import LOOP_REQUEST, Assignment, Mixture
+from proxy.rows import LOOP_REQUEST
 
 _MASK = 2**64 - 1
 _GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
@@ -33,10 +32,9 @@ _LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
 
 _BLOCK, _MANY_BLOCKS = 16, 128  # logits; blocks for each that is sought
 _GREATEST_GAP, _BISECTIONS = 2**16, 4
-_TILE = 4  # rows
-# Below, the loop multiplies the hidden states itself. MKL's product takes half as long, but all that
-# runs after it on the core is some 4 % slower for milliseconds: its AVX-512 lowers the clock.
-_FEW_PRODUCTS = 2**23
+TILE = 4  # rows multiplied at once
+NOWHERE = 0
+"""Address of nothing."""
 
 
 def _hide_from_vllm() -> None:
@@ -59,100 +57,14 @@ def _hide_from_vllm() -> None:
 _hide_from_vllm()
 
 
-class LoopRows:
-    """The rows of a plan, as the loop wants them: on the host, in arrays."""
+@intrinsic
+def _pointer(_: Any, address: Any) -> Any:
+    """An address as a pointer, for `carray`."""
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        assignments: Sequence[Assignment],
-        sizes: Sequence[int],  # candidates at most
-        pool: ProxyPool,
-        mixture: Mixture,
-    ) -> None:
-        packed = b"".join([assignment.packed for assignment in assignments])
-        self._requests = np.frombuffer(bytearray(packed), LOOP_REQUEST)
-        self._requests["row"] = rows
-        self._requests["proxy"] = [a.proxy.slot for a in assignments if a.proxy is not None]
-        self._requests["size"] = sizes
-        self._proxies = pool.derived("loop", lambda: _arrays(pool))
-        self._mixture = mixture
-        state = mixture.state
-        self._state = None
-        if state is not None and len(rows) * state.numel() <= _FEW_PRODUCTS:
-            self._state = state.mT.contiguous().numpy()
-            tiled = -(-len(rows) // _TILE) * _TILE
-            self._states = np.zeros((tiled, state.shape[0]), np.float32)
-            self._projected = np.empty((tiled, state.shape[1]), np.float32)
-        most = max(sizes)
-        self._values = np.empty((len(rows), most), np.float32)
-        self._token_ids = np.empty((len(rows), most), np.int64)
-        # With threads to share the rows out to, topk finds the candidates sooner than one loop.
-        self._shares_rows_out = len(rows) > 1 and torch.get_num_threads() > 1
-        self._no_mass = np.zeros(len(rows), np.float32)
-        vocab_size = self._proxies[0].shape[1]
-        self._no_top_k = np.full(max(rows) + 1, vocab_size, np.int32)
-        self._no_top_p = np.ones(max(rows) + 1, np.float32)
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
-    def decide(
-        self,
-        logits: Tensor,  # [R, V]
-        hidden: Tensor,  # [A, H], the lm_head's input
-        positions: Tensor,  # [R] int32
-        top_k: Tensor | None,  # [R] int32
-        top_p: Tensor | None,  # [R] float32
-        *,
-        tempered: bool,
-    ) -> Decision:
-        """As `AlignedRows.decide`; `slots` are those of the candidates, the most probable first."""
-        if not logits.is_contiguous() or logits.dtype != torch.float32:
-            logits = logits.float().contiguous()
-        values, token_ids = self._values, self._token_ids
-        if self._shares_rows_out:
-            top = most_probable(logits[self._requests["row"]], values.shape[1])
-            values[:], token_ids[:] = (x.numpy() for x in top)
-        decided = torch.empty((4, len(values)), dtype=torch.int64)
-        _decide_rows(
-            logits.numpy(),
-            tempered,
-            not self._shares_rows_out,
-            values,
-            token_ids,
-            self._requests,
-            self._no_mass if top_p is None else self._mass(logits, tempered=tempered),
-            *self._project(hidden),
-            *self._proxies,
-            self._no_top_k if top_k is None else top_k.numpy(),
-            self._no_top_p if top_p is None else top_p.numpy(),
-            positions.numpy(),
-            decided.numpy(),
-        )
-        return Decision(decided)
-
-    def _project(self, hidden: Tensor) -> tuple[Any, Any]:
-        """[A, H] -> the same in float32, and `state_features` of it times its norm, [A, 2W]."""
-        if self._state is not None and hidden.dtype == torch.bfloat16 and hidden.is_contiguous():
-            bits = hidden.view(torch.int16).numpy()
-            _project_bfloat16(bits, self._state, self._states, self._projected)
-            return self._states, self._projected
-        states = hidden.float()
-        return states.contiguous().numpy(), self._mixture.project(states).numpy()
-
-    def _mass(self, logits: Tensor, *, tempered: bool) -> Any:
-        """logsumexp of the whole vocabulary: [A]."""
-        rows, temperature = self._requests["row"], self._requests["temperature"]
-        scaled = logits if len(rows) == len(logits) else logits[rows]
-        if not tempered and (temperature != 1).any():
-            scaled = scaled / torch.from_numpy(temperature).unsqueeze(-1)
-        return scaled.logsumexp(-1).numpy()
-
-
-def _arrays(pool: ProxyPool) -> tuple[Any, ...]:
-    """tables [P, V, 2W], product [P, W, W], of_logprob [P, 1, W], score [P, W, 1], bias [P, 1, 1]."""
-    assert pool.weights is not None and pool.tables is not None
-    weights = pool.weights
-    parts = pool.tables, weights.product, weights.logprob, weights.score, weights.bias
-    return tuple(part.contiguous().numpy() for part in parts)
+    return types.voidptr(address), generate
 
 
 @njit(cache=True, nogil=True)
@@ -165,22 +77,23 @@ def _exponential(key: Any, position: Any, counter: Any) -> Any:
     return -math.log((np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53)
 
 
-@njit(
-    "void(i2[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])",
-    cache=True,
-    nogil=True,
-    fastmath={"contract", "reassoc"},
-)
-def _project_bfloat16(bits: Any, state: Any, states: Any, projected: Any) -> None:
-    """[A, H] and [2W, H] -> [A, H] and [A, 2W]; both with rows to spare for a last, whole tile."""
-    width = bits.shape[1]
+@njit(cache=True, nogil=True)
+def _widen(halves: Any, words: Any, floats: Any) -> None:
+    """The bits of bfloat16 -> float32: its upper half. `words` is scratch."""
+    for i in range(len(halves)):
+        words[i] = np.uint32(np.uint16(halves[i])) << np.uint32(16)
+    floats[:] = words.view(np.float32)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _project(halves: Any, state: Any, states: Any, projected: Any) -> None:
+    """bfloat16's bits [A, H], [2W, H] -> [A, H], [A, 2W]; both with rows to spare for whole tiles."""
+    width = halves.shape[1]
     words = np.empty(width, np.uint32)
-    for a in range(len(bits)):
-        for i in range(width):
-            words[i] = np.uint32(np.uint16(bits[a, i])) << np.uint32(16)
-        states[a] = words.view(np.float32)
+    for a in range(len(halves)):
+        _widen(halves[a], words, states[a])
     zero = np.float32(0.0)
-    for a in range(0, len(bits), _TILE):
+    for a in range(0, len(halves), TILE):
         x0, x1, x2, x3 = states[a], states[a + 1], states[a + 2], states[a + 3]
         for j in range(0, len(state), 2):  # eight sums at once: what registers hold
             y, z = state[j], state[j + 1]
@@ -286,8 +199,11 @@ def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _nucleus_size(values: Any, top_k: Any, top_p: Any, mass: Any) -> Any:
-    """How many of the values, largest first, `acceptance.nucleus` would leave."""
+def _nucleus_size(values: Any, top_k: Any, top_p: Any, total: Any) -> Any:
+    """How many of the values, largest first, `acceptance.nucleus` would leave.
+
+    `total` is the whole vocabulary's probability in units of the first value's.
+    """
     count = 0
     while count < len(values) and values[count] - values[0] > _UNDERFLOW:
         count += 1
@@ -296,7 +212,6 @@ def _nucleus_size(values: Any, top_k: Any, top_p: Any, mass: Any) -> Any:
         while count > 1 and values[count - 1] < values[top_k - 1]:
             count -= 1
     if top_p < 1:
-        total = math.exp(mass - values[0])
         if is_top_k:
             total = 0.0
             for slot in range(count):
@@ -307,6 +222,35 @@ def _nucleus_size(values: Any, top_k: Any, top_p: Any, mass: Any) -> Any:
                 return slot
             before += math.exp(values[slot] - values[0])
     return max(count, 1)
+
+
+def _fit_exp2() -> tuple[Any, ...]:
+    """Coefficients of a polynomial that is 2^x within 2e-8 where |x| <= 1/2."""
+    fit = Chebyshev.interpolate(np.exp2, 7, domain=(-0.5, 0.5))
+    return tuple(np.float32(c) for c in fit.convert(kind=Polynomial).coef)
+
+
+_EXP2, _LOG2_E = _fit_exp2(), np.float32(math.log2(math.e))
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nnan", "nsz"})
+def _total(logits: Any, top: Any, temperature: Any, words: Any, fractions: Any) -> Any:
+    """The sum of exp((logit - top) / temperature); as with `_gelu`, several are done at once."""
+    scale = _LOG2_E / temperature
+    for i in range(len(logits)):
+        x = max((logits[i] - top) * scale, np.float32(-126.0))
+        whole = np.int32(x - np.float32(0.5))
+        x -= np.float32(whole)
+        y = _EXP2[-1]
+        for power in range(len(_EXP2) - 2, -1, -1):
+            y = y * x + _EXP2[power]
+        fractions[i] = y
+        words[i] = np.uint32(whole + np.int32(127)) << np.uint32(23)  # 2^whole, as float32
+    powers = words.view(np.float32)
+    total = 0.0
+    for i in range(len(logits)):
+        total += np.float64(fractions[i] * powers[i])
+    return total
 
 
 def _fit_erf() -> tuple[float, ...]:
@@ -359,39 +303,95 @@ def _accept_cost(
     return math.log1p(math.exp(-abs(logit))) + max(-logit, 0.0)
 
 
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _propose(
+    request: Any,  # LOOP_REQUEST
+    position: Any,
+    values: Any,  # [n] tempered logits of the nucleus, largest first
+    ids: Any,  # [n or more] their tokens
+    features: Any,  # [2W]
+    table: Any,  # [V, 2W]
+    product: Any,  # [W, W]
+    of_logprob: Any,  # [W]
+    score: Any,  # [W]
+    bias: Any,
+    times: Any,  # [n or more], scratch
+    mixed: Any,  # [W], scratch
+) -> Any:
+    """The paper's loop for one row: the emitted candidate, how many were proposed, and forced."""
+    count, key = len(values), np.uint64(request.key)
+    total = 0.0
+    for value in values:
+        total += math.exp(value - values[0])
+    log_total = values[0] + math.log(total)
+    for i in range(count):  # when each candidate's clock rings
+        if request.greedy:
+            times[i] = i
+        else:
+            race = _exponential(key, position, 2 * ids[i] + 1)
+            times[i] = math.log(race) - (values[i] - log_total)
+    proposed = 0
+    while proposed < min(request.max_rejections, count):
+        first = 0
+        for i in range(1, count):
+            if times[i] < times[first]:
+                first = i
+        times[first] = np.inf
+        proposed += 1
+        cost = 0.0  # a single candidate is accepted: there is no choice
+        if count > 1:
+            logprob = np.float32(values[first] - log_total)
+            candidate = table[ids[first]]
+            cost = request.strength * _accept_cost(
+                features, candidate, logprob, product, of_logprob, score, bias, mixed
+            )
+        coin = _LOG_2 if request.greedy else _exponential(key, position, 2 * ids[first] + 2)
+        if coin >= cost:
+            return first, proposed, False
+    return 0, proposed, True
+
+
 @njit(
     void(
-        float32[:, ::1],
+        int64,
+        int64,
+        boolean,
         boolean,
         boolean,
         float32[:, ::1],
         int64[:, ::1],
         from_dtype(LOOP_REQUEST)[::1],
         float32[::1],
+        int64,
         float32[:, ::1],
         float32[:, ::1],
+        float32[:, ::1],
         float32[:, :, ::1],
         float32[:, :, ::1],
         float32[:, :, ::1],
         float32[:, :, ::1],
         float32[:, :, ::1],
-        int32[::1],
-        float32[::1],
-        int32[::1],
+        int64,
+        int64,
+        int64,
         int64[:, ::1],
     ),
     cache=True,
     nogil=True,
     fastmath={"contract", "reassoc"},
 )
-def _decide_rows(
-    logits: Any,  # [R, V]
+def decide_rows(
+    logits: Any,  # address of [R, V], float32 or bfloat16
+    stride: Any,  # from row to row; the head may have padded the vocabulary
+    logits_are_halves: Any,
     tempered: Any,  # whether they have been divided by the temperature
-    finds_top: Any,  # whether the next two are still to be found
+    finds_all: Any,  # whether the next two and mass are still to be found
     all_values: Any,  # [A, K] logits, largest first; changed
     all_ids: Any,  # [A, K] their tokens
     requests: Any,  # [A] LOOP_REQUEST
-    mass: Any,  # [A] logsumexp of the tempered logits; read where top_p < 1
+    mass: Any,  # [A] logsumexp of the tempered logits, if there is a top-p
+    hidden: Any,  # address of [A, H] bfloat16; nowhere: the next three are settled
+    state: Any,  # [2W, H] what they are multiplied with
     states: Any,  # [A, H]
     projected: Any,  # [A, 2W]
     tables: Any,  # [P, V, 2W]
@@ -399,64 +399,70 @@ def _decide_rows(
     of_logprob: Any,  # [P, 1, W]
     score: Any,  # [P, W, 1]
     bias: Any,  # [P, 1, 1]
-    top_k: Any,  # [R]
-    top_p: Any,  # [R]
-    positions: Any,  # [R]
+    top_k: Any,  # address of [R] int32, or nowhere
+    top_p: Any,  # address of [R] float32, or nowhere
+    positions: Any,  # address of [R] int32
     decided: Any,  # [4, A] out: the columns of Decision
 ) -> None:
     """Settle A rows."""
+    if hidden != NOWHERE:
+        shape = len(requests), states.shape[1]
+        _project(carray(_pointer(hidden), shape, np.int16), state, states, projected)
+    num_rows, vocab_size = requests[-1].row + 1, tables.shape[1]  # those that are looked at
+    all_logits = carray(_pointer(logits), (num_rows, stride), np.float32)
+    all_halves = carray(_pointer(logits), (num_rows, stride), np.int16)
+    all_top_k = carray(_pointer(top_k), num_rows, np.int32)
+    all_top_p = carray(_pointer(top_p), num_rows, np.float32)
+    all_positions = carray(_pointer(positions), num_rows, np.int32)
+    words, floats = np.empty(vocab_size, np.uint32), np.empty(vocab_size, np.float32)
+    fractions = np.empty(vocab_size, np.float32)
     mixed = np.empty(product.shape[1], np.float32)
     features = np.empty(projected.shape[1], np.float32)
     times = np.empty(all_values.shape[1], np.float64)
-    maxima = np.empty(logits.shape[1] // _BLOCK, np.float32)
+    maxima = np.empty(vocab_size // _BLOCK, np.float32)
     for a in range(len(requests)):
         request = requests[a]
-        row, proxy, greedy = request.row, request.proxy, request.greedy
+        row = request.row
         values, ids = all_values[a, : request.size], all_ids[a, : request.size]
-        if finds_top:
-            _find_top(logits[row], values, ids, maxima)
-        if not tempered:
-            for i in range(len(values)):
-                values[i] /= request.temperature
-        count = _nucleus_size(values, top_k[row], top_p[row], mass[a])
-        total = 0.0
-        for i in range(count):
-            total += math.exp(values[i] - values[0])
-        log_total = values[0] + math.log(total)
+        row_logits = all_logits[row, :vocab_size]
+        if finds_all and logits_are_halves:
+            _widen(all_halves[row, :vocab_size], words, floats)
+            row_logits = floats
+        if finds_all:
+            _find_top(row_logits, values, ids, maxima)
+        top, temperature = values[0], np.float32(1.0) if tempered else request.temperature
+        for i in range(len(values)):
+            values[i] /= temperature
+        row_k = all_top_k[row] if top_k != NOWHERE else vocab_size
+        row_p = all_top_p[row] if top_p != NOWHERE else 1.0
+        total = 1.0
+        if row_p < 1 and row_k > len(values):
+            if finds_all:
+                total = _total(row_logits, top, temperature, words, fractions)
+            else:
+                total = math.exp(mass[a] - values[0])
+        count = _nucleus_size(values, row_k, row_p, total)
         norm = np.float32(0.0)
         for x in states[a]:
             norm += x * x
         features[:] = projected[a] / (math.sqrt(norm) + NORM_FLOOR)
-        key, position = np.uint64(request.key), np.uint64(positions[row])
-        for i in range(count):  # when each candidate's clock rings
-            if greedy:
-                times[i] = i
-            else:
-                race = _exponential(key, position, 2 * ids[i] + 1)
-                times[i] = math.log(race) - (values[i] - log_total)
-        emitted, proposed = -1, 0
-        while emitted < 0 and proposed < min(request.max_rejections, count):
-            first = 0
-            for i in range(1, count):
-                if times[i] < times[first]:
-                    first = i
-            times[first] = np.inf
-            proposed += 1
-            cost = 0.0  # a single candidate is accepted: there is no choice
-            if count > 1:
-                cost = request.strength * _accept_cost(
-                    features,
-                    tables[proxy, ids[first]],
-                    np.float32(values[first] - log_total),
-                    product[proxy],
-                    of_logprob[proxy, 0],
-                    score[proxy, :, 0],
-                    bias[proxy, 0, 0],
-                    mixed,
-                )
-            coin = _LOG_2 if greedy else _exponential(key, position, 2 * ids[first] + 2)
-            if coin >= cost:
-                emitted = first
-        slot = max(emitted, 0)
-        decided[0, a], decided[1, a], decided[2, a] = slot, ids[slot], proposed
-        decided[3, a] = emitted < 0
+        slot, proposed, forced = _propose(
+            request,
+            np.uint64(all_positions[row]),
+            values[:count],
+            ids,
+            features,
+            tables[request.proxy],
+            product[request.proxy],
+            of_logprob[request.proxy, 0],
+            score[request.proxy, :, 0],
+            bias[request.proxy, 0, 0],
+            times,
+            mixed,
+        )
+        decided[0, a], decided[1, a], decided[2, a], decided[3, a] = (
+            slot,
+            ids[slot],
+            proposed,
+            forced,
+        )

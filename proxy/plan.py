@@ -20,12 +20,11 @@ class Plan(NamedTuple):
     aligned: AlignedRows | None  # None, and no row shadowed: all is vLLM's
     plain_rows: list[int]
     plain_index: Tensor  # [P] int64, `plain_rows` on the device
-    needs_processors: bool  # some row has a min-p
     shadowed: Tensor | None  # [R] bool, rows that shadow proxies may score; None = no row
     greedy: Tensor | None  # [R] bool, for the shadows; None = no row
 
 
-_NOTHING_TO_DO = Plan([], None, [], torch.empty(0, dtype=torch.int64), False, None, None)
+_NOTHING_TO_DO = Plan([], None, [], torch.empty(0, dtype=torch.int64), None, None)
 
 
 def make_plan(
@@ -52,7 +51,6 @@ def make_plan(
         aligned=aligned,
         plain_rows=plain,
         plain_index=to_device(plain, torch.int64, device),
-        needs_processors=any(a.min_p > 0 for a in assignments),
         shadowed=to_device(shadowed, torch.bool, device) if any(shadowed) else None,
         greedy=to_device(greedy, torch.bool, device) if any(greedy) else None,
     )

@@ -45,7 +45,6 @@ class Assignment:
     strength: float = 1.0
     max_rejections: int = 0
     temperature: float = 1.0
-    min_p: float = 0.0
     key: int = 0  # of its noise, from its seed; a random one where it has none
     is_seeded: bool = False
     stop_ids: tuple[int, ...] = ()  # tokens that end the request
@@ -189,9 +188,9 @@ class AlignedRows:
 
     def decide(
         self,
-        logits: Tensor,  # [R, V]
+        logits: Tensor,  # [R, V] of any floating type
         hidden: Tensor,  # [R, H]
-        positions: Tensor,  # [R] int, index of the token to be drawn
+        positions: Tensor,  # [R or more] int, index of the token to be drawn
         top_k: Tensor | None,  # [R] int, V = off
         top_p: Tensor | None,  # [R] float, 1 = off
         *,
@@ -213,7 +212,7 @@ class AlignedRows:
             sizes=settings.sizes,
         )
         scores = self._mixture.accept_logits(self.pick(hidden), candidates)
-        noise = self.noise(self.pick(positions), candidates.token_ids)
+        noise = self.noise(self.pick(positions[: len(logits)]), candidates.token_ids)
         decision = decide(
             candidates,
             scores,
@@ -261,7 +260,7 @@ class AlignedRows:
 
     @cached_property
     def _loop(self) -> Any:
-        from proxy.loop import LoopRows  # compiles at its import, and only a CPU needs it
+        from proxy.loop_rows import LoopRows  # compiles at its import; only a CPU needs it
 
         return LoopRows(self.rows, self.assignments, self._sizes, self._pool, self._mixture)
 

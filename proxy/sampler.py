@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config.model import LogprobsMode
-from vllm.v1.sample.logits_processor import MinPLogitsProcessor
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
@@ -37,6 +42,23 @@ class ProxySampler(Sampler):
 
     step: Step | None = None
 
+    def forward(
+        self,
+        logits: Tensor,  # [R, V], may be changed in place
+        sampling_metadata: SamplingMetadata,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: LogprobsMode | None = None,
+    ) -> SamplerOutput:
+        """vLLM's stages; where they have nothing to do, the law reads the logits as they are.
+
+        It wants K of a row: float32 logits, divided by the temperature, would be made in vain.
+        """
+        step, md = self.step, sampling_metadata
+        if step is None or not _is_all_law(step.plan, logits, md):
+            return super().forward(logits, md, predict_bonus_token, logprobs_mode_override)
+        token_ids = align(step, logits, md.top_k, md.top_p, tempered=False)
+        return SamplerOutput(token_ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
+
     def sample(
         self,
         logits: Tensor,  # [R, V] float32, may be changed in place
@@ -55,12 +77,6 @@ class ProxySampler(Sampler):
         processed = None
         if wants_processed and md.all_greedy:
             processed = self._processed(logits, md, mode)
-        if not (plan.plain_rows or plan.shadowed is not None or wants_processed) and not (
-            self._uses_processors(plan, md)
-        ):
-            # The law takes the temperature on K candidates; nothing else of size V is needed.
-            return align(step, logits, md.top_k, md.top_p, tempered=False), processed
-
         # vLLM takes the argmax before it applies the temperature; so must the plain rows.
         greedy_sampled = None
         if plan.plain_rows and not md.all_random:
@@ -81,13 +97,6 @@ class ProxySampler(Sampler):
             sampled[plan.plain_index] = drawn
         score_shadows(step, logits, md.top_k, md.top_p, sampled)
         return sampled, processed
-
-    def _uses_processors(self, plan: Plan, md: SamplingMetadata) -> bool:
-        """Whether something between temperature and top-k has work to do: min-p, or a plug-in."""
-        return plan.needs_processors or any(
-            type(processor) is not MinPLogitsProcessor
-            for processor in md.logitsprocs.argmax_invariant
-        )
 
     def _draw_plain(
         self,
@@ -122,6 +131,31 @@ class ProxySampler(Sampler):
         return logits if mode == "processed_logits" else self.compute_logprobs(logits)
 
 
+_WORK_OF: dict[type, str] = {
+    MinTokensLogitsProcessor: "min_toks",
+    LogitBiasLogitsProcessor: "biases",
+    MinPLogitsProcessor: "min_p_count",
+}
+"""Where vLLM's own processors say what they have to do; a plug-in's is taken to have something."""
+
+
+def _is_all_law(plan: Plan, logits: Tensor, md: SamplingMetadata) -> bool:
+    """Whether proxies decide all rows, and nothing but the head has a say in what they choose from."""
+    holder = md.thinking_budget_state_holder
+    return (
+        not plan.plain_rows
+        and plan.shadowed is None
+        and len(plan.req_ids) == logits.shape[0]
+        and md.max_num_logprobs is None
+        and not md.logprob_token_ids
+        and md.no_penalties
+        and md.allowed_token_ids_mask is None
+        and not md.bad_words_token_ids
+        and (holder is None or not holder.has_tracked_requests())
+        and not any(getattr(p, _WORK_OF.get(type(p), "apply")) for p in md.logitsprocs.all)
+    )
+
+
 def read_batch(runner: Any) -> Batch:
     """The requests that this model runner is about to sample."""
     requests = runner.requests
@@ -139,6 +173,6 @@ def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     some = 1 in mask.np[:count].tobytes()  # `any` takes ten times as long, at every step
     return (
         runner.execute_model_state.sample_hidden_states,
-        runner.seq_lens[:count],
+        runner.seq_lens,
         mask.gpu[:count].clone() if some else None,
     )

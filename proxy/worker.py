@@ -262,8 +262,6 @@ class ProxyGPUWorker(GPUWorker):
         if plan.aligned is None and plan.shadowed is None:
             return None
         hidden, positions, discarded = self._read_rows(self.model_runner)
-        if len(hidden) != len(plan.req_ids):
-            return None
         return Step(plan, hidden, positions, discarded, shadows, self._ledger.history)
 
     def _read_checkpoint(self, name: str, directory: str) -> LoadedProxy:

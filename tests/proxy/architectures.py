@@ -232,15 +232,17 @@ def serve(llm: Any, vocab_size: int) -> tuple[list[Step], list[Any]]:
     ]
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     steps: list[Step] = []
-    original = ProxySampler.sample
+    original = ProxySampler.forward
 
-    def sample(self: ProxySampler, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: ProxySampler, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden = None if self.step is None else self.step.hidden.clone()
         unfinished = runner.discard_request_mask.np[: len(logits)].tolist()
-        steps.append(Step(logits.clone(), hidden, list(runner.input_batch.req_ids), unfinished))
+        steps.append(
+            Step(logits.float().clone(), hidden, list(runner.input_batch.req_ids), unfinished)
+        )
         return original(self, logits, *args, **kwargs)
 
-    with patch.object(ProxySampler, "sample", sample):
+    with patch.object(ProxySampler, "forward", forward):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [output.prompt_logprobs is not None for output in outputs] == [
         p.prompt_logprobs is not None for p in params

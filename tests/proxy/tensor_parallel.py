@@ -52,16 +52,17 @@ class RecordingWorker(ProxyCPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self._drawn: list[tuple[list[str], list[bool], list[int]]] = []
-        original = ProxySampler.sample
+        original = ProxySampler.forward
 
-        def sample(sampler: ProxySampler, logits: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            sampled, processed = original(sampler, logits, *rest, **named)
+        def forward(sampler: ProxySampler, logits: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            output = original(sampler, logits, *rest, **named)
+            sampled = output.sampled_token_ids.squeeze(-1)
             runner = self.model_runner
             unfinished = runner.discard_request_mask.np[: len(logits)].tolist()
             self._drawn.append((list(runner.input_batch.req_ids), unfinished, sampled.tolist()))
-            return sampled, processed
+            return output
 
-        patch.object(ProxySampler, "sample", sample).start()
+        patch.object(ProxySampler, "forward", forward).start()
 
     def take_drawn(self) -> list[tuple[list[str], list[bool], list[int]]]:
         """(request ids, prefill goes on, token) of the rows of each step since the last call."""

@@ -269,16 +269,16 @@ def ask_often(
 ) -> list[list[Seen]]:
     """Every request many times, shuffled into common batches; every other one has a seed."""
     recorded: dict[str, tuple[Tensor, Tensor]] = {}
-    original = ProxySampler.sample
+    original = ProxySampler.forward
 
-    def sample(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         if record and self.step is not None:
-            rows = zip(logits.clone(), self.step.hidden.clone(), strict=True)
+            rows = zip(logits.float().clone(), self.step.hidden.clone(), strict=True)
             ids = [req_id.rsplit("-", 1)[0] for req_id in self.step.plan.req_ids]
             recorded.update(zip(ids, rows, strict=True))
         return original(self, logits, *args, **kwargs)
 
-    monkeypatch.setattr(ProxySampler, "sample", sample)
+    monkeypatch.setattr(ProxySampler, "forward", forward)
     torch.manual_seed(15)  # the engine, in this process, draws from it
     repeats = [one.num_repeats for one in asked]
     order = np.random.default_rng(14).permutation(np.repeat(np.arange(len(asked)), repeats))

@@ -24,7 +24,6 @@ def params(proxy: str | None, **alignment: Any) -> Any:
         "eos_token_id": EOS,
         "seed": None,
         "temperature": 1.0,
-        "min_p": 0.0,
     }
     own |= {key: alignment.pop(key) for key in tuple(alignment) if key in own}
     found = {"alignment": alignment | {"proxy": proxy}} if proxy or alignment else None
@@ -89,7 +88,7 @@ def test_what_each_request_gets():
         "r0": params("a", strength=2.0, temperature=0.0),
         "r1": params(None),
         "r2": params("b", max_rejections=0, trace=True, stop_token_ids=[8, 9]),
-        "r3": params("a", seed=-5, shadow=False, min_p=0.25),
+        "r3": params("a", seed=-5, shadow=False),
         "r4": params("unknown"),
         "r5": params("b", strength=0),
         "r6": params("a", version="v1"),
@@ -99,7 +98,6 @@ def test_what_each_request_gets():
     assert plan.aligned is not None and plan.shadowed is not None
     assert plan.plain_rows == [1, 4, 5, 7]
     assert plan.shadowed.tolist() == [True, True, True, False, True, True, True, True]
-    assert plan.needs_processors
     r0, r2, r3, r6 = plan.aligned.assignments
     assert [proxy.name for proxy in plan.aligned.proxies] == ["a", "b", "a", "a"]
     assert [a.strength for a in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]

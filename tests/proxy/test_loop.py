@@ -59,7 +59,9 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
     loop, tensors = (rows_of(pool, count, traced=traced) for traced in (False, True))
     forced = 0
     for step in range(2000 // count):
-        logits = torch.randn(count, V) * 3
+        logits = (torch.randn(count, V + 12) * 3).to(dtype)[
+            :, :V
+        ]  # as a head with a padded vocabulary
         hidden = torch.randn(count, H).to(dtype)
         positions = torch.full((count,), step, dtype=torch.int32)
         top_p = torch.rand(count) if step % 2 else None

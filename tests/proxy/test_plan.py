@@ -67,9 +67,3 @@ def test_what_shadows_may_score(pool, proxies):
     assert plan_of(pool, assignments[1:2], has_shadows=True).shadowed is None
     without = plan_of(pool, assignments)
     assert (without.shadowed, without.greedy) == (None, None)
-
-
-def test_min_p_of_any_row_needs_vllms_processors(pool, proxies):
-    assignments = [assign(proxies, "a"), assign(proxies, None, min_p=0.1)]
-    assert plan_of(pool, assignments).needs_processors
-    assert not plan_of(pool, assignments[:1]).needs_processors

@@ -580,9 +580,27 @@ def test_vllms_methods_are_those_that_we_override_and_call():
     for ours, theirs in (
         (ProxySamplerV2.add_request, Sampler.add_request),
         (ProxySamplerV2._sample_random, Sampler._sample_random),
+        (ProxySampler.forward, v1.Sampler.forward),
         (ProxySampler.sample, v1.Sampler.sample),
     ):
         assert parameters(ours) == parameters(theirs)
+
+
+def test_nothing_has_joined_what_may_change_logits_before_the_draw():
+    """`ProxySampler.forward` leaves vLLM's stages out where it knows that none has anything to do."""
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    from proxy.sampler import _WORK_OF
+
+    assert {*BUILTIN_LOGITS_PROCESSORS} == {*_WORK_OF}
+    assert {field.name for field in dataclasses.fields(SamplingMetadata)} == {
+        "temperature", "all_greedy", "all_random", "top_p", "top_k", "generators",
+        "max_num_logprobs", "logprob_token_ids", "no_penalties", "prompt_token_ids",
+        "frequency_penalties", "presence_penalties", "repetition_penalties", "output_token_ids",
+        "allowed_token_ids_mask", "bad_words_token_ids", "logitsprocs", "spec_token_ids",
+        "thinking_budget_state_holder",
+    }  # fmt: skip
 
 
 def test_what_a_step_is_read_from_is_there():

@@ -317,14 +317,14 @@ def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, 
     from proxy.sampler import ProxySampler
 
     steps: list[tuple[Any, Any]] = []
-    original = ProxySampler.sample
+    original = ProxySampler.forward
 
-    def sample(self, logits, *args):
+    def forward(self, logits, *args, **kwargs):
         if self.step is not None:
-            steps.append((self.step.hidden.clone(), logits.clone()))
-        return original(self, logits, *args)
+            steps.append((self.step.hidden.clone(), logits.float().clone()))
+        return original(self, logits, *args, **kwargs)
 
-    monkeypatch.setattr(ProxySampler, "sample", sample)
+    monkeypatch.setattr(ProxySampler, "forward", forward)
     return steps
 
 

@@ -207,11 +207,11 @@ def decide_in_engine(
     raw: list[Tensor] = []
     decided: defaultdict[str, list[Decided]] = defaultdict(list)
     traced: defaultdict[str, list[Traced]] = defaultdict(list)
-    sample = ProxySampler.sample
+    forward = ProxySampler.forward
 
-    def recorded_sample(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raw[:] = [logits.clone()]
-        return sample(self, logits, *args, **kwargs)
+    def recorded_forward(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raw[:] = [logits.float().clone()]
+        return forward(self, logits, *args, **kwargs)
 
     def recorded_align(step: Any, *args: Any, **kwargs: Any) -> Tensor:
         recorder = Recorder()
@@ -220,8 +220,8 @@ def decide_in_engine(
         columns = (
             *(rows.pick(x).clone() for x in (raw[0], step.hidden)),
             torch.tensor([a.key for a in rows.assignments]),
-            rows.pick(step.positions).clone(),
-            *recorder.decision.columns[1:],
+            rows.pick(step.positions[: len(step.hidden)]).clone(),
+            *recorder.decision.columns[1:].clone(),
         )
         for row, assignment in enumerate(rows.assignments):
             req_id = assignment.req_id.rsplit("-", 1)[0]
@@ -232,7 +232,7 @@ def decide_in_engine(
                 traced[req_id].append(Traced(*(column[row] for column in found)))
         return token_ids
 
-    monkeypatch.setattr(ProxySampler, "sample", recorded_sample)
+    monkeypatch.setattr(ProxySampler, "forward", recorded_forward)
     monkeypatch.setattr("proxy.sampler.align", recorded_align)
     prompts, params = [], []
     for i, one in enumerate(asked):
