@@ -43,9 +43,9 @@ PARTS = (
 """In the order in which they run.
 
 scheduler: whose turn it is, and what became of it. inputs: the batch's tensors. forward: the LLM. head: hidden states
-to logits. plan: which row follows which proxy. constraints: float32 logits, penalties, bans and the like. draw: all that
-the sampler does with the constrained logits but for the law's parts (`benchmarks/clock.py`). bookkeeping: the runner's, after
-sampling. rest: output texts and the like.
+to logits. plan: which row follows which proxy. constraints: float32 logits, penalties, bans and the like. draw: all
+that the sampler does with the constrained logits but for the law's parts (`benchmarks/clock.py`). bookkeeping: the
+runner's, after sampling. rest: output texts and the like.
 """
 
 

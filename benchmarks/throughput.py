@@ -49,8 +49,8 @@ class Options:
     """Which of prompt and answer is long; `SHAPES` has the lengths."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
     """Temperature 1 in each."""
-    pairs: int = 5
-    """Rounds, each with one run of every kind."""
+    rounds: int = 5
+    """Each with one run of every kind."""
     seconds: float = 2.0
     """A run lasts at least about so long."""
     stock: bool = False
@@ -174,7 +174,7 @@ def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Opti
     waves = max(1, math.ceil(options.seconds / warm))
     texts = prompts(model, shape.prompt, case.concurrency * waves)
     runs: dict[Kind, list[float]] = {kind: [] for kind in kinds}  # tokens per second
-    for number in range(options.pairs):
+    for number in range(options.rounds):
         # There and back would let the kind at either end run twice in a row, on warm caches.
         for kind in random.Random(number).sample(kinds, len(kinds)):
             seconds, prompt_tokens, tokens = once(kind, texts)

@@ -1,6 +1,6 @@
 """Which requests follow which proxy, and the plan of the batch they are in.
 
-`Ledger.plan` runs once per step on the host and is cached while the batch stays the same. A
+A plan is made on the host when the batch changes, and kept while it stays the same. A
 request is resolved once, when it is first seen: it keeps the proxy, and so the version, that it
 began with, whatever is loaded or unloaded meanwhile. `history` has what was decided for it.
 Nothing here imports vllm.
@@ -60,9 +60,7 @@ class Ledger:
         self._plan: Plan | None = None
 
     def plan(self, batch: Batch, pool: ProxyPool, find: FindProxy, *, has_shadows: bool) -> Plan:
-        """The plan of a batch; the very same object while its requests are."""
-        if self._plan is not None and self.has_plan_for(batch):
-            return self._plan
+        """A new plan, of a batch that `plan_of` has none for."""
         self._set_finished_aside(batch.live)
         live, params_of = self._live, batch.params_of
         assignments = [live.get(i) or self._assignment(i, params_of, find) for i in batch.req_ids]
@@ -71,9 +69,9 @@ class Ledger:
         )
         return self._plan
 
-    def has_plan_for(self, batch: Batch) -> bool:
-        """Whether these are the requests of the step before."""
-        return self._plan is not None and self._plan.req_ids == batch.req_ids
+    def plan_of(self, req_ids: Sequence[str]) -> Plan | None:
+        """The plan of the step before, if that had these requests."""
+        return self._plan if self._plan is not None and self._plan.req_ids == req_ids else None
 
     def forget_plan(self) -> None:
         """Make the next one afresh: the pool has changed."""

@@ -41,6 +41,8 @@ class ProxySampler(Sampler):
     """
 
     step: Step | None = None
+    _settled: tuple[list[str], SamplingMetadata, bool] | None = None
+    """A plan's `req_ids`, the batch's metadata, and whether `_is_all_law` holds for these two objects."""
 
     def forward(
         self,
@@ -54,7 +56,13 @@ class ProxySampler(Sampler):
         It wants K of a row: float32 logits, divided by the temperature, would be made in vain.
         """
         step, md = self.step, sampling_metadata
-        if step is None or not _is_all_law(step.plan, logits, md):
+        is_all_law = False
+        if step is not None:
+            plan, settled = step.plan, self._settled
+            if settled is None or settled[0] is not plan.req_ids or settled[1] is not md:
+                settled = self._settled = plan.req_ids, md, _is_all_law(plan, md)
+            is_all_law = settled[2] and logits.shape[0] == len(plan.req_ids)
+        if step is None or not is_all_law:
             return super().forward(logits, md, predict_bonus_token, logprobs_mode_override)
         token_ids = align(step, logits, md.top_k, md.top_p, tempered=False)
         return SamplerOutput(token_ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
@@ -139,13 +147,15 @@ _WORK_OF: dict[type, str] = {
 """Where vLLM's own processors say what they have to do; a plug-in's is taken to have something."""
 
 
-def _is_all_law(plan: Plan, logits: Tensor, md: SamplingMetadata) -> bool:
-    """Whether proxies decide all rows, and nothing but the head has a say in what they choose from."""
+def _is_all_law(plan: Plan, md: SamplingMetadata) -> bool:
+    """Whether proxies decide all rows, and nothing but the head has a say in what they choose from.
+
+    What vLLM's stages have to do can only grow when the batch changes.
+    """
     holder = md.thinking_budget_state_holder
     return (
         not plan.plain_rows
         and plan.shadowed is None
-        and len(plan.req_ids) == logits.shape[0]
         and md.max_num_logprobs is None
         and not md.logprob_token_ids
         and md.no_penalties
@@ -156,11 +166,16 @@ def _is_all_law(plan: Plan, logits: Tensor, md: SamplingMetadata) -> bool:
     )
 
 
+def read_ids(runner: Any) -> list[str]:
+    """The ids of the requests that this model runner is about to sample, row by row."""
+    return runner.input_batch.req_ids
+
+
 def read_batch(runner: Any) -> Batch:
-    """The requests that this model runner is about to sample."""
+    """The same requests, and all that is known of them."""
     requests = runner.requests
     return Batch(
-        req_ids=runner.input_batch.req_ids,
+        req_ids=read_ids(runner),
         params_of=lambda req_id: requests[req_id].sampling_params,
         live=requests.keys(),
     )
@@ -170,7 +185,7 @@ def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Its hidden states, positions and discarded rows, as `Step` has them."""
     count = len(runner.input_batch.req_ids)
     mask = runner.discard_request_mask
-    some = 1 in mask.np[:count].tobytes()  # `any` takes ten times as long, at every step
+    some = mask.np.tobytes().find(1, 0, count) >= 0  # `any` takes ten times as long, at every step
     return (
         runner.execute_model_state.sample_hidden_states,
         runner.seq_lens,

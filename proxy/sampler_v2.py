@@ -90,11 +90,16 @@ class ProxySamplerV2(Sampler):
         )
 
 
+def read_ids(runner: Any) -> list[str]:
+    """The ids of the requests that this model runner is about to sample, row by row."""
+    return runner.execute_model_state.input_batch.req_ids
+
+
 def read_batch(runner: Any) -> Batch:
-    """The requests that this model runner is about to sample."""
+    """The same requests, and all that is known of them."""
     slot_of = runner.req_states.req_id_to_index
     return Batch(
-        req_ids=runner.execute_model_state.input_batch.req_ids,
+        req_ids=read_ids(runner),
         params_of=lambda req_id: runner.sampler.params.get(slot_of[req_id]),
         live=slot_of.keys(),
     )

@@ -24,12 +24,12 @@ from vllm.platforms import current_platform
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
+from proxy import sampler as sampler_v1
 from proxy.checkpoint import BaseModelId, LoadedProxy, ProxyError, identify, load
 from proxy.hook import Step
 from proxy.ledger import Ledger
 from proxy.network import ProxyNetwork
 from proxy.registry import Registry
-from proxy.sampler import ProxySampler, read_batch, read_rows
 
 _TABLE_CHUNK = 8192  # tokens embedded at once when a proxy is loaded
 
@@ -103,10 +103,10 @@ class ProxyGPUWorker(GPUWorker):
             from proxy import sampler_v2
 
             ours, theirs = sampler_v2.ProxySamplerV2, SamplerV2
-            self._read_batch, self._read_rows = sampler_v2.read_batch, sampler_v2.read_rows
+            self._read: Any = sampler_v2
         else:
-            ours, theirs = ProxySampler, Sampler
-            self._read_batch, self._read_rows = read_batch, read_rows
+            ours, theirs = sampler_v1.ProxySampler, Sampler
+            self._read = sampler_v1
         if type(sampler) not in (ours, theirs):
             raise ProxyError(
                 f"Proxies need vLLM's own sampler, and this set-up samples with "
@@ -254,14 +254,16 @@ class ProxyGPUWorker(GPUWorker):
         registry = self._registry
         if not registry.pool.proxies:
             return None
-        batch = self._read_batch(self.model_runner)
-        if self._preempted:
-            batch = batch._replace(live=self._live_requests())
-        shadows = registry.shadows
-        plan = self._ledger.plan(batch, registry.pool, registry.find, has_shadows=bool(shadows))
+        runner, shadows = self.model_runner, registry.shadows
+        plan = self._ledger.plan_of(self._read.read_ids(runner))
+        if plan is None:
+            batch = self._read.read_batch(runner)
+            if self._preempted:
+                batch = batch._replace(live=self._live_requests())
+            plan = self._ledger.plan(batch, registry.pool, registry.find, has_shadows=bool(shadows))
         if plan.aligned is None and plan.shadowed is None:
             return None
-        hidden, positions, discarded = self._read_rows(self.model_runner)
+        hidden, positions, discarded = self._read.read_rows(runner)
         return Step(plan, hidden, positions, discarded, shadows, self._ledger.history)
 
     def _read_checkpoint(self, name: str, directory: str) -> LoadedProxy:

@@ -61,7 +61,7 @@ class Requests:
             live=self.params.keys(),
         )
         find = {(name, None): proxy for name, proxy in self.proxies.items()}
-        return self.ledger.plan(
+        return self.ledger.plan_of(req_ids) or self.ledger.plan(
             batch, self.pool, lambda *key: find.get(key), has_shadows=self.random.random() < 0.5
         )
 

@@ -53,7 +53,9 @@ class Worker:
             live=self.requests.keys(),
         )
         find = self.proxies.get
-        return self.ledger.plan(chosen, self.pool, lambda *key: find(key), has_shadows=has_shadows)
+        return self.ledger.plan_of(chosen.req_ids) or self.ledger.plan(
+            chosen, self.pool, lambda *key: find(key), has_shadows=has_shadows
+        )
 
     def assignments(self) -> list[Assignment]:
         """Those of all requests that a proxy decides."""

@@ -388,7 +388,7 @@ def test_only_rows_of_the_batch_are_counted(make_worker):
     runner.add("chatcmpl-b-00000000", params("two", seed=2))
     for a, b, spoken in ((4, 3, [0, 1]), (4, 1, [0, 1]), (1, 1, [1, 1]), (1, 1, [1, 1])):
         runner.schedule(**{"chatcmpl-a-00000000": a, "chatcmpl-b-00000000": b})
-        hidden, positions, discarded = worker._read_rows(runner)
+        hidden, positions, discarded = worker._read.read_rows(runner)
         assert len(hidden) == len(positions) == 2
         unfinished = [False, False] if discarded is None else discarded.tolist()
         assert unfinished == [not said for said in spoken]
@@ -508,11 +508,11 @@ def test_the_worker_picks_by_the_model_runner(make_worker):
     worker = make_worker(load=False)
     assert worker.use_v2_model_runner
     assert type(worker.model_runner.sampler) is proxy.sampler_v2.ProxySamplerV2
-    assert worker._read_rows is proxy.sampler_v2.read_rows
+    assert worker._read is proxy.sampler_v2
     worker = make_worker(v2=False, sampler=Sampler(), load=False)
     assert not worker.use_v2_model_runner
     assert type(worker.model_runner.sampler) is proxy.sampler.ProxySampler
-    assert worker._read_rows is proxy.sampler.read_rows
+    assert worker._read is proxy.sampler
 
 
 def test_other_samplers_are_refused(make_worker):
