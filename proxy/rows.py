@@ -124,10 +124,10 @@ class Mixture:
         first_rows = [[proxy.slot * pool.tables.shape[1]] for proxy in proxies]
         self._first_rows = to_device(first_rows, torch.int64, device)  # [A, 1]
 
-    @property
+    @cached_property
     def state(self) -> Tensor | None:
-        """[H, 2W], what `project` multiplies with; None = not the same for all rows."""
-        return self._weights.state[0] if self._tiles is None else None
+        """[2W, H], what `project` multiplies with; None = not the same for all rows."""
+        return self._weights.state[0].mT.contiguous() if self._tiles is None else None
 
     def project(self, hidden: Tensor) -> Tensor:
         """`state_features` of each row by its proxy, times the norm: [A, H] float32 -> [A, 2W]."""
