@@ -59,9 +59,8 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
     loop, tensors = (rows_of(pool, count, traced=traced) for traced in (False, True))
     forced = 0
     for step in range(2000 // count):
-        logits = (torch.randn(count, V + 12) * 3).to(dtype)[
-            :, :V
-        ]  # as a head with a padded vocabulary
+        padded = (torch.randn(count, V + 12) * 3).to(dtype)  # as some heads give them
+        logits = padded[:, :V]
         hidden = torch.randn(count, H).to(dtype)
         positions = torch.full((count,), step, dtype=torch.int32)
         top_p = torch.rand(count) if step % 2 else None

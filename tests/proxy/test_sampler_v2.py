@@ -603,6 +603,55 @@ def test_nothing_has_joined_what_may_change_logits_before_the_draw():
     }  # fmt: skip
 
 
+class PlugIn:
+    """A logits processor that is none of vLLM's."""
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"max_num_logprobs": 0}, False),
+        ({"logprob_token_ids": {0: [1]}}, False),
+        ({"no_penalties": False}, False),
+        ({"allowed_token_ids_mask": torch.ones(1, V, dtype=torch.bool)}, False),
+        ({"bad_words_token_ids": {0: [[1]]}}, False),
+        ({"thinking_budget_state_holder": SimpleNamespace(has_tracked_requests=lambda: True)}, False),
+        ({"thinking_budget_state_holder": SimpleNamespace(has_tracked_requests=lambda: False)}, True),
+        ({"plug_in": True}, False),
+        ({"min_toks": {0: 1}}, False),
+        ({"biases": {0: {1: 2.0}}}, False),
+        ({"min_p_count": 1}, False),
+    ],
+)  # fmt: skip
+def test_the_law_is_all_only_where_nothing_else_has_work(changed, expected):
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    from proxy.plan import make_plan
+    from proxy.pool import ProxyPool
+    from proxy.sampler import _WORK_OF, _is_all_law
+
+    processors: list[Any] = [object.__new__(kind) for kind in BUILTIN_LOGITS_PROCESSORS]
+    for processor in processors:
+        name = _WORK_OF[type(processor)]
+        setattr(processor, name, changed.get(name, {}))
+    if "plug_in" in changed:
+        processors.append(PlugIn())
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(SamplingMetadata)}
+    fields |= {"no_penalties": True, "logitsprocs": LogitsProcessors(processors)}
+    fields |= {name: value for name, value in changed.items() if name in fields}
+    plan = make_plan([], [], ProxyPool(), CPU, has_shadows=False)
+    assert _is_all_law(plan, SamplingMetadata(**fields)) is expected
+    assert not _is_all_law(plan._replace(plain_rows=[0]), SamplingMetadata(**fields))
+
+
 def test_what_a_step_is_read_from_is_there():
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_runner import ExecuteModelState, GPUModelRunner
