@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import count, islice, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,7 +24,7 @@ from benchmarks.models import DEMO, REPOSITORY
 from proxy.checkpoint import BaseModelId, identify, load
 from training.evaluate import win_rate
 from training.rollout import Decoding, Policy, Rollout, generate
-from training.supervised import Conversations, load_model
+from training.supervised import Conversations, end_ids, load_model
 from training.world import gold
 from training.world.__main__ import draw_prompts, split_combinations
 
@@ -81,8 +81,8 @@ class Speaker:
             policy,
             self.prompts,
             self.options.decoding,
-            end_id=self.tokenizer.eos_token_id,
-            seed=seed,
+            end_ids=end_ids(self.model, self.tokenizer),
+            seeds=count(seed << 32),
             measure_kl=measure_kl,
         )
         return rollout, self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)

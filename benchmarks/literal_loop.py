@@ -171,7 +171,7 @@ def cost_of_one_pass(policy: Policy, prompts: list[list[int]], end_id: int, seed
     start = time.process_time()
     with counted_forwards(policy) as forwards:
         for index, prompt in enumerate(prompts):
-            rollout = generate(policy, [prompt], DECODING, end_id=end_id, seed=seed + index)
+            rollout = generate(policy, [prompt], DECODING, end_ids={end_id}, seeds=[seed + index])
             tokens += rollout.counts.tokens
             rejected += rollout.counts.rejected
     return Cost(tokens, rejected, forwards[0], time.process_time() - start)

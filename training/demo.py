@@ -89,8 +89,8 @@ def main(options: Options) -> None:
         lambda: jsft.main(
             jsft.Options(
                 model=str(untrained),
-                sft=data / "sft.jsonl",
-                preferences=data / "preferences.jsonl",
+                sft=str(data / "sft.jsonl"),
+                preferences=str(data / "preferences.jsonl"),
                 output=base,
                 prompt_weight=0.1,
                 compile=compiles,
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
             lambda: reward_model.main(
                 reward_model.Options(
                     model=str(base),
-                    preferences=preferences,
+                    preferences=str(preferences),
                     output=reward,
                     max_rows=some(12_000),
                     seed=seed,
@@ -119,8 +119,8 @@ def main(options: Options) -> None:
             lambda: proxy_ppo.main(
                 proxy_ppo.Options(
                     model=str(base),
-                    reward=reward,
-                    prompts=data / "prompts.jsonl",
+                    reward=str(reward),
+                    prompts=str(data / "prompts.jsonl"),
                     output=proxy,
                     steps=some(updates),
                     seed=seed,

@@ -9,8 +9,9 @@ and averaged over the proxied responses.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,7 +25,7 @@ from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard
 from training.data import read_rows
 from training.rollout import Decoding, Policy, Rollout, generate
-from training.supervised import Conversations, load_model
+from training.supervised import Conversations, end_ids, load_model
 from training.world import gold
 
 
@@ -81,20 +82,21 @@ def evaluate(options: Options) -> dict[str, Any]:
     chats = Conversations(tokenizer)
     prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in texts]
 
-    def answer(policy: Policy, seed: int, measure_kl: bool) -> tuple[Rollout, list[str]]:
+    def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, list[str]]:
         rollout = generate(
             policy,
             prompts,
             options.decoding,
-            end_id=tokenizer.eos_token_id,
-            seed=seed,
+            end_ids=end_ids(model, tokenizer),
+            seeds=seeds,
             measure_kl=measure_kl,
         )
         return rollout, tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
 
-    _, frozen = answer(Policy(model), options.seed + 1_000_000, measure_kl=False)
+    first = options.seed * 2**32
+    _, frozen = answer(Policy(model), count(first + 2**31), measure_kl=False)
     policy = Policy(model, proxy.network, options.strength)
-    rollout, proxied = answer(policy, options.seed, measure_kl=True)
+    rollout, proxied = answer(policy, count(first), measure_kl=True)
     try:
         rate, error = win_rate(texts, proxied, frozen)
     except KeyError as unknown:

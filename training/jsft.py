@@ -8,7 +8,6 @@ token in fifty teaches a small model slowly.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
@@ -22,8 +21,8 @@ from training.supervised import Conversations, answer_examples, judgment_example
 class Options(supervised.Options):
     """Options of judge-augmented supervised fine-tuning."""
 
-    preferences: Path
-    """JSON lines of `prompt`, `chosen` and `rejected`."""
+    preferences: str
+    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name."""
     judge_weight: float = 8.0
     """Loss weight of a verdict, in answer tokens."""
 

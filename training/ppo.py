@@ -25,8 +25,7 @@ def whiten(x: Tensor) -> Tensor:
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """The clipped surrogate, to be minimised: −E min(ρA, clip(ρ, 1 ± ε) A), ρ = exp(logprobs − old_logprobs). []"""
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+def policy_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """The clipped surrogate, to be minimised in the mean: −min(ρA, clip(ρ, 1 ± ε) A), ρ = exp(log ratio). [D]"""
+    ratios = log_ratios.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)

@@ -30,8 +30,9 @@ class Options:
 
     model: str
     """The frozen LLM: a directory or a hub id."""
-    preferences: Path
-    """JSON lines of `prompt`, `chosen` and `rejected`."""
+    preferences: str
+    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
+    `training.layouts` too."""
     output: Path
     """Directory for the reward model and `metrics.jsonl`."""
     kind: Literal["implicit", "scalar"] = "implicit"

@@ -1,24 +1,50 @@
-"""Scores of finished responses, from the reward models that `training.reward_model` makes.
+"""Scores of finished responses. What `--reward` may be:
 
-Implicit (Rafailov et al., arXiv 2305.18290): r(x, y) = β · Σ_t log π_rm(y_t | x, y_<t) / π_ref(y_t | x, y_<t), where
-π_rm was trained on the pairs with the Bradley–Terry (DPO) loss from π_ref, the frozen LLM.
-Scalar: a linear head on the last token of prompt and response.
+- a directory from `training.reward_model`.
+  Implicit (Rafailov et al., arXiv 2305.18290): r(x, y) = β · Σ_t log π_rm(y_t | x, y_<t) / π_ref(y_t | x, y_<t), where
+  π_rm was trained on the pairs with the Bradley–Terry (DPO) loss from π_ref, the frozen LLM.
+  Scalar: a linear head on the last token of prompt and response.
+- a sequence-classification model with one label, a directory or a hub id: its score of the chat, by its own tokenizer.
+- `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253), log-odds that the response is better than an answer of
+  the LLM alone, the mean over both orders.
+- `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returning N numbers.
 """
 
+import importlib
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
+from judge.prompts import judge_messages, judge_prompt_ids, label_ids
 from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
+from training.data import Message
+from training.rollout import Decoding, Policy, generate
 
 REWARD_FILE = "reward.json"
+SELF_JUDGE = "self-judge"
+
+
+class Sample(NamedTuple):
+    """A prompt and a response to it."""
+
+    messages: Sequence[Message]
+    text: str
+    prompt_ids: list[int]
+    response_ids: list[int]  # with the end of the turn, where it was reached
 
 
 class RewardConfig(BaseModel):
@@ -34,36 +60,79 @@ class RewardConfig(BaseModel):
 
 
 class Reward(Protocol):
-    """Token ids of N prompts and N responses -> N scores, higher is better."""
+    """N samples -> [N] scores, higher is better."""
 
-    def __call__(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor: ...
+    def __call__(self, samples: Sequence[Sample]) -> Tensor: ...
 
 
-def load_reward(directory: Path, reference: PreTrainedModel, base: BaseModelId) -> Reward:
-    """The reward in `directory`; `reference` is the frozen LLM itself, `base` its identity.
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen LLM, as rewards may want it."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    base: BaseModelId
+    decoding: Decoding
+    end_ids: set[int]
+
+
+def load_reward(name: str, frozen: Frozen) -> Reward:
+    """The reward that `name` stands for; see the module's docstring.
 
     Raises:
-        TrainingError: no such reward model, or it is damaged.
+        TrainingError: there is no such reward, or it is damaged.
         FingerprintMismatch: an implicit reward that was trained from another LLM.
     """
+    if name == SELF_JUDGE:
+        return JudgeReward(frozen)
+    directory = Path(name)
+    if (directory / REWARD_FILE).is_file():
+        return _load_ours(directory, frozen)
+    module, _, function = name.partition(":")
+    if function and not directory.exists():
+        return FunctionReward(name, _import(name, module, function))
+    return _load_classifier(name, frozen.model)
+
+
+def _load_ours(directory: Path, frozen: Frozen) -> Reward:
     try:
         config = RewardConfig.model_validate_json((directory / REWARD_FILE).read_text())
     except (OSError, ValidationError) as error:
-        raise TrainingError(
-            f"{directory} is not a reward model: it needs the {REWARD_FILE} that training.reward_model writes ({error})"
-        ) from None
+        raise TrainingError(f"{directory / REWARD_FILE} is damaged: {error}") from None
     if config.kind == "scalar":
-        scorer = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=reference.dtype
-        )
-        return ScalarReward(scorer.eval())
-    if config.base.fingerprint != base.fingerprint:
+        return _load_classifier(str(directory), frozen.model)
+    if config.base.fingerprint != frozen.base.fingerprint:
         raise FingerprintMismatch(
             f"the implicit reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
-            f"but the frozen LLM is {base.name!r} ({base.fingerprint}); train it again from this one"
+            f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
         )
-    tuned = AutoModelForCausalLM.from_pretrained(directory, dtype=reference.dtype)
-    return ImplicitReward(tuned.eval(), reference, config.beta)
+    tuned = AutoModelForCausalLM.from_pretrained(directory, dtype=frozen.model.dtype)
+    return ImplicitReward(tuned.eval().to(frozen.model.device), frozen.model, config.beta)
+
+
+def _load_classifier(name: str, like: PreTrainedModel) -> Reward:
+    try:
+        scorer = AutoModelForSequenceClassification.from_pretrained(name, dtype=like.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{name!r} is no reward: neither a directory with the {REWARD_FILE} that training.reward_model writes, "
+            f"nor a sequence-classification model, nor module:function, nor {SELF_JUDGE} ({error})"
+        ) from None
+    if scorer.config.num_labels != 1:
+        raise TrainingError(
+            f"{name!r} has {scorer.config.num_labels} labels: a reward model has one, its score"
+        )
+    if not tokenizer.chat_template:
+        raise TrainingError(f"the tokenizer of {name!r} has no chat template; give it one first")
+    return ScalarReward(scorer.eval().to(like.device), tokenizer)
+
+
+def _import(name: str, module: str, function: str) -> Callable[..., Any]:
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise TrainingError(f"the reward {name!r} cannot be imported: {error}") from None
 
 
 class ImplicitReward:
@@ -73,24 +142,80 @@ class ImplicitReward:
         self.tuned, self.reference, self.beta = tuned, reference, beta
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
-        tuned, reference = (
-            sequence_logprobs(model, prompts, responses) for model in (self.tuned, self.reference)
-        )
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        ids = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
+        tuned, reference = (sequence_logprobs(m, *ids) for m in (self.tuned, self.reference))
         return self.beta * (tuned - reference)
 
 
 class ScalarReward:
     """The score of a sequence-classification model with one label."""
 
-    def __init__(self, scorer: Any) -> None:
-        self.scorer = scorer
+    def __init__(self, scorer: PreTrainedModel, tokenizer: Any) -> None:
+        self.scorer, self.tokenizer = scorer, tokenizer
+        if scorer.config.pad_token_id is None:  # it finds the last token by it
+            scorer.config.pad_token_id = tokenizer.eos_token_id
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
-        ids, mask, _ = pad_right(prompts, responses, self.scorer.config.pad_token_id or 0)
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        chats = [[*s.messages, {"role": "assistant", "content": s.text}] for s in samples]
+        rows = self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False)
+        ids, mask, _ = pad_right(rows, [[]] * len(rows), self.scorer.config.pad_token_id)
         device = self.scorer.device
         return self.scorer(ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+
+
+class JudgeReward:
+    """Log-odds that the LLM finds a response better than an answer of its own."""
+
+    def __init__(self, frozen: Frozen) -> None:
+        self.frozen = frozen
+
+    @torch.inference_mode()
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        frozen, tokenizer = self.frozen, self.frozen.tokenizer
+        own = generate(
+            Policy(frozen.model),
+            [sample.prompt_ids for sample in samples],
+            frozen.decoding,
+            end_ids=frozen.end_ids,
+            seeds=[zlib.crc32(str(sample.prompt_ids).encode()) for sample in samples],
+        )
+        answers = tokenizer.batch_decode(own.responses, skip_special_tokens=True)
+        chats = [
+            judge_messages([*sample.messages], *shown)  # type: ignore[list-item]
+            for sample, answer in zip(samples, answers, strict=True)
+            for shown in ((sample.text, answer), (answer, sample.text))
+        ]
+        labels = list(label_ids(tokenizer, chats[0]))
+        rows = [judge_prompt_ids(tokenizer, chat) for chat in chats]
+        ids, mask, _ = pad_right(rows, [[]] * len(rows), 0)
+        logits = frozen.model(ids.to(frozen.model.device)).logits.float()
+        last = logits[torch.arange(len(rows)), mask.sum(-1) - 1][:, labels]  # [2N, 2]
+        odds = (last[:, 0] - last[:, 1]).view(-1, 2)
+        return (odds[:, 0] - odds[:, 1]) / 2
+
+
+class FunctionReward:
+    """What a function of the user's returns."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        scores = self.function(
+            prompts=[list(sample.messages) for sample in samples],
+            completions=[sample.text for sample in samples],
+        )
+        try:
+            found = torch.as_tensor(scores, dtype=torch.float32).flatten()
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"the reward {self.name!r} returned no numbers: {error}") from None
+        if len(found) != len(samples):
+            raise TrainingError(
+                f"the reward {self.name!r} returned {len(found)} scores for {len(samples)} completions"
+            )
+        return found
 
 
 def sequence_logprobs(

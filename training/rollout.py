@@ -1,11 +1,13 @@
 """Sample responses from the frozen LLM with the proxy deciding every token, and record its decisions.
 
 The server's hook and this loop call the same law (`proxy.acceptance`) on the same kind of tensors: processed logits and
-the lm_head's input. One forward of the LLM per emitted token, however many candidates are rejected.
+the lm_head's input, and draw the same noise for the same seed. One forward of the LLM per emitted token, however many
+candidates are rejected.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,11 @@ from proxy.acceptance import (
     Candidates,
     Decision,
     decide,
+    noise_key,
     nucleus,
     proposal_times,
     proposed_mask,
+    seeded_noise,
 )
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
@@ -41,7 +45,7 @@ class Decoding:
 class Decisions(NamedTuple):
     """What the proxy was asked and answered: D decisions, each a candidate accepted or rejected.
 
-    Positions with a single candidate ask nothing and are not here.
+    Response by response, in the order of asking. Positions with a single candidate ask nothing and are not here.
     """
 
     hidden: Tensor  # [D, H] the lm_head's input at the position
@@ -107,21 +111,22 @@ def generate(
     prompts: Sequence[list[int]],
     decoding: Decoding,
     *,
-    end_id: int,
-    seed: int,
+    end_ids: Collection[int],
+    seeds: Iterable[int],
     measure_kl: bool = False,
 ) -> Rollout:
     """One response to each prompt.
 
     Args:
         prompts: N token-id lists, up to where the assistant begins to speak.
-        end_id: the token that ends a response.
-        seed: of all noise.
+        end_ids: tokens that end a response.
+        seeds: one for each prompt, as a request to the server has one; more are not looked at.
         measure_kl: compute the exact divergence at every position too; takes longer than sampling does.
     """
     model, device = policy.model, policy.model.device
-    generator = torch.Generator(device).manual_seed(seed)
     count, width = len(prompts), max(map(len, prompts))
+    keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)], device=device)
+    ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
     ids = torch.zeros(count, width, dtype=torch.long, device=device)
     attention = torch.zeros(count, width, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):  # padded on the left
@@ -133,8 +138,7 @@ def generate(
     emitted, records = [], _Records(count, device, measure_kl)
 
     def draw(token_ids: Tensor) -> Tensor:
-        noise = torch.empty(count, 2, token_ids.shape[-1], device=device)
-        return noise.exponential_(generator=generator)
+        return seeded_noise(keys, positions[:, -1] + 1, token_ids)
 
     with _HeadInput(model) as head:
         for _ in range(decoding.max_new_tokens):
@@ -152,7 +156,7 @@ def generate(
             )
             tokens = torch.where(alive, decision.token_ids, 0)
             emitted.append(torch.where(alive, tokens, -1))
-            alive = alive & (tokens != end_id)
+            alive = alive & ~torch.isin(tokens, ends)
             if not alive.any():
                 break
             ids, positions = tokens.unsqueeze(-1), positions[:, -1:] + 1
@@ -274,4 +278,6 @@ class _Records:
 
     def rollout(self, responses: list[list[int]]) -> Rollout:
         decisions = Decisions(*(torch.cat(parts) for parts in zip(*self._parts, strict=True)))
+        order = decisions.episodes.argsort(stable=True)
+        decisions = Decisions(*(column[order] for column in decisions))
         return Rollout(responses, decisions, Counts(*self._counts.tolist()), self.kl)

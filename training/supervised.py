@@ -36,8 +36,8 @@ class Options:
 
     model: str
     """Model to train: a directory or a hub id."""
-    sft: Path
-    """JSON lines of `messages`; the last assistant turn is learned."""
+    sft: str
+    """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
     output: Path
     """Directory for the trained model and `metrics.jsonl`."""
     epochs: float = 1.0
@@ -172,19 +172,28 @@ class MetricsWriter(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def load_model(name: str, attention: str = "sdpa") -> tuple[PreTrainedModel, Any]:
-    """A causal LM in float32, and its tokenizer.
+def load_model(
+    name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, Any]:
+    """A causal LM and its tokenizer.
 
     Raises:
         TrainingError: there is no such model.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention
+            name, dtype=dtype, attn_implementation=attention
         )
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot load the model {name!r}: {error}") from error
+
+
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return {end for end in (*several, tokenizer.eos_token_id) if end is not None}
 
 
 def train(

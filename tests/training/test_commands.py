@@ -99,7 +99,7 @@ BAD_LINES = {
     '{"prompt": [': "line 2: not JSON",
     "[1, 2]": "line 2: expected a JSON object, got list",
     '{"messages": []}': "line 2: the field 'prompt' is missing",
-    '{"prompt": "text"}': "line 2, field 'prompt': expected a list of chat messages",
+    '{"prompt": 5}': "line 2, field 'prompt': expected a list of chat messages",
     '{"prompt": [{"role": "user"}]}': "line 2, field 'prompt': a message is",
     '{"prompt": [{"role": "robot", "content": "x"}]}': "role 'robot' is not one of",
 }
@@ -119,7 +119,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
             work / "reward-aligned",
             *common,
         ),
-        "is not a reward model": ("--prompts", prompts, "--reward", tmp_path, *common),
+        "is no reward": ("--prompts", prompts, "--reward", tmp_path, *common),
         "neither a directory": (
             "--prompts",
             prompts,

@@ -6,6 +6,7 @@ one by one, except in rows where rounding may decide.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
@@ -140,7 +141,7 @@ def test_the_rollout_follows_the_enumerated_law(load_frozen, networks, monkeypat
     for asked in ASKED:
         network = networks[asked.proxy]
         policy = Policy(frozen, network, asked.strength)
-        rollout = generate(policy, [prompt] * rows, asked.decoding, end_id=-2, seed=1)
+        rollout = generate(policy, [prompt] * rows, asked.decoding, end_ids=(), seeds=count(1))
         logits, hidden = seen_by_rollout.pop()
         if dtype == torch.float32:
             logits, hidden = precise.logits[0, -1], precise.hidden_states[-1][0, -1]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from training.ppo import action_entropy, action_logprobs, policy_loss, whiten
+from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 
 
 def test_action_logprobs() -> None:
@@ -23,10 +23,10 @@ def test_whiten() -> None:
     torch.testing.assert_close(whiten(torch.tensor([2.0, 2.0])), torch.zeros(2))
 
 
-def test_policy_loss_clips_only_where_that_makes_it_more_pessimistic() -> None:
+def test_policy_losses_clip_only_where_that_makes_it_more_pessimistic() -> None:
     old = torch.zeros(4)
     new = torch.tensor([2.0, 2.0, 0.5, 0.5]).log()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    # min(ρA, clip(ρ)A): min(2, 1.2), min(-2, -1.2), min(.5, .8), min(-.5, -.8); the mean negated
-    expected = -(1.2 - 2.0 + 0.5 - 0.8) / 4
-    torch.testing.assert_close(policy_loss(new, old, advantages, 0.2).item(), expected)
+    # min(ρA, clip(ρ)A): min(2, 1.2), min(-2, -1.2), min(.5, .8), min(-.5, -.8), negated
+    expected = torch.tensor([-1.2, 2.0, -0.5, 0.8])
+    torch.testing.assert_close(policy_losses(new - old, advantages, 0.2), expected)

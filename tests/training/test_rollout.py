@@ -1,5 +1,6 @@
 """The rollout: what it samples, and that what it records is what happened."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ def test_padding_beside_longer_prompts_changes_nothing(
 ) -> None:
     greedy = Decoding(temperature=0, max_new_tokens=12)
     policy = Policy(model, scrambled_proxy(model))
-    together = generate(policy, prompts, greedy, end_id=-2, seed=0).responses
-    alone = [generate(policy, [p], greedy, end_id=-2, seed=0).responses[0] for p in prompts]
+    together = generate(policy, prompts, greedy, end_ids=(), seeds=count(0)).responses
+    alone = [
+        generate(policy, [p], greedy, end_ids=(), seeds=count(0)).responses[0] for p in prompts
+    ]
     assert together == alone
 
 
@@ -45,7 +48,11 @@ def test_greedy_without_a_proxy_is_the_models_own_greedy(
     model: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
     ours = generate(
-        Policy(model), prompts[:1], Decoding(temperature=0, max_new_tokens=10), end_id=-2, seed=0
+        Policy(model),
+        prompts[:1],
+        Decoding(temperature=0, max_new_tokens=10),
+        end_ids=(),
+        seeds=count(0),
     ).responses[0]
     theirs = model.generate(
         torch.tensor(prompts[:1]), do_sample=False, max_new_tokens=10, min_new_tokens=10
@@ -60,7 +67,8 @@ def test_greedy_rows_have_no_top_k_and_no_top_p_as_in_vllm(
     narrow = Decoding(temperature=0, top_k=1, top_p=0.01, max_new_tokens=12)
     wide = Decoding(temperature=0, top_k=0, top_p=1.0, max_new_tokens=12)
     ours, theirs = (
-        generate(policy, prompts, decoding, end_id=-2, seed=0) for decoding in (narrow, wide)
+        generate(policy, prompts, decoding, end_ids=(), seeds=count(0))
+        for decoding in (narrow, wide)
     )
     assert ours.responses == theirs.responses
     assert ours.counts.rejected > 0
@@ -70,7 +78,7 @@ def test_records_agree_with_counts_and_with_the_model(
     model: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
     policy = Policy(model, scrambled_proxy(model))
-    rollout = generate(policy, prompts, Decoding(max_new_tokens=10), end_id=-2, seed=3)
+    rollout = generate(policy, prompts, Decoding(max_new_tokens=10), end_ids=(), seeds=count(3))
     counts, decisions = rollout.counts, rollout.decisions
     assert counts.tokens == sum(map(len, rollout.responses)) == 30
     assert counts.proposed - counts.rejected == counts.tokens - counts.forced
@@ -94,9 +102,13 @@ def test_a_proxy_that_rejects_everything_leaves_the_most_probable_token(
 ) -> None:
     network = ProxyNetwork(default_config(model, accept_bias=-1e4))
     decoding = Decoding(max_new_tokens=8)
-    rollout = generate(Policy(model, network), prompts, decoding, end_id=-2, seed=0)
+    rollout = generate(Policy(model, network), prompts, decoding, end_ids=(), seeds=count(0))
     greedy = generate(
-        Policy(model), prompts, Decoding(temperature=0, max_new_tokens=8), end_id=-2, seed=0
+        Policy(model),
+        prompts,
+        Decoding(temperature=0, max_new_tokens=8),
+        end_ids=(),
+        seeds=count(0),
     )
     assert rollout.responses == greedy.responses
 
@@ -105,9 +117,9 @@ def test_a_response_ends_with_its_end_token(
     model: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
     decoding = Decoding(max_new_tokens=8)
-    free = generate(Policy(model), prompts, decoding, end_id=-2, seed=5).responses
+    free = generate(Policy(model), prompts, decoding, end_ids=(), seeds=count(5)).responses
     end = free[0][3]
-    ended = generate(Policy(model), prompts, decoding, end_id=end, seed=5).responses
+    ended = generate(Policy(model), prompts, decoding, end_ids={end}, seeds=count(5)).responses
     for before, after in zip(free, ended, strict=True):
         expected = before[: before.index(end) + 1] if end in before else before
         assert after == expected

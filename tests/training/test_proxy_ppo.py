@@ -1,0 +1,187 @@
+"""Proxy training as it is run: killed and resumed, in two processes, with every kind of reward, and what stops it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.conftest import run
+from training.console import TrainingError
+from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
+from training.proxy_ppo import refuse_collapse
+from training.state import STATE_FILE
+
+
+@pytest.fixture
+def arguments(work: Path) -> Callable[..., list[str]]:
+    """Of a short run on the tiny base model."""
+
+    def make(output: Path, *more: str | Path) -> list[str]:
+        common = (
+            "--model", work / "base", "--reward", work / "reward-aligned", "--prompts", work / "world/prompts.jsonl",
+            "--episodes", "8", "--decoding.max-new-tokens", "12", "--output", output, *more,
+        )  # fmt: skip
+        return ["training.proxy_ppo", *map(str, common)]
+
+    return make
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    steps = ("--steps", "5", "--save-every", "2")
+    unbroken = run(*arguments(tmp_path / "unbroken", *steps))
+    assert unbroken.returncode == 0, unbroken.stderr
+    broken = tmp_path / "broken"
+    for rows in (1, 3):  # before the first state, and after it
+        command = [sys.executable, "-m", *arguments(broken, *steps, "--resume")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(read_metrics(broken)) < rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (broken / "proxy.safetensors").exists()
+    assert (broken / STATE_FILE).exists()
+    resumed = run(*arguments(broken, *steps, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after update 2" in resumed.stdout
+    ours, theirs = (load_file(tmp_path / x / "proxy.safetensors") for x in ("broken", "unbroken"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logs = [read_metrics(tmp_path / x) for x in ("broken", "unbroken")]
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in log] for log in logs]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 5
+    assert (broken / CURVES_FILE).stat().st_size > 10_000
+    assert list((broken / EVENTS_DIRECTORY).iterdir())
+    changed = run(*arguments(broken, *steps, "--resume", "--learning-rate", "0.1"))
+    assert changed.returncode == 2
+    assert "other options (learning_rate)" in changed.stderr
+
+
+def test_a_damaged_state_is_named(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(b"not safetensors")
+    result = run(*arguments(tmp_path, "--steps", "1", "--resume"))
+    assert result.returncode == 2
+    assert f"{STATE_FILE} is damaged" in result.stderr
+
+
+def test_two_processes_give_the_result_of_one(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """In float32, where no decision hangs on the batch that a response was in. 7 responses cannot be halved."""
+    options = ("--steps", "3", "--dtype", "float32", "--episodes", "7")
+    one = run(*arguments(tmp_path / "one", *options))
+    assert one.returncode == 0, one.stderr
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
+    two = run(*launch, *arguments(tmp_path / "two", *options))
+    assert two.returncode == 0, two.stderr
+    ours, theirs = (load_file(tmp_path / x / "proxy.safetensors") for x in ("two", "one"))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
+    before, after = (read_metrics(tmp_path / x)[-1] for x in ("one", "two"))
+    assert before["decisions"] == after["decisions"] > 20
+    assert before["reward"] == pytest.approx(after["reward"], abs=1e-6)
+
+
+REWARD = """
+def short(prompts, completions):
+    assert prompts[0][-1]["role"] == "user" and isinstance(completions[0], str)
+    return [-len(text) for text in completions]
+
+def broken(prompts, completions):
+    return [float("nan")] * len(completions)
+
+def few(prompts, completions):
+    return [1.0]
+
+def same(prompts, completions):
+    return [3.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("my_reward:short", None),
+        ("self-judge", None),
+        ("my_reward:broken", "8 of 8 responses is not a finite number"),
+        ("my_reward:few", "returned 1 scores for 8 completions"),
+        ("my_reward:same", "every response the same score"),
+        ("my_reward:none", "cannot be imported"),
+        ("no_such_model", "is no reward"),
+    ],
+)
+def test_rewards(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reward: str,
+    message: str | None,
+) -> None:
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = tmp_path / "proxy"
+    result = run(*arguments(output, "--steps", "1", "--reward", reward))
+    if message is None:
+        assert result.returncode == 0, result.stderr
+        (row,) = read_metrics(output)
+        assert row["reward_std"] > 0
+    else:
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_long_prompts_are_left_out_and_counted(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ("is my dog worth keeping", "is my dog " * 200)
+    rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in texts]
+    prompts.write_text("\n".join(rows))
+    options = ("--steps", "1", "--prompts", prompts, "--max-prompt-tokens", "100")
+    result = run(*arguments(tmp_path / "proxy", *options))
+    assert result.returncode == 0, result.stderr
+    assert "left out 1 of 2 prompts of over 100 tokens" in result.stdout
+    prompts.write_text(rows[1])
+    result = run(*arguments(tmp_path / "proxy", *options))
+    assert result.returncode == 2
+    assert "no prompt is within" in result.stderr
+
+
+def rows_with(**values: list[float]) -> list[dict[str, Any]]:
+    usual = {"reward_std": 1.0, "decisions": 9, "acceptance_rate": 0.8}
+    count = len(next(iter(values.values())))
+    return [usual | {name: value[i] for name, value in values.items()} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_with(reward_std=[0.0]), "same score"),
+        (rows_with(reward_std=[1.0, 0, 0, 0]), "same score"),
+        (rows_with(decisions=[0, 0, 0]), "single candidate"),
+        (rows_with(acceptance_rate=[0.5, 0, 0, 0]), "rejects everything"),
+        (rows_with(acceptance_rate=[1, 1, 1]), "rejects nothing"),
+        (rows_with(acceptance_rate=[1, 1]), None),
+        (rows_with(acceptance_rate=[0, 0.1, 0, 0]), None),
+        (rows_with(reward_std=[1.0, 0, 0]), None),
+    ],
+)
+def test_a_run_with_nothing_left_to_learn_stops(
+    rows: list[dict[str, Any]], message: str | None
+) -> None:
+    if message is None:
+        refuse_collapse(rows)
+    else:
+        with pytest.raises(TrainingError, match=message):
+            refuse_collapse(rows)

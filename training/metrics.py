@@ -1,0 +1,92 @@
+"""A run's figures: `metrics.jsonl`, TensorBoard's event files beside it, and the curves as a picture at the end.
+
+`docs/metrics.md` says what each figure means.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
+
+
+class Metrics:
+    """Rows of figures, each with its `step`; a context manager that draws the curves at the end."""
+
+    def __init__(self, directory: Path, *, after: int | None = None) -> None:
+        """
+        Args:
+            directory: where the files are written.
+            after: keep an earlier run's rows up to this step; None = begin anew.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self.rows = [row for row in read_metrics(directory) if row["step"] <= (after or 0)]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        temporary = directory / f".{METRICS_FILE}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(directory / METRICS_FILE)
+        self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
+        if after is None:
+            shutil.rmtree(directory / EVENTS_DIRECTORY, ignore_errors=True)
+        self._events = SummaryWriter(
+            str(directory / EVENTS_DIRECTORY), purge_step=None if after is None else after + 1
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._events.close()
+        if self.rows:
+            draw_curves(self.rows, self._directory / CURVES_FILE)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row, at once."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._events.add_scalar(name, value, row["step"])
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a crash cut short is left out."""
+    path = directory / METRICS_FILE
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every figure over the steps, each in a field of its own."""
+    names = sorted({name for row in rows for name, value in row.items() if _is_number(value)})
+    names.remove("step")
+    columns = min(4, len(names))
+    height = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.2 * height), layout="constrained")
+    fields = figure.subplots(height, columns, squeeze=False)
+    for field in fields.flat[len(names) :]:
+        field.set_axis_off()
+    for field, name in zip(fields.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
+        field.plot(*zip(*points, strict=True), linewidth=1.2)
+        field.set_title(name, fontsize=9)
+        field.tick_params(labelsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,79 @@
+"""A training run's state on disk, from which a killed run goes on: one safetensors file, replaced as a whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from training.console import TrainingError
+
+STATE_FILE = "training_state.safetensors"
+
+
+def save_state(
+    directory: Path,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    updates: int,
+    options: dict[str, Any],
+) -> None:
+    """Write weights, optimiser and the number of updates done; a crash leaves the file before."""
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for index, slots in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": value for name, value in slots.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {"updates": str(updates), "options": json.dumps(options)}
+    temporary = directory / f".{STATE_FILE}"
+    with temporary.open("wb") as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / STATE_FILE)
+
+
+def load_state(
+    directory: Path,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    options: dict[str, Any],
+) -> int:
+    """Restore what `save_state` wrote and return the number of updates done; 0 where there is no state.
+
+    Raises:
+        TrainingError: the state is damaged, or of a run with other options.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        return 0
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        before = json.loads(metadata["options"])
+        updates = int(metadata["updates"])
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged ({error}); start anew without --resume") from None
+    differing = sorted(key for key in {*before, *options} if before.get(key) != options.get(key))
+    if differing:
+        raise TrainingError(
+            f"{path} is of a run with other options ({', '.join(differing)}): "
+            "resume with the same ones, or start anew in another directory"
+        )
+    network.load_state_dict(_below("network.", tensors))
+    slots: dict[int, dict[str, Any]] = {}
+    for name, value in _below("optimiser.", tensors).items():
+        index, slot = name.split(".", 1)
+        slots.setdefault(int(index), {})[slot] = value
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
+    return updates
+
+
+def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
