@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tests.training.conftest import run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
-from training.proxy_ppo import refuse_collapse
+from training.online import PATIENCE, refuse_constant_reward
+from training.proxy_ppo import refuse_idle_proxy
 from training.state import STATE_FILE
 
 
@@ -180,8 +181,12 @@ def rows_with(**values: list[float]) -> list[dict[str, Any]]:
 def test_a_run_with_nothing_left_to_learn_stops(
     rows: list[dict[str, Any]], message: str | None
 ) -> None:
+    def check() -> None:
+        refuse_constant_reward(rows)
+        refuse_idle_proxy(rows[-PATIENCE:])
+
     if message is None:
-        refuse_collapse(rows)
+        check()
     else:
         with pytest.raises(TrainingError, match=message):
-            refuse_collapse(rows)
+            check()
