@@ -148,9 +148,9 @@ class Trainer(ABC):
         rollout = self.roll_out([prompt.ids for prompt in prompts], seeds)
         rewards = self.of_all(self.reward(self._samples(prompts, rollout)))
         _refuse_bad_rewards(rewards)
-        learning_rate = options.learning_rate * (1 - index / options.steps)
+        left = 1 - index / options.steps
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = left * group.setdefault("initial_lr", group["lr"])
         spread = rewards.std().item()
         row = {
             "step": index + 1,
@@ -162,7 +162,8 @@ class Trainer(ABC):
         if spread > _SAME:  # else there is nothing to learn
             episodes = Episodes([prompt.ids for prompt in prompts], rollout, rewards, first)
             row |= self.learn(episodes, index)
-        return row | {"learning_rate": learning_rate, "seconds": time.monotonic() - started}
+        seconds = time.monotonic() - started
+        return row | {"learning_rate": left * options.learning_rate, "seconds": seconds}
 
     def minibatches(self, size: int, index: int) -> Iterator[Tensor]:
         """Index tensors into `size` things of all processes, alike in all of them."""
@@ -170,16 +171,18 @@ class Trainer(ABC):
         for _ in range(self.common.epochs):
             yield from torch.randperm(size, generator=generator).chunk(self.common.minibatches)
 
-    def descend(self, loss: Tensor) -> float:
-        """A gradient step on the sum of all processes' losses, if it is finite; returns the gradient's norm."""
+    def descend(self) -> float:
+        """A gradient step on the sum of all processes' gradients, if it is finite; returns its norm."""
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.optimiser.zero_grad()
-        loss.backward()
-        for parameter in parameters:
-            parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        for p in parameters:
+            # A process without a share in the minibatch has none.
+            p.grad = self.accelerator.reduce(
+                torch.zeros_like(p) if p.grad is None else p.grad, "sum"
+            )
         norm = nn.utils.clip_grad_norm_(parameters, self.common.max_grad_norm)
         if norm.isfinite():  # alike in all processes
             self.optimiser.step()
+        self.optimiser.zero_grad()
         return norm.item()
 
     def of_all(self, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The pieces of PPO (Schulman et al., arXiv 1707.06347) for a policy with two actions, as pure functions.
+"""The pieces of PPO (Schulman et al., arXiv 1707.06347), as pure functions.
 
-The MDP has its reward at the end of the response and no discount; with λ = 1 the generalised advantage estimate
+The proxy's MDP has its reward at the end of the response and no discount; with λ = 1 the generalised advantage estimate
 (arXiv 1506.02438) of every decision is then R − V(s): the response's reward less the state's value.
 """
 
@@ -23,6 +23,25 @@ def action_entropy(accept_logits: Tensor) -> Tensor:
 def whiten(x: Tensor) -> Tensor:
     """Shifted and scaled to mean 0 and standard deviation 1; all equal values become 0."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """Generalised advantage estimates (arXiv 1506.02438), undiscounted: A_t = Σ_k λ^k (r_{t+k} + V_{t+k+1} − V_{t+k}).
+
+    Args:
+        rewards: [N, T]
+        values: [N, T], of the states before the actions
+        mask: [N, T], True = an action; each row's are one run, and the value after its last is 0
+        lam: λ
+    """
+    advantages = torch.zeros_like(rewards)
+    following, after = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        advantage = rewards[:, t] + after - values[:, t] + lam * following
+        following = torch.where(mask[:, t], advantage, 0.0)
+        after = torch.where(mask[:, t], values[:, t], 0.0)
+        advantages[:, t] = following
+    return advantages
 
 
 def policy_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:

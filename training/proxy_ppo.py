@@ -126,8 +126,8 @@ class Trainer(online.Trainer):
             )
             means = sums / len(whole)
             loss = means[0] + options.value_weight * means[1] - options.entropy_weight * means[2]
-            norm = self.descend(loss)
-            done.append([*self.accelerator.reduce(means.detach(), "sum").tolist(), norm])
+            loss.backward()
+            done.append([*self.accelerator.reduce(means.detach(), "sum").tolist(), self.descend()])
         names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl")
         return averaged(names, done)
 

@@ -27,6 +27,8 @@ from proxy.acceptance import (
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
 
+_MAX_TIES = 16  # at the k-th place
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -90,6 +92,15 @@ class Policy:
             embeddings = model.get_input_embeddings().weight
             self._table = network.candidate_table(embeddings) if network else None
             self._weights = network.weights() if network else None
+
+    def num_candidates(self, decoding: Decoding) -> int:
+        """At most so many candidates: the proxy's K; without a proxy all that `decoding` leaves."""
+        if self.network:
+            return self.config.max_candidates
+        if decoding.temperature == 0:
+            return 1
+        # vLLM keeps all that tie with the k-th.
+        return decoding.top_k + _MAX_TIES if decoding.top_k else self.config.vocab_size
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
         """[R, K]; without a network the strength is 0, and they do not matter."""
@@ -178,7 +189,7 @@ def _step(
     rows, device = logits.shape[0], logits.device
     is_greedy = decoding.temperature == 0
     logits = logits.float() / (1.0 if is_greedy else decoding.temperature)
-    candidates = _candidates(logits, policy.config.max_candidates, decoding)
+    candidates = _candidates(logits, policy.num_candidates(decoding), decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
     noise = draw(candidates.token_ids)
     greedy = torch.full((rows,), is_greedy, device=device)

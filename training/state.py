@@ -27,7 +27,8 @@ def save_state(
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     for index, slots in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in slots.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Copies, for tied weights share memory, which the format refuses.
+    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     metadata = {"updates": str(updates), "options": json.dumps(options)}
     temporary = directory / f".{STATE_FILE}"
     with temporary.open("wb") as file:

@@ -1,0 +1,197 @@
+"""Full RLHF: PPO on all weights of an actor and a critic, the baseline that Proxy-RLHF is measured against.
+
+    python -m training.rlhf_ppo --model runs/base --reward runs/reward --prompts prompts.jsonl --output runs/rlhf
+
+As in InstructGPT (arXiv 2203.02155): the actor and the critic start from the model, a frozen copy of which is the
+reference. The reward of a token is −w · (log π_old − log π_ref); the last one also gets the response's score, whitened
+over the rollout as in `training.proxy_ppo`. Data, rewards, prompts, several processes and `--resume` are as there.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from proxy.checkpoint import resolve_model_dir
+from training import online
+from training.console import main_guard
+from training.online import Episodes, averaged
+from training.ppo import gae, policy_losses, whiten
+from training.rewards import pad_right
+from training.rollout import Policy, Rollout, generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(online.Options):
+    """Options of full RLHF."""
+
+    learning_rate: float = 5e-5
+    """Adam's, falling linearly to 0. 5e-5 suits a small model; use about 1e-6 for a pretrained LLM."""
+    critic_learning_rate: float = 2e-4
+    """The same for the critic."""
+    kl_weight: float = 0.1
+    """w: what a nat of divergence from the reference costs, in standard deviations of the score."""
+    gae_lambda: float = 0.95
+    """λ of the advantage estimates."""
+    batch_size: int = 64
+    """Responses in memory at once."""
+
+
+class Batch(NamedTuple):
+    """Responses of a rollout, padded on the right; T positions, each of which predicts the next token."""
+
+    ids: Tensor  # [N, T + 1]
+    mask: Tensor  # [N, T] bool, True = the predicted token belongs to the response
+    old_logprobs: Tensor  # [N, T] natural log, of the actor that drew them
+    advantages: Tensor  # [N, T]
+    returns: Tensor  # [N, T]
+
+    def rows(self, part: Tensor) -> "Batch":
+        return Batch(*(column[part] for column in self))
+
+
+class Critic(nn.Module):
+    """The LLM's body with a linear head: the value of the state after each token, [N, T] ids -> [N, T]."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.body = AutoModel.from_pretrained(directory, dtype=torch.float32)
+        self.head = nn.Linear(self.body.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(ids).last_hidden_state).squeeze(-1)
+
+
+class Trainer(online.Trainer):
+    """Trains an actor and a critic; computes in `dtype`, with weights in float32."""
+
+    def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        super().__init__(options, accelerator)
+        self.options, device = options, accelerator.device
+        self.actor = copy.deepcopy(self.model).float().requires_grad_(True)
+        self.critic = Critic(resolve_model_dir(options.model))
+        self.learner = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
+        self.voice = copy.deepcopy(self.model)  # the actor in `dtype`: sampling is faster so
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": list(self.actor.parameters()), "lr": options.learning_rate},
+                {"params": list(self.critic.parameters()), "lr": options.critic_learning_rate},
+            ]
+        )
+        accelerator.print(f"{sum(p.numel() for p in self.learner.parameters()):,} parameters train")
+
+    def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
+        self.voice.load_state_dict(self.actor.state_dict())
+        decoding = self.options.decoding
+        return generate(Policy(self.voice), prompts, decoding, end_ids=self.end_ids, seeds=seeds)
+
+    def learn(self, episodes: Episodes, index: int) -> dict[str, float]:
+        options, process = self.options, self.accelerator.process_index
+        batch, kl = self._batch(episodes)
+        sizes = gather_object([int(batch.mask.sum())])
+        own = slice(sum(sizes[:process]), sum(sizes[: process + 1]))
+        advantages = torch.zeros_like(batch.advantages)
+        whitened = whiten(self.of_all(batch.advantages[batch.mask]))[own]
+        advantages[batch.mask] = whitened.to(advantages.device)
+        batch = batch._replace(advantages=advantages)
+        first, count = episodes.first, len(batch.ids)
+        done = []
+        for whole in self.minibatches(len(episodes.rewards), index):
+            part = whole[(whole >= first) & (whole < first + count)] - first
+            tokens = self.accelerator.reduce(batch.mask[part].sum(), "sum")
+            sums = torch.zeros(4, device=batch.ids.device)
+            for some in part.split(options.batch_size):
+                parts = self._losses(batch.rows(some))
+                (parts[0] + options.value_weight * parts[1]).div(tokens).backward()
+                sums += parts.detach()
+            means = self.accelerator.reduce(sums, "sum") / tokens
+            done.append([*means.tolist(), self.descend()])
+        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+        return {"kl": self.of_all(kl).mean().item(), **averaged(names, done)}
+
+    def _batch(self, episodes: Episodes) -> tuple[Batch, Tensor]:
+        """The rollout with what PPO needs, and log π_old / π_ref of each response: [N] nats."""
+        responses, device = episodes.rollout.responses, self.model.device
+        ids, _, is_response = pad_right(episodes.prompts, responses, 0)
+        ids, mask = ids.to(device), is_response[:, 1:].bool().to(device)
+        with torch.no_grad():
+            old, reference, values = (
+                torch.cat([of(some) for some in ids.split(self.options.batch_size)])
+                for of in (self._logprobs, self._reference_logprobs, self._values)
+            )
+        divergence = (old - reference) * mask
+        rewards = -self.options.kl_weight * divergence
+        scores = whiten(episodes.rewards)[episodes.first : episodes.first + len(ids)]
+        last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)  # of each response
+        rewards[torch.arange(len(ids), device=device), last] += scores.to(device)
+        advantages = gae(rewards, values, mask, self.options.gae_lambda)
+        return Batch(ids, mask, old, advantages, advantages + values), divergence.sum(-1)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """[4]: policy loss, value loss, clipped and estimated KL(old ‖ new), summed over the tokens."""
+        mask, clip = batch.mask, self.options.clip
+        log_ratios = (self._logprobs(batch.ids) - batch.old_logprobs)[mask]
+        errors = (self._values(batch.ids) - batch.returns)[mask]
+        ratios = log_ratios.exp()
+        return torch.stack(
+            [
+                policy_losses(log_ratios, batch.advantages[mask], clip).sum(),
+                errors.square().sum(),
+                ((ratios - 1).abs() > clip).sum(),
+                (ratios - 1 - log_ratios).sum(),
+            ]
+        )
+
+    def _logprobs(self, ids: Tensor) -> Tensor:
+        """log π(token | before), of all but the first: [N, T + 1] -> [N, T]."""
+        with self._autocast():
+            logits = self.actor(ids).logits
+        return _of_tokens(logits, ids)
+
+    def _reference_logprobs(self, ids: Tensor) -> Tensor:
+        return _of_tokens(self.model(ids).logits, ids)
+
+    def _values(self, ids: Tensor) -> Tensor:
+        """The critic's value of the state before each token but the first: [N, T + 1] -> [N, T]."""
+        with self._autocast():
+            return self.critic(ids)[:, :-1].float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"
+        )
+
+    def describe(self, rollout: Rollout) -> dict[str, float]:
+        ours = torch.tensor([rollout.counts.tokens, len(rollout.responses)])
+        tokens, responses = self.accelerator.reduce(ours.to(self.model.device), "sum").tolist()
+        return {"tokens_per_response": tokens / responses}
+
+    def save(self, training: dict[str, Any]) -> str:
+        self.actor.to(torch.bfloat16).save_pretrained(self.options.output)
+        self.tokenizer.save_pretrained(self.options.output)
+        return str(self.options.output)
+
+
+def _of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T]."""
+    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def main(options: Options) -> None:
+    online.train(Trainer(options, online.start()))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))
