@@ -1,6 +1,6 @@
 """Direct preference optimisation (arXiv 2305.18290), with trl: the baseline that trains all of the LLM's weights.
 
-    python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
+python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
 """
 
 from dataclasses import dataclass

@@ -57,6 +57,18 @@ class Decisions(NamedTuple):
     episodes: Tensor  # [D] index of the response
 
 
+class Proposals(NamedTuple):
+    """The candidates that were put to the proxy at a position of R responses: P of them."""
+
+    rows: Tensor  # [P] into R
+    slots: Tensor  # [P] into K
+    accepted: Tensor  # [P] bool
+
+
+Draw = Callable[[Tensor], Tensor]
+"""Candidates [R, K] -> standard exponentials [R, 2, K]."""
+
+
 class Counts(NamedTuple):
     """Over all responses."""
 
@@ -108,6 +120,30 @@ class Policy:
             return torch.zeros_like(candidates.logprobs)
         table_rows = self._table[candidates.token_ids]
         return score_alone(self._weights, hidden, table_rows, candidates.logprobs)
+
+    def decide(
+        self,
+        candidates: Candidates,
+        accept_logits: Tensor,  # [R, K]
+        draw: Draw,
+        *,
+        is_greedy: bool,
+    ) -> tuple[Decision, Proposals]:
+        """The law, and what was proposed on the way."""
+        rows, device = len(accept_logits), accept_logits.device
+        noise = draw(candidates.token_ids)
+        greedy = torch.full((rows,), is_greedy, device=device)
+        decision = decide(
+            candidates,
+            accept_logits,
+            noise,
+            strength=torch.full((rows,), self.strength, device=device),
+            max_rejections=torch.full((rows,), self.config.max_rejections, device=device),
+            greedy=greedy,
+        )
+        proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+        of, slots = torch.nonzero(proposed, as_tuple=True)
+        return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
 
 
 def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
@@ -181,32 +217,19 @@ def _step(
     logits: Tensor,  # [N, V]
     hidden: Tensor,  # [N, H]
     decoding: Decoding,
-    draw: Callable[[Tensor], Tensor],  # candidates [N, K] -> standard exponentials [N, 2, K]
+    draw: Draw,
     alive: Tensor,  # [N] bool, False = the response has ended
     records: "_Records",
 ) -> Decision:
     """One position of every response: nucleus, accept logits, decision, record."""
-    rows, device = logits.shape[0], logits.device
     is_greedy = decoding.temperature == 0
     logits = logits.float() / (1.0 if is_greedy else decoding.temperature)
     candidates = _candidates(logits, policy.num_candidates(decoding), decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
-    noise = draw(candidates.token_ids)
-    greedy = torch.full((rows,), is_greedy, device=device)
-    strength = torch.full((rows,), policy.strength, device=device)
-    max_rejections = torch.full((rows,), policy.config.max_rejections, device=device)
-    decision = decide(
-        candidates,
-        accept_logits,
-        noise,
-        strength=strength,
-        max_rejections=max_rejections,
-        greedy=greedy,
-    )
-    proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
-    records.add(hidden, candidates, decision, proposed, alive)
+    decision, proposals = policy.decide(candidates, accept_logits, draw, is_greedy=is_greedy)
+    records.add(hidden, candidates, decision, proposals, alive)
     if records.kl is not None:
-        kl = torch.zeros(rows, device=device)
+        kl = torch.zeros_like(records.kl)
         kl[alive] = _divergence(policy, candidates, accept_logits, alive)
         records.kl += kl
     return decision
@@ -267,7 +290,7 @@ class _Records:
         hidden: Tensor,
         candidates: Candidates,
         decision: Decision,
-        proposed: Tensor,
+        proposals: Proposals,
         alive: Tensor,
     ) -> None:
         rejected = decision.num_proposed - (~decision.forced).long()
@@ -275,14 +298,15 @@ class _Records:
             [torch.ones_like(rejected), decision.num_proposed, rejected, decision.forced.long()]
         )
         self._counts += (counts * alive).sum(-1)
-        is_choice = (candidates.logprobs > -torch.inf).sum(-1) > 1
-        rows, slots = torch.nonzero(proposed & (alive & is_choice).unsqueeze(-1), as_tuple=True)
+        is_choice = alive & ((candidates.logprobs > -torch.inf).sum(-1) > 1)
+        kept = is_choice[proposals.rows]
+        rows, slots, accepted = (column[kept] for column in proposals)
         self._parts.append(
             Decisions(
                 hidden[rows],
                 candidates.token_ids[rows, slots],
                 candidates.logprobs[rows, slots],
-                (slots == decision.slots[rows]) & ~decision.forced[rows],
+                accepted,
                 self._episodes[rows],
             )
         )
