@@ -57,6 +57,8 @@ class Options(online.Options):
 class Trainer(online.Trainer):
     """Trains the proxy; the LLM stays as it is."""
 
+    policy_class = Policy
+
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
         self.options = options
@@ -80,7 +82,7 @@ class Trainer(online.Trainer):
         return ProxyNetwork(config)
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
-        policy = Policy(self.model, self.network)
+        policy = self.policy_class(self.model, self.network)
         decoding = self.options.decoding
         return generate(policy, prompts, decoding, end_ids=self.end_ids, seeds=seeds)
 

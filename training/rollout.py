@@ -187,7 +187,7 @@ def generate(
     def draw(token_ids: Tensor) -> Tensor:
         return seeded_noise(keys, positions[:, -1] + 1, token_ids)
 
-    with _HeadInput(model) as head:
+    with HeadInput(model) as head:
         for _ in range(decoding.max_new_tokens):
             output = model(
                 input_ids=ids,
@@ -259,13 +259,13 @@ def _divergence(
     return divergence(probabilities, some).float()
 
 
-class _HeadInput:
+class HeadInput:
     """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._head = model.get_output_embeddings()
 
-    def __enter__(self) -> "_HeadInput":
+    def __enter__(self) -> "HeadInput":
         self._handle = self._head.register_forward_pre_hook(self._tap)
         return self
 
@@ -273,7 +273,12 @@ class _HeadInput:
         self._handle.remove()
 
     def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.rows = inputs[0][:, -1]  # [N, H]
+        self.states = inputs[0]  # [N, T, H]
+
+    @property
+    def rows(self) -> Tensor:
+        """Of the last position: [N, H]."""
+        return self.states[:, -1]
 
 
 class _Records:

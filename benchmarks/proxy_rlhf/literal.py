@@ -1,0 +1,187 @@
+"""Proxy-RLHF as the paper has it: the proxy reads the LLM's hidden state *after* the candidate.
+
+Every candidate costs an LLM forward. In a batch each response is at a place of its own: a forward takes the present
+candidate of each, and a rejected one stays in the cache behind a mask that nobody looks past.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from proxy.acceptance import Candidates, noise_key, nucleus, proposal_times, seeded_noise
+from training import proxy_ppo
+from training.rollout import Counts, Decisions, Decoding, HeadInput, Rollout
+
+
+class LiteralNetwork(nn.Module):
+    """Accept logit and value of the state after the candidate, [D, H] -> [D] both: two layers each."""
+
+    def __init__(self, hidden_size: int, width: int, accept_bias: float) -> None:
+        super().__init__()
+        self.accept_bias = accept_bias
+        self.policy = _two_layers(hidden_size, width)
+        self.critic = _two_layers(hidden_size, width // 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.policy(_normalised(hidden)).squeeze(-1) + self.accept_bias
+
+    def value(self, hidden: Tensor) -> Tensor:
+        return self.critic(_normalised(hidden)).squeeze(-1)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _two_layers(hidden_size: int, width: int) -> nn.Sequential:
+    last = nn.Linear(width, 1)
+    nn.init.normal_(last.weight, std=0.01)  # close to the frozen LLM at first
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), last)
+
+
+def _normalised(hidden: Tensor) -> Tensor:
+    return F.rms_norm(hidden.float(), hidden.shape[-1:])
+
+
+class LiteralTrainer(proxy_ppo.Trainer):
+    """`training.proxy_ppo` with the literal proxy in the place of the one-pass one."""
+
+    network: LiteralNetwork  # type: ignore[assignment]
+
+    def make_network(self) -> LiteralNetwork:  # type: ignore[override]
+        hidden_size = self.model.get_input_embeddings().weight.shape[1]
+        # Twice the width of the one-pass proxy, which has two halves: as many parameters.
+        return LiteralNetwork(hidden_size, 2 * self.options.width, self.options.accept_bias)
+
+    def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
+        return generate(
+            self.model,
+            self.network,
+            prompts,
+            self.options.decoding,
+            end_ids=self.end_ids,
+            seeds=seeds,
+            max_candidates=self.options.max_candidates,
+            max_rejections=self.options.max_rejections,
+        )
+
+    def evaluate(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
+        return self.network(decisions.hidden), self.network.value(decisions.hidden)
+
+
+class _Positions:
+    """Where each of N responses is: its candidates, their order, which one is asked about."""
+
+    def __init__(self, keys: Tensor, decoding: Decoding, max_candidates: int) -> None:
+        count = len(keys)
+        self.keys, self.decoding, self.max_candidates = keys, decoding, max_candidates
+        self.token_ids = torch.zeros(count, max_candidates, dtype=torch.long)
+        self.logprobs = torch.full((count, max_candidates), -torch.inf)
+        self.order = torch.zeros(count, max_candidates, dtype=torch.long)
+        self.coins = torch.ones(count, max_candidates)
+        self.sizes = torch.zeros(count, dtype=torch.long)
+        self.asked = torch.zeros(count, dtype=torch.long)
+
+    def begin(self, rows: Tensor, logits: Tensor, positions: Tensor) -> None:
+        """A new position in these rows, after whose last token the LLM says `logits` [R, V]."""
+        decoding = self.decoding
+        logits = logits.float() / decoding.temperature
+        top_k = torch.full((len(rows),), decoding.top_k or logits.shape[-1])
+        top_p = torch.full((len(rows),), decoding.top_p)
+        candidates: Candidates = nucleus(logits, self.max_candidates, top_k, top_p)
+        race, coins = seeded_noise(self.keys[rows], positions, candidates.token_ids).unbind(1)
+        self.token_ids[rows], self.logprobs[rows] = candidates
+        self.order[rows] = proposal_times(candidates, race).argsort(-1)
+        self.coins[rows] = coins
+        self.sizes[rows] = (candidates.logprobs > -torch.inf).sum(-1)
+        self.asked[rows] = 0
+
+    def slots(self, limit: int) -> tuple[Tensor, Tensor]:
+        """The slot that is proposed, and whether it is forced: all that could be asked were rejected. [N] both."""
+        forced = self.asked >= self.sizes.clamp(max=limit)
+        proposed = self.order.gather(-1, self.asked.clamp(max=self.max_candidates - 1)[:, None])
+        return torch.where(forced, 0, proposed.squeeze(-1)), forced
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    network: LiteralNetwork,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    end_ids: Iterable[int],
+    seeds: Iterable[int],
+    max_candidates: int,
+    max_rejections: int,
+) -> Rollout:
+    """One response to each prompt by the paper's loop; what it draws and records is as in `training.rollout`."""
+    count, width = len(prompts), max(map(len, prompts))
+    everyone = torch.arange(count)
+    keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)])
+    ends = torch.tensor(sorted(end_ids))
+    ids = torch.zeros(count, width, dtype=torch.long)
+    attention = torch.zeros(count, width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the left
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention[row, width - len(prompt) :] = 1
+    lengths = attention.sum(-1)  # of prompt and response, [N]
+    starts = lengths.clone()
+    state = _Positions(keys, decoding, max_candidates)
+    alive = torch.ones(count, dtype=torch.bool)
+    responses: list[list[int]] = [[] for _ in prompts]
+    parts: list[Decisions] = []
+    totals = torch.zeros(4, dtype=torch.long)
+    with HeadInput(model) as head:
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state.begin(everyone, output.logits[:, -1], lengths)
+        while alive.any():
+            slots, forced = state.slots(max_rejections)
+            tokens = state.token_ids.gather(-1, slots[:, None])
+            attention = torch.cat([attention, alive[:, None].long()], dim=-1)
+            output = model(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=lengths[:, None],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            logprobs, coins = (
+                x.gather(-1, slots[:, None])[:, 0] for x in (state.logprobs, state.coins)
+            )
+            accepted = coins > F.softplus(-network(head.rows))
+            asked = alive & ~forced & (state.sizes > 1)
+            parts.append(
+                Decisions(
+                    head.rows[asked],
+                    tokens[asked, 0],
+                    logprobs[asked],
+                    accepted[asked],
+                    everyone[asked],
+                )
+            )
+            said = alive & (accepted | forced | (state.sizes == 1))
+            totals += torch.stack([said, alive & ~forced, alive & ~said, said & forced]).sum(-1)
+            attention[:, -1] = said.long()
+            lengths += said
+            state.asked += alive & ~said
+            for row in said.nonzero()[:, 0].tolist():
+                responses[row].append(int(tokens[row]))
+            alive &= ~(said & torch.isin(tokens[:, 0], ends))
+            alive &= lengths - starts < decoding.max_new_tokens
+            going_on = (said & alive).nonzero()[:, 0]
+            state.begin(going_on, output.logits[going_on, -1], lengths[going_on])
+    decisions = Decisions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    order = decisions.episodes.argsort(stable=True)
+    decisions = Decisions(*(column[order] for column in decisions))
+    return Rollout(responses, decisions, Counts(*totals.tolist()), None)

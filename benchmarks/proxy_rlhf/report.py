@@ -1,0 +1,176 @@
+"""The table, the figures behind it and the plots, from the jobs' results."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from safetensors import safe_open
+
+from benchmarks.proxy_rlhf.jobs import BEST_OF, DPO_SEARCH, REWARDS, RLHF_SEARCH, SKAM, Setting
+
+COSTS = ("updates", "train_cpu_seconds", "train_wall_seconds")
+
+Row = dict[str, Any]
+
+
+def rows_of(setting: Setting) -> dict[str, Callable[[int], Row]]:
+    """Each row of the table: its figures for a training seed."""
+
+    def trained(job: str) -> Callable[[int], Row]:
+        def figures(seed: int) -> Row:
+            result = setting.result(f"{job}/{seed}")
+            return result["row"] | {k: v for k, v in result.items() if k not in ("row", "curve")}
+
+        return figures
+
+    def listed(job: str, name: str) -> Callable[[int], Row]:
+        return lambda seed: setting.result(f"{job}/{seed}")["rows"][name]
+
+    rows = {
+        "frozen LLM, other noise": listed("frozen", "frozen, again"),
+        "frozen, top-p 0.8": listed("frozen", "top-p 0.8"),
+        "frozen, top-p 0.6": listed("frozen", "top-p 0.6"),
+        "frozen, greedy": listed("frozen", "greedy"),
+        "DPO": trained("dpo"),
+    }
+    for reward in REWARDS:
+        rows[f"full RLHF (PPO), {reward} reward"] = trained(f"rlhf-{reward}")
+    for reward in REWARDS:
+        rows[f"Proxy-RLHF, literal, {reward} reward"] = trained(f"literal-{reward}")
+    for reward in REWARDS:
+        rows[f"**Proxy-RLHF, one-pass**, {reward} reward"] = trained(f"proxy-{reward}")
+    rows["one-pass, implicit, threshold in the place of coins"] = trained("threshold")
+    rows["one-pass, implicit, without the log-probability"] = trained("proxy-without-logprob")
+    for part in SKAM:
+        rows[f"one-pass, implicit, {part}"] = trained("skam-" + part.replace(" ", "-"))
+    for size in BEST_OF:
+        rows[f"best of {size}, implicit reward"] = listed("best-of", f"best of {size}")
+    rows["one-pass and best of 8, implicit reward"] = listed("proxy-best-of", "best of 8")
+    return rows
+
+
+def pooled(figures: list[Row]) -> Row:
+    """Means over the seeds; the standard error of the win rate counts all prompts of all seeds."""
+    pool: Row = {}
+    for name, value in figures[0].items():
+        values = [row[name] for row in figures]
+        if isinstance(value, dict):
+            pool[name] = {key: fmean(each[key] for each in values) for key in value}
+        else:
+            pool[name] = fmean(values)
+    rates = [row["win_rate"] for row in figures]
+    pool["win_rates"] = rates
+    pool["win_rate_se"] = math.sqrt(fmean(r["win_rate_se"] ** 2 for r in figures) / len(figures))
+    pool["spread"] = stdev(rates) if len(rates) > 1 else 0.0
+    return pool
+
+
+def parameters_of(model: Path) -> int:
+    with safe_open(model / "model.safetensors", "pt") as file:
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def table(rows: dict[str, Row], full: int) -> str:
+    """In Markdown. `full` = parameters of RLHF's actor and critic."""
+    flaws = list(next(iter(rows.values()))["flaw_rates"])
+    head = ["method", "gold win rate", "by seed", "trained parameters", "updates"]
+    head += ["CPU s", "wall s", "KL, nats", "tokens", *flaws]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in rows.items():
+        count = row.get("parameters")
+        cells = [
+            name,
+            f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}",
+            " ".join(f"{100 * rate:.1f}" for rate in row["win_rates"]),
+            f"{count:,.0f} ({count / full:.2%})" if count else "",
+            *(
+                f"{row[key]:.0f}" if key in row else ""
+                for key in ("updates", "train_cpu_seconds", "train_wall_seconds")
+            ),
+            f"{row['kl']:.2f} ± {row['kl_se']:.2f}" if "kl" in row else "",
+            f"{row['tokens_per_response']:.1f}",
+            *(f"{row['flaw_rates'][flaw]:.1%}" for flaw in flaws),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def search_table(setting: Setting) -> str:
+    """What the baselines' settings were chosen from."""
+    lines = [
+        "| method | learning rate | β or KL weight | gold win rate, validation |",
+        "|---|---|---|---|",
+    ]
+    for name, grid in (("dpo", DPO_SEARCH), ("rlhf", RLHF_SEARCH)):
+        for i, (rate, other) in enumerate(grid):
+            row = setting.result(f"{name}-search/{i}")["row"]
+            won = f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}"
+            lines.append(f"| {name.upper()} | {rate:g} | {other:g} | {won} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_wins(rows: dict[str, Row], path: Path) -> None:
+    figure = Figure(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = [name.replace("*", "") for name in rows][::-1]
+    for place, row in enumerate(list(rows.values())[::-1]):
+        axes.errorbar(
+            100 * row["win_rate"],
+            place,
+            xerr=196 * row["win_rate_se"],
+            fmt="o",
+            color="C0",
+            capsize=3,
+        )
+        axes.plot(
+            [100 * rate for rate in row["win_rates"]],
+            [place] * len(row["win_rates"]),
+            "|",
+            color="C1",
+        )
+    axes.axvline(50, color="grey", linewidth=0.8)
+    axes.axvline(63.24, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel(
+        "gold win rate against the frozen LLM, % (bars: 95 %; ticks: seeds; dotted: the paper's 63.24)"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
+    """Reward and gold score of each update's rollout, method by method."""
+    methods = ("rlhf", "literal", "proxy")
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    grid = figure.subplots(len(methods), len(REWARDS), sharex="row")
+    for line, method in zip(grid, methods, strict=True):
+        for axes, reward in zip(line, REWARDS, strict=True):
+            golds = axes.twinx()
+            for seed in seeds:
+                curve = setting.result(f"{method}-{reward}/{seed}")["curve"]
+                steps = [row["step"] for row in curve]
+                axes.plot(steps, [row["reward"] for row in curve], color="C0", linewidth=1)
+                golds.plot(steps, [row["gold"] for row in curve], color="C1", linewidth=1)
+            axes.set_title(f"{method}, {reward} reward", fontsize=9)
+            axes.tick_params(labelsize=7, colors="C0", axis="y")
+            golds.tick_params(labelsize=7, colors="C1")
+    figure.supxlabel(
+        "update; blue: the reward that is trained on (left), orange: gold score (right)", fontsize=9
+    )
+    figure.savefig(path, dpi=120)
+
+
+def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    by_seed = {name: [of(seed) for seed in seeds] for name, of in rows_of(setting).items()}
+    rows = {name: pooled(figures) for name, figures in by_seed.items()}
+    full = 2 * parameters_of(setting.model)
+    (output / "proxy_rlhf_table.md").write_text(table(rows, full) + "\n" + search_table(setting))
+    (output / "proxy_rlhf.json").write_text(json.dumps({"by_seed": by_seed}, indent=1) + "\n")
+    draw_wins(rows, output / "proxy_rlhf.png")
+    draw_hacking(setting, seeds, output / "reward_hacking.png")
+    print(table(rows, full))
