@@ -1,0 +1,190 @@
+"""The comparison's own parts: the literal loop, the law without SKAM's second part, the divergence, the report."""
+
+import math
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.models import DEMO
+from benchmarks.proxy_rlhf import literal
+from benchmarks.proxy_rlhf.speakers import (
+    RepeatingPolicy,
+    World,
+    by_policy,
+    divergence,
+    of_decoding,
+    of_policy,
+)
+from proxy.acceptance import Candidates
+from proxy.network import ProxyNetwork
+from training.rollout import Decoding, Policy, default_config, generate
+from training.supervised import Conversations, end_ids, load_model
+
+TEXTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    model, tokenizer = load_model(str(DEMO / "model"))
+    chats = Conversations(tokenizer)
+    prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in TEXTS * 8]
+    ends = end_ids(model, tokenizer)
+    return World(model.eval(), tokenizer, ends, list(TEXTS * 8), prompts)
+
+
+def indifferent_proxy(model: torch.nn.Module, accept_logit: float, limit: int) -> ProxyNetwork:
+    config = default_config(model, width=8, max_rejections=limit, accept_bias=accept_logit)
+    network = ProxyNetwork(config)
+    torch.nn.init.zeros_(network.score.weight)
+    return network
+
+
+@pytest.mark.parametrize(("accept_logit", "limit"), [(0.0, 8), (-1.0, 3), (-4.0, 16)])
+def test_the_literal_loop_draws_what_the_one_pass_law_draws(
+    world: World, accept_logit: float, limit: int
+) -> None:
+    """With the same answer to every candidate the two differ in nothing, in float32."""
+    one_pass = generate(
+        Policy(world.model, indifferent_proxy(world.model, accept_logit, limit)),
+        world.prompts,
+        Decoding(max_new_tokens=24),
+        end_ids=world.end_ids,
+        seeds=count(5),
+    )
+    network = literal.LiteralNetwork(256, 16, accept_logit)
+    torch.nn.init.zeros_(network.policy[-1].weight)
+    looped = literal.generate(
+        world.model,
+        network,
+        world.prompts,
+        Decoding(max_new_tokens=24),
+        end_ids=world.end_ids,
+        seeds=count(5),
+        max_candidates=16,
+        max_rejections=limit,
+    )
+    assert looped.responses == one_pass.responses
+    assert looped.counts == one_pass.counts
+    assert looped.counts.rejected > 20
+    sets = [
+        sorted(zip(d.episodes.tolist(), d.token_ids.tolist(), d.accepted.tolist(), strict=True))
+        for d in (looped.decisions, one_pass.decisions)
+    ]
+    assert sets[0] == sets[1]
+
+
+def test_the_literal_proxy_reads_the_state_after_the_candidate(world: World) -> None:
+    torch.manual_seed(0)
+    network = literal.LiteralNetwork(256, 16, 0.0)
+    prompts, decoding = world.prompts[:3], Decoding(max_new_tokens=6)
+    rollout = literal.generate(
+        world.model, network, prompts, decoding, end_ids=(), seeds=count(), max_candidates=16, max_rejections=8
+    )  # fmt: skip
+    decisions = rollout.decisions
+    with torch.no_grad():
+        for episode, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True)):
+            body = world.model.model(torch.tensor([prompt + response])).last_hidden_state[0]
+            said = set(response)
+            rows = [
+                i
+                for i in range(len(decisions.token_ids))
+                if decisions.episodes[i] == episode and decisions.accepted[i]
+            ]
+            assert {int(decisions.token_ids[i]) for i in rows} <= said
+            for i in rows:
+                at = [p for p in range(len(response)) if response[p] == decisions.token_ids[i]]
+                nearest = min(
+                    (body[len(prompt) + p] - decisions.hidden[i]).abs().max().item() for p in at
+                )
+                assert nearest < 1e-3
+
+
+def repeating_policy(world: World, logits: torch.Tensor, limit: int) -> RepeatingPolicy:
+    policy = RepeatingPolicy(world.model, indifferent_proxy(world.model, 0.0, limit))
+    policy.accept_logits = lambda hidden, candidates: logits  # type: ignore[method-assign]
+    return policy
+
+
+def test_the_law_with_repeats(world: World) -> None:
+    """Each figure can be had by hand: p = 1/2, 1/2; a = 1/2, 1; at most 2 rejections.
+
+    Frequencies of 40,000 draws lie within 5 standard errors of it: a false alarm in 1.2e-6 / 2 a side.
+    """
+    logits = torch.tensor([[0.0, 80.0]])
+    candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.5, 0.5]]).log())
+    policy = repeating_policy(world, logits, limit=2)
+    expected = torch.tensor([[6 / 16, 10 / 16]], dtype=torch.float64)
+    torch.testing.assert_close(policy.emission(candidates, logits), expected)
+    rows = 40_000
+    many = Candidates(*(column.expand(rows, -1) for column in candidates))
+    torch.manual_seed(0)
+    decision, proposals = policy.decide(
+        many,
+        logits.expand(rows, -1),
+        lambda ids: torch.rand(ids.shape[0], 2, ids.shape[1]),
+        is_greedy=False,
+    )
+    frequency = (decision.token_ids == 7).float().mean().item()
+    assert abs(frequency - 6 / 16) < 5 * math.sqrt(6 / 16 * 10 / 16 / rows)
+    # Asked once with probability 3/4, else twice; forced with probability 1/16.
+    asked = decision.num_proposed.float().mean().item()
+    assert abs(asked - 1.25) < 5 * math.sqrt(3 / 16 / rows)
+    assert abs(decision.forced.float().mean().item() - 1 / 16) < 5 * math.sqrt(15 / 256 / rows)
+    assert len(proposals.rows) == int(decision.num_proposed.sum())
+    assert int(proposals.accepted.sum()) == rows - int(decision.forced.sum())
+
+
+def test_a_single_candidate_is_taken_without_asking(world: World) -> None:
+    policy = repeating_policy(world, torch.tensor([[-80.0, -80.0]]), limit=2)
+    candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.0, -torch.inf]]))
+    emission = policy.emission(candidates, torch.tensor([[-80.0, -80.0]]))
+    assert emission.tolist() == [[1.0, 0.0]]
+
+
+def test_divergence_is_nothing_without_a_cut_and_the_surprise_of_greedy_tokens(
+    world: World,
+) -> None:
+    uncut, greedy = Decoding(top_k=0, top_p=1.0, max_new_tokens=8), Decoding(temperature=0)
+    rollout = by_policy(world, Policy(world.model), uncut)(world.prompts, count())
+    assert divergence(world, rollout.responses, of_decoding(uncut))[0] == pytest.approx(0, abs=1e-4)
+    (response,) = by_policy(world, Policy(world.model), greedy)(
+        world.prompts[:1], count()
+    ).responses
+    ids = torch.tensor([world.prompts[0] + response])
+    with torch.no_grad():
+        logprobs = world.model(ids).logits.log_softmax(-1)[0, len(world.prompts[0]) - 1 : -1]
+    surprise = -sum(logprobs[t, token].item() for t, token in enumerate(response))
+    measured, _ = divergence(world, [response, response], of_decoding(greedy))
+    # the second prompt is another one, so ask for the first alone, twice
+    assert measured != 0
+    alone = World(world.model, world.tokenizer, world.end_ids, world.texts, world.prompts[:1] * 2)
+    measured, _ = divergence(alone, [response, response], of_decoding(greedy))
+    assert measured == pytest.approx(surprise, rel=1e-4)
+
+
+def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world: World) -> None:
+    decoding = Decoding(max_new_tokens=12)
+    policy = Policy(world.model, indifferent_proxy(world.model, 60.0, 8))
+    responses = by_policy(world, policy, decoding)(world.prompts, count()).responses
+    proxied = divergence(world, responses, of_policy(policy, decoding))
+    frozen = divergence(world, responses, of_decoding(decoding))
+    assert proxied[0] == pytest.approx(frozen[0], rel=1e-3)
+    assert 0 < frozen[0] < 0.06 * 12  # at most −log 0.95 a position, with top-k a little more
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Three of its jobs, at the smallest size."""
+    from benchmarks.proxy_rlhf.__main__ import Options, setting_of
+    from benchmarks.proxy_rlhf.jobs import all_jobs, run_job
+
+    setting = setting_of(Options(work=tmp_path, scale=0.005))
+    jobs = {job.name: job for job in all_jobs((0,))}
+    assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
+    for name in ("world", "frozen/0", "proxy-self-judge/0"):
+        run_job(setting, jobs[name])
+    row = setting.result("proxy-self-judge/0")["row"]
+    assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
+    rows = setting.result("frozen/0")["rows"]
+    assert set(rows) == {"frozen, again", "top-p 0.8", "top-p 0.6", "greedy"}
