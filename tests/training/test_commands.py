@@ -53,6 +53,17 @@ def test_sft(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_dpo(work: Path, tmp_path: Path) -> None:
+    result = run(
+        "training.dpo", "--model", work / "base", "--preferences", work / "world/preferences.jsonl",
+        "--output", tmp_path, "--max-rows", "32", "--batch-size", "8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train_loss"] > 0
+    assert identify(str(tmp_path)).fingerprint != identify(str(work / "base")).fingerprint
+
+
 def test_scalar_reward_trains_a_proxy_too(work: Path, tmp_path: Path) -> None:
     result = run(
         "training.reward_model", "--model", work / "base", "--kind", "scalar", "--output", tmp_path / "reward",

@@ -1,0 +1,95 @@
+"""Full RLHF, the baseline: it learns, stays near its reference where that is asked, and goes on after a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.training.conftest import run
+from training import online
+from training.metrics import read_metrics
+from training.rewards import Sample
+from training.rlhf_ppo import Options, Trainer
+from training.state import STATE_FILE
+from training.supervised import load_model
+
+
+def brevity(samples: Sequence[Sample]) -> Tensor:
+    return torch.tensor([-float(len(sample.response_ids)) for sample in samples])
+
+
+@pytest.fixture
+def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
+    def make(**settings: float) -> Options:
+        return Options(
+            model=str(work / "base"),
+            reward=str(work / "reward-aligned"),
+            prompts=str(work / "world/prompts.jsonl"),
+            output=tmp_path,
+            dtype="float32",
+            episodes=32,
+            **settings,
+        )
+
+    return make
+
+
+def test_it_learns_what_is_rewarded_and_the_critic_what_to_expect(
+    options: Callable[..., Options],
+) -> None:
+    trainer = Trainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), online.start())
+    trainer.reward = brevity
+    rows = [trainer.step(index) for index in range(6)]
+    # The rollouts' standard errors are about 2 tokens: 10 are far outside of what chance does.
+    assert rows[-1]["tokens_per_response"] < rows[0]["tokens_per_response"] - 10
+    assert rows[-1]["value_loss"] < rows[0]["value_loss"]
+    assert rows[-1]["kl"] > 1 > 1e-3 > abs(rows[0]["kl"])
+
+
+def test_a_dear_divergence_keeps_the_actor_at_its_reference(
+    options: Callable[..., Options],
+) -> None:
+    free, kept = (
+        Trainer(options(steps=4, learning_rate=1e-3, kl_weight=weight), online.start())
+        for weight in (0.0, 100.0)
+    )
+    kls = []
+    for trainer in (free, kept):
+        trainer.reward = brevity
+        kls.append([trainer.step(index)["kl"] for index in range(4)][-1])
+    assert kls[1] < kls[0] / 2
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(work: Path, tmp_path: Path) -> None:
+    common = (
+        "training.rlhf_ppo", "--model", work / "base", "--reward", work / "reward-aligned", "--steps", "3",
+        "--prompts", work / "world/prompts.jsonl", "--episodes", "8", "--save-every", "1",
+        "--decoding.max-new-tokens", "8", "--resume", "--output",
+    )  # fmt: skip
+    unbroken = run(*common, tmp_path / "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, common), str(broken)], stderr=subprocess.DEVNULL
+    )
+    while not (broken / STATE_FILE).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "model.safetensors").exists()
+    resumed = run(*common, broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after update" in resumed.stdout
+    ours, theirs = (load_file(x / "model.safetensors") for x in (broken, tmp_path / "unbroken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = load_model(str(work / "base"), dtype=torch.bfloat16)[0].state_dict()
+    assert not all(torch.equal(before[name], theirs[name]) for name in theirs)
+    assert len(read_metrics(broken)) == 3
