@@ -4,12 +4,14 @@
 
 As in InstructGPT (arXiv 2203.02155): the actor and the critic start from the model, a frozen copy of which is the
 reference. The reward of a token is −w · (log π_old − log π_ref); the last one also gets the response's score, whitened
-over the rollout as in `training.proxy_ppo`. Data, rewards, prompts, several processes and `--resume` are as there.
+over the rollout as in `training.proxy_ppo`. Tokens are drawn from all that the actor might say: were some cut off,
+probabilities would not be those of the draw, and the actor could pay for divergence with what is never drawn. Data,
+rewards, prompts, several processes and `--resume` are as in `training.proxy_ppo`.
 """
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,11 @@ from transformers import AutoModel
 
 from proxy.checkpoint import resolve_model_dir
 from training import online
-from training.console import main_guard
+from training.console import TrainingError, main_guard
 from training.online import Episodes, averaged
 from training.ppo import gae, policy_losses, whiten
 from training.rewards import pad_right
-from training.rollout import Policy, Rollout, generate
+from training.rollout import Decoding, Policy, Rollout, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Options(online.Options):
     """w: what a nat of divergence from the reference costs, in standard deviations of the score."""
     gae_lambda: float = 0.95
     """λ of the advantage estimates."""
+    decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=1.0))
+    """How tokens are drawn: nothing may be cut off, and the temperature is 1."""
     batch_size: int = 64
     """Responses in memory at once."""
 
@@ -77,6 +81,11 @@ class Trainer(online.Trainer):
     """Trains an actor and a critic; computes in `dtype`, with weights in float32."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        whole = Decoding(top_k=0, top_p=1.0, max_new_tokens=options.decoding.max_new_tokens)
+        if options.decoding != whole:
+            raise TrainingError(
+                "full RLHF draws from the whole distribution: leave temperature 1, top_k 0 and top_p 1"
+            )
         super().__init__(options, accelerator)
         self.options, device = options, accelerator.device
         self.actor = copy.deepcopy(self.model).float().requires_grad_(True)
