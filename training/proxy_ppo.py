@@ -39,7 +39,15 @@ from training.data import Message, read_rows
 from training.metrics import Metrics
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rewards import Frozen, Reward, Sample, load_reward
-from training.rollout import Decisions, Decoding, Policy, Rollout, default_config, generate
+from training.rollout import (
+    Decisions,
+    Decoding,
+    Policy,
+    Rollout,
+    default_config,
+    generate,
+    longest_prompt,
+)
 from training.state import load_state, save_state
 from training.supervised import Conversations, end_ids, load_model
 
@@ -87,7 +95,9 @@ class Options:
     accept_bias: float = 2.0
     """Accept logit before training: 2 accepts 88 %."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are left out, and counted."""
+    """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
+    batch_size: int = 64
+    """Responses at once in the device's memory, in the rollout and in the reward. Up to rounding it changes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
     """How candidates are drawn."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -137,7 +147,14 @@ class Trainer:
         self.tokenizer, self.end_ids = tokenizer, end_ids(self.model, tokenizer)
         self.reward: Reward = load_reward(
             options.reward,
-            Frozen(self.model, tokenizer, self.base, options.decoding, self.end_ids),
+            Frozen(
+                self.model,
+                tokenizer,
+                self.base,
+                options.decoding,
+                self.end_ids,
+                options.batch_size,
+            ),
         )
         self.prompts = self._read_prompts()
         config = default_config(
@@ -154,14 +171,18 @@ class Trainer:
         chats = Conversations(self.tokenizer)
         rows = read_rows(self.options.prompts, ("prompt",))
         prompts = [Prompt(row["prompt"], chats.prompt_ids(row["prompt"])) for row in rows]
-        most = self.options.max_prompt_tokens
+        most = min(
+            self.options.max_prompt_tokens, longest_prompt(self.model, self.options.decoding)
+        )
         kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
         if len(kept) < len(prompts):
             self.accelerator.print(
                 f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens"
             )
         if not kept:
-            raise TrainingError(f"no prompt is within --max-prompt-tokens {most}")
+            raise TrainingError(
+                f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+            )
         return kept
 
     def step(self, index: int) -> dict[str, float]:
@@ -178,6 +199,7 @@ class Trainer:
             options.decoding,
             end_ids=self.end_ids,
             seeds=count((options.seed << 40) + index * options.episodes + first),
+            batch_size=options.batch_size,
         )
         texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         samples = [
