@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from judge.prompts import LABELS
 from training.base_model import CHAT_TEMPLATE, build_tokenizer
 
 WEIGHT_STD = 0.15  # spreads logits as widely as a trained model's
@@ -28,7 +29,7 @@ _SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
 }
 _GEMMA = _SIZES | {"head_dim": 24}
 
@@ -58,7 +59,7 @@ ARCHITECTURES = {
     ),
     "gpt2": Architecture(
         "GPT2Config",
-        {"vocab_size": 307, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+        {"vocab_size": 307, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 1024},
         has_pad=False,
     ),
 }
@@ -67,7 +68,8 @@ ARCHITECTURES = {
 def save_model(name: str, directory: Path) -> None:
     """Write model and tokenizer of an architecture into the directory."""
     architecture = ARCHITECTURES[name]
-    tokenizer = build_tokenizer([*PROMPTS, *ANSWERS] * 2, VOCAB_SIZE, context=256)
+    # A judge's labels have to be one token each.
+    tokenizer = build_tokenizer([*PROMPTS, *ANSWERS, *LABELS * 9] * 2, VOCAB_SIZE, context=1024)
     assert len(tokenizer) == VOCAB_SIZE
     tokenizer.chat_template = architecture.chat_template
     if not architecture.has_pad:
@@ -117,3 +119,8 @@ def data_rows(kind: str, count: int = 6) -> Sequence[dict[str, Any]]:
             }[kind]
         )
     return rows
+
+
+def length(prompts: list[Any], completions: list[str]) -> list[int]:
+    """A reward."""
+    return [len(text) for text in completions]
