@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -111,11 +112,18 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
         )
     tuned: CausalLM
     if (directory / ADAPTER_FILE).is_file():
-        tuned = Adapted(PeftModel.from_pretrained(frozen.model, directory))
+        tuned = Adapted(_add_lora(frozen.model, directory))
     else:
         whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
         tuned = whole.eval().to(frozen.model.device)
     return ImplicitReward(tuned, frozen.model, config.beta, frozen.batch_size)
+
+
+def _add_lora(model: PreTrainedModel, directory: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, directory)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"the LoRA in {directory} is damaged: {error}") from None
 
 
 def _load_classifier(name: str, frozen: Frozen) -> Reward:
@@ -207,8 +215,8 @@ class ScalarReward:
         _refuse_long(rows, self.scorer)
         device, scores = self.scorer.device, []
         for some in _batches(rows, self.batch_size):
-            ids, mask = _pad_right(some, self.scorer.config.pad_token_id)
-            scores.append(self.scorer(ids.to(device), attention_mask=mask.to(device)).logits[:, 0])
+            ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
+            scores.append(self.scorer(ids, attention_mask=mask).logits[:, 0])
         return torch.cat(scores).float()
 
 
@@ -298,12 +306,14 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _pad_right(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad_right(
+    rows: Sequence[list[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(ids, mask), each [N, T], 1 = is a token."""
-    ids = torch.full((len(rows), max(map(len, rows))), pad_id)
+    ids = torch.full((len(rows), max(map(len, rows))), pad_id, device=device)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row, device=device)
         mask[i, : len(row)] = 1
     return ids, mask
 

@@ -74,6 +74,23 @@ def test_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         sizes_of(str(tmp_path / "none"))
 
 
+def test_the_table_of_the_recipe(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "seven-b.md").read_text()
+    results = []
+    for config in (QWEN, LLAMA):
+        options = Options(config_dir(tmp_path, config), response_tokens=256, steps=200)
+        results.append(estimate.estimate(sizes_of(options.model), options))
+    for name, figures in {
+        "**`proxy_ppo` at most**": [f"**{result.peak / 1e9:.1f}**" for result in results],
+        "**`reward_model` at most**": [f"**{r.lora_bytes / 1e9:.1f}**" for r in results],
+        "rollout, on top of these": [f"{r.phases['rollout'] / 1e9:.1f}" for r in results],
+        "writing the responses": [f"{r.seconds['responses']:.1f}" for r in results],
+        "**an update**": [f"**{sum(r.seconds.values()):.0f}**" for r in results],
+        "**the LoRA**": [f"**{r.lora_seconds / 3600:.1f} h**" for r in results],
+    }.items():
+        assert f"| {name} | {figures[0]} | {figures[1]} |" in page
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param)

@@ -1,6 +1,7 @@
 """Rewards on a small random model: the LoRA against its merged model, and what no model can read."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,15 +22,21 @@ from training.supervised import Conversations, end_ids, load_model
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in `base`, and in `lora` a reward trained from it with a learning rate that can be felt."""
+    """A model in `base`, and trained from it a scalar reward and a LoRA, with a learning rate that can be felt."""
     directory = tmp_path_factory.mktemp("rewards")
     save_model("qwen2", directory / "base")
     rows = "".join(json.dumps(row) + "\n" for row in data_rows("preferences"))
     (directory / "preferences.jsonl").write_text(rows)
+    common = {
+        "model": str(directory / "base"),
+        "preferences": str(directory / "preferences.jsonl"),
+    }
+    reward_model.main(
+        reward_model.Options(**common, output=directory / "scalar", kind="scalar", batch_size=2)
+    )
     reward_model.main(
         reward_model.Options(
-            model=str(directory / "base"),
-            preferences=str(directory / "preferences.jsonl"),
+            **common,
             output=directory / "lora",
             lora_rank=4,
             learning_rate=1e-2,
@@ -108,6 +115,24 @@ def test_a_batch_size_changes_nothing(
     model = load_model(str(work / "base"))[0].eval()  # a model takes one LoRA
     whole = load_reward(name, replace(frozen, model=model, batch_size=9))(samples)
     torch.testing.assert_close(small, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "scalar", "self-judge"])
+def test_every_tensor_is_made_on_the_models_device(
+    work: Path, frozen: Frozen, samples: list[Sample], name: str
+) -> None:
+    """Where a tensor is made without saying where, here it is made on "meta" and meets the others with an error."""
+    reward = load_reward(name if name == "self-judge" else str(work / name), frozen)
+    expected = reward(samples)
+    with torch.device("meta"):
+        assert torch.equal(reward(samples), expected)
+
+
+def test_a_damaged_lora(work: Path, frozen: Frozen, tmp_path: Path) -> None:
+    shutil.copytree(work / "lora", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(TrainingError, match="the LoRA in .* is damaged"):
+        load_reward(str(tmp_path), frozen)
 
 
 def test_a_lora_of_another_llm(work: Path, frozen: Frozen, tmp_path: Path) -> None:
