@@ -64,6 +64,31 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out(
     assert f"left out 2 of 6 prompts of over {lengths[1]} tokens" in capsys.readouterr().out
 
 
+def test_training_keeps_within_the_context(
+    saved: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 has no position after its last: one would be an index error."""
+    model, long = str(saved / "gpt2"), "my dog " * 999
+    rows, pairs = tmp_path / "sft.jsonl", tmp_path / "preferences.jsonl"
+    rows.write_text((data / "sft.jsonl").read_text() + json.dumps({"messages": chat("Hi", long)}))
+    answers = {key: chat("Hi", f"{key} {long}")[1:] for key in ("chosen", "rejected")}
+    pair = {"prompt": chat("Hi"), **answers}
+    pairs.write_text((data / "preferences.jsonl").read_text() + json.dumps(pair))
+    sft.main(sft.Options(model=model, sft=str(rows), output=tmp_path / "sft", max_length=9999))
+    assert "left out 1 sequences over 1024 tokens" in capsys.readouterr().out
+    for kind in ("implicit", "scalar"):
+        reward_model.main(
+            reward_model.Options(
+                model=model,
+                preferences=str(pairs),
+                output=tmp_path / kind,
+                kind=kind,
+                max_length=9999,
+                batch_size=4,
+            )
+        )
+
+
 def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "llama", tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
