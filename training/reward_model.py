@@ -19,7 +19,7 @@ import torch
 import tyro
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from proxy.checkpoint import identify, resolve_model_dir
@@ -108,18 +108,12 @@ def main(options: Options) -> None:
             train_dataset=data,
             processing_class=tokenizer,
             callbacks=callbacks,
-            peft_config=_lora(options.lora_rank) if options.lora_rank else None,
+            peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
         )
     else:
         del model  # the scorer has its body
-        scorer = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            num_labels=1,
-            dtype=torch.float32,
-            attn_implementation=attention_of(directory),
-        )
         trainer = RewardTrainer(
-            model=scorer,
+            model=_scorer(directory),
             args=RewardConfig(**common),
             train_dataset=data,
             processing_class=tokenizer,
@@ -134,7 +128,19 @@ def main(options: Options) -> None:
     rewards.write_reward_config(options.output, config)
 
 
-def _lora(rank: int) -> LoraConfig:
+def _scorer(directory: str) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            num_labels=1,
+            dtype=torch.float32,
+            attn_implementation=attention_of(directory),
+        )
+    except ValueError as error:
+        raise TrainingError(f"this model cannot have a scalar reward's head: {error}") from None
+
+
+def lora_config(rank: int) -> LoraConfig:
     """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -56,7 +56,7 @@ class Options:
     prompt_weight: float = 0.0
     """Loss weight of tokens outside answers. Above 0 a model built from scratch learns to read sooner."""
     max_length: int = 1024
-    """Longer sequences, in tokens, are left out and counted."""
+    """Longer sequences, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
     compile: bool = False

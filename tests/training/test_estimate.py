@@ -28,7 +28,7 @@ from training.estimate import (
     proxy_of,
     sizes_of,
 )
-from training.reward_model import _lora
+from training.reward_model import lora_config
 from training.rewards import sequence_logprobs
 from training.rollout import Decoding, Policy, generate
 from training.supervised import load_model
@@ -130,7 +130,7 @@ def test_a_rollouts_operations_and_bytes(small: Path) -> None:
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft mends it
 def test_a_loras_parameters(small: Path) -> None:
     sizes, (model, _) = sizes_of(str(small)), load_model(str(small))
-    trained = get_peft_model(model, _lora(3)).get_nb_trainable_parameters()[0]
+    trained = get_peft_model(model, lora_config(3)).get_nb_trainable_parameters()[0]
     assert trained == 3 * sizes.lora
 
 
@@ -181,7 +181,7 @@ def test_the_peak_and_the_operations_of_a_loras_training(
     )
     config.save_pretrained(tmp_path)
     model: Any = get_peft_model(
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), _lora(4)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), lora_config(4)
     )
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
