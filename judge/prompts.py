@@ -11,6 +11,8 @@ The trainer builds its judgment examples with these same functions.
 from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict
 
+from jinja2 import TemplateError
+
 
 class Message(TypedDict):
     role: str
@@ -92,9 +94,20 @@ def label_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[in
 
 
 def _render(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> str:
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, continue_final_message=True
-    )
+    options = {"tokenize": False, "continue_final_message": True}
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except TemplateError:
+        pass
+    # Gemma's template, for one, knows no system role: there the principle opens the question.
+    system, user, answer = messages
+    question = Message(role="user", content=f"{system['content']}\n\n{user['content']}")
+    try:
+        return tokenizer.apply_chat_template([question, answer], **options)
+    except TemplateError as error:
+        raise JudgePromptError(
+            f"the chat template refuses a judgment ({error}); such a model cannot judge"
+        ) from None
 
 
 def _encode(tokenizer: ChatTokenizer, text: str) -> list[int]:

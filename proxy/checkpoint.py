@@ -156,7 +156,7 @@ def identify(
 def resolve_model_dir(
     model: str, revision: str | None = None, *, cache_dir: str | None = None
 ) -> Path:
-    """The local directory of a model: a path as it is, a hub id as a snapshot of its weights.
+    """The local directory of a model: a path as it is, a hub id as a snapshot of weights, config and tokenizer.
 
     Raises:
         ProxyError: there is neither such a directory nor such a model within reach.
@@ -171,7 +171,7 @@ def resolve_model_dir(
             model,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=["*.safetensors", "*.json"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
         )
     except (OSError, ValueError) as error:
         raise ProxyError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -45,6 +45,10 @@ class Options:
     """Of the proxy: 0 = the frozen LLM, more than 1 = stricter than trained."""
     decoding: Decoding = field(default_factory=Decoding)
     """Of both."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the frozen LLM computes in."""
+    batch_size: int = 256
+    """Responses at once in the device's memory."""
     output: Path | None = None
     """A JSON file to write the figures to."""
     seed: int = 1
@@ -76,9 +80,13 @@ def evaluate(options: Options) -> dict[str, Any]:
     """The figures of one comparison."""
     texts = [row["prompt"][-1]["content"] for row in read_rows(options.prompts, ("prompt",))]
     texts = texts[: options.num_prompts]
-    model, tokenizer = load_model(str(resolve_model_dir(options.model)))
-    model.to(torch.bfloat16).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(
+        str(resolve_model_dir(options.model)), dtype=getattr(torch, options.dtype)
+    )
+    model.to(device).eval()
     proxy = load(options.proxy, base=identify(options.model))
+    proxy.network.to(device)
     chats = Conversations(tokenizer)
     prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in texts]
 
@@ -90,6 +98,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             end_ids=end_ids(model, tokenizer),
             seeds=seeds,
             measure_kl=measure_kl,
+            batch_size=options.batch_size,
         )
         return rollout, tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
 

@@ -26,7 +26,7 @@ from training.console import TrainingError
 from training.data import Message, read_rows
 from training.metrics import Metrics
 from training.rewards import Frozen, Reward, Sample, load_reward
-from training.rollout import Decoding, Rollout
+from training.rollout import Decoding, Rollout, longest_prompt
 from training.state import load_state, save_state
 from training.supervised import Conversations, end_ids, load_model
 
@@ -64,7 +64,9 @@ class Options:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are left out, and counted."""
+    """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
+    batch_size: int = 64
+    """Responses at once in the device's memory, in the rollout and in the reward. Up to rounding it changes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
     """How tokens are drawn."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -113,7 +115,14 @@ class Trainer(ABC):
         self.tokenizer, self.end_ids = tokenizer, end_ids(self.model, tokenizer)
         self.reward: Reward = load_reward(
             options.reward,
-            Frozen(self.model, tokenizer, self.base, options.decoding, self.end_ids),
+            Frozen(
+                self.model,
+                tokenizer,
+                self.base,
+                options.decoding,
+                self.end_ids,
+                options.batch_size,
+            ),
         )
         self.prompts = self._read_prompts()
 
@@ -190,8 +199,9 @@ class Trainer(ABC):
         return torch.tensor(gather_object(values.tolist()))
 
     def _read_prompts(self) -> list[Prompt]:
-        chats, most = Conversations(self.tokenizer), self.common.max_prompt_tokens
-        rows = read_rows(self.common.prompts, ("prompt",))
+        chats, options = Conversations(self.tokenizer), self.common
+        most = min(options.max_prompt_tokens, longest_prompt(self.model, options.decoding))
+        rows = read_rows(options.prompts, ("prompt",))
         prompts = [Prompt(row["prompt"], chats.prompt_ids(row["prompt"])) for row in rows]
         kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
         if len(kept) < len(prompts):
@@ -200,7 +210,9 @@ class Trainer(ABC):
                 f"left out {left_out} of {len(prompts)} prompts of over {most} tokens"
             )
         if not kept:
-            raise TrainingError(f"no prompt is within --max-prompt-tokens {most}")
+            raise TrainingError(
+                f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+            )
         return kept
 
     def _samples(self, prompts: Sequence[Prompt], rollout: Rollout) -> list[Sample]:

@@ -83,8 +83,14 @@ class Trainer(online.Trainer):
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
         policy = self.policy_class(self.model, self.network)
-        decoding = self.options.decoding
-        return generate(policy, prompts, decoding, end_ids=self.end_ids, seeds=seeds)
+        return generate(
+            policy,
+            prompts,
+            self.options.decoding,
+            end_ids=self.end_ids,
+            seeds=seeds,
+            batch_size=self.options.batch_size,
+        )
 
     def evaluate(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
         """Accept logits and values of recorded decisions: [D] both."""

@@ -13,16 +13,17 @@
 import importlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -32,9 +33,11 @@ from judge.prompts import judge_messages, judge_prompt_ids, label_ids
 from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
 from training.data import Message
-from training.rollout import Decoding, Policy, generate
+from training.rollout import Decoding, Policy, generate, pad_left
+from training.supervised import attention_of, context_of, load_model
 
 REWARD_FILE = "reward.json"
+ADAPTER_FILE = "adapter_config.json"  # as peft names it
 SELF_JUDGE = "self-judge"
 
 
@@ -74,6 +77,7 @@ class Frozen:
     base: BaseModelId
     decoding: Decoding
     end_ids: set[int]
+    batch_size: int  # sequences at once in the device's memory
 
 
 def load_reward(name: str, frozen: Frozen) -> Reward:
@@ -91,7 +95,7 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
     module, _, function = name.partition(":")
     if function and not directory.exists():
         return FunctionReward(name, _import(name, module, function))
-    return _load_classifier(name, frozen.model)
+    return _load_classifier(name, frozen)
 
 
 def _load_ours(directory: Path, frozen: Frozen) -> Reward:
@@ -100,19 +104,34 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
     except (OSError, ValidationError) as error:
         raise TrainingError(f"{directory / REWARD_FILE} is damaged: {error}") from None
     if config.kind == "scalar":
-        return _load_classifier(str(directory), frozen.model)
+        return _load_classifier(str(directory), frozen)
     if config.base.fingerprint != frozen.base.fingerprint:
         raise FingerprintMismatch(
             f"the implicit reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
             f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
         )
-    tuned = AutoModelForCausalLM.from_pretrained(directory, dtype=frozen.model.dtype)
-    return ImplicitReward(tuned.eval().to(frozen.model.device), frozen.model, config.beta)
+    tuned: CausalLM
+    if (directory / ADAPTER_FILE).is_file():
+        tuned = Adapted(_add_lora(frozen.model, directory))
+    else:
+        whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
+        tuned = whole.eval().to(frozen.model.device)
+    return ImplicitReward(tuned, frozen.model, config.beta, frozen.batch_size)
 
 
-def _load_classifier(name: str, like: PreTrainedModel) -> Reward:
+def _add_lora(model: PreTrainedModel, directory: Path) -> PeftModel:
     try:
-        scorer = AutoModelForSequenceClassification.from_pretrained(name, dtype=like.dtype)
+        return PeftModel.from_pretrained(model, directory)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"the LoRA in {directory} is damaged: {error}") from None
+
+
+def _load_classifier(name: str, frozen: Frozen) -> Reward:
+    like = frozen.model
+    try:
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=like.dtype, attn_implementation=attention_of(name)
+        )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TrainingError(
@@ -125,7 +144,7 @@ def _load_classifier(name: str, like: PreTrainedModel) -> Reward:
         )
     if not tokenizer.chat_template:
         raise TrainingError(f"the tokenizer of {name!r} has no chat template; give it one first")
-    return ScalarReward(scorer.eval().to(like.device), tokenizer)
+    return ScalarReward(scorer.eval().to(like.device), tokenizer, frozen.batch_size)
 
 
 def _import(name: str, module: str, function: str) -> Callable[..., Any]:
@@ -135,24 +154,57 @@ def _import(name: str, module: str, function: str) -> Callable[..., Any]:
         raise TrainingError(f"the reward {name!r} cannot be imported: {error}") from None
 
 
+class CausalLM(Protocol):
+    """What `sequence_logprobs` needs of one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
+class Adapted:
+    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._lora = model.base_model
+        self._lora.disable_adapter_layers()
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._lora.enable_adapter_layers()
+        try:
+            return self._lora(**inputs)
+        finally:
+            self._lora.disable_adapter_layers()
+
+
 class ImplicitReward:
     """β · log(π_rm / π_ref) of a response."""
 
-    def __init__(self, tuned: PreTrainedModel, reference: PreTrainedModel, beta: float) -> None:
+    def __init__(
+        self, tuned: CausalLM, reference: PreTrainedModel, beta: float, batch_size: int
+    ) -> None:
         self.tuned, self.reference, self.beta = tuned, reference, beta
+        self.batch_size = batch_size
 
-    @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
         ids = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-        tuned, reference = (sequence_logprobs(m, *ids) for m in (self.tuned, self.reference))
+        tuned, reference = (
+            sequence_logprobs(model, *ids, self.batch_size)
+            for model in (self.tuned, self.reference)
+        )
         return self.beta * (tuned - reference)
 
 
 class ScalarReward:
     """The score of a sequence-classification model with one label."""
 
-    def __init__(self, scorer: PreTrainedModel, tokenizer: Any) -> None:
-        self.scorer, self.tokenizer = scorer, tokenizer
+    def __init__(self, scorer: PreTrainedModel, tokenizer: Any, batch_size: int) -> None:
+        self.scorer, self.tokenizer, self.batch_size = scorer, tokenizer, batch_size
         if scorer.config.pad_token_id is None:  # it finds the last token by it
             scorer.config.pad_token_id = tokenizer.eos_token_id
 
@@ -160,9 +212,12 @@ class ScalarReward:
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
         chats = [[*s.messages, {"role": "assistant", "content": s.text}] for s in samples]
         rows = self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False)
-        ids, mask, _ = pad_right(rows, [[]] * len(rows), self.scorer.config.pad_token_id)
-        device = self.scorer.device
-        return self.scorer(ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+        _refuse_long(rows, self.scorer)
+        device, scores = self.scorer.device, []
+        for some in _batches(rows, self.batch_size):
+            ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
+            scores.append(self.scorer(ids, attention_mask=mask).logits[:, 0])
+        return torch.cat(scores).float()
 
 
 class JudgeReward:
@@ -180,6 +235,7 @@ class JudgeReward:
             frozen.decoding,
             end_ids=frozen.end_ids,
             seeds=[zlib.crc32(str(sample.prompt_ids).encode()) for sample in samples],
+            batch_size=frozen.batch_size,
         )
         answers = tokenizer.batch_decode(own.responses, skip_special_tokens=True)
         chats = [
@@ -189,10 +245,13 @@ class JudgeReward:
         ]
         labels = list(label_ids(tokenizer, chats[0]))
         rows = [judge_prompt_ids(tokenizer, chat) for chat in chats]
-        ids, mask, _ = pad_right(rows, [[]] * len(rows), 0)
-        logits = frozen.model(ids.to(frozen.model.device)).logits.float()
-        last = logits[torch.arange(len(rows)), mask.sum(-1) - 1][:, labels]  # [2N, 2]
-        odds = (last[:, 0] - last[:, 1]).view(-1, 2)
+        _refuse_long(rows, frozen.model)
+        last = []
+        for some in _batches(rows, frozen.batch_size):
+            inputs = pad_left(some, frozen.model.device)
+            logits = frozen.model(**inputs, use_cache=False, logits_to_keep=1).logits
+            last.append(logits[:, -1, labels].float())
+        odds = torch.cat(last).diff(dim=-1).neg().view(-1, 2)  # [N, 2]
         return (odds[:, 0] - odds[:, 1]) / 2
 
 
@@ -218,31 +277,54 @@ class FunctionReward:
         return found
 
 
+@torch.inference_mode()
 def sequence_logprobs(
-    model: PreTrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+    model: CausalLM,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    batch_size: int,
 ) -> Tensor:
-    """log π(response | prompt), summed over the response's tokens: [N], natural log."""
-    ids, _, is_response = pad_right(prompts, responses, 0)
-    # Right padding under a causal mask changes nothing that is read below.
-    logits = model(ids.to(model.device)).logits[:, :-1].float()
-    targets = ids[:, 1:].to(model.device)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return (logprobs * is_response[:, 1:].to(model.device)).sum(-1)
+    """log π(response | prompt), summed over the response's tokens: [N], natural log.
+
+    Logits are computed where they are read alone, at the last tokens of `batch_size` sequences at once: those of all
+    tokens and sequences would be the largest thing in memory by far.
+    """
+    sums = []
+    for some in _batches(list(zip(prompts, responses, strict=True)), batch_size):
+        kept = max(len(response) for _, response in some)
+        inputs = pad_left([prompt + response for prompt, response in some], model.device)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept + 1).logits[:, :-1].float()
+        targets = inputs["input_ids"][:, -kept:].unsqueeze(-1)  # [N, kept, 1]
+        logprobs = logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
+        lengths = torch.tensor([len(response) for _, response in some], device=model.device)
+        is_response = torch.arange(kept, 0, -1, device=model.device) <= lengths.unsqueeze(-1)
+        sums.append((logprobs * is_response).sum(-1))
+    return torch.cat(sums)
 
 
-def pad_right(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, mask of tokens, mask of response tokens), each [N, T], 1 = is one."""
-    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad_id)
-    mask, is_response = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _pad_right(
+    rows: Sequence[list[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each [N, T], 1 = is a token."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad_id, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, device=device)
         mask[i, : len(row)] = 1
-        is_response[i, len(prompt) : len(row)] = 1
-    return ids, mask, is_response
+    return ids, mask
+
+
+def _refuse_long(rows: Sequence[list[int]], model: PreTrainedModel) -> None:
+    longest, most = max(map(len, rows)), context_of(model)
+    if longest > most:
+        raise TrainingError(
+            f"the reward's model would have to read {longest} tokens and reads {most}: "
+            "lower --max-prompt-tokens or --decoding.max-new-tokens"
+        )
 
 
 def write_reward_config(directory: Path, config: RewardConfig) -> None:

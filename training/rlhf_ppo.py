@@ -28,8 +28,7 @@ from training import online
 from training.console import TrainingError, main_guard
 from training.online import Episodes, averaged
 from training.ppo import gae, policy_losses, whiten
-from training.rewards import pad_right
-from training.rollout import Decoding, Policy, Rollout, generate
+from training.rollout import Decoding, Policy, Rollout, generate, pad_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,6 @@ class Options(online.Options):
     """λ of the advantage estimates."""
     decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=1.0))
     """How tokens are drawn: nothing may be cut off, and the temperature is 1."""
-    batch_size: int = 64
-    """Responses in memory at once."""
 
 
 class Batch(NamedTuple):
@@ -102,8 +99,14 @@ class Trainer(online.Trainer):
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
         self.voice.load_state_dict(self.actor.state_dict())
-        decoding = self.options.decoding
-        return generate(Policy(self.voice), prompts, decoding, end_ids=self.end_ids, seeds=seeds)
+        return generate(
+            Policy(self.voice),
+            prompts,
+            self.options.decoding,
+            end_ids=self.end_ids,
+            seeds=seeds,
+            batch_size=self.options.batch_size,
+        )
 
     def learn(self, episodes: Episodes, index: int) -> dict[str, float]:
         options, process = self.options, self.accelerator.process_index
@@ -132,8 +135,8 @@ class Trainer(online.Trainer):
     def _batch(self, episodes: Episodes) -> tuple[Batch, Tensor]:
         """The rollout with what PPO needs, and log π_old / π_ref of each response: [N] nats."""
         responses, device = episodes.rollout.responses, self.model.device
-        ids, _, is_response = pad_right(episodes.prompts, responses, 0)
-        ids, mask = ids.to(device), is_response[:, 1:].bool().to(device)
+        ids, is_response = pad_responses(episodes.prompts, responses)
+        ids, mask = ids.to(device), is_response[:, 1:].to(device)
         with torch.no_grad():
             old, reference, values = (
                 torch.cat([of(some) for some in ids.split(self.options.batch_size)])

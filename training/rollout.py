@@ -5,7 +5,8 @@ the lm_head's input, and draw the same noise for the same seed. One forward of t
 candidates are rejected.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from proxy.acceptance import (
 )
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
+from training.console import TrainingError
+from training.supervised import context_of
 
 _MAX_TIES = 16  # at the k-th place
 
@@ -152,7 +155,21 @@ def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
     return ProxyConfig(hidden_size=hidden_size, vocab_size=vocab_size, **settings)
 
 
-@torch.inference_mode()
+def longest_prompt(model: PreTrainedModel, decoding: Decoding) -> int:
+    """The most tokens that a prompt may have for its longest response to be within the LLM's context.
+
+    Raises:
+        TrainingError: a response alone may be longer.
+    """
+    most = context_of(model) - decoding.max_new_tokens
+    if most <= 0:
+        raise TrainingError(
+            f"a response of max_new_tokens = {decoding.max_new_tokens} leaves no room for a prompt: "
+            f"the model reads {context_of(model)} tokens"
+        )
+    return most
+
+
 def generate(
     policy: Policy,
     prompts: Sequence[list[int]],
@@ -161,6 +178,7 @@ def generate(
     end_ids: Collection[int],
     seeds: Iterable[int],
     measure_kl: bool = False,
+    batch_size: int | None = None,
 ) -> Rollout:
     """One response to each prompt.
 
@@ -169,17 +187,59 @@ def generate(
         end_ids: tokens that end a response.
         seeds: one for each prompt, as a request to the server has one; more are not looked at.
         measure_kl: compute the exact divergence at every position too; takes longer than sampling does.
+        batch_size: responses at once in the device's memory, None = all. Up to rounding it changes nothing.
+
+    Raises:
+        TrainingError: a prompt that leaves no room for its response, or an LLM without the parts that this needs.
     """
+    longest, most = max(map(len, prompts)), longest_prompt(policy.model, decoding)
+    if longest > most:
+        raise TrainingError(
+            f"a prompt of {longest} tokens and a response of max_new_tokens = {decoding.max_new_tokens} are longer "
+            f"than the {context_of(policy.model)} tokens that the model reads"
+        )
+    size, seeds = batch_size or len(prompts), iter(seeds)
+    return _joined(
+        [
+            _generate_batch(
+                policy, prompts[start : start + size], decoding, end_ids, seeds, measure_kl
+            )
+            for start in range(0, len(prompts), size)
+        ]
+    )
+
+
+def _joined(parts: list[Rollout]) -> Rollout:
+    """The rollouts one after the other."""
+    first, decisions = 0, []
+    for part in parts:
+        decisions.append(part.decisions._replace(episodes=part.decisions.episodes + first))
+        first += len(part.responses)
+    return Rollout(
+        [response for part in parts for response in part.responses],
+        Decisions(*(torch.cat(columns) for columns in zip(*decisions, strict=True))),
+        Counts(*(sum(column) for column in zip(*(part.counts for part in parts), strict=True))),
+        torch.cat([part.kl for part in parts if part.kl is not None])
+        if parts[0].kl is not None
+        else None,
+    )
+
+
+@torch.inference_mode()
+def _generate_batch(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    end_ids: Collection[int],
+    seeds: Iterator[int],
+    measure_kl: bool,
+) -> Rollout:
+    """`generate`, all at once."""
     model, device = policy.model, policy.model.device
-    count, width = len(prompts), max(map(len, prompts))
+    count = len(prompts)
     keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)], device=device)
     ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
-    ids = torch.zeros(count, width, dtype=torch.long, device=device)
-    attention = torch.zeros(count, width, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):  # padded on the left
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        attention[row, width - len(prompt) :] = 1
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    ids, attention, positions = pad_left(prompts, device).values()
     cache = None
     alive = torch.ones(count, dtype=torch.bool, device=device)
     emitted, records = [], _Records(count, device, measure_kl)
@@ -210,6 +270,34 @@ def generate(
             attention = torch.cat([attention, attention.new_ones(count, 1)], dim=-1)
     responses = [[t for t in row if t >= 0] for row in torch.stack(emitted, -1).tolist()]
     return records.rollout(responses)
+
+
+def pad_left(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Token ids as a model's inputs: `input_ids`, `attention_mask`, `position_ids`, each [N, T]."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, device=device)
+        mask[i, width - len(row) :] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def pad_responses(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Prompt and response of each, padded on the right: ids [N, T], and which are the response's: [N, T] bool.
+
+    Under a causal mask the padding changes nothing before it: these are all that a model need be given.
+    """
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    is_response = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        is_response[i, len(prompt) : len(row)] = True
+    return ids, is_response
 
 
 def _step(
@@ -264,6 +352,10 @@ class HeadInput:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._head = model.get_output_embeddings()
+        has_cache = "past_key_values" in inspect.signature(model.forward).parameters
+        if self._head is None or not has_cache:
+            missing = "key-value cache" if self._head is not None else "output embeddings"
+            raise TrainingError(f"{type(model).__name__} has no {missing}: a proxy needs both")
 
     def __enter__(self) -> "HeadInput":
         self._handle = self._head.register_forward_pre_hook(self._tap)

@@ -9,6 +9,8 @@ from training.console import main_guard
 from training.data import read_rows
 from training.supervised import Conversations, Options, answer_examples, load_model, train
 
+__all__ = ["Options", "main"]
+
 
 def main(options: Options) -> None:
     rows = read_rows(options.sft, ("messages",))

@@ -7,6 +7,7 @@ beside it: batches are grouped by length, so short answers would be over-weighte
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -53,13 +56,14 @@ class Options:
     prompt_weight: float = 0.0
     """Loss weight of tokens outside answers. Above 0 a model built from scratch learns to read sooner."""
     max_length: int = 1024
-    """Longer sequences, in tokens, are left out and counted."""
+    """Longer sequences, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
     compile: bool = False
     """torch.compile the model: a minute to start, then up to twice as fast on a CPU."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention code. With `compile` and short sequences on a CPU, "eager" is half as fast again."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention code; "auto" is right for every model. With `compile` and short sequences on a CPU, "eager" is half as
+    fast again."""
     seed: int = 0
     """Of the order of the data."""
 
@@ -81,16 +85,14 @@ class Conversations:
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids up to where the assistant begins to speak."""
-        return self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return self._encode(messages, add_generation_prompt=True)
 
     def split_ids(
         self, prompt: Sequence[dict[str, str]], response: str
     ) -> tuple[list[int], list[int]]:
         """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
         messages = [*prompt, {"role": "assistant", "content": response}]
-        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        ids = self._encode(messages, add_generation_prompt=False)
         start = self.prompt_ids(prompt)
         if ids[: len(start)] != start:
             raise TrainingError(
@@ -98,6 +100,22 @@ class Conversations:
                 "such a template cannot be trained on answer by answer"
             )
         return start, ids[len(start) :]
+
+    def _encode(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise TrainingError(
+                f"the model's chat template refuses a conversation of the roles {roles}: {error}"
+            ) from None
 
 
 def answer_examples(
@@ -173,43 +191,73 @@ class MetricsWriter(TrainerCallback):
 
 
 def load_model(
-    name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+    name: str, attention: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, Any]:
     """A causal LM and its tokenizer.
+
+    Args:
+        name: a directory or a hub id.
+        attention: transformers' name of the attention code; "auto" takes `attention_of`'s.
 
     Raises:
         TrainingError: there is no such model.
     """
     try:
+        implementation = attention_of(name) if attention == "auto" else attention
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention
+            name, dtype=dtype, attn_implementation=implementation
         )
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot load the model {name!r}: {error}") from error
 
 
+def attention_of(name: str) -> str | None:
+    """The attention code that computes what the model was trained with; None = transformers' choice.
+
+    PyTorch's fused attention cannot cap its scores. Gemma 2 needs that, and would silently do without.
+    """
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The longest sequence that the model reads, in tokens, as its config has it."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's."""
+    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's.
+
+    Raises:
+        TrainingError: there is none.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
-    return {end for end in (*several, tokenizer.eos_token_id) if end is not None}
+    found = {end for end in (*several, tokenizer.eos_token_id) if end is not None}
+    if not found:
+        raise TrainingError(
+            "nothing ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
+            "token; set eos_token_id in generation_config.json"
+        )
+    return found
 
 
 def train(
     model: PreTrainedModel, tokenizer: Any, examples: list[Example], options: Options
 ) -> None:
     """Train on `examples` and save the model, in bfloat16, with its tokenizer."""
-    kept = [example for example in examples if len(example.token_ids) <= options.max_length]
+    most = min(options.max_length, context_of(model))
+    kept = [example for example in examples if len(example.token_ids) <= most]
     if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} sequences over {options.max_length} tokens")
+        print(f"left out {len(examples) - len(kept)} sequences over {most} tokens")
     if not kept:
-        raise TrainingError(f"no sequence is within max_length = {options.max_length} tokens")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        raise TrainingError(f"no sequence is within {most} tokens: max_length, or the model's own")
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = math.ceil(max(len(row["input_ids"]) for row in batch) / 8) * 8
-        ids = torch.full((len(batch), length), pad)
+        length = min(math.ceil(max(len(row["input_ids"]) for row in batch) / 8) * 8, most)
+        ids = torch.zeros(len(batch), length, dtype=torch.long)  # any padding: its weight is 0
         weights = torch.zeros(len(batch), length)
         for i, row in enumerate(batch):
             ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])

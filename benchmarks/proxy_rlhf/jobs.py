@@ -357,7 +357,7 @@ def make_best_of(name: str, seed: int, proxy: str | None, sizes: tuple[int, ...]
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         world = open_world(setting, "test")
         base = identify(str(setting.model))
-        frozen = Frozen(world.model, world.tokenizer, base, DECODING, world.end_ids)
+        frozen = Frozen(world.model, world.tokenizer, base, DECODING, world.end_ids, 64)
         reward = load_reward(_reward(setting, "implicit", seed), frozen)
         network = load(setting.directory(proxy), base=base).network if proxy else None
         policy = Policy(world.model, network)
@@ -371,9 +371,7 @@ def make_best_of(name: str, seed: int, proxy: str | None, sizes: tuple[int, ...]
                 for text, ids, reply, response in rows
             ]
             start = time.process_time()
-            scores.append(
-                torch.cat([reward(samples[i : i + 256]) for i in range(0, len(samples), 256)])
-            )
+            scores.append(reward(samples))
             cpu += answers.cpu_seconds + time.process_time() - start
             texts.append(answers.texts)
         result = {}

@@ -15,7 +15,6 @@ from torch import Tensor
 from proxy.acceptance import Candidates, Decision, nucleus
 from proxy.exact import emission_probabilities
 from training.evaluate import flaw_rates, win_rate
-from training.rewards import pad_right
 from training.rollout import (
     Decoding,
     Draw,
@@ -24,6 +23,7 @@ from training.rollout import (
     Proposals,
     Rollout,
     generate,
+    pad_responses,
 )
 
 _CHUNK = 64  # responses at once
@@ -198,8 +198,8 @@ def _rows(
     """Frozen logits, head inputs and the speaker's logits where response tokens were drawn, chunk by chunk."""
     for start in range(0, len(responses), _CHUNK):
         some = responses[start : start + _CHUNK]
-        ids, _, is_response = pad_right(world.prompts[start : start + len(some)], some, 0)
-        drawn = is_response[:, 1:].bool()
+        ids, is_response = pad_responses(world.prompts[start : start + len(some)], some)
+        drawn = is_response[:, 1:]
         with HeadInput(world.model) as head:
             frozen = world.model(ids).logits[:, :-1][drawn].float()
         spoken = frozen if speaker is None else speaker(ids).logits[:, :-1][drawn].float()

@@ -1,5 +1,7 @@
 """The judge prompt as text and as tokens."""
 
+import copy
+
 import pytest
 
 from judge.prompts import (
@@ -73,3 +75,30 @@ class UnknownWords:
 def test_labels_that_are_the_same_token_are_an_error():
     with pytest.raises(JudgePromptError, match="the same token 1"):
         label_ids(UnknownWords(), judge_messages(PROMPT, "a", "b"))
+
+
+@pytest.fixture
+def refusing(tokenizer, request):
+    """A tokenizer whose chat template refuses one of the roles."""
+    refused = copy.deepcopy(tokenizer)
+    refused.chat_template = (
+        "{% for m in messages if m['role'] == '" + request.param + "' %}"
+        "{{ raise_exception('no such role') }}{% endfor %}" + tokenizer.chat_template
+    )
+    return refused
+
+
+@pytest.mark.parametrize("refusing", ["system"], indirect=True)
+def test_without_a_system_role_the_principle_opens_the_question(refusing):
+    messages = judge_messages(PROMPT, "Four.", "Five.")
+    text = refusing.decode(judge_prompt_ids(refusing, messages))
+    principle = PRINCIPLES["overall"]
+    assert text.startswith(f"<|user|>{principle}\n\n[Conversation]\nSystem: Be brief.\n")
+    assert text.endswith("[Response B]\nFive.<|end|><|assistant|>The better response is")
+    assert [refusing.decode([label]) for label in label_ids(refusing, messages)] == [" A", " B"]
+
+
+@pytest.mark.parametrize("refusing", ["assistant"], indirect=True)
+def test_a_template_that_refuses_a_judgment(refusing):
+    with pytest.raises(JudgePromptError, match=r"refuses a judgment \(no such role\)"):
+        judge_prompt_ids(refusing, judge_messages(PROMPT, "a", "b"))

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from proxy.network import ProxyNetwork
-from training.rollout import Decoding, Policy, default_config, generate
+from training.console import TrainingError
+from training.rollout import Decoding, Policy, Rollout, default_config, generate
 from training.supervised import Conversations, load_model
 
 PROMPTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
@@ -123,3 +124,51 @@ def test_a_response_ends_with_its_end_token(
     for before, after in zip(free, ended, strict=True):
         expected = before[: before.index(end) + 1] if end in before else before
         assert after == expected
+
+
+def test_the_batch_size_changes_nothing(model: PreTrainedModel, prompts: list[list[int]]) -> None:
+    policy, several = Policy(model, scrambled_proxy(model)), prompts * 2
+
+    def rollout(batch_size: int | None) -> Rollout:
+        return generate(
+            policy,
+            several,
+            Decoding(max_new_tokens=10),
+            end_ids=(),
+            seeds=count(3),
+            measure_kl=True,
+            batch_size=batch_size,
+        )
+
+    whole = rollout(None)
+    for batch_size in (1, 4):
+        parts = rollout(batch_size)
+        assert parts.responses == whole.responses and parts.counts == whole.counts
+        for ours, theirs in zip(parts.decisions, whole.decisions, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(parts.kl, whole.kl, rtol=1e-3, atol=1e-3)
+
+
+def test_every_tensor_is_made_on_the_models_device(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    """Where a tensor is made without saying where, here it is made on "meta" and meets the others with an error."""
+    policy = Policy(model, scrambled_proxy(model))
+    arguments = (policy, prompts, Decoding(max_new_tokens=4))
+    expected = generate(*arguments, end_ids={7}, seeds=count(0), measure_kl=True)
+    with torch.device("meta"):
+        found = generate(*arguments, end_ids={7}, seeds=count(0), measure_kl=True)
+    assert found.responses == expected.responses
+    assert all(map(torch.equal, found.decisions, expected.decisions))
+
+
+def test_a_prompt_and_its_response_are_within_the_context(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    policy, context = Policy(model), model.config.max_position_embeddings
+    longest = max(map(len, prompts))
+    with pytest.raises(TrainingError, match=f"a prompt of {longest} tokens and a response of"):
+        too_long = Decoding(max_new_tokens=context - longest + 1)
+        generate(policy, prompts, too_long, end_ids=(), seeds=count(0))
+    with pytest.raises(TrainingError, match="leaves no room for a prompt"):
+        generate(policy, prompts, Decoding(max_new_tokens=context), end_ids=(), seeds=count(0))

@@ -1,0 +1,253 @@
+"""The formulas of the estimate against tensors and operations counted in real runs of small models."""
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from tests.training.memory import TensorBytes
+from tests.training.models import ARCHITECTURES, data_rows, save_model
+from training import estimate, proxy_ppo
+from training.console import TrainingError
+from training.estimate import (
+    Options,
+    Sizes,
+    activation_bytes,
+    cache_bytes,
+    checkpointed_bytes,
+    decision_bytes,
+    float32_bytes,
+    forward_flops,
+    proxy_of,
+    sizes_of,
+)
+from training.reward_model import lora_config
+from training.rewards import sequence_logprobs
+from training.rollout import Decoding, Policy, generate
+from training.supervised import load_model
+
+QWEN = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+N, PROMPT, RESPONSE = 4, 30, 8
+PEAK = 0.05  # relative: masks, rotary angles and the like are not in the formulas
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def config_dir(directory: Path, config: dict[str, Any]) -> str:
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+def test_the_sizes_of_7b_models(tmp_path: Path) -> None:
+    """As the models' cards and papers have them."""
+    qwen = sizes_of(config_dir(tmp_path, QWEN))
+    assert qwen.parameters == 7_615_616_512
+    assert cache_bytes(qwen, rows=1, tokens=1, size=2) == 57_344
+    llama = sizes_of(config_dir(tmp_path, LLAMA))
+    assert llama.parameters == 6_738_415_616
+    assert cache_bytes(llama, rows=1, tokens=1, size=2) == 524_288
+
+
+def test_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = config_dir(tmp_path, LLAMA)
+    estimate.main(Options(model=model))
+    assert "does not fit" not in capsys.readouterr().out
+    estimate.main(Options(model=model, prompt_tokens=1024, batch_size=256))
+    said = capsys.readouterr().out
+    assert "training.proxy_ppo does not fit 80 GB, a tenth left free: lower --batch-size" in said
+    result = estimate.estimate(sizes_of(model), Options(model=model, reward="implicit"))
+    assert result.staying["frozen LLM"] == result.staying["reward model"] == 2 * 6_738_415_616
+    with pytest.raises(TrainingError, match="cannot read the config"):
+        sizes_of(str(tmp_path / "none"))
+
+
+def test_the_table_of_the_recipe(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "seven-b.md").read_text()
+    results = []
+    for config in (QWEN, LLAMA):
+        options = Options(config_dir(tmp_path, config), response_tokens=256, steps=200)
+        results.append(estimate.estimate(sizes_of(options.model), options))
+    for name, figures in {
+        "**`proxy_ppo` at most**": [f"**{result.peak / 1e9:.1f}**" for result in results],
+        "**`reward_model` at most**": [f"**{r.lora_bytes / 1e9:.1f}**" for r in results],
+        "rollout, on top of these": [f"{r.phases['rollout'] / 1e9:.1f}" for r in results],
+        "writing the responses": [f"{r.seconds['responses']:.1f}" for r in results],
+        "**an update**": [f"**{sum(r.seconds.values()):.0f}**" for r in results],
+        "**the LoRA**": [f"**{r.lora_seconds / 3600:.1f} h**" for r in results],
+    }.items():
+        assert f"| {name} | {figures[0]} | {figures[1]} |" in page
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    save_model(request.param, directory)
+    return directory
+
+
+def is_gemma2(directory: Path) -> bool:
+    return directory.name.startswith("gemma2")
+
+
+def test_a_rollouts_operations_and_bytes(small: Path) -> None:
+    sizes, (model, _) = sizes_of(str(small)), load_model(str(small), "eager")
+    assert sum(p.nbytes for p in model.parameters()) == 4 * sizes.parameters
+    caches = []
+    model.register_forward_hook(lambda *call: caches.append(call[2].past_key_values))
+    prompts = [[7 + row] * PROMPT for row in range(N)]
+    decoding = Decoding(max_new_tokens=RESPONSE)
+    with FlopCounterMode(display=False) as counter:
+        rollout = generate(Policy(model.eval()), prompts, decoding, end_ids=(), seeds=count(0))
+    # The last token is not read.
+    flops = forward_flops(sizes, N, PROMPT, PROMPT, 1) + sum(
+        forward_flops(sizes, N, 1, PROMPT + step, 1) for step in range(1, RESPONSE)
+    )
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers)
+    cached = cache_bytes(sizes, N, PROMPT + RESPONSE - 1, 4)
+    if is_gemma2(small):  # a sliding window in every other layer
+        assert 0.97 * flops < counter.get_total_flops() < flops
+        assert cached / 2 < cache < cached
+    else:
+        assert counter.get_total_flops() == flops
+        assert cache == cached
+    recorded = sum(column.nbytes for column in rollout.decisions)
+    assert recorded == decision_bytes(sizes, len(rollout.decisions.token_ids), 4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft mends it
+def test_a_loras_parameters(small: Path) -> None:
+    sizes, (model, _) = sizes_of(str(small)), load_model(str(small))
+    trained = get_peft_model(model, lora_config(3)).get_nb_trainable_parameters()[0]
+    assert trained == 3 * sizes.lora
+
+
+# Wide enough for the tensors of the formulas to be nearly all there are.
+WIDE = [
+    LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=2, vocab_size=999
+    ),
+    Qwen2Config(
+        hidden_size=128, intermediate_size=676, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, vocab_size=5001,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", WIDE, ids=lambda config: config.model_type)
+def test_the_peak_of_a_forward(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    config.save_pretrained(tmp_path)
+    sizes, size, rows, tokens, kept = sizes_of(str(tmp_path)), dtype.itemsize, 8, 64, 33
+    ids = torch.randint(0, 900, (rows, tokens))
+    with torch.no_grad(), TensorBytes() as prefill:
+        model(ids, use_cache=True, logits_to_keep=1)
+    cache = cache_bytes(sizes, rows, tokens, size)
+    activations = activation_bytes(sizes, rows * tokens, size)
+    assert prefill.peak == pytest.approx(cache + activations, rel=PEAK)
+    prompts = [row[: tokens - kept + 1] for row in ids.tolist()]
+    responses = [row[tokens - kept + 1 :] for row in ids.tolist()]
+    with TensorBytes() as reward:
+        sequence_logprobs(model, prompts, responses, rows)
+    inside = 4 * rows * (kept - 1) * config.vocab_size  # log-sum-exp's own, which is not seen
+    logits = float32_bytes(rows * kept * config.vocab_size, size) - inside
+    assert reward.peak == pytest.approx(max(activations, logits), rel=PEAK)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(128, 344), (128, 1032), (256, 688)])
+def test_the_peak_and_the_operations_of_a_loras_training(
+    hidden: int, intermediate: int, layers: int, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        vocab_size=99,
+    )
+    config.save_pretrained(tmp_path)
+    model: Any = get_peft_model(
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), lora_config(4)
+    )
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    body = model.train().base_model.model.model
+    ids = torch.randint(0, 99, (4, 64))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_states = body(ids, use_cache=False).last_hidden_state
+        hidden_states.float().sum().backward()
+
+    step()  # makes the gradients
+    with TensorBytes() as bytes_:
+        step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    sizes = sizes_of(str(tmp_path))
+    assert bytes_.peak == pytest.approx(checkpointed_bytes(sizes, 4 * 64), rel=0.1)
+    # Forward, the same again, and backward; the reference's forward is trl's.
+    flops = forward_flops(sizes, 4, 64, 64, 0)
+    assert counter.get_total_flops() == pytest.approx(3 * flops, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("response", "phase"), [(4, "rollout"), (48, "update")])
+def test_the_peak_of_an_update(tmp_path: Path, response: int, phase: str, dtype: Any) -> None:
+    save_model("llama", tmp_path)  # for its tokenizer
+    config = LlamaConfig.from_pretrained(tmp_path, hidden_size=256, intermediate_size=688)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    rows = "".join(json.dumps(row) + "\n" for row in data_rows("prompts", 1))
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    options = proxy_ppo.Options(
+        model=str(tmp_path),
+        reward="tests.training.models:length",
+        prompts=str(tmp_path / "prompts.jsonl"),
+        output=tmp_path,
+        episodes=24,
+        batch_size=12,
+        decoding=Decoding(max_new_tokens=response),
+        dtype=dtype,
+        width=8,
+    )
+    trainer = proxy_ppo.Trainer(options, Accelerator(cpu=True))
+    trainer.step(0)  # makes gradients and Adam's moments
+    with TensorBytes() as bytes_:
+        row = trainer.step(1)
+    result = estimate.estimate(
+        sizes_of(str(tmp_path)),
+        Options(
+            model=str(tmp_path),
+            prompt_tokens=len(trainer.prompts[0].ids),
+            response_tokens=response,
+            episodes=24,
+            batch_size=12,
+            width=8,
+            decisions_per_token=row["decisions"] / (24 * response),
+            reward="none",
+            dtype=dtype,
+        ),
+    )
+    assert max(result.phases, key=result.phases.__getitem__) == phase
+    expected = result.staying["recorded decisions"] + result.phases[phase]
+    assert bytes_.peak == pytest.approx(expected, rel=0.15)
+
+
+def test_the_proxys_parameters() -> None:
+    sizes = Sizes(0, 0, 0, 0, hidden=8, intermediate=0, query=0, key=0, vocab=50)
+    # two halves, the mix, its score, and the value's two layers
+    assert proxy_of(sizes, 4).num_parameters() == 2 * 8 * 4 + (9 * 4 + 4) + 5 + (8 * 2 + 2) + 3

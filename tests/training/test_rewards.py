@@ -1,0 +1,161 @@
+"""Rewards on a small random model: the LoRA against its merged model, and what no model can read."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from proxy.checkpoint import FingerprintMismatch, identify
+from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
+from training import reward_model
+from training.console import TrainingError
+from training.rewards import Frozen, Sample, load_reward
+from training.rollout import Decoding, Policy, generate
+from training.supervised import Conversations, end_ids, load_model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in `base`, and trained from it a scalar reward and a LoRA, with a learning rate that can be felt."""
+    directory = tmp_path_factory.mktemp("rewards")
+    save_model("qwen2", directory / "base")
+    rows = "".join(json.dumps(row) + "\n" for row in data_rows("preferences"))
+    (directory / "preferences.jsonl").write_text(rows)
+    common = {
+        "model": str(directory / "base"),
+        "preferences": str(directory / "preferences.jsonl"),
+    }
+    reward_model.main(
+        reward_model.Options(**common, output=directory / "scalar", kind="scalar", batch_size=2)
+    )
+    reward_model.main(
+        reward_model.Options(
+            **common,
+            output=directory / "lora",
+            lora_rank=4,
+            learning_rate=1e-2,
+            batch_size=2,
+            gradient_accumulation=2,
+            gradient_checkpointing=True,
+            epochs=4,
+        )
+    )
+    return directory
+
+
+@pytest.fixture
+def frozen(work: Path) -> Frozen:
+    model, tokenizer = load_model(str(work / "base"))
+    base = identify(str(work / "base"))
+    return Frozen(model.eval(), tokenizer, base, Decoding(), end_ids(model, tokenizer), 2)
+
+
+@pytest.fixture
+def samples(frozen: Frozen) -> list[Sample]:
+    chats = Conversations(frozen.tokenizer)
+    return [
+        Sample(chat(text), answer, *chats.split_ids(chat(text), answer))
+        for text in PROMPTS
+        for answer in ANSWERS
+    ]
+
+
+@torch.no_grad()
+def test_a_lora_rewards_as_the_merged_model_beside_the_frozen_one(
+    work: Path, frozen: Frozen, samples: list[Sample]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(other, work / "lora").merge_and_unload().eval()
+    expected = []
+    for sample in samples:
+        ids, start = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.prompt_ids)
+        tuned, reference = (
+            model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            for model in (merged, plain)
+        )
+        ratios = (tuned - reference).gather(-1, ids[0, start:].unsqueeze(-1))
+        expected.append(0.1 * ratios.sum().item())
+    found = load_reward(str(work / "lora"), frozen)(samples)
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert found.std() > 0.05  # it was trained: 0 before
+    preferred = found.view(3, 3).diagonal()
+    assert preferred.mean() > found.mean()
+
+
+def test_a_lora_acts_in_the_reward_alone(work: Path, frozen: Frozen, samples: list[Sample]) -> None:
+    prompts = [sample.prompt_ids for sample in samples[:2]]
+
+    def decisions() -> torch.Tensor:
+        rollout = generate(
+            Policy(frozen.model), prompts, Decoding(max_new_tokens=8), end_ids=(), seeds=count(0)
+        )
+        return rollout.decisions.hidden
+
+    before = decisions()
+    reward = load_reward(str(work / "lora"), frozen)
+    assert torch.equal(decisions(), before)
+    reward(samples)
+    assert torch.equal(decisions(), before)
+    assert not any(parameter.requires_grad for parameter in frozen.model.lm_head.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "self-judge"])
+def test_a_batch_size_changes_nothing(
+    work: Path, frozen: Frozen, samples: list[Sample], name: str
+) -> None:
+    name = str(work / name) if name == "lora" else name
+    small = load_reward(name, frozen)(samples)
+    model = load_model(str(work / "base"))[0].eval()  # a model takes one LoRA
+    whole = load_reward(name, replace(frozen, model=model, batch_size=9))(samples)
+    torch.testing.assert_close(small, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "scalar", "self-judge"])
+def test_every_tensor_is_made_on_the_models_device(
+    work: Path, frozen: Frozen, samples: list[Sample], name: str
+) -> None:
+    """Where a tensor is made without saying where, here it is made on "meta" and meets the others with an error."""
+    reward = load_reward(name if name == "self-judge" else str(work / name), frozen)
+    expected = reward(samples)
+    with torch.device("meta"):
+        assert torch.equal(reward(samples), expected)
+
+
+def test_a_damaged_lora(work: Path, frozen: Frozen, tmp_path: Path) -> None:
+    shutil.copytree(work / "lora", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(TrainingError, match="the LoRA in .* is damaged"):
+        load_reward(str(tmp_path), frozen)
+
+
+def test_a_lora_of_another_llm(work: Path, frozen: Frozen, tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    other = replace(frozen, base=identify(str(tmp_path)))
+    with pytest.raises(FingerprintMismatch, match="was trained from 'base'"):
+        load_reward(str(work / "lora"), other)
+
+
+def test_a_scalar_reward_has_no_lora(work: Path, tmp_path: Path) -> None:
+    options = reward_model.Options(
+        model=str(work / "base"),
+        preferences=str(work / "preferences.jsonl"),
+        output=tmp_path,
+        kind="scalar",
+        lora_rank=4,
+    )
+    with pytest.raises(TrainingError, match="for the implicit reward"):
+        reward_model.main(options)
+
+
+def test_a_judgment_beyond_the_context(frozen: Frozen, samples: list[Sample]) -> None:
+    reward = load_reward("self-judge", frozen)
+    frozen.model.config.max_position_embeddings = 200
+    with pytest.raises(TrainingError, match="reads 200: lower --max-prompt-tokens"):
+        reward(samples)

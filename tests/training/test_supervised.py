@@ -1,0 +1,159 @@
+"""What the training commands ask of a model and its tokenizer, and where they may find them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.checkpoint import identify, load, resolve_model_dir
+from tests.training.models import PROMPTS, chat, data_rows, save_model
+from training import evaluate, jsft, proxy_ppo, reward_model, sft
+from training.console import TrainingError
+from training.rollout import Decoding
+from training.supervised import Conversations, attention_of, context_of, end_ids, load_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    for kind in ("sft", "preferences", "prompts"):
+        rows = "".join(json.dumps(row) + "\n" for row in data_rows(kind))
+        (directory / f"{kind}.jsonl").write_text(rows)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for name in ("gemma2", "gpt2", "llama"):
+        save_model(name, directory / name)
+    return directory
+
+
+def test_attention_that_caps_its_scores_is_computed_plainly(saved: Path) -> None:
+    assert attention_of(str(saved / "gemma2")) == "eager"
+    assert attention_of(str(saved / "llama")) is None
+
+
+def test_the_context_of_absolute_positions(saved: Path) -> None:
+    assert context_of(load_model(str(saved / "gpt2"))[0]) == 1024
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_left_out(
+    saved: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {
+        "model": str(saved / "gpt2"),
+        "reward": "tests.training.models:length",
+        "prompts": str(data / "prompts.jsonl"),
+        "output": tmp_path,
+        "steps": 1,
+        "episodes": 4,
+    }
+    chats = Conversations(load_model(str(saved / "gpt2"))[1])
+    lengths = sorted(len(chats.prompt_ids(chat(text))) for text in PROMPTS)
+    most = Decoding(max_new_tokens=1024 - lengths[1], top_k=1)
+    with pytest.raises(TrainingError, match="no prompt is within 3 tokens"):
+        proxy_ppo.main(proxy_ppo.Options(**options, decoding=Decoding(max_new_tokens=1021)))
+    with pytest.raises(TrainingError, match="leaves no room for a prompt"):
+        proxy_ppo.main(proxy_ppo.Options(**options, decoding=Decoding(max_new_tokens=1024)))
+    capsys.readouterr()
+    proxy_ppo.main(proxy_ppo.Options(**options, decoding=most))
+    assert f"left out 2 of 6 prompts of over {lengths[1]} tokens" in capsys.readouterr().out
+
+
+def test_training_keeps_within_the_context(
+    saved: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 has no position after its last: one would be an index error."""
+    model, long = str(saved / "gpt2"), "my dog " * 999
+    rows, pairs = tmp_path / "sft.jsonl", tmp_path / "preferences.jsonl"
+    rows.write_text((data / "sft.jsonl").read_text() + json.dumps({"messages": chat("Hi", long)}))
+    answers = {key: chat("Hi", f"{key} {long}")[1:] for key in ("chosen", "rejected")}
+    pair = {"prompt": chat("Hi"), **answers}
+    pairs.write_text((data / "preferences.jsonl").read_text() + json.dumps(pair))
+    sft.main(sft.Options(model=model, sft=str(rows), output=tmp_path / "sft", max_length=9999))
+    assert "left out 1 sequences over 1024 tokens" in capsys.readouterr().out
+    for kind in ("implicit", "scalar"):
+        reward_model.main(
+            reward_model.Options(
+                model=model,
+                preferences=str(pairs),
+                output=tmp_path / kind,
+                kind=kind,
+                max_length=9999,
+                batch_size=4,
+            )
+        )
+
+
+def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "llama", tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    common = {"model": str(tmp_path / "bare"), "output": tmp_path / "out"}
+    pairs, rows = str(data / "preferences.jsonl"), str(data / "sft.jsonl")
+    for main, options in (
+        (sft.main, sft.Options(**common, sft=rows)),
+        (jsft.main, jsft.Options(**common, sft=rows, preferences=pairs)),
+        (reward_model.main, reward_model.Options(**common, preferences=pairs)),
+    ):
+        with pytest.raises(TrainingError, match="no chat template"):
+            main(options)
+
+
+def test_a_chat_template_that_refuses_a_conversation(saved: Path) -> None:
+    chats = Conversations(load_model(str(saved / "gemma2"))[1])
+    system = {"role": "system", "content": "Be brief."}
+    with pytest.raises(TrainingError, match="roles system, user: System role not supported"):
+        chats.prompt_ids([system, *chat(PROMPTS[0])])
+
+
+def test_no_token_that_ends_a_response(saved: Path) -> None:
+    model, tokenizer = load_model(str(saved / "llama"))
+    model.generation_config.eos_token_id = [5, 9]
+    assert end_ids(model, tokenizer) == {5, 9, tokenizer.eos_token_id}
+    tokenizer.eos_token = None
+    assert end_ids(model, tokenizer) == {5, 9}
+    model.generation_config.eos_token_id = None
+    with pytest.raises(TrainingError, match="nothing ends a response"):
+        end_ids(model, tokenizer)
+
+
+def test_every_command_takes_a_hub_id(
+    saved: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache laid out as the hub's client lays it out."""
+    repository = tmp_path / "hub" / "models--someone--small"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(saved / "llama", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "someone/small"
+    assert resolve_model_dir(name) == snapshot
+    pairs, rows = str(data / "preferences.jsonl"), str(data / "sft.jsonl")
+    sft.main(sft.Options(model=name, sft=rows, output=tmp_path / "sft"))
+    jsft.main(jsft.Options(model=name, sft=rows, preferences=pairs, output=tmp_path / "jsft"))
+    for kind in ("implicit", "scalar"):
+        reward_model.main(
+            reward_model.Options(model=name, preferences=pairs, output=tmp_path / kind, kind=kind)
+        )
+    proxy_ppo.main(
+        proxy_ppo.Options(
+            model=name,
+            reward=str(tmp_path / "implicit"),
+            prompts=str(data / "prompts.jsonl"),
+            output=tmp_path / "proxy",
+            steps=1,
+            episodes=4,
+        )
+    )
+    base = load(tmp_path / "proxy", base=identify(name)).base
+    assert base.name == name
+    with pytest.raises(TrainingError, match="is no prompt of the bundled world"):
+        evaluate.main(
+            evaluate.Options(model=name, proxy=tmp_path / "proxy", prompts=data / "prompts.jsonl")
+        )
