@@ -21,7 +21,9 @@ from proxy.checkpoint import identify, resolve_model_dir
 from training import rewards
 from training.console import main_guard
 from training.data import read_rows
-from training.supervised import MetricsWriter, load_model
+from training.metrics import TrainerMetrics
+from training.saving import saving
+from training.supervised import load_model
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Options:
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
     `training.layouts` too."""
     output: Path
-    """Directory for the reward model and `metrics.jsonl`."""
+    """Directory for the reward model, its metrics and their curves."""
+    held_out: str | None = None
+    """Pairs to try the reward on after each pass, such as `training.prepare` sets aside."""
     kind: Literal["implicit", "scalar"] = "implicit"
     """Which reward; see above."""
     beta: float = 0.1
@@ -56,15 +60,16 @@ class Options:
 
 
 def main(options: Options) -> None:
-    rows = read_rows(options.preferences, ("prompt", "chosen", "rejected"))[: options.max_rows]
-    fields = ("prompt", "chosen", "rejected")
-    data = Dataset.from_list([{field: row[field] for field in fields} for row in rows])
+    data = _pairs(options.preferences, options.max_rows)
+    held_out = _pairs(options.held_out) if options.held_out else None
     base = identify(options.model)
     model, tokenizer = load_model(str(resolve_model_dir(options.model)))
     common: dict[str, Any] = dict(
         output_dir=str(options.output),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        eval_strategy="epoch" if held_out else "no",
         learning_rate=options.learning_rate,
         max_length=options.max_length,
         bf16=options.bf16,
@@ -73,14 +78,16 @@ def main(options: Options) -> None:
         seed=options.seed,
         save_strategy="no",
         report_to="none",
+        logging_first_step=True,
     )
     trainer: Any
-    callbacks = [MetricsWriter(options.output / "metrics.jsonl")]
+    callbacks = [TrainerMetrics(options.output)]
     if options.kind == "implicit":
         trainer = DPOTrainer(
             model=model,
             args=DPOConfig(beta=options.beta, **common),
             train_dataset=data,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -92,14 +99,23 @@ def main(options: Options) -> None:
             model=scorer,
             args=RewardConfig(**common),
             train_dataset=data,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
     trainer.train()
-    trainer.model.to(torch.bfloat16).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
     config = rewards.RewardConfig(kind=options.kind, beta=options.beta, base=base)
-    rewards.write_reward_config(options.output, config)
+    if trainer.is_world_process_zero():
+        with saving(options.output) as directory:
+            trainer.model.to(torch.bfloat16).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            rewards.write_reward_config(directory, config)
+
+
+def _pairs(source: str, max_rows: int | None = None) -> Dataset:
+    fields = ("prompt", "chosen", "rejected")
+    rows = read_rows(source, fields)[:max_rows]
+    return Dataset.from_list([{field: row[field] for field in fields} for row in rows])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ set's mean weight per sequence). A per-batch token mean would make a token count
 beside it: batches are grouped by length, so short answers would be over-weighted.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from judge.prompts import judge_messages, judge_prompt_ids, label_ids
 from training.console import TrainingError
 from training.data import Row
+from training.metrics import TrainerMetrics
+from training.saving import saving
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options:
     sft: str
     """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
     output: Path
-    """Directory for the trained model and `metrics.jsonl`."""
+    """Directory for the trained model, its metrics and their curves."""
     epochs: float = 1.0
     """Passes over the data."""
     batch_size: int = 64
@@ -159,19 +159,6 @@ class _WeightedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class MetricsWriter(TrainerCallback):
-    """Writes what transformers' trainer logs to `metrics.jsonl`, in the place of an earlier run's."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
 def load_model(
     name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, Any]:
@@ -184,9 +171,21 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention
         )
-        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot load the model {name!r}: {error}") from error
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot load the tokenizer of {name!r}: {error}") from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
@@ -236,13 +235,16 @@ def train(
             save_strategy="no",
             report_to="none",
             logging_steps=10,
+            logging_first_step=True,
             remove_unused_columns=False,
         ),
         train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
         data_collator=collate,
-        callbacks=[MetricsWriter(options.output / "metrics.jsonl")],
+        callbacks=[TrainerMetrics(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    if trainer.is_world_process_zero():
+        with saving(options.output) as directory:
+            model.to(torch.bfloat16).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)

@@ -22,3 +22,56 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return directory
+
+
+def done(*arguments: str | Path) -> None:
+    """Run a training command that must succeed."""
+    result = run(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def sft(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that `training.sft` made."""
+    output = tmp_path_factory.mktemp("sft")
+    done(
+        "training.sft", "--model", work / "untrained", "--sft", work / "world/sft.jsonl",
+        "--output", output, "--batch-size", "32",
+    )  # fmt: skip
+    return output
+
+
+def _reward(work: Path, output: Path, kind: str) -> Path:
+    done(
+        "training.reward_model", "--model", work / "base", "--kind", kind, "--output", output, "--max-rows", "32",
+        "--preferences", work / "world/preferences.jsonl", "--held-out", work / "world/preferences_validation.jsonl",
+    )  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="session")
+def implicit_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An implicit reward, tried on held-out pairs."""
+    return _reward(work, tmp_path_factory.mktemp("implicit"), "implicit")
+
+
+@pytest.fixture(scope="session")
+def scalar_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scalar reward, tried on held-out pairs."""
+    return _reward(work, tmp_path_factory.mktemp("scalar"), "scalar")
+
+
+@pytest.fixture(scope="session")
+def evaluations(
+    work: Path, scalar_reward: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """The figures of a proxy on 5 prompts: by the gold scorer, and by two rewards."""
+    directory = tmp_path_factory.mktemp("evaluations")
+    outputs = [directory / "gold.json", directory / "rewards.json"]
+    rewards = ("--reward", work / "reward-aligned", scalar_reward)
+    for output, more in zip(outputs, ((), rewards), strict=True):
+        done(
+            "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--output", output,
+            "--prompts", work / "world/prompts_validation.jsonl", "--num-prompts", "5", *more,
+        )  # fmt: skip
+    return outputs
