@@ -23,7 +23,7 @@ def test_no_prompt_is_on_both_sides() -> None:
     pairs = [pair(str(i // 3), f"good {i}", "bad") for i in range(60)]  # 20 prompts of 3 pairs
     train, held_out = split(pairs, 10, seed=0)
     assert len(held_out) == 12  # 4 prompts: 3 of them have 9 pairs
-    assert sorted(train + held_out) == sorted(pairs)
+    assert len(train) == 48 and all(p in pairs for p in train + held_out)
     assert not {p.prompt for p in train} & {p.prompt for p in held_out}
     assert split(pairs, 10, seed=0) == (train, held_out)
     assert split(pairs, 10, seed=1) != (train, held_out)
