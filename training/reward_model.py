@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from proxy.checkpoint import identify, resolve_model_dir
-from training import rewards
+from training import checkpoints, rewards
 from training.console import main_guard
 from training.data import read_rows
 from training.metrics import TrainerMetrics
@@ -55,6 +55,10 @@ class Options:
     """Longer sequences, in tokens, are truncated by trl."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
+    save_every: int = 500
+    """Steps between two checkpoints that `--resume` can go on from."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory, if there is one."""
     seed: int = 0
     """Of the order of the data."""
 
@@ -65,7 +69,7 @@ def main(options: Options) -> None:
     base = identify(options.model)
     model, tokenizer = load_model(str(resolve_model_dir(options.model)))
     common: dict[str, Any] = dict(
-        output_dir=str(options.output),
+        **checkpoints.arguments(options.output, options.save_every),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
@@ -76,7 +80,6 @@ def main(options: Options) -> None:
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         seed=options.seed,
-        save_strategy="no",
         report_to="none",
         logging_first_step=True,
     )
@@ -92,6 +95,7 @@ def main(options: Options) -> None:
             callbacks=callbacks,
         )
     else:
+        torch.manual_seed(options.seed)  # of the new head
         scorer = AutoModelForSequenceClassification.from_pretrained(
             options.model, num_labels=1, dtype=torch.float32
         )
@@ -103,13 +107,14 @@ def main(options: Options) -> None:
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    trainer.train()
+    checkpoints.train(trainer, options)
     config = rewards.RewardConfig(kind=options.kind, beta=options.beta, base=base)
     if trainer.is_world_process_zero():
         with saving(options.output) as directory:
             trainer.model.to(torch.bfloat16).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             rewards.write_reward_config(directory, config)
+        checkpoints.remove(options.output)
 
 
 def _pairs(source: str, max_rows: int | None = None) -> Dataset:

@@ -22,8 +22,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from judge.prompts import judge_messages, judge_prompt_ids, label_ids
+from training import checkpoints
 from training.console import TrainingError
 from training.data import Row
 from training.metrics import TrainerMetrics
@@ -60,6 +62,10 @@ class Options:
     """torch.compile the model: a minute to start, then up to twice as fast on a CPU."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention code. With `compile` and short sequences on a CPU, "eager" is half as fast again."""
+    save_every: int = 500
+    """Steps between two checkpoints that `--resume` can go on from."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory, if there is one."""
     seed: int = 0
     """Of the order of the data."""
 
@@ -144,10 +150,26 @@ def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
     return (nll * weights[:, 1:].flatten()).sum()
 
 
+class _ByLength(LengthGroupedSampler):
+    """Sequences of about the same length together; seed and pass fix the order, so a run can go on within a pass."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer calls this before each pass."""
+        self.generator.manual_seed((self.seed << 32) + epoch)
+
+
 class _WeightedTrainer(Trainer):
-    """transformers' trainer with the loss of this module's docstring."""
+    """transformers' trainer with the loss and the order of this module."""
 
     loss_divisor: float
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _ByLength:
+        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
+        return _ByLength(lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -220,19 +242,17 @@ def train(
     trainer = _WeightedTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.output),
+            **checkpoints.arguments(options.output, options.save_every),
             num_train_epochs=options.epochs,
             per_device_train_batch_size=batch_size,
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=int(options.warmup * steps),
             weight_decay=options.weight_decay,
-            train_sampling_strategy="group_by_length",
             bf16=options.bf16,
             use_cpu=not torch.cuda.is_available(),
             torch_compile=options.compile,
             seed=options.seed,
-            save_strategy="no",
             report_to="none",
             logging_steps=10,
             logging_first_step=True,
@@ -243,8 +263,9 @@ def train(
         callbacks=[TrainerMetrics(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
-    trainer.train()
+    checkpoints.train(trainer, options)
     if trainer.is_world_process_zero():
         with saving(options.output) as directory:
             model.to(torch.bfloat16).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
+        checkpoints.remove(options.output)

@@ -30,35 +30,45 @@ def done(*arguments: str | Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def sft_arguments(work: Path) -> list[str | Path]:
+    """A run of 20 steps, in two passes."""
+    return [
+        "training.sft", "--model", work / "untrained", "--sft", work / "world/sft.jsonl", "--batch-size", "32",
+        "--epochs", "2",
+    ]  # fmt: skip
+
+
+def reward_arguments(work: Path, kind: str) -> list[str | Path]:
+    """A run of 8 steps, in two passes, with a look at held-out pairs after each."""
+    return [
+        "training.reward_model", "--model", work / "base", "--kind", kind, "--max-rows", "32", "--batch-size", "8",
+        "--epochs", "2", "--preferences", work / "world/preferences.jsonl",
+        "--held-out", work / "world/preferences_validation.jsonl",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def sft(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that `training.sft` made."""
     output = tmp_path_factory.mktemp("sft")
-    done(
-        "training.sft", "--model", work / "untrained", "--sft", work / "world/sft.jsonl",
-        "--output", output, "--batch-size", "32",
-    )  # fmt: skip
-    return output
-
-
-def _reward(work: Path, output: Path, kind: str) -> Path:
-    done(
-        "training.reward_model", "--model", work / "base", "--kind", kind, "--output", output, "--max-rows", "32",
-        "--preferences", work / "world/preferences.jsonl", "--held-out", work / "world/preferences_validation.jsonl",
-    )  # fmt: skip
+    done(*sft_arguments(work), "--output", output)
     return output
 
 
 @pytest.fixture(scope="session")
 def implicit_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An implicit reward, tried on held-out pairs."""
-    return _reward(work, tmp_path_factory.mktemp("implicit"), "implicit")
+    output = tmp_path_factory.mktemp("implicit")
+    done(*reward_arguments(work, "implicit"), "--output", output)
+    return output
 
 
 @pytest.fixture(scope="session")
 def scalar_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scalar reward, tried on held-out pairs."""
-    return _reward(work, tmp_path_factory.mktemp("scalar"), "scalar")
+    output = tmp_path_factory.mktemp("scalar")
+    done(*reward_arguments(work, "scalar"), "--output", output)
+    return output
 
 
 @pytest.fixture(scope="session")
