@@ -23,6 +23,7 @@ from transformers import (
 from judge.prompts import LABELS, judge_messages
 from training.console import main_guard
 from training.data import Row, read_rows
+from training.saving import saving
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
@@ -133,8 +134,9 @@ def main(options: Options) -> None:
     rows = [row for path in options.corpus for row in read_rows(path)[: options.max_corpus_rows]]
     tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
     model = build_model(options, tokenizer)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    with saving(options.output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     print(f"{options.output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 

@@ -1,22 +1,29 @@
-"""Direct preference optimisation (arXiv 2305.18290), with trl: the baseline that trains all of the LLM's weights.
+"""Direct preference optimisation (arXiv 2305.18290), with trl: a baseline that changes the LLM's own weights.
 
-python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
+    python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
+
+`training.reward_model` trains the implicit reward in the same way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from proxy.checkpoint import resolve_model_dir
+from training import checkpoints
 from training.console import main_guard
 from training.data import read_rows
-from training.supervised import MetricsWriter, load_model
-
-FIELDS = ("prompt", "chosen", "rejected")
+from training.metrics import TrainerMetrics
+from training.saving import saving
+from training.supervised import Conversations, context_of, end_ids, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,51 +36,118 @@ class Options:
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
     `training.layouts` too."""
     output: Path
-    """Directory for the model and `metrics.jsonl`."""
+    """Directory for what is trained, its metrics and their curves."""
+    held_out: str | None = None
+    """Pairs to measure on after each pass, such as `training.prepare` sets aside."""
     beta: float = 0.1
-    """β: the higher, the nearer to the start."""
+    """β of DPO and of the implicit reward: the higher, the nearer to the start."""
     epochs: float = 1.0
     """Passes over the data."""
     max_rows: int | None = None
     """Only the first so many pairs."""
     batch_size: int = 32
     """Pairs in a batch."""
+    gradient_accumulation: int = 1
+    """Batches before an update."""
     learning_rate: float = 2e-4
-    """Peak of the linear schedule. 2e-4 suits a small model; use about 1e-6 for a pretrained LLM."""
+    """Peak of the linear schedule. 2e-4 suits a small model; use about 1e-6 for a pretrained LLM, 1e-5 with
+    `lora_rank`."""
+    lora_rank: int = 0
+    """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
+    gradient_checkpointing: bool = False
+    """Keep no activations but compute them again: a third slower, and much less memory."""
     max_length: int = 1024
-    """Longer sequences, in tokens, are truncated by trl."""
+    """Longer sequences, in tokens, are truncated by trl (scalar reward: left out)."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
+    save_every: int = 500
+    """Steps between two checkpoints that `--resume` can go on from."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory, if there is one."""
     seed: int = 0
     """Of the order of the data."""
 
 
-def main(options: Options) -> None:
-    rows = read_rows(options.preferences, FIELDS)[: options.max_rows]
-    model, tokenizer = load_model(str(resolve_model_dir(options.model)))
+def train(options: Options) -> tuple[Any, Any]:
+    """The trainer when it is done, and the tokenizer."""
+    model, tokenizer = load_model(
+        str(resolve_model_dir(options.model)),
+        dtype=torch.bfloat16 if options.lora_rank else torch.float32,
+    )
+    Conversations(tokenizer), end_ids(model, tokenizer)  # trl's own errors say less
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(
-            output_dir=str(options.output),
-            beta=options.beta,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            max_length=options.max_length,
-            bf16=options.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
-            seed=options.seed,
-            save_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list([{field: row[field] for field in FIELDS} for row in rows]),
+        args=DPOConfig(beta=options.beta, **arguments(options, model)),
+        **data(options),
         processing_class=tokenizer,
-        callbacks=[MetricsWriter(options.output / "metrics.jsonl")],
+        callbacks=[TrainerMetrics(options.output)],
+        peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
     )
-    trainer.train()
-    trainer.model.to(torch.bfloat16).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    checkpoints.train(trainer, options)
+    return trainer, tokenizer
+
+
+def arguments(options: Options, model: PreTrainedModel) -> dict[str, Any]:
+    """What trl's trainers are told."""
+    return dict(
+        **checkpoints.arguments(options.output, options.save_every),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        eval_strategy="epoch" if options.held_out else "no",
+        gradient_accumulation_steps=options.gradient_accumulation,
+        gradient_checkpointing=options.gradient_checkpointing,
+        learning_rate=options.learning_rate,
+        max_length=min(options.max_length, context_of(model)),
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=options.seed,
+        report_to="none",
+        logging_first_step=True,
+    )
+
+
+def data(options: Options) -> dict[str, Dataset | None]:
+    """The pairs to train on, and those to measure on, as trl's trainers take them."""
+    return {
+        "train_dataset": _pairs(options.preferences, options.max_rows),
+        "eval_dataset": _pairs(options.held_out) if options.held_out else None,
+    }
+
+
+def _pairs(source: str, max_rows: int | None = None) -> Dataset:
+    fields = ("prompt", "chosen", "rejected")
+    rows = read_rows(source, fields)[:max_rows]
+    return Dataset.from_list([{field: row[field] for field in fields} for row in rows])
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def save(
+    options: Options,
+    trainer: Any,
+    tokenizer: Any,
+    add: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """Save model or LoRA with its tokenizer, and what `add` writes beside them, as a whole."""
+    if not trainer.is_world_process_zero():
+        return
+    if not options.lora_rank:
+        trainer.model.to(torch.bfloat16)
+    with saving(options.output) as directory:
+        trainer.model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        add(directory)
+    checkpoints.remove(options.output)
+
+
+def main(options: Options) -> None:
+    save(options, *train(options))
 
 
 if __name__ == "__main__":

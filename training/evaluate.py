@@ -1,9 +1,9 @@
-"""Compare a proxy with the frozen LLM on the bundled world.
+"""Compare a proxy with the frozen LLM on prompts that it was not trained on.
 
-    python -m training.evaluate --model runs/base --proxy runs/proxy --prompts prompts_validation.jsonl
+    python -m training.evaluate --model runs/base --proxy runs/proxy --prompts held_out.jsonl --reward runs/reward
 
-Both answer every prompt; the gold scorer says which answer is better. A tie counts half. The KL is exact per position
-and averaged over the proxied responses.
+Both answer every prompt. Each `--reward` scores both answers; without one the prompts are the bundled world's, and its
+gold scorer says which answer is better. `docs/metrics.md` defines the figures.
 """
 
 import json
@@ -20,13 +20,17 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard
 from training.data import read_rows
+from training.rewards import Frozen, Sample, load_reward
 from training.rollout import Decoding, Policy, Rollout, generate
 from training.supervised import Conversations, end_ids, load_model
 from training.world import gold
+
+Answers = list[Sample]
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class Options:
     """The frozen LLM: a directory or a hub id."""
     proxy: Path
     """A proxy checkpoint."""
-    prompts: Path
-    """JSON lines of `prompt`, prompts of the bundled world."""
+    prompts: str
+    """JSON lines or Parquet of `prompt`, or a data set's name."""
+    reward: tuple[str, ...] = ()
+    """Rewards to compare by, as `training.proxy_ppo` takes them; none = the bundled world's gold scorer."""
     num_prompts: int = 500
     """Only the first so many."""
     strength: float = 1.0
@@ -78,55 +84,88 @@ def flaw_rates(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, floa
 
 def evaluate(options: Options) -> dict[str, Any]:
     """The figures of one comparison."""
-    texts = [row["prompt"][-1]["content"] for row in read_rows(options.prompts, ("prompt",))]
-    texts = texts[: options.num_prompts]
+    chosen = [row["prompt"] for row in read_rows(options.prompts, ("prompt",))]
+    chosen = chosen[: options.num_prompts]
+    base = identify(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(
         str(resolve_model_dir(options.model)), dtype=getattr(torch, options.dtype)
     )
     model.to(device).eval()
-    proxy = load(options.proxy, base=identify(options.model))
+    proxy = load(options.proxy, base=base)
     proxy.network.to(device)
+    frozen = Frozen(
+        model, tokenizer, base, options.decoding, end_ids(model, tokenizer), options.batch_size
+    )
+    rewards = {name: load_reward(name, frozen) for name in options.reward}
     chats = Conversations(tokenizer)
-    prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+    prompts = [chats.prompt_ids(messages) for messages in chosen]
 
-    def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, list[str]]:
+    def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, Answers]:
         rollout = generate(
             policy,
             prompts,
             options.decoding,
-            end_ids=end_ids(model, tokenizer),
+            end_ids=frozen.end_ids,
             seeds=seeds,
             measure_kl=measure_kl,
             batch_size=options.batch_size,
         )
-        return rollout, tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        return rollout, list(map(Sample, chosen, texts, prompts, rollout.responses))
 
     first = options.seed * 2**32
-    _, frozen = answer(Policy(model), count(first + 2**31), measure_kl=False)
+    _, theirs = answer(Policy(model), count(first + 2**31), measure_kl=False)
     policy = Policy(model, proxy.network, options.strength)
-    rollout, proxied = answer(policy, count(first), measure_kl=True)
-    try:
-        rate, error = win_rate(texts, proxied, frozen)
-    except KeyError as unknown:
-        raise TrainingError(
-            f"{options.prompts}: {unknown} is no prompt of the bundled world"
-        ) from None
+    rollout, ours = answer(policy, count(first), measure_kl=True)
     counts, kl = rollout.counts, rollout.kl
     assert kl is not None, "measured above"
-    return {
-        "prompts": len(texts),
+    figures = {
+        "prompts": len(chosen),
         "seed": options.seed,
         "proxy_version": proxy.version,
         "strength": options.strength,
-        "gold_win_rate": rate,
-        "gold_win_rate_se": error,
         "acceptance_rate": 1 - counts.rejected / counts.proposed,
         "rejections_per_token": counts.rejected / counts.tokens,
         "forced_rate": counts.forced / counts.tokens,
         "kl_nats_per_response": kl.mean().item(),
         "kl_nats_per_response_se": (kl.std() / len(kl) ** 0.5).item(),
-        "tokens_per_response": counts.tokens / len(texts),
+        "tokens_per_response": counts.tokens / len(chosen),
+        "tokens_per_response_frozen": fmean(len(sample.response_ids) for sample in theirs),
+    }
+    if not rewards:
+        return figures | _graded_by_gold(ours, theirs)
+    by_reward = {name: compare(reward(ours), reward(theirs)) for name, reward in rewards.items()}
+    return figures | {"rewards": by_reward}
+
+
+def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """The scores [N] of two answers to each prompt, as figures."""
+    gains = (ours - theirs).double()
+    wins = (gains.sign() + 1) / 2
+    root = len(gains) ** 0.5
+    return {
+        "win_rate": wins.mean().item(),
+        "win_rate_se": (wins.std() / root).item(),
+        "frozen": theirs.mean().item(),
+        "proxied": ours.mean().item(),
+        "gain": gains.mean().item(),
+        "gain_se": (gains.std() / root).item(),
+    }
+
+
+def _graded_by_gold(ours: Answers, theirs: Answers) -> dict[str, Any]:
+    texts = [sample.messages[-1]["content"] for sample in ours]
+    proxied, frozen = ([sample.text for sample in answers] for answers in (ours, theirs))
+    try:
+        rate, error = win_rate(texts, proxied, frozen)
+    except KeyError as unknown:
+        raise TrainingError(
+            f"{unknown} is no prompt of the bundled world: say with --reward what shall compare the answers"
+        ) from None
+    return {
+        "gold_win_rate": rate,
+        "gold_win_rate_se": error,
         "flaw_rates": {"frozen": flaw_rates(texts, frozen), "proxied": flaw_rates(texts, proxied)},
     }
 
@@ -137,13 +176,19 @@ def show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
-    flaws = Table("flaw", "frozen", "proxied")
-    rates = figures["flaw_rates"]
-    for quality, frozen in rates["frozen"].items():
-        flaws.add_row(quality, f"{frozen:.1%}", f"{rates['proxied'][quality]:.1%}")
     console = Console()
     console.print(table)
-    console.print(flaws)
+    for reward, found in figures.get("rewards", {}).items():
+        scores = Table("by the reward", reward)
+        for name, value in found.items():
+            scores.add_row(name, f"{value:.4f}")
+        console.print(scores)
+    if "flaw_rates" in figures:
+        flaws = Table("flaw", "frozen", "proxied")
+        rates = figures["flaw_rates"]
+        for quality, frozen in rates["frozen"].items():
+            flaws.add_row(quality, f"{frozen:.1%}", f"{rates['proxied'][quality]:.1%}")
+        console.print(flaws)
 
 
 def main(options: Options) -> None:

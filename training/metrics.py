@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
 
 METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
 
@@ -42,6 +43,10 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Draw the curves; nothing can be added after this."""
         self._file.close()
         self._events.close()
         if self.rows:
@@ -55,6 +60,25 @@ class Metrics:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._events.add_scalar(name, value, row["step"])
+
+
+class TrainerMetrics(TrainerCallback):
+    """Hands what transformers' trainer (and so trl's) logs to `Metrics`, in the main process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._metrics = Metrics(self._directory, after=state.global_step or None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._metrics.add({"step": state.global_step, **logs})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._metrics.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -71,8 +95,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every figure over the steps, each in a field of its own."""
-    names = sorted({name for row in rows for name, value in row.items() if _is_number(value)})
+    """Every figure over the steps, each in a field of its own; not what the last row alone has, the run's summary."""
+    named = rows[:-1] or rows
+    names = sorted({name for row in named for name, value in row.items() if _is_number(value)})
     names.remove("step")
     columns = min(4, len(names))
     height = math.ceil(len(names) / columns)
@@ -82,7 +107,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         field.set_axis_off()
     for field, name in zip(fields.flat, names, strict=False):
         points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
-        field.plot(*zip(*points, strict=True), linewidth=1.2)
+        field.plot(
+            *zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 30 else None
+        )
         field.set_title(name, fontsize=9)
         field.tick_params(labelsize=7)
     figure.savefig(path, dpi=120)

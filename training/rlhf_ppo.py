@@ -29,6 +29,7 @@ from training.console import TrainingError, main_guard
 from training.online import Episodes, averaged
 from training.ppo import gae, policy_losses, whiten
 from training.rollout import Decoding, Policy, Rollout, generate, pad_responses
+from training.saving import saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +191,9 @@ class Trainer(online.Trainer):
         return {"tokens_per_response": tokens / responses}
 
     def save(self, training: dict[str, Any]) -> str:
-        self.actor.to(torch.bfloat16).save_pretrained(self.options.output)
-        self.tokenizer.save_pretrained(self.options.output)
+        with saving(self.options.output) as directory:
+            self.actor.to(torch.bfloat16).save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
         return str(self.options.output)
 
 

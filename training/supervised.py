@@ -5,7 +5,6 @@ set's mean weight per sequence). A per-batch token mean would make a token count
 beside it: batches are grouped by length, so short answers would be over-weighted.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -24,13 +23,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from judge.prompts import judge_messages, judge_prompt_ids, label_ids
+from training import checkpoints
 from training.console import TrainingError
 from training.data import Row
+from training.metrics import TrainerMetrics
+from training.saving import saving
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Options:
     sft: str
     """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
     output: Path
-    """Directory for the trained model and `metrics.jsonl`."""
+    """Directory for the trained model, its metrics and their curves."""
     epochs: float = 1.0
     """Passes over the data."""
     batch_size: int = 64
@@ -64,6 +66,10 @@ class Options:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention code; "auto" is right for every model. With `compile` and short sequences on a CPU, "eager" is half as
     fast again."""
+    save_every: int = 500
+    """Steps between two checkpoints that `--resume` can go on from."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory, if there is one."""
     seed: int = 0
     """Of the order of the data."""
 
@@ -162,10 +168,26 @@ def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
     return (nll * weights[:, 1:].flatten()).sum()
 
 
+class _ByLength(LengthGroupedSampler):
+    """Sequences of about the same length together; seed and pass fix the order, so a run can go on within a pass."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer calls this before each pass."""
+        self.generator.manual_seed((self.seed << 32) + epoch)
+
+
 class _WeightedTrainer(Trainer):
-    """transformers' trainer with the loss of this module's docstring."""
+    """transformers' trainer with the loss and the order of this module."""
 
     loss_divisor: float
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _ByLength:
+        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
+        return _ByLength(lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,19 +197,6 @@ class _WeightedTrainer(Trainer):
         loss = weighted_loss(outputs.logits, inputs["input_ids"], inputs["weights"])
         loss = loss / self.loss_divisor
         return (loss, outputs) if return_outputs else loss
-
-
-class MetricsWriter(TrainerCallback):
-    """Writes what transformers' trainer logs to `metrics.jsonl`, in the place of an earlier run's."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def load_model(
@@ -207,9 +216,21 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=implementation
         )
-        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot load the model {name!r}: {error}") from error
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot load the tokenizer of {name!r}: {error}") from error
 
 
 def attention_of(name: str) -> str | None:
@@ -269,28 +290,30 @@ def train(
     trainer = _WeightedTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.output),
+            **checkpoints.arguments(options.output, options.save_every),
             num_train_epochs=options.epochs,
             per_device_train_batch_size=batch_size,
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=int(options.warmup * steps),
             weight_decay=options.weight_decay,
-            train_sampling_strategy="group_by_length",
             bf16=options.bf16,
             use_cpu=not torch.cuda.is_available(),
             torch_compile=options.compile,
             seed=options.seed,
-            save_strategy="no",
             report_to="none",
             logging_steps=10,
+            logging_first_step=True,
             remove_unused_columns=False,
         ),
         train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
         data_collator=collate,
-        callbacks=[MetricsWriter(options.output / "metrics.jsonl")],
+        callbacks=[TrainerMetrics(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
-    trainer.train()
-    model.to(torch.bfloat16).save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    checkpoints.train(trainer, options)
+    if trainer.is_world_process_zero():
+        with saving(options.output) as directory:
+            model.to(torch.bfloat16).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        checkpoints.remove(options.output)

@@ -22,3 +22,66 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return directory
+
+
+def done(*arguments: str | Path) -> None:
+    """Run a training command that must succeed."""
+    result = run(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def sft_arguments(work: Path) -> list[str | Path]:
+    """A run of 20 steps, in two passes."""
+    return [
+        "training.sft", "--model", work / "untrained", "--sft", work / "world/sft.jsonl", "--batch-size", "32",
+        "--epochs", "2",
+    ]  # fmt: skip
+
+
+def reward_arguments(work: Path, kind: str) -> list[str | Path]:
+    """A run of 8 steps, in two passes, with a look at held-out pairs after each."""
+    return [
+        "training.reward_model", "--model", work / "base", "--kind", kind, "--max-rows", "32", "--batch-size", "8",
+        "--epochs", "2", "--preferences", work / "world/preferences.jsonl",
+        "--held-out", work / "world/preferences_validation.jsonl",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sft(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that `training.sft` made."""
+    output = tmp_path_factory.mktemp("sft")
+    done(*sft_arguments(work), "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def implicit_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An implicit reward, tried on held-out pairs."""
+    output = tmp_path_factory.mktemp("implicit")
+    done(*reward_arguments(work, "implicit"), "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def scalar_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scalar reward, tried on held-out pairs."""
+    output = tmp_path_factory.mktemp("scalar")
+    done(*reward_arguments(work, "scalar"), "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def evaluations(
+    work: Path, scalar_reward: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """The figures of a proxy on 5 prompts: by the gold scorer, and by two rewards."""
+    directory = tmp_path_factory.mktemp("evaluations")
+    outputs = [directory / "gold.json", directory / "rewards.json"]
+    rewards = ("--reward", work / "reward-aligned", scalar_reward)
+    for output, more in zip(outputs, ((), rewards), strict=True):
+        done(
+            "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--output", output,
+            "--prompts", work / "world/prompts_validation.jsonl", "--num-prompts", "5", *more,
+        )  # fmt: skip
+    return outputs

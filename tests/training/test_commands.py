@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from proxy.checkpoint import identify, load
-from tests.training.conftest import run
+from tests.training.conftest import done, run
+from training.evaluate import compare
+from training.metrics import read_metrics
 
 
 def test_the_whole_path_makes_what_the_server_loads(work: Path) -> None:
@@ -33,24 +36,18 @@ def test_stages_that_are_done_are_skipped(work: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (work / "base").iterdir()} == before
 
 
-@pytest.mark.parametrize("stage", ["base", "reward-aligned", "proxy-aligned"])
-def test_metrics_are_json_lines_of_finite_numbers(work: Path, stage: str) -> None:
-    rows = [json.loads(line) for line in (work / stage / "metrics.jsonl").read_text().splitlines()]
-    assert rows
-    for row in rows:
-        assert row["step"] >= 0
-        assert all(value == value for value in row.values())
+def test_sft(sft: Path) -> None:
+    assert read_metrics(sft)[-1]["train_loss"] > 0
+    assert (sft / "model.safetensors").exists()
 
 
-def test_sft(work: Path, tmp_path: Path) -> None:
-    result = run(
-        "training.sft", "--model", work / "untrained", "--sft", work / "world/sft.jsonl",
-        "--output", tmp_path, "--batch-size", "32",
+def test_scalar_reward_trains_a_proxy_too(work: Path, scalar_reward: Path, tmp_path: Path) -> None:
+    done(
+        "training.proxy_ppo", "--model", work / "base", "--reward", scalar_reward, "--steps", "1",
+        "--prompts", work / "world/preferences.jsonl", "--output", tmp_path, "--episodes", "8",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["train_loss"] > 0
-    assert (tmp_path / "model.safetensors").exists()
+    proxy = load(tmp_path, base=identify(str(work / "base")))
+    assert proxy.training["options"]["steps"] == 1
 
 
 def test_dpo(work: Path, tmp_path: Path) -> None:
@@ -64,34 +61,36 @@ def test_dpo(work: Path, tmp_path: Path) -> None:
     assert identify(str(tmp_path)).fingerprint != identify(str(work / "base")).fingerprint
 
 
-def test_scalar_reward_trains_a_proxy_too(work: Path, tmp_path: Path) -> None:
-    result = run(
-        "training.reward_model", "--model", work / "base", "--kind", "scalar", "--output", tmp_path / "reward",
-        "--preferences", work / "world/preferences.jsonl", "--max-rows", "32",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    result = run(
-        "training.proxy_ppo", "--model", work / "base", "--reward", tmp_path / "reward", "--steps", "1",
-        "--prompts", work / "world/prompts.jsonl", "--output", tmp_path / "proxy", "--episodes", "8",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert (
-        load(tmp_path / "proxy", base=identify(str(work / "base"))).training["options"]["steps"]
-        == 1
-    )
+def test_evaluate(work: Path, scalar_reward: Path, evaluations: list[Path]) -> None:
+    by_gold, by_rewards = (json.loads(path.read_text()) for path in evaluations)
+    assert by_gold["prompts"] == by_rewards["prompts"] == 5
+    assert 0 <= by_gold["gold_win_rate"] <= 1
+    # The same answers were compared.
+    assert by_gold["kl_nats_per_response"] == by_rewards["kl_nats_per_response"] > 0
+    assert list(by_rewards["rewards"]) == [str(work / "reward-aligned"), str(scalar_reward)]
 
 
-def test_evaluate(work: Path, tmp_path: Path) -> None:
+def test_scores_are_compared_prompt_by_prompt() -> None:
+    figures = compare(torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 2.0]))
+    # wins 1, 1/2, 0, 1: variance 11/48; gains 1, 0, -1, 3: variance 35/12
+    assert figures == {
+        "win_rate": 0.625,
+        "win_rate_se": pytest.approx((11 / 48 / 4) ** 0.5),
+        "frozen": 1.25,
+        "proxied": 2.0,
+        "gain": 0.75,
+        "gain_se": pytest.approx((35 / 12 / 4) ** 0.5),
+    }
+
+
+def test_prompts_of_another_world_need_a_reward(work: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n')
     result = run(
-        "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned",
-        "--prompts", work / "world/prompts_validation.jsonl", "--num-prompts", "5",
-        "--output", tmp_path / "figures.json",
+        "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--prompts", prompts
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["prompts"] == 5
-    assert 0 <= figures["gold_win_rate"] <= 1
-    assert figures["kl_nats_per_response"] > 0
+    assert result.returncode == 2
+    assert "say with --reward" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_evaluate_at_strength_0_has_no_divergence(work: Path, tmp_path: Path) -> None:

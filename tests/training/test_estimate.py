@@ -16,6 +16,7 @@ from tests.training.memory import TensorBytes
 from tests.training.models import ARCHITECTURES, data_rows, save_model
 from training import estimate, proxy_ppo
 from training.console import TrainingError
+from training.dpo import lora_config
 from training.estimate import (
     Options,
     Sizes,
@@ -28,7 +29,6 @@ from training.estimate import (
     proxy_of,
     sizes_of,
 )
-from training.reward_model import lora_config
 from training.rewards import sequence_logprobs
 from training.rollout import Decoding, Policy, generate
 from training.supervised import load_model

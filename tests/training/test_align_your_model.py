@@ -1,0 +1,126 @@
+"""docs/align-your-model.md, followed to the letter: every block on it is run, in order, with the real server.
+
+Only the size differs: a tiny model and a small preference file in the place of the page's, and the options in `TINY`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import Server, _free_port, _stop, _wait_until_healthy
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs" / "align-your-model.md"
+TINY = {
+    "training.prepare": "--held-out 20",
+    "training.reward_model": "--max-rows 32",
+    "training.proxy_ppo": "--steps 1 --episodes 16 --decoding.max-new-tokens 16",
+    "training.evaluate": "--num-prompts 5",
+}
+
+
+class Follower:
+    """Does what the page says, in a directory of its own."""
+
+    def __init__(self, directory: Path, stack: ExitStack, mine: dict[str, str | Path]) -> None:
+        self.directory, self.stack, self.mine = directory, stack, mine
+        self.port = _free_port()
+        # Other tests set vLLM's variables for engines in this process; the server finds its own.
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment["PYTHONPATH"] = str(REPOSITORY)
+
+    def do(self, language: str, text: str) -> str:
+        """What a block prints."""
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
+        if language == "json":
+            return self.write_preferences(text)
+        if language == "python":
+            return self.run([sys.executable, "-c", text])
+        assert language == "bash", f"a block of {language or 'no language'} cannot be run"
+        if text.startswith("export"):
+            return self.export(text)
+        if text.startswith("python -m server"):
+            return self.serve(text)
+        tiny = re.sub(r"python -m (training\.\w+)", lambda m: f"{m[0]} {TINY[m[1]]}", text)
+        return self.run(["bash", "-euo", "pipefail", "-c", tiny])
+
+    def run(self, command: list[str]) -> str:
+        result = subprocess.run(
+            command, cwd=self.directory, env=self.environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        return result.stdout
+
+    def export(self, text: str) -> str:
+        names = re.findall(r"^export (\w+)=\S+$", text, re.MULTILINE)
+        assert set(names) == set(self.mine) and len(names) == len(text.splitlines())
+        self.environment |= {name: str(self.mine[name]) for name in names}
+        return ""
+
+    def write_preferences(self, example: str) -> str:
+        """The page's own example, and pairs of the bundled world."""
+        row = json.loads(example)
+        assert example.count("\n") == 1, "JSON lines: an object is one line"
+        with Path(self.mine["PREFERENCES"]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return ""
+
+    def serve(self, text: str) -> str:
+        log = self.directory / "server.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {text.strip()} --port {self.port}"],
+                cwd=self.directory,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.stack.callback(_stop, process)
+        _wait_until_healthy(process, Server(f"http://127.0.0.1:{self.port}", log))
+        return ""
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert page.count("```") == 2 * len(found), "a fence that no block begins or ends with"
+    return found
+
+
+def test_a_person_who_follows_the_page_has_a_served_proxy(work: Path, tmp_path: Path) -> None:
+    preferences = tmp_path / "my_preferences.jsonl"
+    with (work / "world/preferences.jsonl").open(encoding="utf-8") as file:
+        preferences.write_text("".join(islice(file, 120)), encoding="utf-8")
+    printed = []
+    with ExitStack() as stack:
+        mine = {"MODEL": work / "base", "PREFERENCES": preferences}
+        follower = Follower(tmp_path, stack, mine)
+        for language, text in blocks(PAGE.read_text(encoding="utf-8")):
+            printed.append(follower.do(language, text))
+    _, _, checked, _, accuracies, _, _, _, dialled, said, loaded = printed
+    assert "121 pairs, 0 of them left out" in checked
+    assert accuracies.count("rewards/accuracies") == accuracies.count("eval_accuracy") == 1
+    figures = json.loads((tmp_path / "runs/mine/figures.json").read_text())
+    assert set(figures["rewards"]) == {"runs/mine/reward", "runs/mine/second-opinion"}
+    answers = re.findall(r'"proxy":"mine"', dialled.replace(" ", ""))
+    assert len(answers) == 3
+    assert said.strip()
+    names = {proxy["name"] for proxy in json.loads(loaded.splitlines()[-1])["data"]}
+    assert names == {"mine", "mine-too"}
+
+
+@pytest.mark.parametrize(
+    "page", ["    ```bash\n    ls\n    ```", "```bash\nls\n```\n~~~\n```", "```c++\nint\n```"]
+)
+def test_a_block_that_would_not_be_run_is_noticed(page: str) -> None:
+    with pytest.raises(AssertionError, match="fence"):
+        blocks(page)

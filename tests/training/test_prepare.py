@@ -1,0 +1,76 @@
+"""Checking preference pairs and setting some aside."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import run
+from training.console import TrainingError
+from training.prepare import Pair, describe, split
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Pair:
+    row = {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    return Pair(row, prompt, len(prompt), len(chosen), len(rejected))
+
+
+def test_no_prompt_is_on_both_sides() -> None:
+    pairs = [pair(str(i // 3), f"good {i}", "bad") for i in range(60)]  # 20 prompts of 3 pairs
+    train, held_out = split(pairs, 10, seed=0)
+    assert len(held_out) == 12  # 4 prompts: 3 of them have 9 pairs
+    assert len(train) == 48 and all(p in pairs for p in train + held_out)
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    assert split(pairs, 10, seed=0) == (train, held_out)
+    assert split(pairs, 10, seed=1) != (train, held_out)
+    assert split(pairs, 0, seed=0) == (pairs, [])
+
+
+def test_more_than_half_is_too_much_to_set_aside() -> None:
+    pairs = [pair(str(i), "good", "bad") for i in range(8)]
+    assert len(split(pairs, 4, seed=0)[1]) == 4
+    with pytest.raises(TrainingError, match="5 of 8 pairs would be held out"):
+        split(pairs, 5, seed=0)
+    with pytest.raises(TrainingError, match="2 of 2 pairs"):
+        split([pair("same", x, "bad") for x in "ab"], 1, seed=0)
+
+
+def test_what_is_said_about_pairs() -> None:
+    pairs = [
+        pair("ab", "long", "no"),
+        pair("ab", "long", "no"),
+        pair("ab", "no", "long"),
+        pair("abcd", "no", "also"),
+    ]
+    assert describe(pairs) == [
+        "2 different prompts",
+        "1 pairs repeat another, 1 are contradicted by another",
+        "prompts: 2 tokens in the median, 4 at most",
+        "answers: 3 tokens in the median, 4 at most",
+        "the chosen answer is the longer one in 50% of the pairs",
+    ]
+
+
+def test_the_command_names_what_is_wrong(work: Path, tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": "yes"}]
+    turns = [*said, {"role": "user", "content": "why"}, *said]
+    prompt = [{"role": "user", "content": "is my dog worth keeping"}]
+    same = {"prompt": prompt, "chosen": said, "rejected": said}
+    cases = {
+        "the same in every pair": [same],
+        "an answer of several turns": [{**same, "chosen": turns}],
+        "line 2: the field 'chosen' is missing": [same, {"prompt": prompt}],
+    }
+    path = tmp_path / "preferences.jsonl"
+    for message, rows in cases.items():
+        path.write_text("\n".join(map(json.dumps, rows)))
+        result = run(
+            "training.prepare", "--model", work / "base", "--preferences", path, "--output", tmp_path / "data"
+        )  # fmt: skip
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "data").exists()

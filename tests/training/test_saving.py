@@ -1,0 +1,67 @@
+"""A save that is killed leaves nothing that loads and is not whole."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.saving import saving
+
+FILES = ("model.safetensors", "tokenizer.json", "config.json", "reward.json")
+
+SAVES = """
+import sys
+from itertools import cycle
+from pathlib import Path
+from training.saving import saving
+
+target = Path(sys.argv[1])
+for letter in cycle("AB"):
+    with saving(target) as directory:
+        for name in ("config.json", "model.safetensors", "reward.json", "tokenizer.json"):
+            (directory / name).write_text(letter * 1_000_000)
+"""
+
+
+def test_a_save_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path: Path) -> None:
+    whole = 0
+    for milliseconds in range(12):
+        process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)])
+        while not (tmp_path / "reward.json").exists():
+            assert process.poll() is None
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "config.json").exists():
+            size = (tmp_path / "model.safetensors").stat().st_size
+            found = {(tmp_path / name).read_text()[:1] for name in FILES[:-1]}
+            assert size == 1_000_000 and len(found) == 1
+        if (tmp_path / "reward.json").exists():  # the last: all are there
+            assert all((tmp_path / name).exists() for name in FILES)
+            whole += 1
+        (tmp_path / "reward.json").unlink(missing_ok=True)
+    assert whole
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("before")
+    with pytest.raises(OSError, match="disk full"), saving(tmp_path) as directory:
+        (directory / "config.json").write_text("after")
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "before"
+
+
+def test_an_earlier_models_weights_go(tmp_path: Path) -> None:
+    kept = ("metrics.jsonl", "training_state.safetensors")
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "reward.json")
+    for name in (*kept, *old):
+        (tmp_path / name).write_text("old")
+    with saving(tmp_path) as directory:
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).write_text("new")
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {*kept, "config.json", "model.safetensors"}

@@ -1,0 +1,138 @@
+"""Check preference pairs and set some of them aside.
+
+    python -m training.prepare --model runs/base --preferences my_preferences.jsonl --output runs/data
+
+Reads every pair as the training commands will, says what is in them, and writes two files of rows in TRL's format:
+`train.jsonl` to train on, and `held_out.jsonl`, whose prompts are in no pair of the other.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import tyro
+
+from proxy.checkpoint import resolve_model_dir
+from training.console import TrainingError, main_guard
+from training.data import Row, read_rows
+from training.supervised import Conversations, load_tokenizer
+
+FIELDS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to check."""
+
+    model: str
+    """The LLM that will be aligned, a directory or a hub id: its tokenizer counts the tokens."""
+    preferences: str
+    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
+    `training.layouts` too."""
+    output: Path
+    """Directory for `train.jsonl` and `held_out.jsonl`."""
+    held_out: int = 200
+    """Pairs to set aside, at least: all pairs of a prompt go the same way."""
+    seed: int = 0
+    """Of which prompts are set aside."""
+
+
+class Pair(NamedTuple):
+    """A preference pair, and how long it is."""
+
+    row: Row
+    prompt: str  # the conversation up to the answer, as JSON
+    prompt_tokens: int
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+def main(options: Options) -> None:
+    chats = Conversations(load_tokenizer(str(resolve_model_dir(options.model))))
+    rows = read_rows(options.preferences, FIELDS)
+    pairs = [_measure(row, chats) for row in rows if row["chosen"] != row["rejected"]]
+    if not pairs:
+        raise TrainingError(f"{options.preferences}: both answers are the same in every pair")
+    train, held_out = split(pairs, options.held_out, options.seed)
+    print(
+        f"{len(rows)} pairs, {len(rows) - len(pairs)} of them left out: both answers are the same"
+    )
+    print("\n".join(describe(pairs)))
+    print(f"A prompt as the LLM reads it: {_as_read(pairs[0], chats)!r}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", train), ("held_out", held_out)):
+        path = options.output / f"{name}.jsonl"
+        lines = [json.dumps({field: pair.row[field] for field in FIELDS}) for pair in part]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{path}: {len(part)} pairs")
+
+
+def split(pairs: list[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Those to train on, and at least `held_out` with other prompts, both in their order.
+
+    Raises:
+        TrainingError: fewer than half would be left to train on.
+    """
+    sizes = Counter(pair.prompt for pair in pairs)
+    prompts = sorted(sizes)
+    random.Random(seed).shuffle(prompts)
+    aside: set[str] = set()
+    count = 0
+    while count < held_out and prompts:
+        prompt = prompts.pop()
+        aside.add(prompt)
+        count += sizes[prompt]
+    if count > len(pairs) / 2:
+        raise TrainingError(
+            f"{count} of {len(pairs)} pairs would be held out, more than half: lower --held-out {held_out}"
+        )
+    train = [pair for pair in pairs if pair.prompt not in aside]
+    return train, [pair for pair in pairs if pair.prompt in aside]
+
+
+def describe(pairs: list[Pair]) -> list[str]:
+    """What a person should know before training on them."""
+    said = {(pair.prompt, *_answers(pair.row)) for pair in pairs}
+    contradicted = sum((prompt, worse, better) in said for prompt, better, worse in said) // 2
+    longer = sum(pair.chosen_tokens > pair.rejected_tokens for pair in pairs) / len(pairs)
+    answers = [n for pair in pairs for n in (pair.chosen_tokens, pair.rejected_tokens)]
+    return [
+        f"{len({pair.prompt for pair in pairs})} different prompts",
+        f"{len(pairs) - len(said)} pairs repeat another, {contradicted} are contradicted by another",
+        f"prompts: {_lengths([pair.prompt_tokens for pair in pairs])}",
+        f"answers: {_lengths(answers)}",
+        f"the chosen answer is the longer one in {longer:.0%} of the pairs",
+    ]
+
+
+def _measure(row: Row, chats: Conversations) -> Pair:
+    if len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
+        raise TrainingError(
+            "an answer of several turns: put all turns but the last into `prompt`, so that chosen and rejected are one "
+            f"assistant message each; the prompt is {row['prompt']}"
+        )
+    chosen, rejected = _answers(row)
+    prompt, better = chats.split_ids(row["prompt"], chosen)
+    _, worse = chats.split_ids(row["prompt"], rejected)
+    return Pair(row, json.dumps(row["prompt"]), len(prompt), len(better), len(worse))
+
+
+def _answers(row: Row) -> tuple[str, str]:
+    return row["chosen"][0]["content"], row["rejected"][0]["content"]
+
+
+def _lengths(counts: list[int]) -> str:
+    return f"{median(counts):.0f} tokens in the median, {max(counts)} at most"
+
+
+def _as_read(pair: Pair, chats: Conversations) -> str:
+    return chats.tokenizer.decode(chats.prompt_ids(pair.row["prompt"]))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))
