@@ -45,7 +45,8 @@ class Decoding:
 class Decisions(NamedTuple):
     """What the proxy was asked and answered: D decisions, each a candidate accepted or rejected.
 
-    Response by response, in the order of asking. Positions with a single candidate ask nothing and are not here.
+    Response by response and position by position; at a position the most probable candidate comes first. Positions with
+    a single candidate ask nothing and are not here.
     """
 
     hidden: Tensor  # [D, H] the lm_head's input at the position
@@ -140,7 +141,7 @@ def generate(
     def draw(token_ids: Tensor) -> Tensor:
         return seeded_noise(keys, positions[:, -1] + 1, token_ids)
 
-    with _HeadInput(model) as head:
+    with HeadInput(model) as head:
         for _ in range(decoding.max_new_tokens):
             output = model(
                 input_ids=ids,
@@ -152,7 +153,7 @@ def generate(
             )
             cache = output.past_key_values
             decision = _step(
-                policy, output.logits[:, -1], head.rows, decoding, draw, alive, records
+                policy, output.logits[:, -1], head.rows[:, -1], decoding, draw, alive, records
             )
             tokens = torch.where(alive, decision.token_ids, 0)
             emitted.append(torch.where(alive, tokens, -1))
@@ -225,21 +226,25 @@ def _divergence(
     return divergence(probabilities, some).float()
 
 
-class _HeadInput:
-    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
+class HeadInput:
+    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards.
+
+    The head itself computes the last position's logits only.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._head = model.get_output_embeddings()
 
-    def __enter__(self) -> "_HeadInput":
+    def __enter__(self) -> "HeadInput":
         self._handle = self._head.register_forward_pre_hook(self._tap)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
 
-    def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.rows = inputs[0][:, -1]  # [N, H]
+    def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.rows = inputs[0]  # [N, T, H]
+        return (self.rows[:, -1:],)
 
 
 class _Records:

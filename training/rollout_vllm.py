@@ -1,0 +1,222 @@
+"""Rollouts in vLLM, through the worker that serves: the same law and, for the same seeds, the same noise as `generate`.
+
+The engine runs in this process: its proxy is replaced between two rollouts by a call, traces are handed over as they
+are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for that is what the
+engine decided on, rounding included. The hidden states behind it are computed again, in one forward of prompts and
+responses together: to carry them along from every step would cost more.
+"""
+
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from proxy.checkpoint import BaseModelId, save
+from proxy.history import TRACE_TOKENS, TRACED_REQUESTS
+from proxy.network import ProxyNetwork
+from proxy.request import WorkerAlignment
+from training.console import TrainingError
+from training.hidden_states import hidden_states
+from training.rollout import Counts, Decisions, Decoding, Rollout
+
+NAME = "learner"  # of the proxy in the engine
+
+Asked = tuple[int, float, bool]
+"""A candidate's token id, its probability within the nucleus, and whether it was accepted."""
+
+
+def is_installed() -> bool:
+    """Whether there is a vLLM to import."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+class Engine:
+    """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along."""
+
+    def __init__(
+        self,
+        frozen: PreTrainedModel,
+        directory: Path,
+        base: BaseModelId,
+        decoding: Decoding,
+        *,
+        end_ids: Collection[int],
+        max_prompt_tokens: int,
+        max_requests: int,
+        memory: float,
+    ) -> None:
+        """
+        Args:
+            frozen: the LLM in transformers, for the hidden states.
+            directory: the same LLM's files.
+            base: its identity.
+            end_ids: tokens that end a response.
+            max_prompt_tokens: length of the longest prompt.
+            max_requests: responses under way at once, at most.
+            memory: share of the device's memory that weights and KV cache may take; on a CPU, of the RAM.
+
+        Raises:
+            TrainingError: there is no vLLM, or it cannot be started so.
+        """
+        if not is_installed():
+            raise TrainingError("--rollout vllm: vLLM is not installed; --rollout transformers needs none")
+        if decoding.max_new_tokens > TRACE_TOKENS:
+            raise TrainingError(
+                f"--rollout vllm: at most {TRACE_TOKENS} tokens of a response are traced, and --decoding.max-new-tokens "
+                f"is {decoding.max_new_tokens}"
+            )
+        self._frozen, self._base, self._decoding = frozen, base, decoding
+        self._end_ids = sorted(end_ids)
+        self._version: str | None = None
+        settings = {
+            "model": str(directory),
+            "dtype": str(frozen.dtype).removeprefix("torch."),
+            "skip_tokenizer_init": True,
+            "max_model_len": max_prompt_tokens + decoding.max_new_tokens,
+            "max_num_seqs": max_requests,
+            "gpu_memory_utilization": memory,
+            "enforce_eager": frozen.device.type == "cpu",  # compiling takes longer than it would save
+            "disable_log_stats": True,
+        }
+        try:
+            self._llm = _start(settings)
+        except ValueError as error:
+            raise TrainingError(f"--rollout vllm: vLLM does not start so: {error}") from error
+
+    def generate(
+        self, network: ProxyNetwork, prompts: Sequence[list[int]], seeds: Iterable[int]
+    ) -> Rollout:
+        """What `training.rollout.generate` returns for the same arguments, up to the rounding of the LLM's arithmetic.
+
+        Args:
+            prompts: N token-id lists, up to where the assistant begins to speak.
+            seeds: one for each prompt; more are not looked at.
+        """
+        self._publish(network)
+        # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
+        self._llm.reset_prefix_cache()
+        responses: list[list[int]] = []
+        traces: list[list[dict[str, Any]]] = []
+        counts = Counts(0, 0, 0, 0)
+        pairs = zip(prompts, islice(seeds, len(prompts)), strict=True)
+        while some := list(islice(pairs, TRACED_REQUESTS)):
+            said, traced, counted = self._run(*zip(*some, strict=True))
+            responses += said
+            traces += traced
+            counts = Counts(*map(sum, zip(counts, counted, strict=True)))
+        decisions = self._decisions(prompts, responses, traces)
+        return Rollout(responses, decisions, counts, None)
+
+    def _publish(self, network: ProxyNetwork) -> None:
+        """Put these weights in the place of the last ones; their memory is free after the next step."""
+        if self._version is not None:
+            self._call("unload_proxy", NAME, self._version)
+        with tempfile.TemporaryDirectory(prefix="assent-") as directory:
+            self._version = save(directory, network, base=self._base, training={})
+            self._call("load_proxy", NAME, directory)
+
+    def _run(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[dict[str, Any]]], Counts]:
+        """Responses, the trace of each, and the counts of all."""
+        from vllm import SamplingParams
+
+        decoding = self._decoding
+        alignment = WorkerAlignment(proxy=NAME, version=self._version, trace=True)
+        params = [
+            SamplingParams(
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                stop_token_ids=self._end_ids,
+                ignore_eos=True,  # the end is among `end_ids`, or it is none
+                detokenize=False,
+                seed=_as_int64(seed),
+                extra_args=alignment.to_extra_args(),
+            )
+            for seed in seeds
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        responses = [list(output.outputs[0].token_ids) for output in outputs]
+        ids = [output.request_id for output in outputs]
+        traces = _by_callers_id(self._call("take_traces", ids))
+        counts = self._call("take_alignment_counts", ids).values()
+        proposed, rejected, forced = (
+            sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced")
+        )
+        return (
+            responses,
+            [traces[req_id] for req_id in ids],
+            Counts(sum(map(len, responses)), proposed, rejected, forced),
+        )
+
+    def _decisions(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[list[int]],
+        traces: Sequence[list[dict[str, Any]]],
+    ) -> Decisions:
+        found: list[tuple[int, int, Asked]] = []
+        for episode, (response, trace) in enumerate(zip(responses, traces, strict=True)):
+            assert [entry["token_id"] for entry in trace] == response
+            found += ((episode, i, one) for i, entry in enumerate(trace) for one in asked(entry))
+        device = self._frozen.device
+        episodes = torch.tensor([episode for episode, *_ in found], dtype=torch.long, device=device)
+        places = torch.tensor([place for _, place, _ in found], dtype=torch.long, device=device)
+        token_ids = [token_id for *_, (token_id, _, _) in found]
+        logprobs = [math.log(probability) for *_, (_, probability, _) in found]
+        accepted = [is_accepted for *_, (_, _, is_accepted) in found]
+        return Decisions(
+            hidden_states(self._frozen, prompts, responses, episodes, places),
+            torch.tensor(token_ids, dtype=torch.long, device=device),
+            torch.tensor(logprobs, dtype=torch.float32, device=device),
+            torch.tensor(accepted, dtype=torch.bool, device=device),
+            episodes,
+        )
+
+    def _call(self, method: str, *args: Any) -> Any:
+        (answer,) = self._llm.collective_rpc(method, args=args)
+        return answer
+
+
+def asked(entry: dict[str, Any]) -> list[Asked]:
+    """The candidates that the proxy was asked about at a position, from the trace; the most probable first."""
+    found = [(each["token_id"], each["probability"], False) for each in entry["rejected"]]
+    if not entry["forced"] and entry["accept_probability"] is not None:
+        found.append((entry["token_id"], entry["probability"], True))
+    return sorted(found, key=lambda one: (-one[1], one[0]))
+
+
+def _start(settings: dict[str, Any]) -> Any:
+    """`vllm.LLM` in this process, which stays what it was as far as that goes."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    worker = "ProxyCPUWorker" if current_platform.is_cpu() else "ProxyGPUWorker"
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(worker_cls=f"proxy.worker.{worker}", **settings)
+    finally:
+        torch.set_num_threads = set_num_threads  # the CPU worker disables it
+
+
+def _as_int64(seed: int) -> int:
+    """What vLLM takes for a seed; the noise of both is the same."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _by_callers_id(entries: dict[str, Any]) -> dict[str, Any]:
+    """The engine's own ids are the caller's and a suffix."""
+    return {req_id.rsplit("-", 1)[0]: entry for req_id, entry in entries.items()}
