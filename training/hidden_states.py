@@ -50,7 +50,7 @@ def hidden_states(
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices of sequences that go together, the shortest first: those of a batch times its longest is `most` at most."""
+    """Indices of sequences that go together, the shortest first: padded, at most `most` tokens."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[index] > most:

@@ -27,6 +27,8 @@ from training.hidden_states import hidden_states
 from training.rollout import Counts, Decisions, Decoding, Rollout
 
 NAME = "learner"  # of the proxy in the engine
+CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
+MAX_REQUESTS = 256  # under way at once
 
 Asked = tuple[int, float, bool]
 """A candidate's token id, its probability within the nucleus, and whether it was accepted."""
@@ -49,8 +51,9 @@ class Engine:
         *,
         end_ids: Collection[int],
         max_prompt_tokens: int,
-        max_requests: int,
+        episodes: int,
         memory: float,
+        processes: int = 1,
     ) -> None:
         """
         Args:
@@ -59,32 +62,44 @@ class Engine:
             base: its identity.
             end_ids: tokens that end a response.
             max_prompt_tokens: length of the longest prompt.
-            max_requests: responses under way at once, at most.
-            memory: share of the device's memory that weights and KV cache may take; on a CPU, of the RAM.
+            episodes: responses in a rollout.
+            memory: share of the GPU's memory that weights and KV cache may take; on a CPU, of the RAM, and the KV cache
+                alone.
+            processes: of `accelerate launch`; each has an engine of its own.
 
         Raises:
             TrainingError: there is no vLLM, or it cannot be started so.
         """
         if not is_installed():
-            raise TrainingError("--rollout vllm: vLLM is not installed; --rollout transformers needs none")
+            raise TrainingError(
+                "--rollout vllm: vLLM is not installed; --rollout transformers needs none"
+            )
         if decoding.max_new_tokens > TRACE_TOKENS:
             raise TrainingError(
-                f"--rollout vllm: at most {TRACE_TOKENS} tokens of a response are traced, and --decoding.max-new-tokens "
-                f"is {decoding.max_new_tokens}"
+                f"--rollout vllm: at most {TRACE_TOKENS} tokens of a response are traced, but "
+                f"--decoding.max-new-tokens is {decoding.max_new_tokens}"
             )
         self._frozen, self._base, self._decoding = frozen, base, decoding
         self._end_ids = sorted(end_ids)
         self._version: str | None = None
-        settings = {
+        max_requests = min(episodes, MAX_REQUESTS)
+        max_tokens = max_prompt_tokens + decoding.max_new_tokens
+        settings: dict[str, Any] = {
             "model": str(directory),
             "dtype": str(frozen.dtype).removeprefix("torch."),
             "skip_tokenizer_init": True,
-            "max_model_len": max_prompt_tokens + decoding.max_new_tokens,
+            "max_model_len": max_tokens,
             "max_num_seqs": max_requests,
             "gpu_memory_utilization": memory,
-            "enforce_eager": frozen.device.type == "cpu",  # compiling takes longer than it would save
             "disable_log_stats": True,
         }
+        if processes > 1:  # vLLM lives in the group that accelerate has made
+            settings["distributed_executor_backend"] = "external_launcher"
+        if frozen.device.type == "cpu":
+            # Compiling takes longer than it would save; and vLLM would put zeros into all the RAM it may have.
+            most = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            wanted = _kv_cache_bytes(frozen, max_requests, max_tokens)
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(most, wanted)}
         try:
             self._llm = _start(settings)
         except ValueError as error:
@@ -210,6 +225,18 @@ def _start(settings: dict[str, Any]) -> Any:
         return LLM(worker_cls=f"proxy.worker.{worker}", **settings)
     finally:
         torch.set_num_threads = set_num_threads  # the CPU worker disables it
+
+
+def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> int:
+    """About what so many requests of so many tokens need; with less, some wait."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    blocks = 1 + requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
+    tokens = blocks * CPU_BLOCK_TOKENS
+    return 2 * config.num_hidden_layers * heads * head_size * tokens * model.dtype.itemsize
 
 
 def _as_int64(seed: int) -> int:
