@@ -38,6 +38,8 @@ from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Policy, Rollout, default_config, generate
 from training.rollout_vllm import Engine, is_installed
 
+MAX_REQUESTS = 256  # under way in vLLM at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(online.Options):
@@ -96,24 +98,23 @@ class Trainer(online.Trainer):
 
     def _make_engine(self) -> Engine:
         options, processes = self.options, self.accelerator.num_processes
+        longest = max(len(prompt.ids) for prompt in self.prompts)
         return Engine(
             self.model,
             resolve_model_dir(options.model),
             self.base,
-            options.decoding,
-            end_ids=self.end_ids,
-            max_prompt_tokens=max(len(prompt.ids) for prompt in self.prompts),
-            episodes=math.ceil(options.episodes / processes),
+            max_tokens=longest + options.decoding.max_new_tokens,
+            max_requests=min(math.ceil(options.episodes / processes), MAX_REQUESTS),
             memory=options.rollout_memory,
             processes=processes,
         )
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
+        decoding, ends = self.options.decoding, self.end_ids
         if self.engine is not None:
-            return self.engine.generate(self.network, prompts, seeds)
+            return self.engine.generate(self.network, prompts, decoding, end_ids=ends, seeds=seeds)
         policy = Policy(self.model, self.network)
-        decoding = self.options.decoding
-        return generate(policy, prompts, decoding, end_ids=self.end_ids, seeds=seeds)
+        return generate(policy, prompts, decoding, end_ids=ends, seeds=seeds)
 
     def evaluate(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
         """Accept logits and values of recorded decisions: [D] both."""

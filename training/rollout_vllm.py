@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
@@ -28,7 +29,6 @@ from training.rollout import Counts, Decisions, Decoding, Rollout
 
 NAME = "learner"  # of the proxy in the engine
 CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
-MAX_REQUESTS = 256  # under way at once
 
 Asked = tuple[int, float, bool]
 """A candidate's token id, its probability within the nucleus, and whether it was accepted."""
@@ -47,11 +47,9 @@ class Engine:
         frozen: PreTrainedModel,
         directory: Path,
         base: BaseModelId,
-        decoding: Decoding,
         *,
-        end_ids: Collection[int],
-        max_prompt_tokens: int,
-        episodes: int,
+        max_tokens: int,
+        max_requests: int,
         memory: float,
         processes: int = 1,
     ) -> None:
@@ -60,9 +58,8 @@ class Engine:
             frozen: the LLM in transformers, for the hidden states.
             directory: the same LLM's files.
             base: its identity.
-            end_ids: tokens that end a response.
-            max_prompt_tokens: length of the longest prompt.
-            episodes: responses in a rollout.
+            max_tokens: of a prompt and its response together.
+            max_requests: responses under way at once.
             memory: share of the GPU's memory that weights and KV cache may take; on a CPU, of the RAM, and the KV cache
                 alone.
             processes: of `accelerate launch`; each has an engine of its own.
@@ -74,16 +71,8 @@ class Engine:
             raise TrainingError(
                 "--rollout vllm: vLLM is not installed; --rollout transformers needs none"
             )
-        if decoding.max_new_tokens > TRACE_TOKENS:
-            raise TrainingError(
-                f"--rollout vllm: at most {TRACE_TOKENS} tokens of a response are traced, but "
-                f"--decoding.max-new-tokens is {decoding.max_new_tokens}"
-            )
-        self._frozen, self._base, self._decoding = frozen, base, decoding
-        self._end_ids = sorted(end_ids)
+        self._frozen, self._base = frozen, base
         self._version: str | None = None
-        max_requests = min(episodes, MAX_REQUESTS)
-        max_tokens = max_prompt_tokens + decoding.max_new_tokens
         settings: dict[str, Any] = {
             "model": str(directory),
             "dtype": str(frozen.dtype).removeprefix("torch."),
@@ -92,6 +81,7 @@ class Engine:
             "max_num_seqs": max_requests,
             "gpu_memory_utilization": memory,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if processes > 1:  # vLLM lives in the group that accelerate has made
             settings["distributed_executor_backend"] = "external_launcher"
@@ -103,31 +93,44 @@ class Engine:
         try:
             self._llm = _start(settings)
         except ValueError as error:
-            raise TrainingError(f"--rollout vllm: vLLM does not start so: {error}") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise TrainingError(
+                f"--rollout vllm: vLLM does not start so: {reason} --rollout transformers needs none."
+            ) from error
 
     def generate(
-        self, network: ProxyNetwork, prompts: Sequence[list[int]], seeds: Iterable[int]
+        self,
+        network: ProxyNetwork,
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        *,
+        end_ids: Collection[int],
+        seeds: Iterable[int],
     ) -> Rollout:
-        """What `training.rollout.generate` returns for the same arguments, up to the rounding of the LLM's arithmetic.
+        """What `training.rollout.generate` returns for the same, up to the rounding of the LLM's arithmetic.
 
-        Args:
-            prompts: N token-id lists, up to where the assistant begins to speak.
-            seeds: one for each prompt; more are not looked at.
+        Raises:
+            TrainingError: responses may be longer than traces are.
         """
+        if decoding.max_new_tokens > TRACE_TOKENS:
+            raise TrainingError(
+                f"--rollout vllm: --decoding.max-new-tokens {decoding.max_new_tokens} is over {TRACE_TOKENS}, which is "
+                "all that is traced of a response; --rollout transformers has no such limit"
+            )
         self._publish(network)
         # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
         self._llm.reset_prefix_cache()
+        params = [self._params(decoding, end_ids, seed) for seed in islice(seeds, len(prompts))]
         responses: list[list[int]] = []
         traces: list[list[dict[str, Any]]] = []
         counts = Counts(0, 0, 0, 0)
-        pairs = zip(prompts, islice(seeds, len(prompts)), strict=True)
-        while some := list(islice(pairs, TRACED_REQUESTS)):
-            said, traced, counted = self._run(*zip(*some, strict=True))
+        for first in range(0, len(prompts), TRACED_REQUESTS):
+            some = slice(first, first + TRACED_REQUESTS)
+            said, traced, counted = self._run(prompts[some], params[some])
             responses += said
             traces += traced
             counts = Counts(*map(sum, zip(counts, counted, strict=True)))
-        decisions = self._decisions(prompts, responses, traces)
-        return Rollout(responses, decisions, counts, None)
+        return Rollout(responses, self._decisions(prompts, responses, traces), counts, None)
 
     def _publish(self, network: ProxyNetwork) -> None:
         """Put these weights in the place of the last ones; their memory is free after the next step."""
@@ -137,42 +140,37 @@ class Engine:
             self._version = save(directory, network, base=self._base, training={})
             self._call("load_proxy", NAME, directory)
 
-    def _run(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[dict[str, Any]]], Counts]:
-        """Responses, the trace of each, and the counts of all."""
+    def _params(self, decoding: Decoding, end_ids: Collection[int], seed: int) -> Any:
         from vllm import SamplingParams
 
-        decoding = self._decoding
         alignment = WorkerAlignment(proxy=NAME, version=self._version, trace=True)
-        params = [
-            SamplingParams(
-                temperature=decoding.temperature,
-                top_k=decoding.top_k,
-                top_p=decoding.top_p,
-                max_tokens=decoding.max_new_tokens,
-                stop_token_ids=self._end_ids,
-                ignore_eos=True,  # the end is among `end_ids`, or it is none
-                detokenize=False,
-                seed=_as_int64(seed),
-                extra_args=alignment.to_extra_args(),
-            )
-            for seed in seeds
-        ]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        return SamplingParams(
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens,
+            stop_token_ids=sorted(end_ids),
+            ignore_eos=True,  # the end is among `end_ids`, or it is none
+            detokenize=False,
+            seed=_as_int64(seed),
+            extra_args=alignment.to_extra_args(),
         )
+
+    def _run(
+        self, prompts: Sequence[list[int]], params: Sequence[Any]
+    ) -> tuple[list[list[int]], list[list[dict[str, Any]]], Counts]:
+        """Responses, the trace of each, and the counts of all."""
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
         responses = [list(output.outputs[0].token_ids) for output in outputs]
         ids = [output.request_id for output in outputs]
         traces = _by_callers_id(self._call("take_traces", ids))
         counts = self._call("take_alignment_counts", ids).values()
-        proposed, rejected, forced = (
-            sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced")
-        )
+        of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
         return (
             responses,
             [traces[req_id] for req_id in ids],
-            Counts(sum(map(len, responses)), proposed, rejected, forced),
+            Counts(sum(map(len, responses)), *of_all),
         )
 
     def _decisions(

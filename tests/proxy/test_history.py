@@ -340,7 +340,8 @@ class Traced:
             rejected.append(slot)
         else:
             said, forced = 0, True
-        emitted = candidate(said, is_asked=not forced or said in rejected)
+        is_asked = len(order) > 1 and (not forced or said in rejected)
+        emitted = candidate(said, is_asked=is_asked)
         return emitted | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
 
 
