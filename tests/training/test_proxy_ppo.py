@@ -116,6 +116,7 @@ def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},  # it may be killed beside a temporary file
     )
     while not (output / STATE_FILE).exists():
         assert process.poll() is None
