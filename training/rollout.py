@@ -244,7 +244,8 @@ class HeadInput:
 
     def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self.rows = inputs[0]  # [N, T, H]
-        return (self.rows[:, -1:],)
+        # Of rows that lie apart torch makes a batch, and for each a copy of the head's weights.
+        return (self.rows[:, -1:].contiguous(),)
 
 
 class _Records:

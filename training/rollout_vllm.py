@@ -2,8 +2,9 @@
 
 The engine runs in this process: its proxy is replaced between two rollouts by a call, traces are handed over as they
 are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for that is what the
-engine decided on, rounding included. The hidden states behind it are computed again, in one forward of prompts and
-responses together: to carry them along from every step would cost more.
+engine decided on, rounding included; to compute it again would take the head's logits of every token. The hidden states
+behind it are computed again, by transformers in forwards of prompts and responses together: no step of the worker has
+to keep any.
 """
 
 import importlib.util
