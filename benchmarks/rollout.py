@@ -1,8 +1,8 @@
 """A training rollout in vLLM beside the same in transformers: `python -m benchmarks.rollout`.
 
 The two take turns in one process, with the same prompts, seeds and proxy; who begins changes from round to round. All
-that training has to do is counted: with vLLM publishing the proxy, reading the traces and computing the hidden states
-again (`recompute`), with transformers projecting the embeddings. Starting the engine is not.
+that training has to do is counted: with vLLM publishing the proxy and reading the traces, with transformers projecting
+the embeddings. Starting the engine is not.
 
 On a CPU there is one thread, and the seconds are its CPU seconds: steadier on a machine that others use too.
 """
@@ -19,7 +19,6 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import training.rollout_vllm
 from benchmarks.clock import Clock
 from benchmarks.dial import held_out_prompts
 from benchmarks.models import Model, ModelName, get_model
@@ -94,7 +93,6 @@ def measure(options: Options) -> dict[str, Any]:
     )
     ends = end_ids(frozen, tokenizer)
     clock = Clock(is_cuda=options.device == "cuda")
-    clock.wrap(training.rollout_vllm, "hidden_states", "recompute")
 
     def roll_out(kind: str, index: int) -> Rollout:
         seeds = count(index * options.episodes)
@@ -111,14 +109,10 @@ def measure(options: Options) -> dict[str, Any]:
         kinds = ["transformers", "vllm"][:: 1 if index % 2 else -1]
         rollouts = {kind: roll_out(kind, index % 2**31) for kind in kinds}
         seconds = clock.take()
-        vllm_seconds = seconds["vllm"] + seconds["recompute"]
         if index >= 0:
             rounds.append(
                 {
-                    "transformers": rollouts["transformers"].counts.tokens
-                    / seconds["transformers"],
-                    "vllm": rollouts["vllm"].counts.tokens / vllm_seconds,
-                    "recompute_share": seconds["recompute"] / vllm_seconds,
+                    **{kind: rollouts[kind].counts.tokens / seconds[kind] for kind in kinds},
                     "same_responses": agreement(rollouts["transformers"], rollouts["vllm"]),
                     "tokens": rollouts["transformers"].counts.tokens,
                 }
@@ -139,14 +133,14 @@ def show(figures: dict[str, Any]) -> None:
     """Print the figures as a table for the docs."""
     medians, ratio = figures["medians"], figures["vllm_over_transformers"]
     head = ["model", "dtype", "responses", "tokens of each", "transformers", "vLLM", "ratio"]
-    head += ["paired ratios: median [quartiles]", "recompute", "same responses"]
+    head += ["paired ratios: median [quartiles]", "same responses"]
     quartiles = [ratio[f"paired_quartile_{end}"] for end in ("low", "high")]
     cells = [figures["model"], figures["dtype"], str(figures["episodes"])]
     cells += [f"{medians['tokens'] / figures['episodes']:.1f}"]
     cells += [f"{medians[kind]:.4g}" for kind in ("transformers", "vllm")]
     cells += [f"{ratio['ratio']:.2f}"]
     cells += [f"{ratio['paired_median']:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"]
-    cells += [f"{medians[name]:.0%}" for name in ("recompute_share", "same_responses")]
+    cells += [f"{medians['same_responses']:.0%}"]
     for line in (head, ["---"] * len(head), cells):
         print(f"| {' | '.join(line)} |")
 

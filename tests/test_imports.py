@@ -30,6 +30,7 @@ VLLM_FILES = {
     "server/engine.py",
     "server/plugin.py",
     "training/rollout_vllm.py",
+    "training/rollout_worker.py",
 }
 
 

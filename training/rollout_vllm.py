@@ -1,10 +1,9 @@
 """Rollouts in vLLM, through the worker that serves: the same law and, for the same seeds, the same noise as `generate`.
 
-The engine runs in this process: its proxy is replaced between two rollouts by a call, traces are handed over as they
-are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for that is what the
-engine decided on, rounding included; to compute it again would take the head's logits of every token. The hidden states
-behind it are computed again, by transformers in forwards of prompts and responses together: no step of the worker has
-to keep any.
+The engine runs in this process: its proxy is replaced between two rollouts by a call, traces and hidden states are
+handed over as they are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for
+that is what the engine decided on, rounding included; from hidden states alone it would take the head's logits of every
+token to know it.
 """
 
 import importlib.util
@@ -14,10 +13,11 @@ import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
@@ -25,12 +25,16 @@ from proxy.history import TRACE_TOKENS, TRACED_REQUESTS
 from proxy.network import ProxyNetwork
 from proxy.request import WorkerAlignment
 from training.console import TrainingError
-from training.hidden_states import hidden_states
 from training.rollout import Counts, Decisions, Decoding, Rollout
+
+if TYPE_CHECKING:
+    from training.rollout_worker import Read
 
 NAME = "learner"  # of the proxy in the engine
 CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
 
+Place = tuple[str, int]
+"""The engine's id of a request, and the index of a token in it."""
 Asked = tuple[int, float, bool]
 """A candidate's token id, its probability within the nucleus, and whether it was accepted."""
 
@@ -56,8 +60,8 @@ class Engine:
     ) -> None:
         """
         Args:
-            frozen: the LLM in transformers, for the hidden states.
-            directory: the same LLM's files.
+            frozen: the LLM in transformers: vLLM is to compute where, and as exactly as, that does.
+            directory: its files.
             base: its identity.
             max_tokens: of a prompt and its response together.
             max_requests: responses under way at once.
@@ -122,16 +126,17 @@ class Engine:
         # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
         self._llm.reset_prefix_cache()
         params = [self._params(decoding, end_ids, seed) for seed in islice(seeds, len(prompts))]
-        responses: list[list[int]] = []
-        traces: list[list[dict[str, Any]]] = []
-        counts = Counts(0, 0, 0, 0)
-        for first in range(0, len(prompts), TRACED_REQUESTS):
-            some = slice(first, first + TRACED_REQUESTS)
-            said, traced, counted = self._run(prompts[some], params[some])
-            responses += said
-            traces += traced
-            counts = Counts(*map(sum, zip(counts, counted, strict=True)))
-        return Rollout(responses, self._decisions(prompts, responses, traces), counts, None)
+        parts = [
+            self._run(prompts[i : i + TRACED_REQUESTS], params[i : i + TRACED_REQUESTS], i)
+            for i in range(0, len(prompts), TRACED_REQUESTS)
+        ]
+        columns = zip(*(part.decisions for part in parts), strict=True)
+        return Rollout(
+            [response for part in parts for response in part.responses],
+            Decisions(*(torch.cat(column) for column in columns)),
+            Counts(*map(sum, zip(*(part.counts for part in parts), strict=True))),
+            None,
+        )
 
     def _publish(self, network: ProxyNetwork) -> None:
         """Put these weights in the place of the last ones; their memory is free after the next step."""
@@ -157,46 +162,36 @@ class Engine:
             extra_args=alignment.to_extra_args(),
         )
 
-    def _run(
-        self, prompts: Sequence[list[int]], params: Sequence[Any]
-    ) -> tuple[list[list[int]], list[list[dict[str, Any]]], Counts]:
-        """Responses, the trace of each, and the counts of all."""
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any], first: int) -> Rollout:
+        """The responses to some prompts, the first of which is the `first` of all."""
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
-        responses = [list(output.outputs[0].token_ids) for output in outputs]
         ids = [output.request_id for output in outputs]
-        traces = _by_callers_id(self._call("take_traces", ids))
+        traces = self._call("take_traces", ids)
         counts = self._call("take_alignment_counts", ids).values()
-        of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
-        return (
-            responses,
-            [traces[req_id] for req_id in ids],
-            Counts(sum(map(len, responses)), *of_all),
+        reads = self._call("take_reads")
+        responses, found = [], []
+        by_callers_id = {_callers_id(req_id): req_id for req_id in traces}
+        for episode, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            req_id = by_callers_id[output.request_id]
+            response = list(output.outputs[0].token_ids)
+            assert [entry["token_id"] for entry in traces[req_id]] == response
+            responses.append(response)
+            for position, entry in enumerate(traces[req_id], len(prompt)):
+                found += [((req_id, position), first + episode, *one) for one in asked(entry)]
+        places, episodes, token_ids, probabilities, accepted = (
+            zip(*found, strict=True) if found else ([],) * 5
         )
-
-    def _decisions(
-        self,
-        prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
-        traces: Sequence[list[dict[str, Any]]],
-    ) -> Decisions:
-        found: list[tuple[int, int, Asked]] = []
-        for episode, (response, trace) in enumerate(zip(responses, traces, strict=True)):
-            assert [entry["token_id"] for entry in trace] == response
-            found += ((episode, i, one) for i, entry in enumerate(trace) for one in asked(entry))
         device = self._frozen.device
-        episodes = torch.tensor([episode for episode, *_ in found], dtype=torch.long, device=device)
-        places = torch.tensor([place for _, place, _ in found], dtype=torch.long, device=device)
-        token_ids = [token_id for *_, (token_id, _, _) in found]
-        logprobs = [math.log(probability) for *_, (_, probability, _) in found]
-        accepted = [is_accepted for *_, (_, _, is_accepted) in found]
-        return Decisions(
-            hidden_states(self._frozen, prompts, responses, episodes, places),
+        decisions = Decisions(
+            _hidden_at(reads, places),
             torch.tensor(token_ids, dtype=torch.long, device=device),
-            torch.tensor(logprobs, dtype=torch.float32, device=device),
+            torch.tensor([math.log(p) for p in probabilities], device=device),
             torch.tensor(accepted, dtype=torch.bool, device=device),
-            episodes,
+            torch.tensor(episodes, dtype=torch.long, device=device),
         )
+        of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
+        return Rollout(responses, decisions, Counts(sum(map(len, responses)), *of_all), None)
 
     def _call(self, method: str, *args: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=args)
@@ -218,10 +213,10 @@ def _start(settings: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    worker = "ProxyCPUWorker" if current_platform.is_cpu() else "ProxyGPUWorker"
+    worker = "RolloutCPUWorker" if current_platform.is_cpu() else "RolloutGPUWorker"
     set_num_threads = torch.set_num_threads
     try:
-        return LLM(worker_cls=f"proxy.worker.{worker}", **settings)
+        return LLM(worker_cls=f"training.rollout_worker.{worker}", **settings)
     finally:
         torch.set_num_threads = set_num_threads  # the CPU worker disables it
 
@@ -243,6 +238,21 @@ def _as_int64(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _by_callers_id(entries: dict[str, Any]) -> dict[str, Any]:
+def _callers_id(req_id: str) -> str:
     """The engine's own ids are the caller's and a suffix."""
-    return {req_id.rsplit("-", 1)[0]: entry for req_id, entry in entries.items()}
+    return req_id.rsplit("-", 1)[0]
+
+
+def _hidden_at(reads: "Sequence[Read]", places: Sequence[Place]) -> Tensor:
+    """The hidden states [D, H] at places, of all that was read."""
+    rows = {
+        place: row
+        for row, place in enumerate(
+            (req_id, position)
+            for read in reads
+            for req_id, position in zip(read.req_ids, read.positions.tolist(), strict=True)
+        )
+    }
+    hidden = torch.cat([read.hidden for read in reads])
+    index = torch.tensor([rows[place] for place in places], dtype=torch.long, device=hidden.device)
+    return hidden[index]

@@ -94,7 +94,6 @@ def test_rollout(tmp_path: Path) -> None:
     for one in figures["rounds"]:
         assert one["same_responses"] == 1
         assert 5 <= one["tokens"] <= 20
-        assert 0 < one["recompute_share"] < 1
     assert len(result.stdout.strip().splitlines()) == 3
 
 

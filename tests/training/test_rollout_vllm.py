@@ -20,7 +20,6 @@ from proxy.checkpoint import identify
 from proxy.network import ProxyNetwork
 from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
 from training.console import TrainingError
-from training.hidden_states import hidden_states
 from training.rollout import Decoding, Policy, Rollout, default_config, generate
 from training.rollout_vllm import Engine, asked
 
@@ -121,7 +120,7 @@ def test_every_rollout_has_the_weights_of_its_moment(
     (loaded,) = engine._call("list_proxies")
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert [proxy.version for proxy in worker._registry.pool.proxies] == [loaded["version"]]
-    assert worker._ledger.history.take_trace("0") == [] and not worker._ledger.history._traces
+    assert not worker._ledger.history._traces and not worker._reads
 
 
 def test_more_responses_than_the_worker_keeps_traces_of(
@@ -155,24 +154,6 @@ def test_what_was_asked_is_in_the_trace() -> None:
     assert asked(forced) == [(6, 0.6, False), (5, 0.1, False)]
     only = candidate(9, 1.0, None) | {"forced": False, "rejected": []}
     assert asked(only) == []
-
-
-def test_hidden_states_do_not_depend_on_what_goes_through_the_llm_at_once(
-    frozen: PreTrainedModel,
-) -> None:
-    """Against the model's own list of hidden states, whose last one goes into the head."""
-    responses = [[7, 8, 9][: i % 4] for i in range(len(PROMPTS))]
-    pairs = [(i, place) for i, response in enumerate(responses) for place in range(len(response))]
-    episodes, places = map(torch.tensor, zip(*pairs, strict=True))
-    expected = []
-    for episode, place in pairs:
-        ids = torch.tensor([PROMPTS[episode] + responses[episode]])
-        with torch.no_grad():
-            states = frozen(ids, output_hidden_states=True).hidden_states[-1]
-        expected.append(states[0, len(PROMPTS[episode]) + place - 1])
-    for most in (1, 25, None):
-        actual = hidden_states(frozen, PROMPTS, responses, episodes, places, forward_tokens=most)
-        torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-5)
 
 
 def test_what_vllm_cannot_do_is_said(
