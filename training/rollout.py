@@ -141,7 +141,7 @@ def generate(
     def draw(token_ids: Tensor) -> Tensor:
         return seeded_noise(keys, positions[:, -1] + 1, token_ids)
 
-    with HeadInput(model) as head:
+    with _HeadInput(model) as head:
         for _ in range(decoding.max_new_tokens):
             output = model(
                 input_ids=ids,
@@ -153,7 +153,7 @@ def generate(
             )
             cache = output.past_key_values
             decision = _step(
-                policy, output.logits[:, -1], head.rows[:, -1], decoding, draw, alive, records
+                policy, output.logits[:, -1], head.rows, decoding, draw, alive, records
             )
             tokens = torch.where(alive, decision.token_ids, 0)
             emitted.append(torch.where(alive, tokens, -1))
@@ -226,16 +226,13 @@ def _divergence(
     return divergence(probabilities, some).float()
 
 
-class HeadInput:
-    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards.
-
-    The head itself computes the last position's logits only.
-    """
+class _HeadInput:
+    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._head = model.get_output_embeddings()
 
-    def __enter__(self) -> "HeadInput":
+    def __enter__(self) -> "_HeadInput":
         self._handle = self._head.register_forward_pre_hook(self._tap)
         return self
 
@@ -243,9 +240,10 @@ class HeadInput:
         self._handle.remove()
 
     def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.rows = inputs[0]  # [N, T, H]
-        # Of rows that lie apart torch makes a batch, and for each a copy of the head's weights.
-        return (self.rows[:, -1:].contiguous(),)
+        # Of rows that lie apart torch would make a batch, with a copy of the head's weights for each.
+        last = inputs[0][:, -1:].contiguous()
+        self.rows = last[:, 0]  # [N, H]
+        return (last,)
 
 
 class _Records:

@@ -45,7 +45,10 @@ def is_installed() -> bool:
 
 
 class Engine:
-    """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along."""
+    """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along.
+
+    A rollout keeps the hidden state of every token on the device, beside the memory that vLLM is given.
+    """
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class RolloutGPUWorker(ProxyGPUWorker):
         return super().sample_tokens(grammar_output)
 
     def take_reads(self) -> list[Read]:
-        """Of every step since the last time, rows of unfinished prefills included."""
+        """Of every step since the last time, rows of unfinished prefills included. The caller's, on the device."""
         reads, self._reads = self._reads, []
         return reads
 
