@@ -23,11 +23,11 @@ from proxy.pool import ServedProxy
 from proxy.rows import AlignedRows, Tracing, to_device
 
 DISCARD_SLOT = 0  # where rows are counted that nobody will ask for
+TRACE_TOKENS = 4096  # per request; what comes after is dropped
+TRACED_REQUESTS = 1024  # whose traces wait to be taken; the oldest are cut off
 
 _FOLD_STEPS = 128
 _FLUSH_SECONDS = 1.0  # between two readings of the totals for the metrics
-_TRACE_TOKENS = 4096  # per request; what comes after is dropped
-_TRACED_REQUESTS = 1024  # whose traces wait to be taken; the oldest are cut off
 
 
 class _Record(NamedTuple):
@@ -156,13 +156,13 @@ class History:
         for row, entry in zip(rows, _trace_entries(record, index), strict=True):
             req_id = assignments[row].req_id
             self._num_traced[req_id] += 1
-            if self._num_traced[req_id] <= _TRACE_TOKENS:
+            if self._num_traced[req_id] <= TRACE_TOKENS:
                 self._traces.setdefault(req_id, []).append(entry)
-        while len(self._traces) > _TRACED_REQUESTS:
+        while len(self._traces) > TRACED_REQUESTS:
             # What came later would be taken for what is gone: the trace ends here.
             oldest = next(iter(self._traces))
             del self._traces[oldest]
-            self._num_traced[oldest] = _TRACE_TOKENS
+            self._num_traced[oldest] = TRACE_TOKENS
 
     def _flush_if_due(self) -> None:
         # Reading totals waits for an accelerator.
@@ -220,17 +220,20 @@ def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:
     times = proposal_times(candidates, noise[:, 0], settings.greedy)
     strength = 1.0 if settings.strength is None else settings.strength.unsqueeze(-1)
     accept_probs = (-strength * F.softplus(-accept_logits)).exp()
+    proposed = proposed_mask(times, decision)
+    has_choice = (candidates.logprobs > -torch.inf).sum(-1, keepdim=True) > 1
     columns = (
         decision.slots,
         decision.forced,
-        proposed_mask(times, decision),
+        proposed,
+        proposed & has_choice,
         times.argsort(-1),
         candidates.token_ids,
         candidates.logprobs.exp(),
         accept_probs,
     )
     entries = []
-    for slot, forced, proposed, order, token_ids, probs, accepts in zip(
+    for slot, forced, is_proposed, is_asked, order, token_ids, probs, accepts in zip(
         *(column[rows].tolist() for column in columns), strict=True
     ):
 
@@ -238,10 +241,10 @@ def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:
             return {
                 "token_id": token_ids[slot],  # noqa: B023
                 "probability": probs[slot],  # noqa: B023
-                "accept_probability": accepts[slot] if proposed[slot] else None,  # noqa: B023
+                "accept_probability": accepts[slot] if is_asked[slot] else None,  # noqa: B023
             }
 
-        rejected = [s for s in order if proposed[s] and (forced or s != slot)]
+        rejected = [s for s in order if is_proposed[s] and (forced or s != slot)]
         entries.append(
             candidate(slot) | {"forced": forced, "rejected": [candidate(s) for s in rejected]}
         )

@@ -241,9 +241,9 @@ class ProxyGPUWorker(GPUWorker):
         Returns:
             By the engine's own id, a list with an entry for every token emitted: token_id,
             probability (within the nucleus), accept_probability (strength included; None where
-            the proxy was not asked), forced, and rejected: a list of the same three for each
-            candidate that was rejected before it, in the order of proposal. At most 4096 tokens
-            of a request are traced.
+            the proxy was not asked, as where there is a single candidate), forced, and rejected:
+            a list of the same three for each candidate that was rejected before it, in the order
+            of proposal. At most 4096 tokens of a request are traced.
         """
         return self._ledger.take_traces(request_ids)
 

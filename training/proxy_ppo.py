@@ -11,13 +11,17 @@ Where this differs from the paper: the proxy reads the hidden state *before* the
 embedding, so all candidates of a position are scored in one LLM forward; and as the LLM is frozen, its hidden states
 from the rollout are all that the update needs: PPO's epochs never run the LLM.
 
+Responses are sampled in vLLM, by the worker that serves, or in transformers (`--rollout`): for the same seed the same
+ones, as far as the rounding of the LLM's arithmetic goes.
+
 With several processes (`accelerate launch -m training.proxy_ppo ...`) each rolls out its share of the responses; the
 result is that of one process, up to rounding. A run that was killed goes on with `--resume`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -25,13 +29,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from proxy.checkpoint import save
+from proxy.checkpoint import resolve_model_dir, save
 from proxy.network import ProxyNetwork
 from training import online
 from training.console import TrainingError, main_guard
 from training.online import PATIENCE, Episodes, averaged
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Policy, Rollout, default_config, generate
+from training.rollout_vllm import Engine, is_installed
+
+MAX_REQUESTS = 256  # under way in vLLM at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,10 @@ class Options(online.Options):
     """Whether the proxy sees the candidate's log-probability."""
     accept_bias: float = 2.0
     """Accept logit before training: 2 accepts 88 %."""
+    rollout: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples the responses. auto = vllm on CUDA where it is installed, else transformers."""
+    rollout_memory: float = 0.3
+    """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
 
 
 class Trainer(online.Trainer):
@@ -64,6 +75,7 @@ class Trainer(online.Trainer):
         self.options = options
         self.network = self.learner = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
+        self.engine = self._make_engine() if self._wants_vllm() else None
         accelerator.print(
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )
@@ -81,13 +93,33 @@ class Trainer(online.Trainer):
         )
         return ProxyNetwork(config)
 
+    def _wants_vllm(self) -> bool:
+        if self.options.rollout == "auto":
+            return self.accelerator.device.type == "cuda" and is_installed()
+        return self.options.rollout == "vllm"
+
+    def _make_engine(self) -> Engine:
+        options, processes = self.options, self.accelerator.num_processes
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        return Engine(
+            self.model,
+            resolve_model_dir(options.model),
+            self.base,
+            max_tokens=longest + options.decoding.max_new_tokens,
+            max_requests=min(math.ceil(options.episodes / processes), MAX_REQUESTS),
+            memory=options.rollout_memory,
+            processes=processes,
+        )
+
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
-        policy = self.policy_class(self.model, self.network)
+        decoding, ends = self.options.decoding, self.end_ids
+        if self.engine is not None:
+            return self.engine.generate(self.network, prompts, decoding, end_ids=ends, seeds=seeds)
         return generate(
-            policy,
+            self.policy_class(self.model, self.network),
             prompts,
-            self.options.decoding,
-            end_ids=self.end_ids,
+            decoding,
+            end_ids=ends,
             seeds=seeds,
             batch_size=self.options.batch_size,
         )

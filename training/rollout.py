@@ -50,7 +50,8 @@ class Decoding:
 class Decisions(NamedTuple):
     """What the proxy was asked and answered: D decisions, each a candidate accepted or rejected.
 
-    Response by response, in the order of asking. Positions with a single candidate ask nothing and are not here.
+    Response by response and position by position; at a position the most probable candidate comes first. Positions with
+    a single candidate ask nothing and are not here.
     """
 
     hidden: Tensor  # [D, H] the lm_head's input at the position
@@ -364,8 +365,10 @@ class HeadInput:
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
 
-    def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.states = inputs[0]  # [N, T, H]
+    def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Of rows that lie apart torch would make a batch, with a copy of the head's weights for each.
+        self.states = inputs[0].contiguous()  # [N, T, H]
+        return (self.states,)
 
     @property
     def rows(self) -> Tensor:

@@ -1,6 +1,8 @@
 """The benchmarks that need no server, run at a tiny size. What they measure is nobody's business here."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +78,23 @@ def test_dial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert aligned["kl"] > 0.01
     assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 2
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rollout(tmp_path: Path) -> None:
+    """In a process of its own: an engine changes the one that it runs in."""
+    output = tmp_path / "rollout.json"
+    command = [sys.executable, "-m", "benchmarks.rollout", "--dtype", "float32"]
+    command += ["--episodes", "5", "--rounds", "2", "--decoding.max-new-tokens", "4"]
+    result = subprocess.run(
+        [*command, "--output", output], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    assert len(figures["rounds"]) == 2
+    for one in figures["rounds"]:
+        assert one["same_responses"] == 1
+        assert 5 <= one["tokens"] <= 20
+    assert len(result.stdout.strip().splitlines()) == 3
 
 
 def test_ratios() -> None:

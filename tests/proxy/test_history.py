@@ -340,7 +340,8 @@ class Traced:
             rejected.append(slot)
         else:
             said, forced = 0, True
-        emitted = candidate(said, is_asked=not forced or said in rejected)
+        is_asked = len(order) > 1 and (not forced or said in rejected)
+        emitted = candidate(said, is_asked=is_asked)
         return emitted | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
 
 
@@ -417,8 +418,8 @@ def test_unfinished_prefills_and_what_comes_after_the_end_are_not_traced():
 
 def test_a_trace_ends_at_its_limit(monkeypatch):
     """In one go or in pieces: the first 4096 tokens (20 here), and none after them."""
-    assert proxy.history._TRACE_TOKENS == 4096
-    monkeypatch.setattr(proxy.history, "_TRACE_TOKENS", 20)
+    assert proxy.history.TRACE_TOKENS == 4096
+    monkeypatch.setattr(proxy.history, "TRACE_TOKENS", 20)
     torch.manual_seed(3)
     pool = ProxyPool()
     world = Traced(traced(pool), pool)
@@ -438,7 +439,7 @@ def test_a_trace_ends_at_its_limit(monkeypatch):
 
 def test_traces_that_nobody_takes_are_bounded(monkeypatch):
     """The one that has waited longest is cut off: a trace has no holes."""
-    monkeypatch.setattr(proxy.history, "_TRACED_REQUESTS", 2)
+    monkeypatch.setattr(proxy.history, "TRACED_REQUESTS", 2)
     torch.manual_seed(4)
     pool = ProxyPool()
     a, *_ = unlike_proxies(pool)

@@ -42,7 +42,10 @@ def test_every_token_has_its_entry(client):
         }  # fmt: skip
         for candidate in [entry, *entry["rejected"]]:
             assert 0 < candidate["probability"] <= 1 + 1e-5
-            assert 0 <= candidate["accept_probability"] <= 1
+            if candidate["accept_probability"] is None:  # there was no other
+                assert candidate["probability"] == 1 and not entry["rejected"]
+            else:
+                assert 0 <= candidate["accept_probability"] <= 1
         ids = [candidate["token_id"] for candidate in [entry, *entry["rejected"]]]
         assert len(set(ids)) == len(ids) or entry["forced"]
     for choice, said in zip(trace, answer.choices, strict=True):

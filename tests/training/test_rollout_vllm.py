@@ -1,0 +1,172 @@
+"""Rollouts in vLLM: those of transformers, decision by decision, from a real engine in this process.
+
+In float32, where what is left of rounding decides nothing here: the responses must be the same ones.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import training.rollout_vllm
+from proxy.checkpoint import identify
+from proxy.network import ProxyNetwork
+from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
+from training.console import TrainingError
+from training.rollout import Decoding, Policy, Rollout, default_config, generate
+from training.rollout_vllm import Engine, asked
+
+PROMPTS = [[i % 250 + 5, *range(20, 20 + i % 7)] for i in range(24)]
+ENDS = {1, *range(100, 120)}  # so many that responses differ in length
+DECODING = Decoding(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def frozen(model_dir: Path) -> PreTrainedModel:  # noqa: F811
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def make_engine(
+    make_llm: Callable[..., Any],  # noqa: F811  # undoes what an engine does to the process
+    frozen: PreTrainedModel,
+    model_dir: Path,  # noqa: F811
+) -> Callable[..., Engine]:
+    settings = {"max_tokens": 64, "max_requests": 16, "memory": 0.01}
+    base = identify(str(model_dir))
+    return lambda **more: Engine(frozen, model_dir, base, **settings | more)
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine: Callable[..., Engine]) -> Iterator[Engine]:
+    set_num_threads, dtype, threads = (
+        torch.set_num_threads,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
+    yield make_engine()
+    assert torch.set_num_threads is set_num_threads
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert active_children() == []
+
+
+def make_network(model: PreTrainedModel, seed: int, **settings: Any) -> ProxyNetwork:
+    """It rejects about half of what it is asked."""
+    torch.manual_seed(seed)
+    network = ProxyNetwork(default_config(model, **{"width": 16, "accept_bias": 0.0} | settings))
+    torch.nn.init.normal_(network.score.weight, std=1.5)
+    return network
+
+
+def assert_same(ours: Rollout, theirs: Rollout) -> None:
+    assert ours.responses == theirs.responses
+    assert ours.counts == theirs.counts
+    for name in ("token_ids", "accepted", "episodes"):
+        mine, other = (getattr(rollout.decisions, name) for rollout in (ours, theirs))
+        assert torch.equal(mine, other), name
+    for name in ("hidden", "logprobs"):
+        mine, other = (getattr(rollout.decisions, name) for rollout in (ours, theirs))
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DECODING,
+        replace(DECODING, temperature=0.7, top_k=5, top_p=0.8),
+        replace(DECODING, temperature=1.5, top_k=0, top_p=1.0),
+        replace(DECODING, temperature=0),
+    ],
+    ids=["default", "narrow", "wide", "greedy"],
+)
+def test_a_rollout_is_that_of_transformers(
+    engine: Engine, frozen: PreTrainedModel, decoding: Decoding
+) -> None:
+    network = make_network(frozen, 0, max_rejections=4)
+    theirs = generate(
+        Policy(frozen, network), PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40)
+    )
+    ours = engine.generate(network, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    assert_same(ours, theirs)
+    lengths = {len(response) for response in ours.responses}
+    assert len(lengths) > 3 and max(lengths) == 24
+    assert ours.counts.rejected > 50 and ours.counts.forced > 5
+
+
+def test_every_rollout_has_the_weights_of_its_moment(
+    engine: Engine, frozen: PreTrainedModel
+) -> None:
+    """Those of an update ago are gone, also where an update changed nothing."""
+    network = make_network(frozen, 1, max_rejections=2, max_candidates=6)
+    said = []
+    for step in range(5):
+        if step not in (0, 3):
+            with torch.no_grad():
+                network.score.weight.add_(torch.randn_like(network.score.weight))
+        seeds = {"end_ids": ENDS, "seeds": count(0)}
+        theirs = generate(Policy(frozen, copy.deepcopy(network)), PROMPTS, DECODING, **seeds)
+        ours = engine.generate(network, PROMPTS, DECODING, **seeds | {"seeds": count(0)})
+        assert_same(ours, theirs)
+        said.append(ours.responses)
+    assert said[2] == said[3] and said[0] != said[1] != said[2] != said[4]
+    (loaded,) = engine._call("list_proxies")
+    worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert [proxy.version for proxy in worker._registry.pool.proxies] == [loaded["version"]]
+    assert not worker._ledger.history._traces and not worker._reads
+
+
+def test_more_responses_than_the_worker_keeps_traces_of(
+    engine: Engine, frozen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.rollout_vllm, "TRACED_REQUESTS", 10)
+    network = make_network(frozen, 2)
+    theirs = generate(Policy(frozen, network), PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+    ours = engine.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+    assert_same(ours, theirs)
+
+
+def test_where_the_llm_leaves_no_choice_nothing_is_decided(
+    engine: Engine, frozen: PreTrainedModel
+) -> None:
+    only = replace(DECODING, top_k=1)
+    rollout = engine.generate(make_network(frozen, 3), PROMPTS, only, end_ids=ENDS, seeds=count(0))
+    assert rollout.decisions.hidden.shape == (0, 64)
+    assert rollout.counts.proposed == rollout.counts.tokens == sum(map(len, rollout.responses))
+    assert rollout.counts.rejected == rollout.counts.forced == 0
+
+
+def test_what_was_asked_is_in_the_trace() -> None:
+    def candidate(token_id: int, probability: float, accept: float | None) -> dict[str, Any]:
+        return {"token_id": token_id, "probability": probability, "accept_probability": accept}
+
+    rejected = [candidate(5, 0.1, 0.3), candidate(6, 0.6, 0.2)]
+    accepted = candidate(9, 0.1, 0.9) | {"forced": False, "rejected": rejected}
+    assert asked(accepted) == [(6, 0.6, False), (5, 0.1, False), (9, 0.1, True)]
+    forced = candidate(6, 0.6, 0.2) | {"forced": True, "rejected": rejected}
+    assert asked(forced) == [(6, 0.6, False), (5, 0.1, False)]
+    only = candidate(9, 1.0, None) | {"forced": False, "rejected": []}
+    assert asked(only) == []
+
+
+def test_what_vllm_cannot_do_is_said(
+    make_engine: Callable[..., Engine],
+    engine: Engine,
+    frozen: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = replace(DECODING, max_new_tokens=5000)
+    with pytest.raises(TrainingError, match="5000 is over 4096"):
+        engine.generate(make_network(frozen, 0), PROMPTS, long, end_ids=ENDS, seeds=count(0))
+    with pytest.raises(TrainingError, match="does not start so: Value error.*100000.* greater"):
+        make_engine(max_tokens=100_000)
+    monkeypatch.setattr(training.rollout_vllm, "is_installed", lambda: False)
+    with pytest.raises(TrainingError, match="vLLM is not installed"):
+        make_engine()

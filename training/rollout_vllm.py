@@ -1,0 +1,261 @@
+"""Rollouts in vLLM, through the worker that serves: the same law and, for the same seeds, the same noise as `generate`.
+
+The engine runs in this process: its proxy is replaced between two rollouts by a call, traces and hidden states are
+handed over as they are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for
+that is what the engine decided on, rounding included; from hidden states alone it would take the head's logits of every
+token to know it.
+"""
+
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from proxy.checkpoint import BaseModelId, save
+from proxy.history import TRACE_TOKENS, TRACED_REQUESTS
+from proxy.network import ProxyNetwork
+from proxy.request import WorkerAlignment
+from training.console import TrainingError
+from training.rollout import Counts, Decisions, Decoding, Rollout
+
+if TYPE_CHECKING:
+    from training.rollout_worker import Read
+
+NAME = "learner"  # of the proxy in the engine
+CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
+
+Place = tuple[str, int]
+"""The engine's id of a request, and the index of a token in it."""
+Asked = tuple[int, float, bool]
+"""A candidate's token id, its probability within the nucleus, and whether it was accepted."""
+
+
+def is_installed() -> bool:
+    """Whether there is a vLLM to import."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+class Engine:
+    """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along.
+
+    A rollout keeps the hidden state of every token on the device, beside the memory that vLLM is given.
+    """
+
+    def __init__(
+        self,
+        frozen: PreTrainedModel,
+        directory: Path,
+        base: BaseModelId,
+        *,
+        max_tokens: int,
+        max_requests: int,
+        memory: float,
+        processes: int = 1,
+    ) -> None:
+        """
+        Args:
+            frozen: the LLM in transformers: vLLM is to compute where, and as exactly as, that does.
+            directory: its files.
+            base: its identity.
+            max_tokens: of a prompt and its response together.
+            max_requests: responses under way at once.
+            memory: share of the GPU's memory that weights and KV cache may take; on a CPU, of the RAM, and the KV cache
+                alone.
+            processes: of `accelerate launch`; each has an engine of its own.
+
+        Raises:
+            TrainingError: there is no vLLM, or it cannot be started so.
+        """
+        if not is_installed():
+            raise TrainingError(
+                "--rollout vllm: vLLM is not installed; --rollout transformers needs none"
+            )
+        self._frozen, self._base = frozen, base
+        self._version: str | None = None
+        settings: dict[str, Any] = {
+            "model": str(directory),
+            "dtype": str(frozen.dtype).removeprefix("torch."),
+            "skip_tokenizer_init": True,
+            "max_model_len": max_tokens,
+            "max_num_seqs": max_requests,
+            "gpu_memory_utilization": memory,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if processes > 1:  # vLLM lives in the group that accelerate has made
+            settings["distributed_executor_backend"] = "external_launcher"
+        if frozen.device.type == "cpu":
+            # Compiling takes longer than it would save; and vLLM would put zeros into all the RAM it may have.
+            most = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            wanted = _kv_cache_bytes(frozen, max_requests, max_tokens)
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(most, wanted)}
+        try:
+            self._llm = _start(settings)
+        except ValueError as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise TrainingError(
+                f"--rollout vllm: vLLM does not start so: {reason} --rollout transformers needs none."
+            ) from error
+
+    def generate(
+        self,
+        network: ProxyNetwork,
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        *,
+        end_ids: Collection[int],
+        seeds: Iterable[int],
+    ) -> Rollout:
+        """What `training.rollout.generate` returns for the same, up to the rounding of the LLM's arithmetic.
+
+        Raises:
+            TrainingError: responses may be longer than traces are.
+        """
+        if decoding.max_new_tokens > TRACE_TOKENS:
+            raise TrainingError(
+                f"--rollout vllm: --decoding.max-new-tokens {decoding.max_new_tokens} is over {TRACE_TOKENS}, which is "
+                "all that is traced of a response; --rollout transformers has no such limit"
+            )
+        self._publish(network)
+        # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
+        self._llm.reset_prefix_cache()
+        params = [self._params(decoding, end_ids, seed) for seed in islice(seeds, len(prompts))]
+        parts = [
+            self._run(prompts[i : i + TRACED_REQUESTS], params[i : i + TRACED_REQUESTS], i)
+            for i in range(0, len(prompts), TRACED_REQUESTS)
+        ]
+        columns = zip(*(part.decisions for part in parts), strict=True)
+        return Rollout(
+            [response for part in parts for response in part.responses],
+            Decisions(*(torch.cat(column) for column in columns)),
+            Counts(*map(sum, zip(*(part.counts for part in parts), strict=True))),
+            None,
+        )
+
+    def _publish(self, network: ProxyNetwork) -> None:
+        """Put these weights in the place of the last ones; their memory is free after the next step."""
+        if self._version is not None:
+            self._call("unload_proxy", NAME, self._version)
+        with tempfile.TemporaryDirectory(prefix="assent-") as directory:
+            self._version = save(directory, network, base=self._base, training={})
+            self._call("load_proxy", NAME, directory)
+
+    def _params(self, decoding: Decoding, end_ids: Collection[int], seed: int) -> Any:
+        from vllm import SamplingParams
+
+        alignment = WorkerAlignment(proxy=NAME, version=self._version, trace=True)
+        return SamplingParams(
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens,
+            stop_token_ids=sorted(end_ids),
+            ignore_eos=True,  # the end is among `end_ids`, or it is none
+            detokenize=False,
+            seed=_as_int64(seed),
+            extra_args=alignment.to_extra_args(),
+        )
+
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any], first: int) -> Rollout:
+        """The responses to some prompts, the first of which is the `first` of all."""
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
+        ids = [output.request_id for output in outputs]
+        traces = self._call("take_traces", ids)
+        counts = self._call("take_alignment_counts", ids).values()
+        reads = self._call("take_reads")
+        responses, found = [], []
+        by_callers_id = {_callers_id(req_id): req_id for req_id in traces}
+        for episode, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            req_id = by_callers_id[output.request_id]
+            response = list(output.outputs[0].token_ids)
+            assert [entry["token_id"] for entry in traces[req_id]] == response
+            responses.append(response)
+            for position, entry in enumerate(traces[req_id], len(prompt)):
+                found += [((req_id, position), first + episode, *one) for one in asked(entry)]
+        places, episodes, token_ids, probabilities, accepted = (
+            zip(*found, strict=True) if found else ([],) * 5
+        )
+        device = self._frozen.device
+        decisions = Decisions(
+            _hidden_at(reads, places),
+            torch.tensor(token_ids, dtype=torch.long, device=device),
+            torch.tensor([math.log(p) for p in probabilities], device=device),
+            torch.tensor(accepted, dtype=torch.bool, device=device),
+            torch.tensor(episodes, dtype=torch.long, device=device),
+        )
+        of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
+        return Rollout(responses, decisions, Counts(sum(map(len, responses)), *of_all), None)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        (answer,) = self._llm.collective_rpc(method, args=args)
+        return answer
+
+
+def asked(entry: dict[str, Any]) -> list[Asked]:
+    """The candidates that the proxy was asked about at a position, from the trace; the most probable first."""
+    found = [(each["token_id"], each["probability"], False) for each in entry["rejected"]]
+    if not entry["forced"] and entry["accept_probability"] is not None:
+        found.append((entry["token_id"], entry["probability"], True))
+    return sorted(found, key=lambda one: (-one[1], one[0]))
+
+
+def _start(settings: dict[str, Any]) -> Any:
+    """`vllm.LLM` in this process, which stays what it was as far as that goes."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    worker = "RolloutCPUWorker" if current_platform.is_cpu() else "RolloutGPUWorker"
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(worker_cls=f"training.rollout_worker.{worker}", **settings)
+    finally:
+        torch.set_num_threads = set_num_threads  # the CPU worker disables it
+
+
+def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> int:
+    """About what so many requests of so many tokens need; with less, some wait."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    blocks = 1 + requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
+    tokens = blocks * CPU_BLOCK_TOKENS
+    return 2 * config.num_hidden_layers * heads * head_size * tokens * model.dtype.itemsize
+
+
+def _as_int64(seed: int) -> int:
+    """What vLLM takes for a seed; the noise of both is the same."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _callers_id(req_id: str) -> str:
+    """The engine's own ids are the caller's and a suffix."""
+    return req_id.rsplit("-", 1)[0]
+
+
+def _hidden_at(reads: "Sequence[Read]", places: Sequence[Place]) -> Tensor:
+    """The hidden states [D, H] at places, of all that was read."""
+    rows = {
+        place: row
+        for row, place in enumerate(
+            (req_id, position)
+            for read in reads
+            for req_id, position in zip(read.req_ids, read.positions.tolist(), strict=True)
+        )
+    }
+    hidden = torch.cat([read.hidden for read in reads])
+    index = torch.tensor([rows[place] for place in places], dtype=torch.long, device=hidden.device)
+    return hidden[index]

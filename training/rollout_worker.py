@@ -1,0 +1,46 @@
+"""The workers that serve, for rollouts in the trainer's own process: they keep what the proxies read, and no more.
+
+A module of its own, for vLLM imports its workers by name.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from vllm.platforms import current_platform
+
+from proxy.worker import ProxyGPUWorker
+
+
+class Read(NamedTuple):
+    """One step's R rows."""
+
+    req_ids: list[str]
+    positions: Tensor  # [R] int, index of the token that is drawn
+    hidden: Tensor  # [R, H] the lm_head's input
+
+
+class RolloutGPUWorker(ProxyGPUWorker):
+    """vLLM's CUDA worker with proxies, which remembers their input."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self._reads: list[Read] = []
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.model_runner.execute_model_state is not None:
+            req_ids = list(self._read.read_ids(self.model_runner))
+            hidden, positions, _ = self._read.read_rows(self.model_runner)
+            self._reads.append(Read(req_ids, positions[: len(req_ids)].clone(), hidden.clone()))
+        return super().sample_tokens(grammar_output)
+
+    def take_reads(self) -> list[Read]:
+        """Of every step since the last time, rows of unfinished prefills included. The caller's, on the device."""
+        reads, self._reads = self._reads, []
+        return reads
+
+
+if current_platform.is_cpu():
+    from proxy.worker import ProxyCPUWorker
+
+    class RolloutCPUWorker(RolloutGPUWorker, ProxyCPUWorker):
+        """vLLM's CPU worker with proxies, which remembers their input."""
