@@ -24,7 +24,7 @@ def saving(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for pattern in (*_LAST, *_WEIGHTS):
+        for pattern in (*reversed(_LAST), *_WEIGHTS):
             for path in target.glob(pattern):
                 path.unlink()
         for path in sorted(temporary.iterdir(), key=_order):
