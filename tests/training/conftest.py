@@ -38,13 +38,17 @@ def sft_arguments(work: Path) -> list[str | Path]:
     ]  # fmt: skip
 
 
-def reward_arguments(work: Path, kind: str) -> list[str | Path]:
+def pair_arguments(work: Path) -> list[str | Path]:
     """A run of 8 steps, in two passes, with a look at held-out pairs after each."""
     return [
-        "training.reward_model", "--model", work / "base", "--kind", kind, "--max-rows", "32", "--batch-size", "8",
-        "--epochs", "2", "--preferences", work / "world/preferences.jsonl",
+        "--model", work / "base", "--max-rows", "32", "--batch-size", "8", "--epochs", "2",
+        "--preferences", work / "world/preferences.jsonl",
         "--held-out", work / "world/preferences_validation.jsonl",
     ]  # fmt: skip
+
+
+def reward_arguments(work: Path, kind: str) -> list[str | Path]:
+    return ["training.reward_model", "--kind", kind, *pair_arguments(work)]
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,30 @@ def scalar_reward(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("scalar")
     done(*reward_arguments(work, "scalar"), "--output", output)
     return output
+
+
+@pytest.fixture(scope="session")
+def dpo(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that `training.dpo` made."""
+    output = tmp_path_factory.mktemp("dpo")
+    done("training.dpo", *pair_arguments(work), "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def rlhf(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that `training.rlhf_ppo` made in three updates."""
+    output = tmp_path_factory.mktemp("rlhf")
+    done(*rlhf_arguments(work), "--output", output)
+    return output
+
+
+def rlhf_arguments(work: Path) -> list[str | Path]:
+    return [
+        "training.rlhf_ppo", "--model", work / "base", "--reward", work / "reward-aligned", "--steps", "3",
+        "--prompts", work / "world/prompts.jsonl", "--episodes", "8", "--save-every", "1",
+        "--decoding.max-new-tokens", "8", "--resume",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -50,15 +50,9 @@ def test_scalar_reward_trains_a_proxy_too(work: Path, scalar_reward: Path, tmp_p
     assert proxy.training["options"]["steps"] == 1
 
 
-def test_dpo(work: Path, tmp_path: Path) -> None:
-    result = run(
-        "training.dpo", "--model", work / "base", "--preferences", work / "world/preferences.jsonl",
-        "--output", tmp_path, "--max-rows", "32", "--batch-size", "8",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["train_loss"] > 0
-    assert identify(str(tmp_path)).fingerprint != identify(str(work / "base")).fingerprint
+def test_dpo(work: Path, dpo: Path) -> None:
+    assert read_metrics(dpo)[-1]["train_loss"] > 0
+    assert identify(str(dpo)).fingerprint != identify(str(work / "base")).fingerprint
 
 
 def test_evaluate(work: Path, scalar_reward: Path, evaluations: list[Path]) -> None:

@@ -27,13 +27,17 @@ def documented() -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(work: Path, sft: Path, implicit_reward: Path, scalar_reward: Path) -> dict[str, Path]:
+def runs(
+    work: Path, sft: Path, implicit_reward: Path, scalar_reward: Path, dpo: Path, rlhf: Path
+) -> dict[str, Path]:
     """Command -> the directory that a tiny run of it wrote."""
     return {
         "training.sft": sft,
         "training.jsft": work / "base",
         "training.reward_model --kind implicit": implicit_reward,
         "training.reward_model --kind scalar": scalar_reward,
+        "training.dpo": dpo,
+        "training.rlhf_ppo": rlhf,
         "training.proxy_ppo": work / "proxy-aligned",
     }
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.training.conftest import run
+from tests.training.conftest import rlhf_arguments, run
 from training import online
 from training.metrics import read_metrics
 from training.rewards import Sample
@@ -66,29 +66,22 @@ def test_a_dear_divergence_keeps_the_actor_at_its_reference(
     assert kls[1] < kls[0] / 2
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(work: Path, tmp_path: Path) -> None:
-    common = (
-        "training.rlhf_ppo", "--model", work / "base", "--reward", work / "reward-aligned", "--steps", "3",
-        "--prompts", work / "world/prompts.jsonl", "--episodes", "8", "--save-every", "1",
-        "--decoding.max-new-tokens", "8", "--resume", "--output",
-    )  # fmt: skip
-    unbroken = run(*common, tmp_path / "unbroken")
-    assert unbroken.returncode == 0, unbroken.stderr
-    broken = tmp_path / "broken"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, common), str(broken)], stderr=subprocess.DEVNULL
-    )
-    while not (broken / STATE_FILE).exists():
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
+    work: Path, rlhf: Path, tmp_path: Path
+) -> None:
+    command = [*map(str, rlhf_arguments(work)), "--output", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL)
+    while not (tmp_path / STATE_FILE).exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (broken / "model.safetensors").exists()
-    resumed = run(*common, broken)
+    assert not (tmp_path / "model.safetensors").exists()
+    resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after update" in resumed.stdout
-    ours, theirs = (load_file(x / "model.safetensors") for x in (broken, tmp_path / "unbroken"))
+    ours, theirs = (load_file(x / "model.safetensors") for x in (tmp_path, rlhf))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before = load_model(str(work / "base"), dtype=torch.bfloat16)[0].state_dict()
     assert not all(torch.equal(before[name], theirs[name]) for name in theirs)
-    assert len(read_metrics(broken)) == 3
+    assert len(read_metrics(tmp_path)) == 3
