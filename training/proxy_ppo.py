@@ -60,8 +60,7 @@ class Options(online.Options):
     accept_bias: float = 2.0
     """Accept logit before training: 2 accepts 88 %."""
     rollout: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples the responses. auto = vllm on CUDA where it is installed, else transformers, which starts at
-    once."""
+    """What samples the responses. auto = vllm on CUDA where it is installed, else transformers, which starts faster."""
     rollout_memory: float = 0.3
     """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
 
