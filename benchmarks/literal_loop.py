@@ -28,7 +28,8 @@ from benchmarks.dial import held_out_prompts
 from benchmarks.models import DEMO
 from proxy.acceptance import Candidates, nucleus
 from proxy.checkpoint import identify, load
-from training.rollout import Decoding, Policy, generate
+from training.policy import Decoding, Policy
+from training.rollout import generate
 from training.supervised import Conversations, load_model
 
 DECODING = Decoding()

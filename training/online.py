@@ -25,8 +25,9 @@ from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message, read_rows
 from training.metrics import Metrics
+from training.policy import Decoding
 from training.rewards import Frozen, Reward, Sample, load_reward
-from training.rollout import Decoding, Rollout, longest_prompt
+from training.rollout import Rollout, longest_prompt
 from training.state import load_state, save_state
 from training.supervised import Conversations, end_ids, load_model
 

@@ -34,8 +34,9 @@ from proxy.network import ProxyNetwork
 from training import online
 from training.console import TrainingError, main_guard
 from training.online import PATIENCE, Episodes, averaged
+from training.policy import Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
-from training.rollout import Decisions, Policy, Rollout, default_config, generate
+from training.rollout import Decisions, Rollout, generate
 from training.rollout_vllm import Engine, is_installed
 
 MAX_REQUESTS = 256  # under way in vLLM at once

@@ -33,7 +33,8 @@ from judge.prompts import judge_messages, judge_prompt_ids, label_ids
 from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
 from training.data import Message
-from training.rollout import Decoding, Policy, generate, pad_left
+from training.policy import Decoding, Policy
+from training.rollout import generate, pad_left
 from training.supervised import attention_of, context_of, load_model
 
 REWARD_FILE = "reward.json"

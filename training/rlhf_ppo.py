@@ -27,8 +27,9 @@ from proxy.checkpoint import resolve_model_dir
 from training import online
 from training.console import TrainingError, main_guard
 from training.online import Episodes, averaged
+from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
-from training.rollout import Decoding, Policy, Rollout, generate, pad_responses
+from training.rollout import Rollout, generate, pad_responses
 from training.saving import saving
 
 

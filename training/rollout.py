@@ -6,8 +6,7 @@ candidates are rejected.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,36 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from proxy.acceptance import (
-    Candidates,
-    Decision,
-    decide,
-    noise_key,
-    nucleus,
-    proposal_times,
-    proposed_mask,
-    seeded_noise,
-)
-from proxy.exact import divergence, emission_probabilities
-from proxy.network import ProxyConfig, ProxyNetwork, score_alone
+from proxy.acceptance import Candidates, Decision, noise_key, seeded_noise
+from proxy.exact import divergence
 from training.console import TrainingError
+from training.policy import Decoding, Draw, Policy, Proposals
 from training.supervised import context_of
-
-_MAX_TIES = 16  # at the k-th place
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are drawn. The nucleus is all that the proxy may choose from."""
-
-    temperature: float = 1.0
-    """0 = greedy."""
-    top_k: int = 16
-    """Candidates considered; 0 = all."""
-    top_p: float = 0.95
-    """Probability mass considered."""
-    max_new_tokens: int = 64
-    """A response is cut after this many tokens."""
 
 
 class Decisions(NamedTuple):
@@ -59,18 +33,6 @@ class Decisions(NamedTuple):
     logprobs: Tensor  # [D] its log-probability, renormalised over the nucleus
     accepted: Tensor  # [D] bool
     episodes: Tensor  # [D] index of the response
-
-
-class Proposals(NamedTuple):
-    """The candidates that were put to the proxy at a position of R responses: P of them."""
-
-    rows: Tensor  # [P] into R
-    slots: Tensor  # [P] into K
-    accepted: Tensor  # [P] bool
-
-
-Draw = Callable[[Tensor], Tensor]
-"""Candidates [R, K] -> standard exponentials [R, 2, K]."""
 
 
 class Counts(NamedTuple):
@@ -89,71 +51,6 @@ class Rollout(NamedTuple):
     decisions: Decisions
     counts: Counts
     kl: Tensor | None  # [N] nats, KL(proxied ‖ frozen) summed over positions, if measured
-
-
-class Policy:
-    """A proxy beside a frozen LLM; without a network every first candidate is accepted."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        network: ProxyNetwork | None = None,
-        strength: float = 1.0,
-    ) -> None:
-        self.model = model
-        self.network = network
-        self.strength = strength if network else 0.0
-        self.config = network.config if network else default_config(model)
-        with torch.no_grad():
-            embeddings = model.get_input_embeddings().weight
-            self._table = network.candidate_table(embeddings) if network else None
-            self._weights = network.weights() if network else None
-
-    def num_candidates(self, decoding: Decoding) -> int:
-        """At most so many candidates: the proxy's K; without a proxy all that `decoding` leaves."""
-        if self.network:
-            return self.config.max_candidates
-        if decoding.temperature == 0:
-            return 1
-        # vLLM keeps all that tie with the k-th.
-        return decoding.top_k + _MAX_TIES if decoding.top_k else self.config.vocab_size
-
-    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """[R, K]; without a network the strength is 0, and they do not matter."""
-        if self._weights is None or self._table is None:
-            return torch.zeros_like(candidates.logprobs)
-        table_rows = self._table[candidates.token_ids]
-        return score_alone(self._weights, hidden, table_rows, candidates.logprobs)
-
-    def decide(
-        self,
-        candidates: Candidates,
-        accept_logits: Tensor,  # [R, K]
-        draw: Draw,
-        *,
-        is_greedy: bool,
-    ) -> tuple[Decision, Proposals]:
-        """The law, and what was proposed on the way."""
-        rows, device = len(accept_logits), accept_logits.device
-        noise = draw(candidates.token_ids)
-        greedy = torch.full((rows,), is_greedy, device=device)
-        decision = decide(
-            candidates,
-            accept_logits,
-            noise,
-            strength=torch.full((rows,), self.strength, device=device),
-            max_rejections=torch.full((rows,), self.config.max_rejections, device=device),
-            greedy=greedy,
-        )
-        proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
-        of, slots = torch.nonzero(proposed, as_tuple=True)
-        return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
-
-
-def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
-    """A proxy's configuration for this LLM."""
-    vocab_size, hidden_size = model.get_input_embeddings().weight.shape
-    return ProxyConfig(hidden_size=hidden_size, vocab_size=vocab_size, **settings)
 
 
 def longest_prompt(model: PreTrainedModel, decoding: Decoding) -> int:
@@ -311,41 +208,16 @@ def _step(
     records: "_Records",
 ) -> Decision:
     """One position of every response: nucleus, accept logits, decision, record."""
-    is_greedy = decoding.temperature == 0
-    logits = logits.float() / (1.0 if is_greedy else decoding.temperature)
-    candidates = _candidates(logits, policy.num_candidates(decoding), decoding)
+    candidates = policy.candidates(logits, decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
+    is_greedy = decoding.temperature == 0
     decision, proposals = policy.decide(candidates, accept_logits, draw, is_greedy=is_greedy)
     records.add(hidden, candidates, decision, proposals, alive)
     if records.kl is not None:
-        kl = torch.zeros_like(records.kl)
-        kl[alive] = _divergence(policy, candidates, accept_logits, alive)
-        records.kl += kl
+        some = Candidates(*(tensor[alive] for tensor in candidates))
+        kl = divergence(policy.emission(some, accept_logits[alive]), some)
+        records.kl[alive] += kl.float()
     return decision
-
-
-def _candidates(logits: Tensor, max_candidates: int, decoding: Decoding) -> Candidates:
-    """The nucleus of [N, V] logits; as in vLLM, greedy rows have no top-k and no top-p."""
-    if decoding.temperature == 0:
-        return nucleus(logits, max_candidates)
-    rows, vocab_size = logits.shape
-    top_k = torch.full((rows,), decoding.top_k or vocab_size, device=logits.device)
-    top_p = torch.full((rows,), decoding.top_p, device=logits.device)
-    return nucleus(logits, max_candidates, top_k, top_p)
-
-
-def _divergence(
-    policy: Policy, candidates: Candidates, accept_logits: Tensor, chosen: Tensor
-) -> Tensor:
-    """KL(proxied ‖ frozen) of the chosen rows, in nats."""
-    some = Candidates(*(tensor[chosen] for tensor in candidates))
-    probabilities = emission_probabilities(
-        some,
-        accept_logits[chosen],
-        strength=policy.strength,
-        max_rejections=policy.config.max_rejections,
-    )
-    return divergence(probabilities, some).float()
 
 
 class HeadInput:

@@ -25,7 +25,8 @@ from proxy.history import TRACE_TOKENS, TRACED_REQUESTS
 from proxy.network import ProxyNetwork
 from proxy.request import WorkerAlignment
 from training.console import TrainingError
-from training.rollout import Counts, Decisions, Decoding, Rollout
+from training.policy import Decoding
+from training.rollout import Counts, Decisions, Rollout
 
 if TYPE_CHECKING:
     from training.rollout_worker import Read

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import report
-from benchmarks.proxy_rlhf.jobs import Setting, all_jobs, run_job
+from benchmarks.proxy_rlhf.jobs import Setting, run_job
+from benchmarks.proxy_rlhf.plan import all_jobs
 
 
 @dataclass(frozen=True)

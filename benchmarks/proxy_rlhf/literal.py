@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from proxy.acceptance import Candidates, noise_key, nucleus, proposal_times, seeded_noise
 from training import proxy_ppo
-from training.rollout import Counts, Decisions, Decoding, HeadInput, Rollout
+from training.policy import Decoding
+from training.rollout import Counts, Decisions, HeadInput, Rollout
 
 
 class LiteralNetwork(nn.Module):

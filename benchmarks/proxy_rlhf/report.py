@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from benchmarks.proxy_rlhf.jobs import BEST_OF, DPO_SEARCH, REWARDS, RLHF_SEARCH, SKAM, Setting
+from benchmarks.proxy_rlhf.jobs import Setting
+from benchmarks.proxy_rlhf.plan import BEST_OF, DPO_SEARCH, REWARDS, RLHF_SEARCH, SKAM
 
 COSTS = ("updates", "train_cpu_seconds", "train_wall_seconds")
 

@@ -5,26 +5,17 @@ position and summed over a response: one reference for all, so that also sharper
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxy.acceptance import Candidates, Decision, nucleus
-from proxy.exact import emission_probabilities
+from proxy.acceptance import Candidates, Decision
 from training.evaluate import flaw_rates, win_rate
-from training.rollout import (
-    Decoding,
-    Draw,
-    HeadInput,
-    Policy,
-    Proposals,
-    Rollout,
-    generate,
-    pad_responses,
-)
+from training.policy import Decoding, Draw, Policy, Proposals
+from training.rollout import HeadInput, Rollout, generate, pad_responses
 
 _CHUNK = 64  # responses at once
 
@@ -134,73 +125,25 @@ def grade(world: World, answers: Answers, frozen: Sequence[str]) -> dict[str, An
     }
 
 
-Distribution = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Frozen logits [R, V], the head's input [R, H], the speaker's logits [R, V] -> token ids and probabilities [R, K]."""
-
-
-def of_decoding(decoding: Decoding) -> Distribution:
-    """The nucleus of the speaker's own logits."""
-
-    def distribution(_: Tensor, __: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        candidates = _candidates(logits, decoding, logits.shape[-1])
-        return candidates.token_ids, candidates.logprobs.double().exp()
-
-    return distribution
-
-
-def of_policy(policy: Policy, decoding: Decoding) -> Distribution:
-    """What a proxy makes of the frozen LLM's nucleus."""
-
-    def distribution(logits: Tensor, hidden: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        candidates = _candidates(logits, decoding, policy.config.max_candidates)
-        accept_logits = policy.accept_logits(hidden, candidates)
-        if isinstance(policy, RepeatingPolicy):
-            return candidates.token_ids, policy.emission(candidates, accept_logits)
-        limit = policy.config.max_rejections
-        return candidates.token_ids, emission_probabilities(
-            candidates, accept_logits, strength=1.0, max_rejections=limit
-        )
-
-    return distribution
-
-
-def _candidates(logits: Tensor, decoding: Decoding, most: int) -> Candidates:
-    if decoding.temperature == 0:
-        return nucleus(logits, 1)
-    rows, vocab_size = logits.shape
-    top_k = torch.full((rows,), decoding.top_k or vocab_size)
-    top_p = torch.full((rows,), decoding.top_p)
-    return nucleus(logits, min(most, (decoding.top_k or vocab_size) + 16), top_k, top_p)
-
-
 @torch.inference_mode()
 def divergence(
-    world: World,
-    responses: Sequence[list[int]],
-    distribution: Distribution,
-    speaker: Any = None,  # a tuned model; None = the frozen one
+    world: World, responses: Sequence[list[int]], policy: Policy, decoding: Decoding
 ) -> tuple[float, float]:
     """Nats a response, and the standard error; of the first `len(responses)` prompts."""
     sums: list[float] = []
-    for frozen, hidden, spoken, lengths in _rows(world, responses, speaker):
-        token_ids, probabilities = distribution(frozen, hidden, spoken)
-        reference = frozen.double().log_softmax(-1).gather(-1, token_ids)
-        ratios = probabilities.clamp(min=1e-300).log() - reference
-        terms = torch.where(probabilities > 0, probabilities * ratios, 0.0).sum(-1)
-        sums += [part.sum().item() for part in terms.split(lengths)]
-    values = torch.tensor(sums)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
-
-
-def _rows(
-    world: World, responses: Sequence[list[int]], speaker: Any
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
-    """Frozen logits, head inputs and the speaker's logits where response tokens were drawn, chunk by chunk."""
     for start in range(0, len(responses), _CHUNK):
         some = responses[start : start + _CHUNK]
         ids, is_response = pad_responses(world.prompts[start : start + len(some)], some)
         drawn = is_response[:, 1:]
-        with HeadInput(world.model) as head:
-            frozen = world.model(ids).logits[:, :-1][drawn].float()
-        spoken = frozen if speaker is None else speaker(ids).logits[:, :-1][drawn].float()
-        yield frozen, head.states[:, :-1][drawn], spoken, [len(r) for r in some]
+        with HeadInput(policy.model) as head:
+            logits = policy.model(ids).logits[:, :-1][drawn]
+        candidates = policy.candidates(logits, decoding)
+        accept_logits = policy.accept_logits(head.states[:, :-1][drawn], candidates)
+        probabilities = policy.emission(candidates, accept_logits)
+        frozen = logits if policy.model is world.model else world.model(ids).logits[:, :-1][drawn]
+        reference = frozen.double().log_softmax(-1).gather(-1, candidates.token_ids)
+        ratios = probabilities.clamp(min=1e-300).log() - reference
+        terms = torch.where(probabilities > 0, probabilities * ratios, 0.0).sum(-1)
+        sums += [part.sum().item() for part in terms.split([len(r) for r in some])]
+    values = torch.tensor(sums)
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()

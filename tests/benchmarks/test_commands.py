@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import dial, hook, literal_loop, throughput
 from benchmarks.models import DEMO
-from training.rollout import Decoding
+from training.policy import Decoding
 
 
 @pytest.fixture(autouse=True)

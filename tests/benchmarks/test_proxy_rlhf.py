@@ -14,12 +14,11 @@ from benchmarks.proxy_rlhf.speakers import (
     World,
     by_policy,
     divergence,
-    of_decoding,
-    of_policy,
 )
 from proxy.acceptance import Candidates
 from proxy.network import ProxyNetwork
-from training.rollout import Decoding, Policy, default_config, generate
+from training.policy import Decoding, Policy, default_config
+from training.rollout import generate
 from training.supervised import Conversations, end_ids, load_model
 
 TEXTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
@@ -148,7 +147,9 @@ def test_divergence_is_nothing_without_a_cut_and_the_surprise_of_greedy_tokens(
 ) -> None:
     uncut, greedy = Decoding(top_k=0, top_p=1.0, max_new_tokens=8), Decoding(temperature=0)
     rollout = by_policy(world, Policy(world.model), uncut)(world.prompts, count())
-    assert divergence(world, rollout.responses, of_decoding(uncut))[0] == pytest.approx(0, abs=1e-4)
+    assert divergence(world, rollout.responses, Policy(world.model), uncut)[0] == pytest.approx(
+        0, abs=1e-4
+    )
     (response,) = by_policy(world, Policy(world.model), greedy)(
         world.prompts[:1], count()
     ).responses
@@ -156,11 +157,8 @@ def test_divergence_is_nothing_without_a_cut_and_the_surprise_of_greedy_tokens(
     with torch.no_grad():
         logprobs = world.model(ids).logits.log_softmax(-1)[0, len(world.prompts[0]) - 1 : -1]
     surprise = -sum(logprobs[t, token].item() for t, token in enumerate(response))
-    measured, _ = divergence(world, [response, response], of_decoding(greedy))
-    # the second prompt is another one, so ask for the first alone, twice
-    assert measured != 0
     alone = World(world.model, world.tokenizer, world.end_ids, world.texts, world.prompts[:1] * 2)
-    measured, _ = divergence(alone, [response, response], of_decoding(greedy))
+    measured, _ = divergence(alone, [response, response], Policy(world.model), greedy)
     assert measured == pytest.approx(surprise, rel=1e-4)
 
 
@@ -168,8 +166,8 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
     decoding = Decoding(max_new_tokens=12)
     policy = Policy(world.model, indifferent_proxy(world.model, 60.0, 8))
     responses = by_policy(world, policy, decoding)(world.prompts, count()).responses
-    proxied = divergence(world, responses, of_policy(policy, decoding))
-    frozen = divergence(world, responses, of_decoding(decoding))
+    proxied = divergence(world, responses, policy, decoding)
+    frozen = divergence(world, responses, Policy(world.model), decoding)
     assert proxied[0] == pytest.approx(frozen[0], rel=1e-3)
     assert 0 < frozen[0] < 0.06 * 12  # at most −log 0.95 a position, with top-k a little more
 
@@ -177,7 +175,8 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
 def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """Three of its jobs, at the smallest size."""
     from benchmarks.proxy_rlhf.__main__ import Options, setting_of
-    from benchmarks.proxy_rlhf.jobs import all_jobs, run_job
+    from benchmarks.proxy_rlhf.jobs import run_job
+    from benchmarks.proxy_rlhf.plan import all_jobs
 
     setting = setting_of(Options(work=tmp_path, scale=0.005))
     jobs = {job.name: job for job in all_jobs((0,))}

@@ -171,7 +171,7 @@ def make_proxy(model: Any, directory: Path) -> Any:
     """A random proxy of the shape that the trainer would give it, with strong opinions."""
     from proxy.checkpoint import identify, save
     from proxy.network import ProxyNetwork
-    from training.rollout import default_config
+    from training.policy import default_config
 
     network = ProxyNetwork(default_config(model, accept_bias=0.0))
     torch.nn.init.normal_(network.score.weight, std=1.5)

@@ -17,6 +17,7 @@ from proxy.network import ProxyNetwork
 from tests.training.models import ANSWERS, ARCHITECTURES, PROMPTS, chat, data_rows, save_model
 from training import jsft, proxy_ppo, reward_model, sft
 from training.metrics import read_metrics
+from training.policy import Decoding, Policy, default_config
 from training.rewards import (
     Frozen,
     RewardConfig,
@@ -25,7 +26,7 @@ from training.rewards import (
     sequence_logprobs,
     write_reward_config,
 )
-from training.rollout import Decoding, Policy, Rollout, default_config, generate
+from training.rollout import Rollout, generate
 from training.supervised import Conversations, end_ids, load_model
 
 TOP_K, TOP_P, MAX_REJECTIONS = 16, 0.95, 3

@@ -30,7 +30,8 @@ from tests.proxy.references import (
     canonical,
     token_law,
 )
-from training.rollout import Decoding, Policy, Rollout, generate
+from training.policy import Decoding, Policy
+from training.rollout import Rollout, generate
 
 # Of different widths, K and limits, so that a pool of them has to pad.
 PROXIES: dict[str, dict[str, Any]] = {
@@ -352,8 +353,7 @@ def assert_scored_alike(
     policy: Policy, asked: Asked, server: Decided, traced: Traced, rows: Tensor
 ) -> None:
     """The same candidates, and accept logits that differ by less than 1e-5."""
-    logits = server.logits.float() / (asked.decoding.temperature or 1.0)
-    ours = training.rollout._candidates(logits, policy.config.max_candidates, asked.decoding)
+    ours = policy.candidates(server.logits, asked.decoding)
     accept_logits = policy.accept_logits(server.hidden, ours)[rows]
     inside = (ours.logprobs > -torch.inf)[rows]
     token_ids, logprobs, their_logits = (x[rows] for x in traced)

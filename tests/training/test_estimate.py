@@ -29,8 +29,9 @@ from training.estimate import (
     proxy_of,
     sizes_of,
 )
+from training.policy import Decoding, Policy
 from training.rewards import sequence_logprobs
-from training.rollout import Decoding, Policy, generate
+from training.rollout import generate
 from training.supervised import load_model
 
 QWEN = {

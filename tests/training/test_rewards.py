@@ -15,8 +15,9 @@ from proxy.checkpoint import FingerprintMismatch, identify
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
 from training import reward_model
 from training.console import TrainingError
+from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
-from training.rollout import Decoding, Policy, generate
+from training.rollout import generate
 from training.supervised import Conversations, end_ids, load_model
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.training.conftest import rlhf_arguments, run
 from training import online
 from training.metrics import read_metrics
+from training.policy import Decoding
 from training.rewards import Sample
 from training.rlhf_ppo import Options, Trainer
-from training.rollout import Decoding
 from training.state import STATE_FILE
 from training.supervised import load_model
 

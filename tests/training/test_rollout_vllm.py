@@ -20,7 +20,8 @@ from proxy.checkpoint import identify
 from proxy.network import ProxyNetwork
 from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
 from training.console import TrainingError
-from training.rollout import Decoding, Policy, Rollout, default_config, generate
+from training.policy import Decoding, Policy, default_config
+from training.rollout import Rollout, generate
 from training.rollout_vllm import Engine, asked
 
 PROMPTS = [[i % 250 + 5, *range(20, 20 + i % 7)] for i in range(24)]

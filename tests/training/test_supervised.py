@@ -11,7 +11,7 @@ from proxy.checkpoint import identify, load, resolve_model_dir
 from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import evaluate, jsft, proxy_ppo, reward_model, sft
 from training.console import TrainingError
-from training.rollout import Decoding
+from training.policy import Decoding
 from training.supervised import Conversations, attention_of, context_of, end_ids, load_model
 
 

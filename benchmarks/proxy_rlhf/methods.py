@@ -1,0 +1,313 @@
+"""What each job trains, and how what it trained is graded. The gold scorer grades; trainings never see it."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.proxy_rlhf.jobs import Job, Setting, timed
+from benchmarks.proxy_rlhf.literal import LiteralTrainer
+from benchmarks.proxy_rlhf.speakers import (
+    Answers,
+    RepeatingPolicy,
+    ThresholdPolicy,
+    World,
+    answer,
+    by_policy,
+    divergence,
+    grade,
+)
+from proxy.checkpoint import identify, load
+from training import dpo, online, proxy_ppo, reward_model, rlhf_ppo
+from training.data import read_rows
+from training.policy import Decoding, Policy
+from training.rewards import Frozen, Sample, load_reward
+from training.supervised import Conversations, end_ids, load_model
+from training.world import __main__ as world_files
+from training.world import gold
+
+DECODING = Decoding()
+SEED_OF_THE_WORLD = 0  # the frozen LLM was made with it, and has not seen its held-out prompts
+
+
+def open_world(setting: Setting, split: str) -> World:
+    model, tokenizer = load_model(str(setting.model), dtype=torch.bfloat16)
+    model.eval()
+    rows = read_rows(setting.data(f"prompts_{split}"), ("prompt",))[: setting.num_test]
+    chats = Conversations(tokenizer)
+    return World(
+        model,
+        tokenizer,
+        end_ids(model, tokenizer),
+        [row["prompt"][-1]["content"] for row in rows],
+        [chats.prompt_ids(row["prompt"]) for row in rows],
+    )
+
+
+def frozen_texts(setting: Setting, split: str, seed: int) -> list[str]:
+    return json.loads((setting.directory(f"frozen/{seed}") / f"{split}.json").read_text())
+
+
+def graded(
+    setting: Setting,
+    world: World,
+    answers: Answers,
+    seed: int,
+    policy: Policy,
+    decoding: Decoding = DECODING,
+    split: str = "test",
+) -> dict[str, Any]:
+    """The figures of a row of the table."""
+    figures = grade(world, answers, frozen_texts(setting, split, seed))
+    some = answers.responses[: setting.num_divergence]
+    kl, error = divergence(world, some, policy, decoding)
+    return figures | {"kl": kl, "kl_se": error, "kl_prompts": len(some)}
+
+
+def noise(row: str, seed: int) -> int:
+    """A seed for a row's answers that no other row has."""
+    return 1000 * (1 + NOISE.index(row)) + seed
+
+
+NOISE = (
+    *("frozen", "frozen, again", "top-p 0.8", "top-p 0.6", "greedy"),
+    *("tuned", "proxy", "threshold", "best of", "proxy best of"),
+)
+
+
+def make_world(setting: Setting, directory: Path) -> dict[str, Any]:
+    options = world_files.Options(
+        output=directory,
+        seed=SEED_OF_THE_WORLD,
+        num_sft=1,
+        num_preferences=setting.num_pairs,
+        num_held_out=setting.num_test,
+    )
+    world_files.main(options)
+    return {"prompts": options.num_prompts, "pairs": options.num_preferences}
+
+
+def make_frozen(seed: int) -> Job:
+    """The answers that all others are compared with, and the frozen LLM under other decodings."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        for split in ("validation", "test"):
+            world = open_world(setting, split)
+            roll_out = by_policy(world, Policy(world.model), DECODING)
+            texts = answer(world, noise("frozen", seed), roll_out).texts
+            (directory / f"{split}.json").write_text(json.dumps(texts))
+        rows = {
+            "frozen, again": DECODING,
+            "top-p 0.8": replace(DECODING, top_p=0.8),
+            "top-p 0.6": replace(DECODING, top_p=0.6),
+            "greedy": replace(DECODING, temperature=0.0),
+        }
+        result = {}
+        for name, decoding in rows.items():
+            policy = Policy(world.model)
+            answers = answer(world, noise(name, seed), by_policy(world, policy, decoding))
+            result[name] = graded(setting, world, answers, seed, policy, decoding)
+        return {"rows": result}
+
+    return Job(f"frozen/{seed}", run, ("world",))
+
+
+def make_reward(kind: str, seed: int) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        with timed(result):
+            reward_model.main(
+                reward_model.Options(
+                    model=str(setting.model),
+                    preferences=setting.data("preferences"),
+                    output=directory,
+                    kind=kind,  # type: ignore[arg-type]
+                    seed=seed,
+                )
+            )
+        return result
+
+    return Job(f"reward-{kind}/{seed}", run, ("world",))
+
+
+def _needs(reward: str, seed: int) -> tuple[str, ...]:
+    return (
+        f"frozen/{seed}",
+        *(() if reward == "self-judge" else (f"reward-{reward}/{seed}",)),
+    )
+
+
+def _reward(setting: Setting, reward: str, seed: int) -> str:
+    return reward if reward == "self-judge" else str(setting.directory(f"reward-{reward}/{seed}"))
+
+
+def updates(trainer: online.Trainer, steps: int, result: dict[str, Any]) -> None:
+    """All updates of a PPO run; what gold says of each rollout is written down beside its reward."""
+    scored, curve = trainer.reward, []
+
+    def watched(samples: Any) -> Tensor:
+        golds.extend(gold.score(s.messages[-1]["content"], s.text) for s in samples)
+        return scored(samples)
+
+    trainer.reward = watched
+    for index in range(steps):
+        golds: list[float] = []
+        row = trainer.step(index)
+        curve.append({"gold": fmean(golds)} | row)
+    result["curve"] = curve
+
+
+def make_proxy(
+    name: str, reward: str, seed: int, trainer_class: type[proxy_ppo.Trainer], **settings: Any
+) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = proxy_ppo.Options(
+            model=str(setting.model),
+            reward=_reward(setting, reward, seed),
+            prompts=setting.data("prompts"),
+            output=directory,
+            steps=setting.steps,
+            episodes=setting.episodes,
+            seed=seed,
+            **settings,
+        )
+        result: dict[str, Any] = {"updates": options.steps}
+        with timed(result):
+            trainer = trainer_class(options, online.start())
+            updates(trainer, options.steps, result)
+        trainer.network.eval()
+        result["parameters"] = trainer.network.num_parameters()
+        world = open_world(setting, "test")
+        if isinstance(trainer, LiteralTrainer):
+            answers = answer(world, noise("proxy", seed), trainer.roll_out)
+            return result | {"row": grade(world, answers, frozen_texts(setting, "test", seed))}
+        trainer.save({"options": {}, "last": result["curve"][-1]})
+        policy_class = RepeatingPolicy if isinstance(trainer, RepeatingTrainer) else Policy
+        policy = policy_class(world.model, trainer.network)
+        answers = answer(world, noise("proxy", seed), by_policy(world, policy, options.decoding))
+        row = graded(setting, world, answers, seed, policy, options.decoding)
+        return result | {"row": row}
+
+    return Job(f"{name}/{seed}", run, _needs(reward, seed))
+
+
+class RepeatingTrainer(proxy_ppo.Trainer):
+    """Trains a proxy that is asked again about what it rejected."""
+
+    policy_class = RepeatingPolicy
+
+
+def make_threshold(seed: int) -> Job:
+    """The one-pass proxy, accepting where a ≥ 1/2."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        world = open_world(setting, "test")
+        network = load(
+            setting.directory(f"proxy-implicit/{seed}"), base=identify(str(setting.model))
+        ).network
+        policy = ThresholdPolicy(world.model, network)
+        answers = answer(world, noise("threshold", seed), by_policy(world, policy, DECODING))
+        return {"row": graded(setting, world, answers, seed, policy)}
+
+    return Job(f"threshold/{seed}", run, (f"proxy-implicit/{seed}",))
+
+
+def _tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str, Any]:
+    """A model with weights of its own, as trained into the directory."""
+    world = open_world(setting, split)
+    policy = Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
+    answers = answer(world, noise("tuned", seed), by_policy(world, policy, DECODING))
+    return graded(setting, world, answers, seed, policy, split=split)
+
+
+def make_dpo(name: str, seed: int, split: str, choose: Any, needs: tuple[str, ...]) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        learning_rate, beta = choose(setting)
+        result: dict[str, Any] = {"learning_rate": learning_rate, "beta": beta}
+        options = dpo.Options(
+            model=str(setting.model),
+            preferences=setting.data("preferences"),
+            output=directory,
+            learning_rate=learning_rate,
+            beta=beta,
+            seed=seed,
+        )
+        with timed(result):
+            dpo.main(options)
+        result["updates"] = -(-setting.num_pairs // options.batch_size)
+        result["parameters"] = load_model(str(directory))[0].num_parameters()
+        return result | {"row": _tuned(setting, directory, seed, split)}
+
+    return Job(name, run, (f"frozen/{seed}", *needs))
+
+
+def make_rlhf(
+    name: str, reward: str, seed: int, split: str, choose: Any, needs: tuple[str, ...]
+) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        learning_rate, kl_weight = choose(setting)
+        options = rlhf_ppo.Options(
+            model=str(setting.model),
+            reward=_reward(setting, reward, seed),
+            prompts=setting.data("prompts"),
+            output=directory,
+            steps=setting.rlhf_steps,
+            episodes=setting.episodes,
+            learning_rate=learning_rate,
+            kl_weight=kl_weight,
+            epochs=2,  # with 4 it would take twice as long
+            seed=seed,
+        )
+        result: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "kl_weight": kl_weight,
+            "updates": options.steps,
+        }
+        with timed(result):
+            trainer = rlhf_ppo.Trainer(options, online.start())
+            updates(trainer, options.steps, result)
+        result["parameters"] = sum(p.numel() for p in trainer.learner.parameters())
+        trainer.save({})
+        return result | {"row": _tuned(setting, directory, seed, split)}
+
+    return Job(name, run, (*_needs(reward, seed), *needs))
+
+
+def make_best_of(name: str, seed: int, proxy: str | None, sizes: tuple[int, ...]) -> Job:
+    """The best of N by the implicit reward model; the smaller N take the first of the same samples."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        world = open_world(setting, "test")
+        base = identify(str(setting.model))
+        frozen = Frozen(world.model, world.tokenizer, base, DECODING, world.end_ids, 64)
+        reward = load_reward(_reward(setting, "implicit", seed), frozen)
+        network = load(setting.directory(proxy), base=base).network if proxy else None
+        policy = Policy(world.model, network)
+        texts, scores, cpu = [], [], 0.0
+        for sample in range(max(sizes)):
+            key = noise("proxy best of" if proxy else "best of", seed) + 10 * sample
+            answers = answer(world, key, by_policy(world, policy, DECODING))
+            rows = zip(world.texts, world.prompts, answers.texts, answers.responses, strict=True)
+            samples = [
+                Sample([{"role": "user", "content": text}], reply, ids, response)
+                for text, ids, reply, response in rows
+            ]
+            start = time.process_time()
+            scores.append(reward(samples))
+            cpu += answers.cpu_seconds + time.process_time() - start
+            texts.append(answers.texts)
+        result = {}
+        for size in sizes:
+            best = torch.stack(scores[:size]).argmax(0).tolist()
+            chosen = [texts[sample][i] for i, sample in enumerate(best)]
+            one = replace(answers, texts=chosen, cpu_seconds=cpu * size / max(sizes))
+            result[f"best of {size}"] = grade(world, one, frozen_texts(setting, "test", seed))
+        return {"rows": result}
+
+    needs = (*_needs("implicit", seed), *((proxy,) if proxy else ()))
+    return Job(f"{name}/{seed}", run, needs)

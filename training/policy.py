@@ -1,0 +1,132 @@
+"""Who decides what is said: the frozen LLM under a decoding, with or without a proxy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from proxy.acceptance import (
+    Candidates,
+    Decision,
+    decide,
+    nucleus,
+    proposal_times,
+    proposed_mask,
+)
+from proxy.exact import emission_probabilities
+from proxy.network import ProxyConfig, ProxyNetwork, score_alone
+
+_MAX_TIES = 16  # with the k-th candidate, all of which vLLM keeps
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn. The nucleus is all that the proxy may choose from."""
+
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_k: int = 16
+    """Candidates considered; 0 = all."""
+    top_p: float = 0.95
+    """Probability mass considered."""
+    max_new_tokens: int = 64
+    """A response is cut after this many tokens."""
+
+
+class Proposals(NamedTuple):
+    """The candidates that were put to the proxy at a position of R responses: P of them."""
+
+    rows: Tensor  # [P] into R
+    slots: Tensor  # [P] into K
+    accepted: Tensor  # [P] bool
+
+
+Draw = Callable[[Tensor], Tensor]
+"""Candidates [R, K] -> standard exponentials [R, 2, K]."""
+
+
+class Policy:
+    """A proxy beside a frozen LLM; without a network every first candidate is accepted."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        network: ProxyNetwork | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.network = network
+        self.strength = strength if network else 0.0
+        self.config = network.config if network else default_config(model)
+        with torch.no_grad():
+            embeddings = model.get_input_embeddings().weight
+            self._table = network.candidate_table(embeddings) if network else None
+            self._weights = network.weights() if network else None
+
+    def candidates(self, logits: Tensor, decoding: Decoding) -> Candidates:
+        """The nucleus of [N, V] logits: at most the proxy's K; without a proxy all that `decoding` leaves.
+
+        As in vLLM, greedy rows have no top-k and no top-p.
+        """
+        rows, vocab_size = logits.shape
+        if decoding.temperature == 0:
+            return nucleus(logits, self.config.max_candidates if self.network else 1)
+        top_k = decoding.top_k or vocab_size
+        most = self.config.max_candidates if self.network else top_k + _MAX_TIES
+        return nucleus(
+            logits.float() / decoding.temperature,
+            min(most, vocab_size),
+            torch.full((rows,), top_k, device=logits.device),
+            torch.full((rows,), decoding.top_p, device=logits.device),
+        )
+
+    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """[R, K]; without a network the strength is 0, and they do not matter."""
+        if self._weights is None or self._table is None:
+            return torch.zeros_like(candidates.logprobs)
+        table_rows = self._table[candidates.token_ids]
+        return score_alone(self._weights, hidden, table_rows, candidates.logprobs)
+
+    def decide(
+        self,
+        candidates: Candidates,
+        accept_logits: Tensor,  # [R, K]
+        draw: Draw,
+        *,
+        is_greedy: bool,
+    ) -> tuple[Decision, Proposals]:
+        """The law, and what was proposed on the way."""
+        rows, device = len(accept_logits), accept_logits.device
+        noise = draw(candidates.token_ids)
+        greedy = torch.full((rows,), is_greedy, device=device)
+        decision = decide(
+            candidates,
+            accept_logits,
+            noise,
+            strength=torch.full((rows,), self.strength, device=device),
+            max_rejections=torch.full((rows,), self.config.max_rejections, device=device),
+            greedy=greedy,
+        )
+        proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+        of, slots = torch.nonzero(proposed, as_tuple=True)
+        return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
+
+    def emission(self, candidates: Candidates, accept_logits: Tensor) -> Tensor:
+        """P(token of each slot is said), in closed form, of rows that sample: [R, K] float64."""
+        if self.network is None:
+            return candidates.logprobs.double().exp()
+        return emission_probabilities(
+            candidates,
+            accept_logits,
+            strength=self.strength,
+            max_rejections=self.config.max_rejections,
+        )
+
+
+def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
+    """A proxy's configuration for this LLM."""
+    vocab_size, hidden_size = model.get_input_embeddings().weight.shape
+    return ProxyConfig(hidden_size=hidden_size, vocab_size=vocab_size, **settings)
