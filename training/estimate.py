@@ -59,6 +59,10 @@ class Options:
     """Pairs at once in the LoRA's training, with gradient checkpointing."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen LLM computes in."""
+    rollout: Literal["transformers", "vllm"] = "transformers"
+    """What samples the responses. vLLM wants a copy of the LLM for itself, and is faster than estimated here."""
+    rollout_memory: float = 0.3
+    """Share of the device that vLLM is given."""
     memory: float = 80e9
     """Bytes of the device. This and the next two are an H100 SXM's, as NVIDIA's data sheet has them."""
     flops: float = 989e12
@@ -201,11 +205,15 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
         "proxy, gradients, Adam": proxy * 16,
         "recorded decisions": recorded,
     }
+    if options.rollout == "vllm":
+        staying["vLLM"] = options.rollout_memory * options.memory
     # The rollout begins with a table made of all embeddings; the update copies the decisions and looks up theirs.
     cache = cache_bytes(sizes, rows, total, size)
+    in_transformers = options.rollout == "transformers"
     phases: dict[str, float] = {
         "rollout": table
-        + max(
+        + in_transformers
+        * max(
             float32_bytes(sizes.vocab * sizes.hidden, size) - sizes.vocab * sizes.hidden * size,
             cache + activation_bytes(sizes, rows * prompt, size),
             cache + float32_bytes(rows * sizes.vocab, size),

@@ -90,6 +90,15 @@ def test_the_table_of_the_recipe(tmp_path: Path) -> None:
         "**the LoRA**": [f"**{r.lora_seconds / 3600:.1f} h**" for r in results],
     }.items():
         assert f"| {name} | {figures[0]} | {figures[1]} |" in page
+    in_vllm = [
+        estimate.estimate(
+            sizes_of(config_dir(tmp_path, config)),
+            Options(str(tmp_path), response_tokens=256, steps=200, rollout="vllm"),
+        ).peak
+        / 1e9
+        for config in (QWEN, LLAMA)
+    ]
+    assert f"{in_vllm[0]:.1f} GB at most for\nQwen2.5-7B, {in_vllm[1]:.1f} for Llama-2-7B" in page
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
