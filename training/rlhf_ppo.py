@@ -9,7 +9,6 @@ probabilities would not be those of the draw, and the actor could pay for diverg
 rewards, prompts, several processes and `--resume` are as in `training.proxy_ppo`.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.rollout import Rollout, generate, pad_responses
 from training.saving import saving
+from training.supervised import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,13 @@ class Trainer(online.Trainer):
             )
         super().__init__(options, accelerator)
         self.options, device = options, accelerator.device
-        self.actor = copy.deepcopy(self.model).float().requires_grad_(True)
-        self.critic = Critic(resolve_model_dir(options.model))
+        directory = resolve_model_dir(options.model)
+        # Not copies of the frozen one, into which a reward may have put its LoRA.
+        self.actor = load_model(str(directory))[0]
+        self.critic = Critic(directory)
         self.learner = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
-        self.voice = copy.deepcopy(self.model)  # the actor in `dtype`: sampling is faster so
+        # The actor in `dtype`: sampling is faster so.
+        self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.optimiser = torch.optim.Adam(
             [
                 {"params": list(self.actor.parameters()), "lr": options.learning_rate},

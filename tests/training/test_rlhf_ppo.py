@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.training.conftest import rlhf_arguments, run
-from training import online
+from training import online, reward_model
 from training.metrics import read_metrics
 from training.policy import Decoding
 from training.rewards import Sample
@@ -28,16 +29,15 @@ def brevity(samples: Sequence[Sample]) -> Tensor:
 
 @pytest.fixture
 def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
-    def make(**settings: float) -> Options:
+    def make(**settings: Any) -> Options:
         return Options(
             model=str(work / "base"),
-            reward=str(work / "reward-aligned"),
             prompts=str(work / "world/prompts.jsonl"),
             output=tmp_path,
             dtype="float32",
             episodes=32,
             decoding=Decoding(top_k=0, top_p=1.0, max_new_tokens=24),
-            **settings,
+            **{"reward": str(work / "reward-aligned")} | settings,
         )
 
     return make
@@ -64,6 +64,27 @@ def test_a_dear_divergence_keeps_the_actor_at_its_reference(
         trainer.reward = brevity
         kls.append([trainer.step(index)["kl"] for index in range(4)][-1])
     assert kls[1] < kls[0] / 2
+
+
+def test_a_reward_s_lora_stays_out_of_the_actor(
+    options: Callable[..., Options], work: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora"
+    reward_model.main(
+        reward_model.Options(
+            model=str(work / "base"),
+            preferences=str(work / "world/preferences.jsonl"),
+            output=lora,
+            max_rows=8,
+            batch_size=8,
+            lora_rank=2,
+        )
+    )
+    trainer = Trainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), online.start())
+    names = load_file(work / "base/model.safetensors").keys()
+    assert trainer.step(0)["reward_std"] > 0
+    trainer.save({})
+    assert load_file(tmp_path / "model.safetensors").keys() == names
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
