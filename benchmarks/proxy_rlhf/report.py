@@ -24,7 +24,7 @@ def rows_of(setting: Setting) -> dict[str, Callable[[int], Row]]:
     def trained(job: str) -> Callable[[int], Row]:
         def figures(seed: int) -> Row:
             result = setting.result(f"{job}/{seed}")
-            return result["row"] | {k: v for k, v in result.items() if k not in ("row", "curve")}
+            return result["row"] | {k: result[k] for k in ("parameters", *COSTS) if k in result}
 
         return figures
 

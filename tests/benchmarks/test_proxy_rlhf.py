@@ -1,5 +1,6 @@
 """The comparison's own parts: the literal loop, the law without SKAM's second part, the divergence, the report."""
 
+import json
 import math
 from itertools import count
 from pathlib import Path
@@ -8,7 +9,10 @@ import pytest
 import torch
 
 from benchmarks.models import DEMO
-from benchmarks.proxy_rlhf import literal
+from benchmarks.proxy_rlhf import literal, report
+from benchmarks.proxy_rlhf.__main__ import Options, setting_of
+from benchmarks.proxy_rlhf.jobs import run_job
+from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
 from benchmarks.proxy_rlhf.speakers import (
     RepeatingPolicy,
     World,
@@ -174,10 +178,6 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
 
 def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """Three of its jobs, at the smallest size."""
-    from benchmarks.proxy_rlhf.__main__ import Options, setting_of
-    from benchmarks.proxy_rlhf.jobs import run_job
-    from benchmarks.proxy_rlhf.plan import all_jobs
-
     setting = setting_of(Options(work=tmp_path, scale=0.005))
     jobs = {job.name: job for job in all_jobs((0,))}
     assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
@@ -187,3 +187,52 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
     rows = setting.result("frozen/0")["rows"]
     assert set(rows) == {"frozen, again", "top-p 0.8", "top-p 0.6", "greedy"}
+
+
+def test_the_report(tmp_path: Path) -> None:
+    """From invented results, seed 1 winning 10 points more often than seed 0."""
+    setting = setting_of(Options(work=tmp_path / "work"))
+    for job in all_jobs((0, 1)):
+        seed = job.name.rpartition("/")[2]
+        row = {
+            "win_rate": 0.7 if seed == "1" else 0.6,
+            "win_rate_se": 0.03,
+            "flaw_rates": {"manners": 0.25, "any": 0.5},
+            "tokens_per_response": 12.5,
+            "kl": 2.0,
+            "kl_se": 0.1,
+        }
+        curve = [{"step": step, "reward": step / 2, "gold": 3 - step} for step in (1, 2, 3)]
+        names = (
+            "frozen, again",
+            "top-p 0.8",
+            "top-p 0.6",
+            "greedy",
+            *map("best of {}".format, BEST_OF),
+        )
+        result = {
+            "row": row,
+            "rows": dict.fromkeys(names, row),
+            "curve": curve,
+            "parameters": 70_000,
+            "updates": 60,
+            "train_cpu_seconds": 100.4,
+        }
+        directory = setting.directory(job.name)
+        directory.mkdir(parents=True)
+        (directory / "result.json").write_text(json.dumps(result))
+    output = tmp_path / "docs"
+    report.write(setting, (0, 1), output)
+    table = (output / "proxy_rlhf_table.md").read_text()
+    # The demo's model has 3,535,616 parameters, actor and critic twice that; 0.03 / sqrt(2) = 0.021.
+    assert (
+        "| **Proxy-RLHF, one-pass**, implicit reward | 65.0% ± 2.1% | 60.0 70.0 | 70,000 (0.99%) | 60 | 100 |  "
+        "| 2.00 ± 0.10 | 12.5 | 25.0% | 50.0% |"
+    ) in table
+    assert table.count("65.0%") == 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
+    assert "| DPO | 0.0003 | 0.2 | 60.0% ± 3.0% |" in table
+    assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(
+        "65.0%"
+    )
+    for plot in ("proxy_rlhf.png", "reward_hacking.png"):
+        assert (output / plot).read_bytes().startswith(b"\x89PNG")
