@@ -5,6 +5,7 @@ stopped goes on where it was. `--scale 0.01` shows the path in minutes, with res
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def setting_of(options: Options) -> Setting:
 
 def run_all(options: Options, setting: Setting) -> None:
     """Every job that is not done yet, as soon as what it needs is, each in a process of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the jobs too
     jobs = all_jobs(options.seeds)
     done = {job.name for job in jobs if (setting.directory(job.name) / "result.json").exists()}
     waiting = [job for job in jobs if job.name not in done]
