@@ -19,11 +19,13 @@ from trl import DPOConfig, DPOTrainer
 
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints
-from training.console import main_guard
-from training.data import read_rows
+from training.console import TrainingError, main_guard
+from training.data import Row, read_rows
 from training.metrics import TrainerMetrics
 from training.saving import saving
 from training.supervised import Conversations, context_of, end_ids, load_model
+
+FIELDS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Options:
     gradient_checkpointing: bool = False
     """Keep no activations but compute them again: a third slower, and much less memory."""
     max_length: int = 1024
-    """Longer sequences, in tokens, are truncated by trl (scalar reward: left out)."""
+    """Pairs with a longer sequence, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
     save_every: int = 500
@@ -74,11 +76,12 @@ def train(options: Options) -> tuple[Any, Any]:
         str(resolve_model_dir(options.model)),
         dtype=torch.bfloat16 if options.lora_rank else torch.float32,
     )
-    Conversations(tokenizer), end_ids(model, tokenizer)  # trl's own errors say less
+    end_ids(model, tokenizer)  # trl's own error says less
+    settings = arguments(options, model)
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(beta=options.beta, **arguments(options, model)),
-        **data(options),
+        args=DPOConfig(beta=options.beta, **settings),
+        **data(options, tokenizer, settings["max_length"]),
         processing_class=tokenizer,
         callbacks=[TrainerMetrics(options.output)],
         peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
@@ -107,18 +110,33 @@ def arguments(options: Options, model: PreTrainedModel) -> dict[str, Any]:
     )
 
 
-def data(options: Options) -> dict[str, Dataset | None]:
-    """The pairs to train on, and those to measure on, as trl's trainers take them."""
+def data(options: Options, tokenizer: Any, most: int) -> dict[str, Dataset | None]:
+    """The pairs to train on, and those to measure on, as trl's trainers take them; `most` tokens each at most.
+
+    Raises:
+        TrainingError: all pairs of one of the two are longer.
+    """
+    chats = Conversations(tokenizer)
+    train = read_rows(options.preferences, FIELDS)[: options.max_rows]
+    held_out = read_rows(options.held_out, FIELDS) if options.held_out else None
     return {
-        "train_dataset": _pairs(options.preferences, options.max_rows),
-        "eval_dataset": _pairs(options.held_out) if options.held_out else None,
+        "train_dataset": _within(most, options.preferences, train, chats),
+        "eval_dataset": held_out and _within(most, options.held_out, held_out, chats),
     }
 
 
-def _pairs(source: str, max_rows: int | None = None) -> Dataset:
-    fields = ("prompt", "chosen", "rejected")
-    rows = read_rows(source, fields)[:max_rows]
-    return Dataset.from_list([{field: row[field] for field in fields} for row in rows])
+def _within(most: int, source: Any, rows: list[Row], chats: Conversations) -> Dataset:
+    def tokens(row: Row, answer: str) -> int:
+        return len(chats.ids([*row["prompt"], *row[answer]]))
+
+    kept = [row for row in rows if max(tokens(row, "chosen"), tokens(row, "rejected")) <= most]
+    if len(kept) < len(rows):
+        print(f"{source}: left out {len(rows) - len(kept)} of {len(rows)} pairs over {most} tokens")
+    if not kept:
+        raise TrainingError(
+            f"{source}: no pair is within {most} tokens: max_length, or the model's own"
+        )
+    return Dataset.from_list([{field: row[field] for field in FIELDS} for row in kept])
 
 
 def lora_config(rank: int) -> LoraConfig:

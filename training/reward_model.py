@@ -19,7 +19,7 @@ from proxy.checkpoint import identify, resolve_model_dir
 from training import checkpoints, dpo, rewards
 from training.console import TrainingError, main_guard
 from training.metrics import TrainerMetrics
-from training.supervised import Conversations, attention_of, end_ids, load_model
+from training.supervised import attention_of, end_ids, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ def main(options: Options) -> None:
 def _train_scalar(options: Options) -> tuple[Any, Any]:
     directory = str(resolve_model_dir(options.model))
     model, tokenizer = load_model(directory)
-    Conversations(tokenizer), end_ids(model, tokenizer)  # trl's own errors say less
-    arguments = RewardConfig(**dpo.arguments(options, model))
+    end_ids(model, tokenizer)  # trl's own error says less
+    settings = dpo.arguments(options, model)
     del model  # the scorer has its body
     torch.manual_seed(options.seed)  # of the new head
     trainer = RewardTrainer(
         model=_scorer(directory),
-        args=arguments,
-        **dpo.data(options),
+        args=RewardConfig(**settings),
+        **dpo.data(options, tokenizer, settings["max_length"]),
         processing_class=tokenizer,
         callbacks=[TrainerMetrics(options.output)],
     )

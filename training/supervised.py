@@ -93,12 +93,16 @@ class Conversations:
         """The ids up to where the assistant begins to speak."""
         return self._encode(messages, add_generation_prompt=True)
 
+    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of a conversation that ends with an answer."""
+        return self._encode(messages, add_generation_prompt=False)
+
     def split_ids(
         self, prompt: Sequence[dict[str, str]], response: str
     ) -> tuple[list[int], list[int]]:
         """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
         messages = [*prompt, {"role": "assistant", "content": response}]
-        ids = self._encode(messages, add_generation_prompt=False)
+        ids = self.ids(messages)
         start = self.prompt_ids(prompt)
         if ids[: len(start)] != start:
             raise TrainingError(

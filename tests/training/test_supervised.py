@@ -1,6 +1,7 @@
 """What the training commands ask of a model and its tokenizer, and where they may find them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from proxy.checkpoint import identify, load, resolve_model_dir
 from tests.training.models import PROMPTS, chat, data_rows, save_model
-from training import evaluate, jsft, proxy_ppo, reward_model, sft
+from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
 from training.console import TrainingError
 from training.policy import Decoding
 from training.supervised import Conversations, attention_of, context_of, end_ids, load_model
@@ -86,6 +87,11 @@ def test_training_keeps_within_the_context(
                 max_length=9999,
                 batch_size=4,
             )
+        )
+        assert re.search(r"left out 1 of \d+ pairs over 1024 tokens", capsys.readouterr().out)
+    with pytest.raises(TrainingError, match="no pair is within 1 tokens"):
+        dpo.main(
+            dpo.Options(model=model, preferences=str(pairs), output=tmp_path / "dpo", max_length=1)
         )
 
 
