@@ -74,6 +74,10 @@ class Policy:
         rows, vocab_size = logits.shape
         if decoding.temperature == 0:
             return nucleus(logits, self.config.max_candidates if self.network else 1)
+        if self.network is None and not decoding.top_k and decoding.top_p == 1:
+            # Nobody asks which of them is the most probable.
+            tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
+            return Candidates(tokens, (logits.float() / decoding.temperature).log_softmax(-1))
         top_k = decoding.top_k or vocab_size
         most = self.config.max_candidates if self.network else top_k + _MAX_TIES
         return nucleus(
