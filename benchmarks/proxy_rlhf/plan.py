@@ -27,7 +27,7 @@ SKAM: dict[str, dict[str, Any]] = {
     "without a limit": {"max_rejections": 16},
 }
 """Options of the proxy without one of SKAM's parts; repeats need a law of their own."""
-DPO_SEARCH = [(lr, beta) for lr in (1e-4, 3e-4) for beta in (0.05, 0.2)]
+DPO_SEARCH = [(1e-4, 0.05), (1e-4, 0.5), (3e-5, 0.1), (3e-5, 0.5), (1e-5, 0.1)]
 RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)]
 
 

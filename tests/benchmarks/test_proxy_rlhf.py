@@ -230,7 +230,7 @@ def test_the_report(tmp_path: Path) -> None:
         "| 2.00 ± 0.10 | 12.5 | 25.0% | 50.0% |"
     ) in table
     assert table.count("65.0%") == 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
-    assert "| DPO | 0.0003 | 0.2 | 60.0% ± 3.0% |" in table
+    assert "| DPO | 3e-05 | 0.5 | 60.0% ± 3.0% |" in table
     assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(
         "65.0%"
     )
