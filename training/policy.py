@@ -114,6 +114,9 @@ class Policy:
             max_rejections=torch.full((rows,), self.config.max_rejections, device=device),
             greedy=greedy,
         )
+        if self.network is None:  # nobody was asked
+            nothing = torch.empty(0, dtype=torch.long, device=device)
+            return decision, Proposals(nothing, nothing, nothing.bool())
         proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
         of, slots = torch.nonzero(proposed, as_tuple=True)
         return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
