@@ -97,7 +97,7 @@ def generate(
             f"than the {context_of(policy.model)} tokens that the model reads"
         )
     size, seeds = batch_size or len(prompts), iter(seeds)
-    return _joined(
+    return joined(
         [
             _generate_batch(
                 policy, prompts[start : start + size], decoding, end_ids, seeds, measure_kl
@@ -107,7 +107,7 @@ def generate(
     )
 
 
-def _joined(parts: list[Rollout]) -> Rollout:
+def joined(parts: list[Rollout]) -> Rollout:
     """The rollouts one after the other."""
     first, decisions = 0, []
     for part in parts:

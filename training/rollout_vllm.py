@@ -26,7 +26,7 @@ from proxy.network import ProxyNetwork
 from proxy.request import WorkerAlignment
 from training.console import TrainingError
 from training.policy import Decoding
-from training.rollout import Counts, Decisions, Rollout
+from training.rollout import Counts, Decisions, Rollout, joined
 
 if TYPE_CHECKING:
     from training.rollout_worker import Read
@@ -130,16 +130,11 @@ class Engine:
         # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
         self._llm.reset_prefix_cache()
         params = [self._params(decoding, end_ids, seed) for seed in islice(seeds, len(prompts))]
-        parts = [
-            self._run(prompts[i : i + TRACED_REQUESTS], params[i : i + TRACED_REQUESTS], i)
-            for i in range(0, len(prompts), TRACED_REQUESTS)
-        ]
-        columns = zip(*(part.decisions for part in parts), strict=True)
-        return Rollout(
-            [response for part in parts for response in part.responses],
-            Decisions(*(torch.cat(column) for column in columns)),
-            Counts(*map(sum, zip(*(part.counts for part in parts), strict=True))),
-            None,
+        return joined(
+            [
+                self._run(prompts[i : i + TRACED_REQUESTS], params[i : i + TRACED_REQUESTS])
+                for i in range(0, len(prompts), TRACED_REQUESTS)
+            ]
         )
 
     def _publish(self, network: ProxyNetwork) -> None:
@@ -166,8 +161,8 @@ class Engine:
             extra_args=alignment.to_extra_args(),
         )
 
-    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any], first: int) -> Rollout:
-        """The responses to some prompts, the first of which is the `first` of all."""
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Rollout:
+        """The responses to as many prompts as traces are kept of."""
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
         ids = [output.request_id for output in outputs]
@@ -182,7 +177,7 @@ class Engine:
             assert [entry["token_id"] for entry in traces[req_id]] == response
             responses.append(response)
             for position, entry in enumerate(traces[req_id], len(prompt)):
-                found += [((req_id, position), first + episode, *one) for one in asked(entry)]
+                found += [((req_id, position), episode, *one) for one in asked(entry)]
         places, episodes, token_ids, probabilities, accepted = (
             zip(*found, strict=True) if found else ([],) * 5
         )
