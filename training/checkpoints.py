@@ -7,16 +7,14 @@ whole. The final weights are those of an unbroken run.
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.console import TrainingError
+from training.state import refuse_other_settings, settings_of
 
 _DIRECTORY = "checkpoints"
 _OPTIONS_FILE = "options.json"
 _STATE_FILE = "trainer_state.json"
-_FREE = ("output", "resume", "save_every")  # what a run that goes on may have otherwise
 
 
 def arguments(output: Path, save_every: int) -> dict[str, Any]:
@@ -35,8 +33,7 @@ def train(trainer: Any, options: Any) -> None:
     Raises:
         TrainingError: the checkpoint is of a run with other options.
     """
-    settings = json.loads(json.dumps(asdict(options), default=str))
-    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    settings = settings_of(options)
     newest = newest_checkpoint(options.output, settings) if options.resume else None
     if options.resume:
         print(f"going on from {newest}" if newest else "nothing to resume: beginning anew")
@@ -67,13 +64,7 @@ def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
     if newest is None:
         return None
     before = json.loads((directory / _OPTIONS_FILE).read_text(encoding="utf-8"))
-    names = {*before, *settings}
-    differing = sorted(name for name in names if before.get(name) != settings.get(name))
-    if differing:
-        raise TrainingError(
-            f"{newest} is of a run with other options ({', '.join(differing)}): "
-            "resume with the same ones, or start anew without --resume"
-        )
+    refuse_other_settings(newest, before, settings)
     return newest
 
 

@@ -28,7 +28,7 @@ from training.metrics import Metrics
 from training.policy import Decoding
 from training.rewards import Frozen, Reward, Sample, load_reward
 from training.rollout import Rollout, longest_prompt
-from training.state import load_state, save_state
+from training.state import load_state, save_state, settings_of
 from training.supervised import Conversations, end_ids, load_model
 
 PATIENCE = 3  # updates in a row
@@ -272,7 +272,7 @@ def train(trainer: Trainer) -> None:
     """All updates, with a progress bar, metrics and states to resume from; then what was learned is saved."""
     options, accelerator = trainer.common, trainer.accelerator
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    state = {k: v for k, v in settings.items() if k not in ("output", "resume", "save_every")}
+    state = settings_of(options)
     done = 0
     if options.resume:
         done = load_state(options.output, trainer.learner, trainer.optimiser, options=state)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,26 @@ from torch import nn
 from training.console import TrainingError
 
 STATE_FILE = "training_state.safetensors"
+_FREE = ("output", "resume", "save_every")  # what a run that goes on may have otherwise
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """The options, a dataclass, that a run must go on with, as JSON has them."""
+    settings = json.loads(json.dumps(asdict(options), default=str))
+    return {name: value for name, value in settings.items() if name not in _FREE}
+
+
+def refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        TrainingError: what is at `path` is of a run with other settings.
+    """
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if names:
+        raise TrainingError(
+            f"{path} is of a run with other options ({', '.join(names)}): "
+            "resume with the same ones, or start anew without --resume"
+        )
 
 
 def save_state(
@@ -61,12 +82,7 @@ def load_state(
         updates = int(metadata["updates"])
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); start anew without --resume") from None
-    differing = sorted(key for key in {*before, *options} if before.get(key) != options.get(key))
-    if differing:
-        raise TrainingError(
-            f"{path} is of a run with other options ({', '.join(differing)}): "
-            "resume with the same ones, or start anew in another directory"
-        )
+    refuse_other_settings(path, before, options)
     network.load_state_dict(_below("network.", tensors))
     slots: dict[int, dict[str, Any]] = {}
     for name, value in _below("optimiser.", tensors).items():
