@@ -16,9 +16,11 @@ from typing import Any
 from training.console import TrainingError
 from training.layouts import Message, Row, conversational
 
-__all__ = ["ROLES", "Message", "Row", "read_rows"]
+__all__ = ["PAIR", "ROLES", "Message", "Row", "read_rows"]
 
 ROLES = ("system", "user", "assistant")
+PAIR = ("prompt", "chosen", "rejected")
+"""Fields of a preference pair."""
 
 
 def read_rows(source: str | Path, fields: tuple[str, ...] = ()) -> list[Row]:

@@ -20,12 +20,10 @@ from trl import DPOConfig, DPOTrainer
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints
 from training.console import TrainingError, main_guard
-from training.data import Row, read_rows
+from training.data import PAIR, Row, read_rows
 from training.metrics import TrainerMetrics
 from training.saving import saving
 from training.supervised import Conversations, context_of, end_ids, load_model
-
-FIELDS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +114,16 @@ def data(options: Options, tokenizer: Any, most: int) -> dict[str, Dataset | Non
     Raises:
         TrainingError: all pairs of one of the two are longer.
     """
-    chats = Conversations(tokenizer)
-    train = read_rows(options.preferences, FIELDS)[: options.max_rows]
-    held_out = read_rows(options.held_out, FIELDS) if options.held_out else None
+    chats, held_out = Conversations(tokenizer), options.held_out
     return {
-        "train_dataset": _within(most, options.preferences, train, chats),
-        "eval_dataset": held_out and _within(most, options.held_out, held_out, chats),
+        "train_dataset": _pairs(options.preferences, chats, most, options.max_rows),
+        "eval_dataset": _pairs(held_out, chats, most) if held_out else None,
     }
 
 
-def _within(most: int, source: Any, rows: list[Row], chats: Conversations) -> Dataset:
+def _pairs(source: str, chats: Conversations, most: int, max_rows: int | None = None) -> Dataset:
+    rows = read_rows(source, PAIR)[:max_rows]
+
     def tokens(row: Row, answer: str) -> int:
         return len(chats.ids([*row["prompt"], *row[answer]]))
 
@@ -136,7 +134,7 @@ def _within(most: int, source: Any, rows: list[Row], chats: Conversations) -> Da
         raise TrainingError(
             f"{source}: no pair is within {most} tokens: max_length, or the model's own"
         )
-    return Dataset.from_list([{field: row[field] for field in FIELDS} for row in kept])
+    return Dataset.from_list([{field: row[field] for field in PAIR} for row in kept])
 
 
 def lora_config(rank: int) -> LoraConfig:

@@ -13,7 +13,7 @@ import tyro
 
 from training import supervised
 from training.console import main_guard
-from training.data import read_rows
+from training.data import PAIR, read_rows
 from training.supervised import Conversations, answer_examples, judgment_examples, load_model, train
 
 
@@ -29,7 +29,7 @@ class Options(supervised.Options):
 
 def main(options: Options) -> None:
     sft = read_rows(options.sft, ("messages",))
-    pairs = read_rows(options.preferences, ("prompt", "chosen", "rejected"))
+    pairs = read_rows(options.preferences, PAIR)
     model, tokenizer = load_model(options.model, options.attention)
     answers = answer_examples(sft, Conversations(tokenizer), options.prompt_weight)
     judgments = judgment_examples(pairs, tokenizer, options.judge_weight, options.prompt_weight)

@@ -18,10 +18,8 @@ import tyro
 
 from proxy.checkpoint import resolve_model_dir
 from training.console import TrainingError, main_guard
-from training.data import Row, read_rows
+from training.data import PAIR, Row, read_rows
 from training.supervised import Conversations, load_tokenizer
-
-FIELDS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Pair(NamedTuple):
 
 def main(options: Options) -> None:
     chats = Conversations(load_tokenizer(str(resolve_model_dir(options.model))))
-    rows = read_rows(options.preferences, FIELDS)
+    rows = read_rows(options.preferences, PAIR)
     pairs = [_measure(row, chats) for row in rows if row["chosen"] != row["rejected"]]
     if not pairs:
         raise TrainingError(f"{options.preferences}: both answers are the same in every pair")
@@ -66,7 +64,7 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("held_out", held_out)):
         path = options.output / f"{name}.jsonl"
-        lines = [json.dumps({field: pair.row[field] for field in FIELDS}) for pair in part]
+        lines = [json.dumps({field: pair.row[field] for field in PAIR}) for pair in part]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{path}: {len(part)} pairs")
 
