@@ -180,15 +180,13 @@ def make_proxy(
         with timed(result):
             trainer = trainer_class(options, online.start())
             updates(trainer, options.steps, result)
-        trainer.network.eval()
         result["parameters"] = trainer.network.num_parameters()
         world = open_world(setting, "test")
         if isinstance(trainer, LiteralTrainer):
             answers = answer(world, noise("proxy", seed), trainer.roll_out)
             return result | {"row": grade(world, answers, frozen_texts(setting, "test", seed))}
         trainer.save({"options": {}, "last": result["curve"][-1]})
-        policy_class = RepeatingPolicy if isinstance(trainer, RepeatingTrainer) else Policy
-        policy = policy_class(world.model, trainer.network)
+        policy = trainer.policy_class(world.model, trainer.network)
         answers = answer(world, noise("proxy", seed), by_policy(world, policy, options.decoding))
         row = graded(setting, world, answers, seed, policy, options.decoding)
         return result | {"row": row}

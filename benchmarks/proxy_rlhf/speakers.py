@@ -7,6 +7,7 @@ position and summed over a response: one reference for all, so that also sharper
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -90,24 +91,17 @@ def answer(
 ) -> Answers:
     """All prompts answered; the noise of the seed is no other seed's."""
     start = time.process_time()
-    seeds = range(seed << 32, (seed << 32) + len(world.prompts))
-    parts = [
-        roll_out(world.prompts[i : i + 256], seeds[i : i + 256])
-        for i in range(0, len(world.prompts), 256)
-    ]
-    responses = [response for part in parts for response in part.responses]
-    proposed, rejected = (
-        sum(getattr(p.counts, n) for p in parts) for n in ("proposed", "rejected")
-    )
-    texts = world.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Answers(responses, texts, 1 - rejected / proposed, time.process_time() - start)
+    rollout = roll_out(world.prompts, count(seed << 32))
+    texts = world.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    acceptance = 1 - rollout.counts.rejected / rollout.counts.proposed
+    return Answers(rollout.responses, texts, acceptance, time.process_time() - start)
 
 
 def by_policy(
     world: World, policy: Policy, decoding: Decoding
 ) -> Callable[[list[list[int]], Iterable[int]], Rollout]:
     return lambda prompts, seeds: generate(
-        policy, prompts, decoding, end_ids=world.end_ids, seeds=seeds
+        policy, prompts, decoding, end_ids=world.end_ids, seeds=seeds, batch_size=_CHUNK
     )
 
 
