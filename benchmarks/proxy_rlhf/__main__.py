@@ -59,7 +59,6 @@ def setting_of(options: Options) -> Setting:
 
 def run_all(options: Options, setting: Setting) -> None:
     """Every job that is not done yet, as soon as what it needs is, each in a process of its own."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the jobs too
     jobs = all_jobs(options.seeds)
     done = {job.name for job in jobs if (setting.directory(job.name) / "result.json").exists()}
     waiting = [job for job in jobs if job.name not in done]
@@ -104,6 +103,7 @@ def main(options: Options) -> None:
     if options.job is not None:
         (job,) = [job for job in all_jobs(options.seeds) if job.name == options.job]
         return run_job(setting, job)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the jobs too
     run_all(options, setting)
     report.write(setting, options.seeds, options.output)
 

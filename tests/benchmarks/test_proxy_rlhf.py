@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
-from benchmarks.proxy_rlhf.__main__ import Options, setting_of
+from benchmarks.proxy_rlhf.__main__ import Options, run_all, setting_of
 from benchmarks.proxy_rlhf.jobs import run_job
 from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
 from benchmarks.proxy_rlhf.speakers import (
@@ -95,7 +95,7 @@ def test_the_literal_proxy_reads_the_state_after_the_candidate(world: World) -> 
                 for i in range(len(decisions.token_ids))
                 if decisions.episodes[i] == episode and decisions.accepted[i]
             ]
-            assert {int(decisions.token_ids[i]) for i in rows} <= said
+            assert rows and {int(decisions.token_ids[i]) for i in rows} <= said
             for i in rows:
                 at = [p for p in range(len(response)) if response[p] == decisions.token_ids[i]]
                 nearest = min(
@@ -176,8 +176,8 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
     assert 0 < frozen[0] < 0.06 * 12  # at most −log 0.95 a position, with top-k a little more
 
 
-def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    """Three of its jobs, at the smallest size."""
+def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
+    """Three of them, at the smallest size."""
     setting = setting_of(Options(work=tmp_path, scale=0.005))
     jobs = {job.name: job for job in all_jobs((0,))}
     assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
@@ -236,3 +236,23 @@ def test_the_report(tmp_path: Path) -> None:
     )
     for plot in ("proxy_rlhf.png", "reward_hacking.png"):
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the job that is left is begun, and one that fails is named with its log."""
+    options = Options(work=tmp_path, seeds=(0,), scale=0.005)
+    setting = setting_of(options)
+    for job in all_jobs(options.seeds):
+        if job.name != "threshold/0":
+            setting.directory(job.name).mkdir(parents=True)
+            (setting.directory(job.name) / "result.json").write_text("{}")
+    monkeypatch.setattr(
+        "sys.argv", ["", "--work", str(tmp_path), "--seeds", "0", "--scale", "0.005"]
+    )
+    with pytest.raises(SystemExit, match=r"threshold/0 failed: see .*threshold/0\.log"):
+        run_all(options, setting)
+    # It needs the world's prompts, which nobody made.
+    assert "prompts_test.jsonl: no such file" in (tmp_path / "threshold/0.log").read_text()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.log")] == [
+        Path("threshold/0.log")
+    ]
