@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from proxy.network import ProxyNetwork
 from tests.training.memory import TensorBytes
 from tests.training.models import ARCHITECTURES, data_rows, save_model
 from training import estimate, proxy_ppo
@@ -29,7 +30,7 @@ from training.estimate import (
     proxy_of,
     sizes_of,
 )
-from training.policy import Decoding, Policy
+from training.policy import Decoding, Policy, default_config
 from training.rewards import sequence_logprobs
 from training.rollout import generate
 from training.supervised import load_model
@@ -133,8 +134,12 @@ def test_a_rollouts_operations_and_bytes(small: Path) -> None:
     else:
         assert counter.get_total_flops() == flops
         assert cache == cached
-    recorded = sum(column.nbytes for column in rollout.decisions)
-    assert recorded == decision_bytes(sizes, len(rollout.decisions.token_ids), 4)
+    assert len(rollout.decisions.token_ids) == 0  # nobody was asked
+    proxied = Policy(model, ProxyNetwork(default_config(model, width=4)))
+    decisions = generate(proxied, prompts, decoding, end_ids=(), seeds=count(0)).decisions
+    assert len(decisions.token_ids) >= N * RESPONSE
+    recorded = sum(column.nbytes for column in decisions)
+    assert recorded == decision_bytes(sizes, len(decisions.token_ids), 4)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft mends it

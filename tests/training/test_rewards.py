@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from proxy.checkpoint import FingerprintMismatch, identify
+from proxy.network import ProxyNetwork
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
 from training import reward_model
 from training.console import TrainingError
-from training.policy import Decoding, Policy
+from training.policy import Decoding, Policy, default_config
 from training.rewards import Frozen, Sample, load_reward
 from training.rollout import generate
 from training.supervised import Conversations, end_ids, load_model
@@ -94,12 +95,13 @@ def test_a_lora_acts_in_the_reward_alone(work: Path, frozen: Frozen, samples: li
     prompts = [sample.prompt_ids for sample in samples[:2]]
 
     def decisions() -> torch.Tensor:
-        rollout = generate(
-            Policy(frozen.model), prompts, Decoding(max_new_tokens=8), end_ids=(), seeds=count(0)
-        )
+        proxied = Policy(frozen.model, network)
+        rollout = generate(proxied, prompts, Decoding(max_new_tokens=8), end_ids=(), seeds=count(0))
         return rollout.decisions.hidden
 
+    network = ProxyNetwork(default_config(frozen.model, width=4))
     before = decisions()
+    assert len(before) >= 16
     reward = load_reward(str(work / "lora"), frozen)
     assert torch.equal(decisions(), before)
     reward(samples)
