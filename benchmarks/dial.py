@@ -23,9 +23,9 @@ from tqdm import tqdm
 from benchmarks.models import DEMO, REPOSITORY
 from proxy.checkpoint import BaseModelId, identify, load
 from training.evaluate import win_rate
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
-from training.supervised import Conversations, end_ids, load_model
 from training.world import gold
 from training.world.__main__ import draw_prompts, split_combinations
 

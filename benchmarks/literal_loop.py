@@ -28,9 +28,9 @@ from benchmarks.dial import held_out_prompts
 from benchmarks.models import DEMO
 from proxy.acceptance import Candidates, nucleus
 from proxy.checkpoint import identify, load
+from training.models import Conversations, load_model
 from training.policy import Decoding, Policy
 from training.rollout import generate
-from training.supervised import Conversations, load_model
 
 DECODING = Decoding()
 

@@ -24,10 +24,10 @@ from benchmarks.dial import held_out_prompts
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import compare
 from proxy.checkpoint import identify, load
+from training.models import Conversations, end_ids
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
 from training.rollout_vllm import Engine
-from training.supervised import Conversations, end_ids
 
 PROMPT_TOKENS = 24  # where the prompts are random words
 

@@ -4,8 +4,10 @@ Follows SELF-JUDGE (arXiv 2402.11253). Knows nothing of engines: whoever uses it
 tokenizer and a function that reads two next-token log-probabilities. Imports neither torch nor
 vllm. One line a module:
 
-- `prompts`    - the chat that asks for a judgment, and the tokens that answer it.
-- `verdict`    - what the answers in both orders say about a pair.
-- `tournament` - a knock-out over N samples, with a receipt that replays.
-- `judge`      - pairs in, verdicts out, over any engine.
+- `principles`    - what to judge by, from a file that anybody may write.
+- `prompts`       - the chat that asks for a judgment, and how it is cut where it is too long.
+- `verdict`       - what the answers in both orders, and by several principles, say about a pair.
+- `judge`         - questions in, rulings out, over any engine.
+- `tournament`    - strategies that rank N samples, with a receipt that replays.
+- `bradley_terry` - scores from probabilities of winning.
 """

@@ -1,17 +1,25 @@
-"""The judge prompt: a chat whose next token, " A" or " B", is the verdict.
+"""The judge prompt: a chat whose next token, " A" or " B", is the verdict, and whose next words say why.
 
     system     the principle to judge by
     user       [Conversation] ... [Response A] ... [Response B] ...
-    assistant  The better response is
+    assistant  The better response is A.
+               A: ...
+               B: ...
 
-The text that both orders of a pair share stands first, so that a prefix cache can serve it.
-The trainer builds its judgment examples with these same functions.
+The decision stands before its reasons, so a judgment costs one token and the reasons are written when somebody wants
+to read them. The trainer builds its judgment examples with these same functions.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from jinja2 import TemplateError
+
+from judge.principles import Principle
+
+LABELS = (" A", " B")
+CUT = " ..."
+"""Stands where a text was cut."""
 
 
 class Message(TypedDict):
@@ -19,8 +27,25 @@ class Message(TypedDict):
     content: str
 
 
+class Question(NamedTuple):
+    """Which response to the conversation is better?"""
+
+    prompt: Sequence[Message]
+    first: str
+    second: str
+
+    @property
+    def swapped(self) -> "Question":
+        """The same question with the responses in the other order."""
+        return self._replace(first=self.second, second=self.first)
+
+
 class JudgePromptError(ValueError):
     """This tokenizer or its chat template cannot carry a judgment."""
+
+
+class TooLong(JudgePromptError):
+    """The principle alone is longer than what the model reads."""
 
 
 class ChatTokenizer(Protocol):
@@ -31,50 +56,35 @@ class ChatTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
-PRINCIPLES: dict[str, str] = {
-    "overall": (
-        "Choose the better response: relevant, true to the conversation, safe, polite, complete."
-    ),
-}
-DEFAULT_PRINCIPLE = "overall"
-
-ANSWER_PREFIX = "The better response is"
-LABELS = (" A", " B")
-
-
-def judge_messages(
-    prompt: Sequence[Message],
-    response_a: str,
-    response_b: str,
-    principle: str = DEFAULT_PRINCIPLE,
-) -> list[Message]:
-    """The chat that asks which response is better; its last message is to be continued by a label.
-
-    Raises KeyError for a principle that is not in PRINCIPLES.
-    """
-    conversation = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
-    question = (
-        f"[Conversation]\n{conversation}\n[Response A]\n{response_a}\n[Response B]\n{response_b}"
+def judge_messages(question: Question, principle: Principle) -> list[Message]:
+    """The chat that asks which response is better; its last message is to be continued by a label."""
+    conversation = "\n".join(
+        f"{turn['role'].capitalize()}: {turn['content']}" for turn in question.prompt
+    )
+    asked = principle.question.format(
+        conversation=conversation, response_a=question.first, response_b=question.second
     )
     return [
-        {"role": "system", "content": PRINCIPLES[principle]},
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": ANSWER_PREFIX},
+        {"role": "system", "content": principle.system},
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": principle.answer},
     ]
 
 
-def judge_prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
+def judge_prompt_ids(
+    tokenizer: ChatTokenizer, question: Question, principle: Principle
+) -> list[int]:
     """Token ids of the judge prompt, up to and including the assistant's prefix."""
-    return _encode(tokenizer, _render(tokenizer, messages))
+    return _encode(tokenizer, _render(tokenizer, judge_messages(question, principle)))
 
 
-def label_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[int, int]:
-    """The tokens that " A" and " B" really become when they follow this judge prompt.
+def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]:
+    """The tokens that " A" and " B" really become after a judge prompt: all of them end alike.
 
     A tokenizer may merge or split text differently in context: labels are never looked up alone.
     Raises JudgePromptError if a label is not exactly one token, or both are the same one.
     """
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, judge_messages(Question([], "", ""), principle))
     prompt_ids = _encode(tokenizer, text)
     found = []
     for label in LABELS:
@@ -82,7 +92,7 @@ def label_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[in
         if ids[:-1] != prompt_ids:
             raise JudgePromptError(
                 f"this tokenizer does not write the label {label!r} as one token of its own after "
-                f"{ANSWER_PREFIX!r}; such a model cannot judge"
+                f"{principle.answer!r}; such a model cannot judge"
             )
         found.append(ids[-1])
     if found[0] == found[1]:
@@ -93,8 +103,76 @@ def label_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[in
     return found[0], found[1]
 
 
-def _render(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> str:
-    options = {"tokenize": False, "continue_final_message": True}
+def rationale_text(reason_a: str, reason_b: str) -> str:
+    """What follows the label where a judgment gives its reasons."""
+    return f".\nA: {reason_a}\nB: {reason_b}"
+
+
+def rationale_ids(
+    tokenizer: ChatTokenizer, principle: Principle, label: int, text: str
+) -> list[int]:
+    """The tokens of a rationale and of the turn's end, which follow LABELS[label].
+
+    Raises JudgePromptError for a template that does not write a message as it begins one.
+    """
+    messages = judge_messages(Question([], "", ""), principle)
+    begun = _render(tokenizer, messages) + LABELS[label]
+    messages[-1]["content"] += LABELS[label] + text
+    whole = _render(tokenizer, messages, continue_final_message=False)
+    if not whole.startswith(begun + text):
+        raise JudgePromptError(
+            "the chat template changes an assistant's message; such a model cannot learn rationales"
+        )
+    return _encode(tokenizer, whole.removeprefix(begun))
+
+
+def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
+    """The question, cut to what fits where it does not, the same in training and in serving.
+
+    First the oldest turns go, one after the other, but never the last. If that is not enough, the last turn and the
+    responses are cut at their ends, all three to the same number of characters where they are longer: the largest
+    that fits. A cut text ends in `CUT`.
+
+    Args:
+        question: the question as it was asked
+        fits: whether a question is short enough, whatever its order
+
+    Raises:
+        TooLong: it does not fit even without a character of the last turn and the responses.
+    """
+    if fits(question):
+        return question
+    for start in range(1, len(question.prompt)):
+        recent = question._replace(prompt=question.prompt[start:])
+        if fits(recent):
+            return recent
+    last = question.prompt[-1:]
+
+    def cut(length: int) -> Question:
+        prompt = [Message(role=m["role"], content=_cut(m["content"], length)) for m in last]
+        return Question(prompt, _cut(question.first, length), _cut(question.second, length))
+
+    # Invariant of the bisection: cut(low) fits, cut(high) does not.
+    low, high = (
+        -1,
+        max(len(text) for text in (question.first, question.second, *(m["content"] for m in last))),
+    )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(cut(middle)) else (low, middle)
+    if low < 0:
+        raise TooLong("the principle alone is longer than what the model reads: shorten it")
+    return cut(low)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + CUT
+
+
+def _render(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, continue_final_message: bool = True
+) -> str:
+    options = {"tokenize": False, "continue_final_message": continue_final_message}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
     except TemplateError:

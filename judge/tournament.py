@@ -1,8 +1,13 @@
-"""A seeded knock-out over N samples: N - 1 comparisons, a whole round asked for at once.
+"""Who is best of N samples, from comparisons of pairs: a whole round of them is asked for at once.
 
-Shuffle, pair up, the odd one out gets a bye, winners go on (SELF-JUDGE's self-rejection). Whoever
-had a bye plays first in the next round, so nobody rests twice running. The receipt holds every
-comparison, and `replay` finds the same winner from it without a model.
+`knock_out`    N - 1 comparisons, SELF-JUDGE's self-rejection: shuffle, pair up, the odd one out gets
+               a bye, winners go on. Whoever had a bye plays first in the next round, so nobody rests
+               twice running.
+`round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
+
+A strategy is a generator: it yields a round's pairs, is sent their rulings, and returns the
+ranking. The receipt holds every comparison, and `replay` finds the same ranking from it without a
+model.
 """
 
 import random
@@ -10,91 +15,141 @@ from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from judge.verdict import Verdict
+from judge.bradley_terry import scores
+from judge.verdict import Orders, Ruling, Verdict
 
 Pair = tuple[int, int]
-CompareRound = Callable[[list[Pair]], Awaitable[list[Verdict]]]
+Strategy = Callable[[int, int], Generator[list[Pair], Sequence[Ruling], list[int]]]
+"""(number of samples, seed) -> rounds of pairs, for their rulings, and at last the ranking."""
+CompareRound = Callable[[list[Pair]], Awaitable[list[Ruling]]]
 
 
 @dataclass(frozen=True)
 class Comparison:
     pair: Pair
-    """Indices of the two samples; the first is the verdict's first."""
-    orders: tuple[float, float]
-    """[p(first wins | shown first), p(first wins | shown second)]."""
+    """Indices of the two samples; the first is the ruling's first."""
+    orders: Mapping[str, Orders]
+    """By principle: [p(first wins | shown first), p(first wins | shown second)]."""
     probability: float
-    """That the first is better: the mean of the orders."""
+    """That the first is better: the mean over principles and orders."""
     winner: int
-    """Index of the sample that goes on."""
+    """Index of the sample that is preferred."""
+    truncated: bool = False
+    """Something was cut for the judge to read it."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What happened, in full. A sample not yet beaten that a round's pairs lack had a bye."""
+    """What happened, in full. In a knock-out, a sample not yet beaten that a round's pairs lack had a bye."""
 
+    strategy: str
     seed: int
     num: int
-    winner: int
+    ranking: list[int]
+    """Indices of the samples, the best first."""
     rounds: list[list[Comparison]]
 
+    @property
+    def winner(self) -> int:
+        return self.ranking[0]
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"winner": self.winner}
 
 
-def bracket(num: int, seed: int) -> Generator[list[Pair], Sequence[Verdict], int]:
-    """The knock-out itself: yields a round's pairs, is sent their verdicts, returns the winner."""
-    draw = random.Random(seed)  # Python promises the same random() in all versions, not shuffle()
-    lots = [draw.random() for _ in range(num)]
-    standing = sorted(range(num), key=lots.__getitem__)
+def knock_out(num: int, seed: int) -> Generator[list[Pair], Sequence[Ruling], list[int]]:
+    """The ranking: the winner, then the others, the later beaten the better, the closer beaten the better."""
+    standing = draw(num, seed)
+    out: list[int] = []  # the first beaten first
     while len(standing) > 1:
         pairs = list(zip(standing[::2], standing[1::2], strict=False))
         bye = standing[2 * len(pairs) :]
-        verdicts = yield pairs
-        standing = bye + [_winner(p, v) for p, v in zip(pairs, verdicts, strict=True)]
-    return standing[0]
+        rulings = yield pairs
+        winners = [_winner(pair, ruling) for pair, ruling in zip(pairs, rulings, strict=True)]
+        losers = {
+            sum(pair) - winner: abs(ruling.probability - 0.5)
+            for pair, winner, ruling in zip(pairs, winners, rulings, strict=True)
+        }
+        out += sorted(losers, key=losers.__getitem__, reverse=True)
+        standing = bye + winners
+    return standing + out[::-1]
 
 
-async def knock_out(num: int, compare_round: CompareRound, seed: int) -> Receipt:
-    """Run the knock-out of samples 0 .. num - 1; the receipt names the winner."""
+def round_robin(num: int, seed: int) -> Generator[list[Pair], Sequence[Ruling], list[int]]:
+    """All pairs in one round; who is shown first is drawn."""
+    order = draw(num, seed)
+    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    rulings = yield pairs
+    won = {pair: ruling.probability for pair, ruling in zip(pairs, rulings, strict=True)}
+    found = scores(num, won)
+    return sorted(order, key=found.__getitem__, reverse=True)
+
+
+STRATEGIES: dict[str, Strategy] = {"knock-out": knock_out, "round-robin": round_robin}
+
+
+async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) -> Receipt:
+    """Rank samples 0 .. num - 1.
+
+    Raises ValueError without samples, KeyError for an unknown strategy, and what `compare_round` raises.
+    """
     if num < 1:
         raise ValueError(f"a tournament needs at least one sample, got {num}")
     rounds: list[list[Comparison]] = []
-    games = bracket(num, seed)
+    games = STRATEGIES[strategy](num, seed)
     try:
         pairs = next(games)
         while True:
-            verdicts = await compare_round(pairs)
+            rulings = await compare_round(pairs)
             rounds.append(
-                [
-                    Comparison(pair, verdict.orders, verdict.probability, _winner(pair, verdict))
-                    for pair, verdict in zip(pairs, verdicts, strict=True)
-                ]
+                [_comparison(pair, ruling) for pair, ruling in zip(pairs, rulings, strict=True)]
             )
-            pairs = games.send(verdicts)
+            pairs = games.send(rulings)
     except StopIteration as end:
-        return Receipt(seed=seed, num=num, winner=end.value, rounds=rounds)
+        return Receipt(strategy=strategy, seed=seed, num=num, ranking=end.value, rounds=rounds)
 
 
-def replay(receipt: Mapping[str, Any]) -> int:
-    """The winner that a receipt (as JSON) leads to.
+def replay(receipt: Mapping[str, Any]) -> list[int]:
+    """The ranking that a receipt (as JSON) leads to.
 
-    Only seed, num and the orders' probabilities are believed. Raises ValueError where the receipt's
-    pairs are not the seed's, or it has too few or too many rounds.
+    Only strategy, seed, num and the orders' probabilities are believed. Raises ValueError where the
+    receipt's pairs are not the seed's, or it has too few or too many rounds.
     """
-    games = bracket(receipt["num"], receipt["seed"])
+    games = STRATEGIES[receipt["strategy"]](receipt["num"], receipt["seed"])
     rounds = iter(receipt["rounds"])
     try:
         pairs = next(games)
         while True:
             recorded: list[Any] = next(rounds, [])
             if [tuple(comparison["pair"]) for comparison in recorded] != pairs:
-                raise ValueError(f"the receipt's round is not the bracket's: expected {pairs}")
-            pairs = games.send([Verdict(tuple(c["orders"])) for c in recorded])
+                raise ValueError(f"the receipt's round is not the strategy's: expected {pairs}")
+            pairs = games.send([_ruling(comparison["orders"]) for comparison in recorded])
     except StopIteration as end:
         if next(rounds, None) is not None:
-            raise ValueError("the receipt goes on after its final") from None
+            raise ValueError("the receipt goes on after its last round") from None
         return end.value
 
 
-def _winner(pair: Pair, verdict: Verdict) -> int:
-    return pair[0] if verdict.first_goes_on else pair[1]
+def draw(num: int, seed: int) -> list[int]:
+    """The samples in drawn order."""
+    lots = random.Random(seed)  # Python promises the same random() in all versions, not shuffle()
+    drawn = [lots.random() for _ in range(num)]
+    return sorted(range(num), key=drawn.__getitem__)
+
+
+def _comparison(pair: Pair, ruling: Ruling) -> Comparison:
+    return Comparison(
+        pair=pair,
+        orders={name: verdict.orders for name, verdict in ruling.by_principle.items()},
+        probability=ruling.probability,
+        winner=_winner(pair, ruling),
+        truncated=ruling.truncated,
+    )
+
+
+def _ruling(orders: Mapping[str, Any]) -> Ruling:
+    return Ruling({name: Verdict(tuple(each)) for name, each in orders.items()})
+
+
+def _winner(pair: Pair, ruling: Ruling) -> int:
+    return pair[0] if ruling.first_goes_on else pair[1]

@@ -51,6 +51,8 @@ class Plan:
     wants_receipt: bool
     best_of: int
     judge: JudgeOptions
+    sample_timeout: float | None
+    """Seconds that a sample of several may take."""
     engine_ids: list[str] = field(default_factory=list)
     """The aligned requests to the engine, as it knows them: one per prompt, each with n samples."""
     num_samples: int = 1
@@ -115,6 +117,7 @@ def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
         wants_receipt=name is not None or options is not None,
         best_of=given.best_of,
         judge=given.judge or JudgeOptions.model_validate({}),
+        sample_timeout=given.sample_timeout,
         take_counts=state.counts.take if options is not None else None,
     )
     if pinned is not None:

@@ -3,12 +3,10 @@
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from server.admission import CHAT, Plan
-from server.answers import Answer, add_receipt, respond
-from server.best_of import best_of, check_best_of, stream_winner
+from server.admission import CHAT
+from server.answers import add_receipt, respond
+from server.best_of import best_of, check_best_of, stream_best_of
 from server.engine import (
-    ChatCompletionRequest,
-    ChatCompletionResponse,
     ErrorResponse,
     load_aware_call,
     should_include_usage,
@@ -38,25 +36,20 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request) -> 
     """Every stage of a chat request that the gate has let in."""
     state, plan = served(raw_request), current_plan()
     assert plan is not None, "a body that fits ChatRequest has passed the gate"
-    if plan.best_of > 1:
-        check_best_of(request, plan, state)
-    answer = await generate(request, plan, state, raw_request)
-    if plan.best_of > 1 and isinstance(answer, ChatCompletionResponse):
-        answer = await best_of(answer, request, plan, state)
-    answer = await add_receipt(answer, plan, state)
-    if plan.best_of > 1 and request.stream and isinstance(answer, ChatCompletionResponse):
-        answer = stream_winner(answer, include_usage=_wants_usage(request, state))
-    return respond(answer, raw_request)
-
-
-async def generate(request: ChatRequest, plan: Plan, state: Served, raw_request: Request) -> Answer:
     if state.chat is None:
         raise NotImplementedError("The model does not support Chat Completions API")
-    vllms: ChatCompletionRequest = request
-    if plan.best_of > 1:
-        samples = {"n": plan.best_of, "stream": False, "stream_options": None}
-        vllms = request.model_copy(update=samples)
-    return await state.chat.create_chat_completion(vllms, raw_request)
+    if plan.best_of == 1:
+        answer = await state.chat.create_chat_completion(request, raw_request)
+        return respond(await add_receipt(answer, plan, state), raw_request)
+    check_best_of(request, plan, state)
+    if request.stream:
+        include_usage = _wants_usage(request, state)
+        return respond(
+            await stream_best_of(request, plan, state, raw_request, include_usage=include_usage),
+            raw_request,
+        )
+    best = await best_of(request, plan, state, raw_request)
+    return respond(await add_receipt(best, plan, state), raw_request)
 
 
 def _wants_usage(request: ChatRequest, state: Served) -> bool:

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
+from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import BaseModelId, ProxyError, identify, load
 from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
@@ -42,12 +43,17 @@ def serve(argv: Sequence[str]) -> None:
         check_server(args)
         proxies = parse_proxies(args.proxy, args.shadow)
         base = check_checkpoints(args, proxies)
-    except (Refused, Refusal, ProxyError) as error:
+        principles = find_principles(args)
+    except (Refused, Refusal, ProxyError, PrincipleError) as error:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
     keys, root = take_api_keys(args), args.proxy_root
-    install(AssentPlugin(proxies=proxies, api_keys=keys, base=base, proxy_root=root))
+    install(
+        AssentPlugin(
+            proxies=proxies, api_keys=keys, base=base, proxy_root=root, principles=principles
+        )
+    )
     uvloop.run(run_server(args))
 
 
@@ -83,6 +89,13 @@ def parse(argv: Sequence[str]) -> Namespace:
         type=Path,
         metavar="DIR",
         help="Let POST /proxies load checkpoints below DIR while serving.",
+    )
+    parser.add_argument(
+        "--principles",
+        type=Path,
+        metavar="FILE",
+        help="TOML, YAML or JSON file of what the judge may judge by; its first is what it judges "
+        "by unless asked. Default: principles.json in the model's directory, else a built-in one.",
     )
     parser.set_defaults(
         proxy=[],
@@ -175,6 +188,13 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
         check_name(proxy.name, models)
         load(proxy.directory, base=base)
     return base
+
+
+def find_principles(args: Namespace) -> Mapping[str, Principle]:
+    """What the judge may judge by."""
+    if args.principles is not None:
+        return read_principles(args.principles.expanduser())
+    return principles_of(Path(args.model).expanduser())
 
 
 def prefer_settings(args: Namespace) -> None:

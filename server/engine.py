@@ -3,7 +3,8 @@
 Whoever upgrades vLLM reads this file, `cli` and `plugin`; no other file of the server imports it.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.serving import decode_token_ids
@@ -31,7 +32,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils import random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -58,6 +59,7 @@ __all__ = [
     "load_aware_call",
     "metrics_header",
     "read_labels",
+    "read_text",
     "should_include_usage",
     "validate_json_request",
     "with_cancellation",
@@ -69,22 +71,37 @@ PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
 
 
 async def read_labels(
-    engine: EngineClient, prompts: Sequence[list[int]], labels: tuple[int, int]
+    engine: EngineClient, prompts: Sequence[list[int]], labels: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float]]:
     """Both labels' next-token log-probabilities after each prompt, all read at once.
 
     They are the frozen LLM's: the requests carry no proxy.
     """
+    params = [
+        SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(pair),
+            extra_args=PLAIN_EXTRA_ARGS,
+        )
+        for pair in labels
+    ]
+    inputs = [tokens_input(prompt) for prompt in prompts]
+    reads = await next_token_label_reads(engine, inputs, params, f"judge-{random_uuid()}")
+    return [(read.logprobs[0], read.logprobs[1]) for read in reads]
+
+
+async def read_text(
+    engine: EngineClient, prompt: list[int], max_tokens: int
+) -> AsyncGenerator[tuple[str, int], None]:
+    """What the frozen LLM writes after the prompt, greedily: each piece's text and its number of tokens."""
     params = SamplingParams(
-        max_tokens=1,
+        max_tokens=max_tokens,
         temperature=0.0,
-        logprob_token_ids=list(labels),
+        output_kind=RequestOutputKind.DELTA,
         extra_args=PLAIN_EXTRA_ARGS,
     )
-    reads = await next_token_label_reads(
-        engine,
-        [tokens_input(prompt) for prompt in prompts],
-        [params] * len(prompts),
-        f"judge-{random_uuid()}",
-    )
-    return [(read.logprobs[0], read.logprobs[1]) for read in reads]
+    outputs = engine.generate(tokens_input(prompt), params, f"judge-{random_uuid()}")
+    async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
+        async for output in outputs:
+            yield output.outputs[0].text, len(output.outputs[0].token_ids)

@@ -1,140 +1,144 @@
-"""POST /judge, and the judge as a client of the engine that answers.
+"""POST /judge: which of two responses is better. POST /judge/rank: which of several is best."""
 
-A judgment is one token's log-probabilities, read from the frozen LLM: no proxy takes part.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from judge.judge import Judge
-from judge.prompts import Message, judge_messages, judge_prompt_ids
-from judge.verdict import Verdict, combine
+from judge.principles import Principle
+from judge.prompts import Question
+from judge.tournament import Pair, play
+from judge.verdict import Ruling, Verdict
 from server import metrics
 from server.engine import (
     ErrorResponse,
-    VLLMValidationError,
     load_aware_call,
-    read_labels,
     validate_json_request,
     with_cancellation,
 )
-from server.schemas import JudgeRequest
-from server.state import Served, served
+from server.schemas import JudgeRequest, RankRequest
+from server.state import served
+from server.streams import as_event
 
 router = APIRouter()
 
-ByPrinciple = dict[str, Verdict]
+Rationales = dict[str, str]
+"""By principle."""
 
 
 @router.post(
     "/judge",
     dependencies=[Depends(validate_json_request)],
+    responses={
+        200: {"content": {"text/event-stream": {}}},
+        400: {"model": ErrorResponse},
+        500: {"model": ErrorResponse},
+    },
+)
+@with_cancellation
+@load_aware_call
+async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
+    """Which response is better, in both orders, by each principle; why, where it is asked.
+
+    For `pairs` the answer has `verdicts`, one a pair.
+    """
+    judges = served(raw_request).judges
+    principles = judges.select(request.principles)
+    room = request.max_rationale_tokens if request.rationale else 0
+    judge = judges.make(tie_band=request.tie_band, room=room)
+    questions = request.questions()
+    rulings = await judges.compare(judge, questions, principles)
+    if request.stream:
+        events = _stream(judge, questions[0], rulings[0], principles, room)
+        return StreamingResponse(events, media_type="text/event-stream")
+    rationales: list[Rationales] = [{} for _ in rulings]
+    if request.rationale:
+        rationales = await asyncio.gather(
+            *(
+                _write_rationales(judge, question, ruling, principles, room)
+                for question, ruling in zip(questions, rulings, strict=True)
+            )
+        )
+    verdicts = [_as_json(*each) for each in zip(rulings, rationales, strict=True)]
+    metrics.count_usage(judge.usage)
+    answer = verdicts[0] if request.pairs is None else {"verdicts": verdicts}
+    return JSONResponse(answer | {"usage": judge.usage.as_json()})
+
+
+@router.post(
+    "/judge/rank",
+    dependencies=[Depends(validate_json_request)],
     responses={400: {"model": ErrorResponse}, 500: {"model": ErrorResponse}},
 )
 @with_cancellation
 @load_aware_call
-async def judge_pair(request: JudgeRequest, raw_request: Request) -> Response:
-    """Which response is better, in both orders, by each principle."""
-    if request.messages is not None:
-        prompt = conversation([message.model_dump() for message in request.messages])
-    else:
-        prompt = [{"role": "user", "content": request.prompt or ""}]
-    judge = engine_judge(served(raw_request))
-    pair = (request.response_a, request.response_b)
-    [(verdict, by_principle)] = await compare(judge, prompt, [pair], request.principles)
-    metrics.count_usage(judge.usage)
-    return JSONResponse(
-        _as_json(verdict)
-        | {
-            "principles": {name: _as_json(each) for name, each in by_principle.items()},
-            "usage": judge.usage.as_json(),
-        }
-    )
+async def rank(request: RankRequest, raw_request: Request) -> Response:
+    """The responses' ranking, the best first, and all comparisons that led to it.
 
-
-async def compare(
-    judge: Judge,
-    prompt: Sequence[Message],
-    pairs: Sequence[tuple[str, str]],
-    principles: Sequence[str],
-) -> list[tuple[Verdict, ByPrinciple]]:
-    """For each pair the verdict over all principles, and the verdict by each."""
-    columns = [await judge.compare(prompt, pairs, principle) for principle in principles]
-    metrics.count_verdicts(verdict for column in columns for verdict in column)
-    return [
-        (combine(row), dict(zip(principles, row, strict=True)))
-        for row in zip(*columns, strict=True)
-    ]
-
-
-def engine_judge(state: Served) -> Judge:
-    """A judge for one request."""
-
-    async def read(prompts: list[list[int]], labels: tuple[int, int]) -> list[tuple[float, float]]:
-        _check_length(max(map(len, prompts)), state.engine.model_config.max_model_len)
-        return await read_labels(state.engine, prompts, labels)
-
-    return Judge(_Tokenizer(state), read)
-
-
-def check_fits(
-    state: Served, prompt: Sequence[Message], responses: tuple[str, str], principle: str
-) -> None:
-    """Raises VLLMValidationError (400) if the judge's prompt for a pair is too long to be read."""
-    ids = judge_prompt_ids(_Tokenizer(state), judge_messages(prompt, *responses, principle))
-    _check_length(len(ids), state.engine.model_config.max_model_len)
-
-
-def conversation(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
-    """Chat messages in any of OpenAI's forms as plain text, for the judge to read.
-
-    Raises VLLMValidationError (400) for content that is not text.
+    `judge.tournament.replay` finds the same ranking from them without a model.
     """
-    return [{"role": str(m["role"]), "content": _text(m.get("content"))} for m in messages]
+    judges = served(raw_request).judges
+    principles, judge, turns = judges.select(request.principles), judges.make(), request.turns()
+
+    async def compare_round(pairs: list[Pair]) -> list[Ruling]:
+        responses = request.responses
+        questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
+        return await judges.compare(judge, questions, principles)
+
+    seed = random.randrange(2**32) if request.seed is None else request.seed
+    receipt = await play(request.strategy, len(request.responses), compare_round, seed)
+    metrics.count_usage(judge.usage)
+    return JSONResponse(receipt.as_json() | {"usage": judge.usage.as_json()})
 
 
-def _text(content: Any) -> str:
-    if content is None:  # an assistant's turn that only called tools
-        return ""
-    if isinstance(content, str):
-        return content
-    parts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise VLLMValidationError(
-            "only text can be judged, but a message has another kind of content",
-            parameter="messages",
-        )
-    return "\n".join(parts)
+async def _write_rationales(
+    judge: Judge,
+    question: Question,
+    ruling: Ruling,
+    principles: Mapping[str, Principle],
+    max_tokens: int,
+) -> Rationales:
+    async def write(name: str, verdict: Verdict) -> str:
+        pieces = judge.rationale(question, principles[name], verdict, max_tokens)
+        return "".join([piece async for piece in pieces])
+
+    written = await asyncio.gather(*(write(*each) for each in ruling.by_principle.items()))
+    return dict(zip(ruling.by_principle, written, strict=True))
 
 
-def _check_length(longest: int, limit: int) -> None:
-    if longest + 1 > limit:
-        raise VLLMValidationError(
-            f"The judge's prompt has {longest} tokens and needs one more for the verdict, but this "
-            f"model's context holds {limit}. Shorten the conversation or the responses."
-        )
+async def _stream(
+    judge: Judge,
+    question: Question,
+    ruling: Ruling,
+    principles: Mapping[str, Principle],
+    max_tokens: int,
+) -> AsyncGenerator[str, None]:
+    """The verdict at once, then the rationales piece by piece, then the bill."""
+    try:
+        yield as_event({"object": "judge.verdict"} | _as_json(ruling, {}))
+        for name, verdict in ruling.by_principle.items():
+            async for piece in judge.rationale(question, principles[name], verdict, max_tokens):
+                yield as_event({"object": "judge.rationale", "principle": name, "delta": piece})
+    finally:
+        metrics.count_usage(judge.usage)
+    yield as_event({"object": "judge.usage", "usage": judge.usage.as_json()})
+    yield "data: [DONE]\n\n"
 
 
-class _Tokenizer:
-    """The LLM's tokenizer with the chat template that the server was told to use."""
-
-    def __init__(self, state: Served) -> None:
-        self.tokenizer: Any = state.engine.renderer.get_tokenizer()
-        self.chat_template = state.chat.chat_template if state.chat is not None else None
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            conversation, chat_template=self.chat_template, **options
-        )
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+def _as_json(ruling: Ruling, rationales: Rationales) -> dict[str, Any]:
+    by_principle = {
+        name: _verdict(verdict) | ({"rationale": rationales[name]} if rationales else {})
+        for name, verdict in ruling.by_principle.items()
+    }
+    mean = _verdict(ruling.mean) | {"winner": ruling.winner}
+    return mean | {"truncated": ruling.truncated, "principles": by_principle}
 
 
-def _as_json(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "winner": verdict.winner,
         "probability": verdict.probability,

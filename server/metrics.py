@@ -5,21 +5,13 @@ assent_judge_tokens_total{kind}    tokens spent on judging; kind is prompt or co
 assent_best_of_samples_total       answers sampled for a tournament
 """
 
-from collections.abc import Iterable
-
 from prometheus_client import Counter
 
 from judge.judge import Usage
-from judge.verdict import Verdict
 
 VERDICTS = Counter("assent_verdicts", "Pairs judged by one principle.", ["winner"])
 JUDGE_TOKENS = Counter("assent_judge_tokens", "Tokens spent on judging.", ["kind"])
 BEST_OF_SAMPLES = Counter("assent_best_of_samples", "Answers sampled for a tournament.")
-
-
-def count_verdicts(verdicts: Iterable[Verdict]) -> None:
-    for verdict in verdicts:
-        VERDICTS.labels(verdict.winner).inc()
 
 
 def count_usage(usage: Usage) -> None:

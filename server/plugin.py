@@ -5,7 +5,7 @@ directly. A route of ours takes the place of vLLM's route of the same path and m
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.platforms import current_platform
 
+from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId
 from server import chat, completions, judging, listing, managing
 from server.auth import ApiKeyGuard
 from server.gate import Gate, guard
+from server.judges import Judges
 from server.proxies import Checkpoint, Proxies
 from server.receipts import WorkerReader
 from server.state import Served
@@ -37,11 +39,13 @@ class AssentPlugin:
         api_keys: Sequence[str],
         base: BaseModelId | None = None,
         proxy_root: Path | None = None,
+        principles: Mapping[str, Principle] = DEFAULT,
     ) -> None:
         self.proxies = list(proxies)
         self.api_keys = list(api_keys)
         self.base = base
         self.proxy_root = proxy_root
+        self.principles = principles
 
     def attach_router(self, app: FastAPI) -> None:
         for module in (chat, completions, judging, listing, managing):
@@ -66,6 +70,7 @@ class AssentPlugin:
             completion=state.openai_serving_completion,
             models=models,
             proxies=proxies,
+            judges=Judges(engine_client, state.openai_serving_chat, self.principles),
             counts=WorkerReader(engine_client, "take_alignment_counts"),
             traces=WorkerReader(engine_client, "take_traces"),
         )

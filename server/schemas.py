@@ -4,16 +4,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from judge.prompts import DEFAULT_PRINCIPLE, PRINCIPLES
+from judge.prompts import Message, Question
 from proxy.request import Alignment, WorkerAlignment
 from server.engine import ChatCompletionRequest, CompletionRequest
 from server.proxies import PROXY_NAME
-
-
-def _known_principle(name: str) -> str:
-    if name not in PRINCIPLES:
-        raise ValueError(f"unknown principle {name!r}; known are {sorted(PRINCIPLES)}")
-    return name
 
 
 def _no_duplicates(names: list[str]) -> list[str]:
@@ -22,19 +16,24 @@ def _no_duplicates(names: list[str]) -> list[str]:
     return names
 
 
-Principles = Annotated[
-    list[Annotated[str, AfterValidator(_known_principle)]],
-    AfterValidator(_no_duplicates),
-    Field(min_length=1, description="The principles to judge by."),
-]
-
-
-class JudgeOptions(BaseModel):
-    """How best-of-N samples are judged."""
+class JudgeSettings(BaseModel):
+    """How answers are judged."""
 
     model_config = ConfigDict(extra="forbid")
 
-    principles: Principles = [DEFAULT_PRINCIPLE]
+    principles: Annotated[list[str], Field(min_length=1), AfterValidator(_no_duplicates)] | None = (
+        Field(
+            None, description="The principles to judge by; the majority decides. None = the first."
+        )
+    )
+
+
+class JudgeOptions(JudgeSettings):
+    """How samples are ranked."""
+
+    strategy: Literal["knock-out", "round-robin"] = Field(
+        "knock-out", description="Which pairs are compared."
+    )
     seed: int | None = Field(
         None,
         ge=0,
@@ -50,15 +49,22 @@ class AlignmentOptions(Alignment):
         1,
         ge=1,
         le=64,
-        description="Sample so many answers and return the one that wins a knock-out tournament; "
-        "chat only.",
+        description="Sample so many answers and return the one that the judge ranks first; with "
+        "n, the best n in order. Chat only.",
     )
     judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
+    sample_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which a sample that is not finished drops out; only with "
+        "best_of above 1.",
+    )
 
     @model_validator(mode="after")
-    def _judge_needs_samples(self) -> "AlignmentOptions":
-        if self.judge is not None and self.best_of == 1:
-            raise ValueError("judge needs samples to choose from: set best_of to 2 or more")
+    def _need_samples(self) -> "AlignmentOptions":
+        for option in ("judge", "sample_timeout"):
+            if getattr(self, option) is not None and self.best_of == 1:
+                raise ValueError(f"{option} needs samples to choose from: set best_of to 2 or more")
         return self
 
     def for_worker(self, name: str, version: str) -> WorkerAlignment:
@@ -111,19 +117,82 @@ class JudgeMessage(BaseModel):
     content: str
 
 
-class JudgeRequest(BaseModel):
-    """Which of two responses to the same conversation is better?"""
+class Conversation(BaseModel):
+    """What was to be answered."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = Field(None, description="A single user turn; or else messages.")
     messages: list[JudgeMessage] | None = Field(None, min_length=1)
-    response_a: str
-    response_b: str
-    principles: Principles = [DEFAULT_PRINCIPLE]
 
-    @model_validator(mode="after")
-    def _one_conversation(self) -> "JudgeRequest":
+    def turns(self) -> list[Message]:
+        """The conversation, whichever way it was given."""
+        if self.messages is None:
+            return [Message(role="user", content=self.prompt or "")]
+        return [Message(role=m.role, content=m.content) for m in self.messages]
+
+    def _check_one(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages, and not both")
+
+
+class JudgePair(Conversation):
+    """Two responses to the same conversation."""
+
+    response_a: str
+    response_b: str
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> "JudgePair":
+        self._check_one()
+        return self
+
+
+class JudgeRequest(Conversation, JudgeSettings):
+    """Which of two responses to the same conversation is better? One pair, or `pairs`."""
+
+    response_a: str | None = None
+    response_b: str | None = None
+    pairs: list[JudgePair] | None = Field(
+        None, min_length=1, max_length=256, description="Many pairs at once."
+    )
+    tie_band: float = Field(
+        0.0, ge=0, le=0.5, description="A probability nearer to 0.5 than this is a tie."
+    )
+    rationale: bool = Field(False, description="Say why, in words.")
+    max_rationale_tokens: int = Field(128, ge=1, le=1024, description="By each principle.")
+    stream: bool = Field(False, description="The rationale as it is written; for one pair.")
+
+    @model_validator(mode="after")
+    def _one_pair_or_many(self) -> "JudgeRequest":
+        single = (self.prompt, self.messages, self.response_a, self.response_b)
+        if self.pairs is not None:
+            if any(each is not None for each in single):
+                raise ValueError("give one pair or pairs, and not both")
+            if self.stream:
+                raise ValueError("stream is for one pair, not for pairs")
+            return self
+        self._check_one()
+        if self.response_a is None or self.response_b is None:
+            raise ValueError("response_a and response_b are both needed")
+        if self.stream and not self.rationale:
+            raise ValueError("stream needs rationale: a verdict comes whole")
+        return self
+
+    def questions(self) -> list[Question]:
+        """The pairs, whichever way they were given."""
+        if self.pairs is not None:
+            return [Question(each.turns(), each.response_a, each.response_b) for each in self.pairs]
+        assert self.response_a is not None and self.response_b is not None
+        return [Question(self.turns(), self.response_a, self.response_b)]
+
+
+class RankRequest(Conversation, JudgeOptions):
+    """Which of several responses to the same conversation is best?"""
+
+    responses: list[str] = Field(min_length=1, max_length=64)
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> "RankRequest":
+        self._check_one()
         return self

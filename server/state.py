@@ -11,6 +11,7 @@ from server.engine import (
     OpenAIServingCompletion,
     OpenAIServingModels,
 )
+from server.judges import Judges
 from server.proxies import Proxies
 from server.receipts import WorkerReader
 
@@ -24,6 +25,7 @@ class Served:
     """vLLM's handler; None where the model cannot complete text."""
     models: OpenAIServingModels
     proxies: Proxies
+    judges: Judges
     counts: WorkerReader
     traces: WorkerReader
 

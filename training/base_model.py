@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from judge.prompts import LABELS, judge_messages
+from judge.principles import DEFAULT
+from judge.prompts import LABELS, Question, judge_messages
 from training.console import main_guard
 from training.data import Row, read_rows
 from training.saving import saving
@@ -74,7 +75,8 @@ def corpus_texts(rows: list[Row]) -> Iterator[str]:
             yield from (message["content"] for message in row["messages"])
             continue
         chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        *asked, prefix = judge_messages(row["prompt"], chosen, rejected)
+        question = Question(row["prompt"], chosen, rejected)
+        *asked, prefix = judge_messages(question, DEFAULT["overall"])
         yield from (message["content"] for message in asked)
         yield from (prefix["content"] + label for label in LABELS)
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from judge.principles import PrincipleError
 from judge.prompts import JudgePromptError
 from proxy.checkpoint import ProxyError
 
@@ -17,6 +18,6 @@ def main_guard() -> Iterator[None]:
     """Turn errors that the user can mend into a message and exit code 2; let all others through."""
     try:
         yield
-    except (TrainingError, ProxyError, JudgePromptError) as error:
+    except (TrainingError, ProxyError, JudgePromptError, PrincipleError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ colon: `HuggingFaceH4/ultrafeedback_binarized:train_prefs`. `training.layouts` s
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ PAIR = ("prompt", "chosen", "rejected")
 """Fields of a preference pair."""
 
 
-def read_rows(source: str | Path, fields: tuple[str, ...] = ()) -> list[Row]:
+def read_rows(
+    source: str | Path, fields: tuple[str, ...] = (), check: Callable[[Row], None] | None = None
+) -> list[Row]:
     """The rows of a source, each checked: it has `fields`, each a list of chat messages.
+
+    Args:
+        check: what else a row must be, or ValueError.
 
     Raises:
         TrainingError: no such source, no rows, or a bad row, named by file and line.
@@ -39,6 +44,11 @@ def read_rows(source: str | Path, fields: tuple[str, ...] = ()) -> list[Row]:
             without += 1
             continue
         _check(row, fields, where)
+        if check is not None:
+            try:
+                check(row)
+            except ValueError as error:
+                raise TrainingError(f"{where}: {error}") from None
         rows.append(row)
     if without:
         print(f"{source}: left out {without} rows that prefer nothing")

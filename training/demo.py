@@ -90,7 +90,7 @@ def main(options: Options) -> None:
             jsft.Options(
                 model=str(untrained),
                 sft=str(data / "sft.jsonl"),
-                preferences=str(data / "preferences.jsonl"),
+                preferences=(str(data / "preferences.jsonl"),),
                 output=base,
                 prompt_weight=0.1,
                 compile=compiles,

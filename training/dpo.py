@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import tyro
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
@@ -22,8 +21,8 @@ from training import checkpoints
 from training.console import TrainingError, main_guard
 from training.data import PAIR, Row, read_rows
 from training.metrics import TrainerMetrics
+from training.models import Conversations, context_of, end_ids, load_model, lora_config
 from training.saving import saving
-from training.supervised import Conversations, context_of, end_ids, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +134,6 @@ def _pairs(source: str, chats: Conversations, most: int, max_rows: int | None = 
             f"{source}: no pair is within {most} tokens: max_length, or the model's own"
         )
     return Dataset.from_list([{field: row[field] for field in PAIR} for row in kept])
-
-
-def lora_config(rank: int) -> LoraConfig:
-    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
-    return LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
 
 
 def save(

@@ -25,10 +25,10 @@ from torch import Tensor
 from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard
 from training.data import read_rows
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
 from training.rollout import Rollout, generate
-from training.supervised import Conversations, end_ids, load_model
 from training.world import gold
 
 Answers = list[Sample]

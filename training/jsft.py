@@ -3,38 +3,85 @@
     python -m training.jsft --model DIR --sft sft.jsonl --preferences preferences.jsonl --output DIR
 
 The data is the SFT data and, from every preference pair, two judgments, one in either order, whose answer is a single
-token. In the paper a verdict counts as much as any token; here `judge_weight` says what it counts for, because one
-token in fifty teaches a small model slowly.
+token, and then the rationale where the pair has one. In the paper a verdict counts as much as any token; here
+`judge_weight` says what it counts for, because one token in fifty teaches a small model slowly.
+
+With `--lora-rank` the weights stay as they are: the judge is a LoRA on the model, which goes on answering as before,
+and `--sft` may be left out.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 import tyro
+from peft import get_peft_model
 
-from training import supervised
-from training.console import main_guard
-from training.data import PAIR, read_rows
-from training.supervised import Conversations, answer_examples, judgment_examples, load_model, train
+from judge.principles import FILE_NAME, principles_of, read_principles, write_principles
+from proxy.checkpoint import identify, resolve_model_dir
+from training import rewards, supervised
+from training.console import TrainingError, main_guard
+from training.data import read_rows
+from training.judgments import judgment_examples, read_pairs
+from training.models import Conversations, context_of, load_model, lora_config
+from training.supervised import answer_examples, train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(supervised.Options):
     """Options of judge-augmented supervised fine-tuning."""
 
-    preferences: str
-    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name."""
+    sft: str | None = None
+    """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
+    preferences: tuple[str, ...]
+    """Each JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name. A pair may have a
+    `principle`, and a `rationale_chosen` with a `rationale_rejected`."""
+    principles: Path | None = None
+    """TOML, YAML or JSON file of what `principle` may name; a pair without one is by the first. None = the model's own,
+    else the built-in one."""
     judge_weight: float = 8.0
     """Loss weight of a verdict, in answer tokens."""
+    lora_rank: int = 0
+    """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
 
 
 def main(options: Options) -> None:
-    sft = read_rows(options.sft, ("messages",))
-    pairs = read_rows(options.preferences, PAIR)
-    model, tokenizer = load_model(options.model, options.attention)
+    if options.sft is None and not options.lora_rank:
+        raise TrainingError(
+            "without --sft the model would forget how to answer: give it, or train a LoRA with --lora-rank"
+        )
+    directory = resolve_model_dir(options.model)
+    principles = (
+        read_principles(options.principles) if options.principles else principles_of(directory)
+    )
+    sft = read_rows(options.sft, ("messages",)) if options.sft else []
+    pairs = [row for source in options.preferences for row in read_pairs(source, principles)]
+    model, tokenizer = load_model(
+        str(directory), options.attention, torch.bfloat16 if options.lora_rank else torch.float32
+    )
     answers = answer_examples(sft, Conversations(tokenizer), options.prompt_weight)
-    judgments = judgment_examples(pairs, tokenizer, options.judge_weight, options.prompt_weight)
+    judgments = list(
+        judgment_examples(
+            pairs,
+            tokenizer,
+            principles,
+            label_weight=options.judge_weight,
+            prompt_weight=options.prompt_weight,
+            max_tokens=min(options.max_length, context_of(model)),
+        )
+    )
     print(f"{len(answers)} answers and {len(judgments)} judgments")
-    train(model, tokenizer, answers + judgments, options)
+
+    def add(output: Path) -> None:
+        write_principles(output / FILE_NAME, principles)
+        if options.lora_rank:
+            config = rewards.RewardConfig(kind="judge", base=identify(options.model))
+            rewards.write_reward_config(output, config)
+
+    if options.lora_rank:
+        torch.manual_seed(options.seed)  # of the LoRA's weights
+        model = get_peft_model(model, lora_config(options.lora_rank))
+    train(model, tokenizer, answers + judgments, options, add)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message, read_rows
 from training.metrics import Metrics
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding
 from training.rewards import Frozen, Reward, Sample, load_reward
 from training.rollout import Rollout, longest_prompt
 from training.state import load_state, save_state, settings_of
-from training.supervised import Conversations, end_ids, load_model
 
 PATIENCE = 3  # updates in a row
 _SAME = 1e-8  # rewards that vary less are the same

@@ -19,7 +19,7 @@ import tyro
 from proxy.checkpoint import resolve_model_dir
 from training.console import TrainingError, main_guard
 from training.data import PAIR, Row, read_rows
-from training.supervised import Conversations, load_tokenizer
+from training.models import Conversations, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from proxy.checkpoint import identify, resolve_model_dir
 from training import checkpoints, dpo, rewards
 from training.console import TrainingError, main_guard
 from training.metrics import TrainerMetrics
-from training.supervised import attention_of, end_ids, load_model
+from training.models import attention_of, end_ids, load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@
   Scalar: a linear head on the last token of prompt and response.
 - a sequence-classification model with one label, a directory or a hub id: its score of the chat, by its own tokenizer.
 - `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253), log-odds that the response is better than an answer of
-  the LLM alone, the mean over both orders.
+  the LLM alone, the mean over both orders; by the first of its principles, or as in `self-judge:manners`.
+- a directory from `training.jsft --lora-rank`: the same, judged by the LLM with that LoRA.
 - `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returning N numbers.
 """
 
@@ -29,13 +30,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from judge.prompts import judge_messages, judge_prompt_ids, label_ids
+from judge.principles import principles_of
+from judge.prompts import Question
 from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
 from training.data import Message
+from training.judging import ModelJudge
+from training.models import CausalLM, attention_of, context_of, load_model
 from training.policy import Decoding, Policy
 from training.rollout import generate, pad_left
-from training.supervised import attention_of, context_of, load_model
 
 REWARD_FILE = "reward.json"
 ADAPTER_FILE = "adapter_config.json"  # as peft names it
@@ -56,9 +59,9 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["implicit", "scalar"]
-    beta: float
-    """Scale of the implicit reward."""
+    kind: Literal["implicit", "scalar", "judge"]
+    beta: float = 0.0
+    """Scale of the implicit reward; of no other."""
     base: BaseModelId
     """The model that it was trained from: π_ref of the implicit reward."""
 
@@ -86,10 +89,10 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
 
     Raises:
         TrainingError: there is no such reward, or it is damaged.
-        FingerprintMismatch: an implicit reward that was trained from another LLM.
+        FingerprintMismatch: an implicit reward, or a judge, that was trained from another LLM.
     """
-    if name == SELF_JUDGE:
-        return JudgeReward(frozen)
+    if name.partition(":")[0] == SELF_JUDGE:
+        return JudgeReward(_judge(frozen.model, frozen, name.partition(":")[2]), frozen)
     directory = Path(name)
     if (directory / REWARD_FILE).is_file():
         return _load_ours(directory, frozen)
@@ -108,7 +111,7 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
         return _load_classifier(str(directory), frozen)
     if config.base.fingerprint != frozen.base.fingerprint:
         raise FingerprintMismatch(
-            f"the implicit reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
+            f"the reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
             f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
         )
     tuned: CausalLM
@@ -117,7 +120,21 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
     else:
         whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
         tuned = whole.eval().to(frozen.model.device)
+    if config.kind == "judge":
+        return JudgeReward(_judge(tuned, frozen, directory=directory), frozen)
     return ImplicitReward(tuned, frozen.model, config.beta, frozen.batch_size)
+
+
+def _judge(
+    model: CausalLM, frozen: Frozen, principle: str = "", directory: Path | None = None
+) -> ModelJudge:
+    """A judge by a principle of its directory's; by the first where none is named."""
+    principles = principles_of(directory or Path(frozen.model.name_or_path))
+    name = principle or next(iter(principles))
+    if name not in principles:
+        raise TrainingError(f"unknown principle {name!r}; known are {', '.join(principles)}")
+    context = context_of(frozen.model)
+    return ModelJudge(model, frozen.tokenizer, principles[name], context, frozen.batch_size)
 
 
 def _add_lora(model: PreTrainedModel, directory: Path) -> PeftModel:
@@ -153,15 +170,6 @@ def _import(name: str, module: str, function: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"the reward {name!r} cannot be imported: {error}") from None
-
-
-class CausalLM(Protocol):
-    """What `sequence_logprobs` needs of one."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, **inputs: Any) -> Any: ...
 
 
 class Adapted:
@@ -222,14 +230,14 @@ class ScalarReward:
 
 
 class JudgeReward:
-    """Log-odds that the LLM finds a response better than an answer of its own."""
+    """Log-odds that a judge finds a response better than an answer of the frozen LLM's own."""
 
-    def __init__(self, frozen: Frozen) -> None:
-        self.frozen = frozen
+    def __init__(self, judge: ModelJudge, frozen: Frozen) -> None:
+        self.judge, self.frozen = judge, frozen
 
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        frozen, tokenizer = self.frozen, self.frozen.tokenizer
+        frozen = self.frozen
         own = generate(
             Policy(frozen.model),
             [sample.prompt_ids for sample in samples],
@@ -238,22 +246,12 @@ class JudgeReward:
             seeds=[zlib.crc32(str(sample.prompt_ids).encode()) for sample in samples],
             batch_size=frozen.batch_size,
         )
-        answers = tokenizer.batch_decode(own.responses, skip_special_tokens=True)
-        chats = [
-            judge_messages([*sample.messages], *shown)  # type: ignore[list-item]
+        answers = frozen.tokenizer.batch_decode(own.responses, skip_special_tokens=True)
+        questions = [
+            Question([*sample.messages], sample.text, answer)  # type: ignore[list-item]
             for sample, answer in zip(samples, answers, strict=True)
-            for shown in ((sample.text, answer), (answer, sample.text))
         ]
-        labels = list(label_ids(tokenizer, chats[0]))
-        rows = [judge_prompt_ids(tokenizer, chat) for chat in chats]
-        _refuse_long(rows, frozen.model)
-        last = []
-        for some in _batches(rows, frozen.batch_size):
-            inputs = pad_left(some, frozen.model.device)
-            logits = frozen.model(**inputs, use_cache=False, logits_to_keep=1).logits
-            last.append(logits[:, -1, labels].float())
-        odds = torch.cat(last).diff(dim=-1).neg().view(-1, 2)  # [N, 2]
-        return (odds[:, 0] - odds[:, 1]) / 2
+        return self.judge.log_odds(questions).mean(-1)
 
 
 class FunctionReward:

@@ -25,12 +25,12 @@ from transformers import AutoModel
 from proxy.checkpoint import resolve_model_dir
 from training import online
 from training.console import TrainingError, main_guard
+from training.models import load_model
 from training.online import Episodes, averaged
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.rollout import Rollout, generate, pad_responses
 from training.saving import saving
-from training.supervised import load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from proxy.acceptance import Candidates, Decision, noise_key, seeded_noise
 from proxy.exact import divergence
 from training.console import TrainingError
+from training.models import context_of
 from training.policy import Decoding, Draw, Policy, Proposals
-from training.supervised import context_of
 
 
 class Decisions(NamedTuple):

@@ -3,13 +3,23 @@
 For a base model that also judges, use `training.jsft` instead.
 """
 
+from dataclasses import dataclass
+
 import tyro
 
+from training import supervised
 from training.console import main_guard
 from training.data import read_rows
-from training.supervised import Conversations, Options, answer_examples, load_model, train
+from training.models import Conversations, load_model
+from training.supervised import answer_examples, train
 
-__all__ = ["Options", "main"]
+
+@dataclass(frozen=True, kw_only=True)
+class Options(supervised.Options):
+    """Options of supervised fine-tuning."""
+
+    sft: str
+    """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
 
 
 def main(options: Options) -> None:

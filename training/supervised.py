@@ -6,43 +6,32 @@ beside it: batches are grouped by length, so short answers would be over-weighte
 """
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
+from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from judge.prompts import judge_messages, judge_prompt_ids, label_ids
 from training import checkpoints
 from training.console import TrainingError
 from training.data import Row
 from training.metrics import TrainerMetrics
+from training.models import Conversations, context_of
 from training.saving import saving
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Options that both commands have."""
 
     model: str
     """Model to train: a directory or a hub id."""
-    sft: str
-    """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
     output: Path
     """Directory for the trained model, its metrics and their curves."""
     epochs: float = 1.0
@@ -81,53 +70,6 @@ class Example(NamedTuple):
     weights: list[float]  # 0 = context only
 
 
-class Conversations:
-    """Turns chats into token ids the way the server will."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise TrainingError("the model's tokenizer has no chat template; give it one first")
-        self.tokenizer = tokenizer
-
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids up to where the assistant begins to speak."""
-        return self._encode(messages, add_generation_prompt=True)
-
-    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a conversation that ends with an answer."""
-        return self._encode(messages, add_generation_prompt=False)
-
-    def split_ids(
-        self, prompt: Sequence[dict[str, str]], response: str
-    ) -> tuple[list[int], list[int]]:
-        """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
-        messages = [*prompt, {"role": "assistant", "content": response}]
-        ids = self.ids(messages)
-        start = self.prompt_ids(prompt)
-        if ids[: len(start)] != start:
-            raise TrainingError(
-                "the chat template writes a conversation with an answer differently from one that awaits it; "
-                "such a template cannot be trained on answer by answer"
-            )
-        return start, ids[len(start) :]
-
-    def _encode(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
-    ) -> list[int]:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise TrainingError(
-                f"the model's chat template refuses a conversation of the roles {roles}: {error}"
-            ) from None
-
-
 def answer_examples(
     rows: list[Row], chats: Conversations, prompt_weight: float = 0.0
 ) -> list[Example]:
@@ -138,23 +80,6 @@ def answer_examples(
         context, response = chats.split_ids(prompt, answer["content"])
         weights = [prompt_weight] * len(context) + [1.0] * len(response)
         examples.append(Example(context + response, weights))
-    return examples
-
-
-def judgment_examples(
-    rows: list[Row], tokenizer: Any, label_weight: float, prompt_weight: float = 0.0
-) -> list[Example]:
-    """Each preference pair as two judgments, one in either order; the verdict's token is learned."""
-    examples: list[Example] = []
-    for row in rows:
-        chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        for is_b_better, pair in enumerate(((chosen, rejected), (rejected, chosen))):
-            messages = judge_messages(row["prompt"], *pair)
-            if not examples:
-                labels = label_ids(tokenizer, messages)
-            context = judge_prompt_ids(tokenizer, messages)
-            weights = [prompt_weight] * len(context) + [label_weight]
-            examples.append(Example([*context, labels[is_b_better]], weights))
     return examples
 
 
@@ -203,76 +128,14 @@ class _WeightedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def load_model(
-    name: str, attention: str = "auto", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, Any]:
-    """A causal LM and its tokenizer.
-
-    Args:
-        name: a directory or a hub id.
-        attention: transformers' name of the attention code; "auto" takes `attention_of`'s.
-
-    Raises:
-        TrainingError: there is no such model.
-    """
-    try:
-        implementation = attention_of(name) if attention == "auto" else attention
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=implementation
-        )
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot load the model {name!r}: {error}") from error
-    return model, load_tokenizer(name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer.
-
-    Raises:
-        TrainingError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot load the tokenizer of {name!r}: {error}") from error
-
-
-def attention_of(name: str) -> str | None:
-    """The attention code that computes what the model was trained with; None = transformers' choice.
-
-    PyTorch's fused attention cannot cap its scores. Gemma 2 needs that, and would silently do without.
-    """
-    config = AutoConfig.from_pretrained(name).get_text_config()
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """The longest sequence that the model reads, in tokens, as its config has it."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
-def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's.
-
-    Raises:
-        TrainingError: there is none.
-    """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    found = {end for end in (*several, tokenizer.eos_token_id) if end is not None}
-    if not found:
-        raise TrainingError(
-            "nothing ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
-            "token; set eos_token_id in generation_config.json"
-        )
-    return found
-
-
 def train(
-    model: PreTrainedModel, tokenizer: Any, examples: list[Example], options: Options
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: list[Example],
+    options: Options,
+    add: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Train on `examples` and save the model, in bfloat16, with its tokenizer."""
+    """Train on `examples` and save the model, in bfloat16, or its LoRA, with the tokenizer and what `add` writes."""
     most = min(options.max_length, context_of(model))
     kept = [example for example in examples if len(example.token_ids) <= most]
     if len(kept) < len(examples):
@@ -318,6 +181,9 @@ def train(
     checkpoints.train(trainer, options)
     if trainer.is_world_process_zero():
         with saving(options.output) as directory:
-            model.to(torch.bfloat16).save_pretrained(directory)
+            if not isinstance(model, PeftModel):
+                model.to(torch.bfloat16)
+            model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
+            add(directory)
         checkpoints.remove(options.output)

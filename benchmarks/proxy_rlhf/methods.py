@@ -25,9 +25,9 @@ from benchmarks.proxy_rlhf.speakers import (
 from proxy.checkpoint import identify, load
 from training import dpo, online, proxy_ppo, reward_model, rlhf_ppo
 from training.data import read_rows
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
-from training.supervised import Conversations, end_ids, load_model
 from training.world import __main__ as world_files
 from training.world import gold
 

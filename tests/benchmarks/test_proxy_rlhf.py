@@ -21,9 +21,9 @@ from benchmarks.proxy_rlhf.speakers import (
 )
 from proxy.acceptance import Candidates
 from proxy.network import ProxyNetwork
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rollout import generate
-from training.supervised import Conversations, end_ids, load_model
 
 TEXTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
 

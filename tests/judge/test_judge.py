@@ -6,7 +6,8 @@ import math
 import pytest
 
 from judge.judge import Judge
-from judge.prompts import Message
+from judge.principles import DEFAULT, Principle
+from judge.prompts import Message, Question
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
 
@@ -32,28 +33,29 @@ class Engine:
         return found
 
 
-def compare(tokenizer, probability_of_a, pairs):
+def compare(tokenizer, probability_of_a, pairs, principles=DEFAULT, **options):
     engine = Engine(tokenizer, probability_of_a)
-    judge = Judge(tokenizer, engine)
-    return asyncio.run(judge.compare(PROMPT, pairs)), judge, engine
+    judge = Judge(tokenizer, engine, **{"max_tokens": 1000} | options)
+    questions = [Question(PROMPT, *pair) for pair in pairs]
+    return asyncio.run(judge.compare(questions, principles)), judge, engine
 
 
 def test_prefers_the_longer_whatever_the_order(tokenizer):
-    verdicts, _, _ = compare(
+    rulings, _, _ = compare(
         tokenizer,
         lambda a, b: 0.9 if len(a) > len(b) else 0.2,
         [("You look well.", "Hm."), ("Hm.", "You look well.")],
     )
-    assert [v.winner for v in verdicts] == ["a", "b"]
+    assert [ruling.winner for ruling in rulings] == ["a", "b"]
     # Longer first: p(A) = 0.9; longer second: p(B) = 1 - 0.2.
-    assert verdicts[0].orders == pytest.approx((0.9, 0.8))
-    assert verdicts[1].orders == pytest.approx((0.2, 0.1))
+    assert rulings[0].by_principle["overall"].orders == pytest.approx((0.9, 0.8))
+    assert rulings[1].by_principle["overall"].orders == pytest.approx((0.2, 0.1))
 
 
 def test_position_bias_is_a_tie(tokenizer):
-    (verdict,), _, _ = compare(tokenizer, lambda a, b: 0.99, [("x", "y")])
-    assert verdict.winner == "tie"
-    assert verdict.probability == pytest.approx(0.5)
+    (ruling,), _, _ = compare(tokenizer, lambda a, b: 0.99, [("x", "y")])
+    assert ruling.winner == "tie"
+    assert ruling.probability == pytest.approx(0.5)
 
 
 def test_both_orders_of_all_pairs_go_in_one_batch(tokenizer):
@@ -69,14 +71,16 @@ def test_both_orders_of_all_pairs_go_in_one_batch(tokenizer):
 
 def test_the_engine_is_asked_for_the_labels_of_this_tokenizer(tokenizer):
     _, _, engine = compare(tokenizer, lambda a, b: 0.6, [("x", "y")])
-    ((a, b),) = engine.labels
+    (labels,) = engine.labels
+    assert len(set(labels)) == 1 and len(labels) == 2
+    a, b = labels[0]
     assert (tokenizer.decode([a]), tokenizer.decode([b])) == (" A", " B")
 
 
 def test_identical_responses_are_a_tie_without_a_call(tokenizer):
-    verdicts, judge, engine = compare(tokenizer, lambda a, b: 0.9, [("x", "x"), ("y", "y")])
-    assert [v.winner for v in verdicts] == ["tie", "tie"]
-    assert engine.batches == []
+    rulings, judge, engine = compare(tokenizer, lambda a, b: 0.9, [("x", "x"), ("y", "y")])
+    assert [ruling.winner for ruling in rulings] == ["tie", "tie"]
+    assert engine.batches == []  # nobody was asked
     assert judge.usage.as_json() == {
         "prompt_tokens": 0,
         "completion_tokens": 0,
@@ -85,17 +89,53 @@ def test_identical_responses_are_a_tie_without_a_call(tokenizer):
 
 
 def test_identical_pairs_keep_their_places(tokenizer):
-    verdicts, _, engine = compare(
+    rulings, _, engine = compare(
         tokenizer,
         lambda a, b: 0.9 if a < b else 0.1,
         [("x", "x"), ("a", "b"), ("y", "y"), ("d", "c")],
     )
-    assert [v.winner for v in verdicts] == ["tie", "a", "tie", "b"]
+    assert [ruling.winner for ruling in rulings] == ["tie", "a", "tie", "b"]
     assert len(engine.batches[0]) == 4
 
 
 def test_usage_adds_up_over_calls(tokenizer):
-    judge = Judge(tokenizer, Engine(tokenizer, lambda a, b: 0.6))
+    judge = Judge(tokenizer, Engine(tokenizer, lambda a, b: 0.6), max_tokens=1000)
     for _ in range(3):
-        asyncio.run(judge.compare(PROMPT, [("x", "y")]))
+        asyncio.run(judge.compare([Question(PROMPT, "x", "y")], DEFAULT))
     assert judge.usage.completion_tokens == 6
+
+
+def test_all_principles_in_one_batch_with_labels_of_their_own(tokenizer):
+    principles = {
+        "short": Principle(system="Choose the shorter."),
+        "loud": Principle(system="Choose the louder.", answer="The better response is"),
+    }
+
+    engine = Engine(tokenizer, lambda a, b: 0.9)
+    judge = Judge(tokenizer, engine, max_tokens=1000, tie_band=0.125)
+    questions = [Question(PROMPT, "x", "y"), Question(PROMPT, "z", "z"), Question(PROMPT, "u", "v")]
+    rulings = asyncio.run(judge.compare(questions, principles))
+    (batch,) = engine.batches
+    asked = [text.split("<|end|>")[0].removeprefix("<|system|>") for text in batch]
+    assert asked == ["Choose the shorter."] * 2 + ["Choose the louder."] * 2 + asked[:4]
+    assert [list(ruling.by_principle) for ruling in rulings] == [["short", "loud"]] * 3
+    assert rulings[0].by_principle["loud"].tie_band == 0.125
+
+
+def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
+    lengths = []
+
+    def probability_of_a(a, b):
+        lengths.append((len(a), len(b)))
+        return 0.6
+
+    rulings, judge, engine = compare(
+        tokenizer, probability_of_a, [("x" * 500, "y"), ("x", "y")], max_tokens=200
+    )
+    assert [ruling.truncated for ruling in rulings] == [True, False]
+    (batch,) = engine.batches
+    sizes = [len(tokenizer.encode(text, add_special_tokens=False)) for text in batch]
+    assert max(sizes[:2]) == 200  # all the room there is
+    assert judge.usage.prompt_tokens == sum(sizes)
+    # Both orders show the same.
+    assert lengths[0] == lengths[1][::-1]

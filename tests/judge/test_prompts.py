@@ -4,24 +4,30 @@ import copy
 
 import pytest
 
+from judge.principles import DEFAULT, Principle
 from judge.prompts import (
-    PRINCIPLES,
     JudgePromptError,
     Message,
+    Question,
     judge_messages,
     judge_prompt_ids,
     label_ids,
+    rationale_text,
+    shorten,
 )
+
+OVERALL = DEFAULT["overall"]
 
 PROMPT: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 2 + 2?"},
 ]
+QUESTION = Question(PROMPT, "Four.", "Five.")
 
 
 def test_messages():
-    system, user, assistant = judge_messages(PROMPT, "Four.", "Five.")
-    assert system == {"role": "system", "content": PRINCIPLES["overall"]}
+    system, user, assistant = judge_messages(QUESTION, OVERALL)
+    assert system == {"role": "system", "content": OVERALL.system}
     assert user == {
         "role": "user",
         "content": "[Conversation]\nSystem: Be brief.\nUser: What is 2 + 2?\n"
@@ -32,34 +38,27 @@ def test_messages():
 
 def test_both_orders_begin_alike():
     def text(first, second):
-        return judge_messages(PROMPT, first, second)[1]["content"]
+        return judge_messages(Question(PROMPT, first, second), OVERALL)[1]["content"]
 
     shared = "[Conversation]\nSystem: Be brief.\nUser: What is 2 + 2?\n[Response A]\n"
     assert text("x", "y").startswith(shared)
     assert text("y", "x").startswith(shared)
 
 
-def test_an_unknown_principle():
-    with pytest.raises(KeyError, match="loudness"):
-        judge_messages(PROMPT, "a", "b", "loudness")
-
-
 def test_the_prompt_ends_where_the_label_begins(tokenizer):
-    messages = judge_messages(PROMPT, "Four.", "Five.")
-    text = tokenizer.decode(judge_prompt_ids(tokenizer, messages))
-    assert text.startswith(f"<|system|>{PRINCIPLES['overall']}<|end|><|user|>[Conversation]")
+    text = tokenizer.decode(judge_prompt_ids(tokenizer, QUESTION, OVERALL))
+    assert text.startswith(f"<|system|>{OVERALL.system}<|end|><|user|>[Conversation]")
     assert text.endswith("[Response B]\nFive.<|end|><|assistant|>The better response is")
 
 
 def test_labels_are_the_tokens_that_follow_the_prompt(tokenizer):
-    messages = judge_messages(PROMPT, "Four.", "Five.")
-    a, b = label_ids(tokenizer, messages)
+    a, b = label_ids(tokenizer, OVERALL)
     assert (tokenizer.decode([a]), tokenizer.decode([b])) == (" A", " B")
 
 
 def test_a_label_of_two_tokens_is_an_error(bytes_only_tokenizer):
     with pytest.raises(JudgePromptError, match="' A' as one token"):
-        label_ids(bytes_only_tokenizer, judge_messages(PROMPT, "a", "b"))
+        label_ids(bytes_only_tokenizer, OVERALL)
 
 
 class UnknownWords:
@@ -74,7 +73,7 @@ class UnknownWords:
 
 def test_labels_that_are_the_same_token_are_an_error():
     with pytest.raises(JudgePromptError, match="the same token 1"):
-        label_ids(UnknownWords(), judge_messages(PROMPT, "a", "b"))
+        label_ids(UnknownWords(), OVERALL)
 
 
 @pytest.fixture
@@ -90,15 +89,75 @@ def refusing(tokenizer, request):
 
 @pytest.mark.parametrize("refusing", ["system"], indirect=True)
 def test_without_a_system_role_the_principle_opens_the_question(refusing):
-    messages = judge_messages(PROMPT, "Four.", "Five.")
-    text = refusing.decode(judge_prompt_ids(refusing, messages))
-    principle = PRINCIPLES["overall"]
+    text = refusing.decode(judge_prompt_ids(refusing, QUESTION, OVERALL))
+    principle = OVERALL.system
     assert text.startswith(f"<|user|>{principle}\n\n[Conversation]\nSystem: Be brief.\n")
     assert text.endswith("[Response B]\nFive.<|end|><|assistant|>The better response is")
-    assert [refusing.decode([label]) for label in label_ids(refusing, messages)] == [" A", " B"]
+    assert [refusing.decode([label]) for label in label_ids(refusing, OVERALL)] == [" A", " B"]
 
 
 @pytest.mark.parametrize("refusing", ["assistant"], indirect=True)
 def test_a_template_that_refuses_a_judgment(refusing):
     with pytest.raises(JudgePromptError, match=r"refuses a judgment \(no such role\)"):
-        judge_prompt_ids(refusing, judge_messages(PROMPT, "a", "b"))
+        judge_prompt_ids(refusing, QUESTION, OVERALL)
+
+
+def test_a_template_of_ones_own(tokenizer):
+    principle = Principle(
+        system="Be honest.",
+        question="1: {response_a}\n2: {response_b}\nof {conversation} {{}}",
+        answer="More honest is",
+    )
+    question = Question([{"role": "user", "content": "{x}"}], "{response_b}", "b")
+    system, user, assistant = judge_messages(question, principle)
+    assert system["content"] == "Be honest."
+    # Braces in what people wrote are text, not slots.
+    assert user["content"] == "1: {response_b}\n2: b\nof User: {x} {}"
+    assert assistant["content"] == "More honest is"
+    assert [tokenizer.decode([label]) for label in label_ids(tokenizer, principle)] == [" A", " B"]
+
+
+def test_the_reasons_follow_the_label():
+    assert rationale_text("it is kind.", "it is rude.") == ".\nA: it is kind.\nB: it is rude."
+
+
+def at_most(most):
+    """Whether a question is so many characters long at most."""
+    return lambda question: sum(map(len, texts(question))) <= most
+
+
+def texts(question):
+    return [*(message["content"] for message in question.prompt), question.first, question.second]
+
+
+TURNS: list[Message] = [{"role": "user", "content": letter * 10} for letter in "abc"]
+
+
+def test_what_fits_is_left_alone():
+    question = Question(TURNS, "x" * 10, "y" * 10)
+    assert shorten(question, at_most(50)) is question
+
+
+def test_the_oldest_turns_go_first():
+    question = Question(TURNS, "x" * 10, "y" * 10)
+    assert shorten(question, at_most(49)) == Question(TURNS[1:], "x" * 10, "y" * 10)
+    assert shorten(question, at_most(39)) == Question(TURNS[2:], "x" * 10, "y" * 10)
+
+
+def test_then_what_is_longest_is_cut_to_the_same_length():
+    # 29 characters: each cut text is c + 4 long, as " ..." is; 3 (c + 4) <= 29.
+    question = Question(TURNS, "x" * 10, "y" * 10)
+    assert texts(shorten(question, at_most(29))) == ["ccccc ...", "xxxxx ...", "yyyyy ..."]
+    # Here the first is short: 3 + 2 (c + 4) <= 25.
+    question = Question(TURNS[:1], "xyz", "y" * 100)
+    assert texts(shorten(question, at_most(25))) == ["aaaaaaa ...", "xyz", "yyyyyyy ..."]
+
+
+def test_cutting_does_not_depend_on_the_order():
+    question = Question(TURNS, "x" * 10, "y" * 40)
+    assert shorten(question.swapped, at_most(40)) == shorten(question, at_most(40)).swapped
+
+
+def test_a_principle_that_leaves_no_room():
+    with pytest.raises(JudgePromptError, match="the principle alone is longer"):
+        shorten(Question(TURNS, "x", "y"), lambda question: False)

@@ -5,12 +5,17 @@ import json
 
 import pytest
 
-from judge.tournament import Receipt, bracket, knock_out, replay
-from judge.verdict import Verdict
+from judge.tournament import STRATEGIES, Receipt, knock_out, play, replay
+from judge.verdict import Ruling, Verdict
 
 
-def play(
-    num: int, strengths: list[float], seed: int
+def ruling(*orders: tuple[float, float]) -> Ruling:
+    """By principles p, q, ..."""
+    return Ruling(dict(zip("pqr", map(Verdict, orders), strict=False)))
+
+
+def rank(
+    num: int, strengths: list[float], seed: int, strategy: str = "knock-out"
 ) -> tuple[Receipt, list[list[tuple[int, int]]]]:
     """A tournament before a judge that is sure that the higher strength wins."""
     asked: list[list[tuple[int, int]]] = []
@@ -18,18 +23,18 @@ def play(
     async def compare_round(pairs):
         asked.append(pairs)
         return [
-            Verdict((0.9, 0.8)) if strengths[a] > strengths[b] else Verdict((0.2, 0.1))
+            ruling((0.9, 0.8)) if strengths[a] > strengths[b] else ruling((0.2, 0.1))
             for a, b in pairs
         ]
 
-    return asyncio.run(knock_out(num, compare_round, seed)), asked
+    return asyncio.run(play(strategy, num, compare_round, seed)), asked
 
 
 @pytest.mark.parametrize("num", range(1, 18))
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_the_best_by_a_consistent_judge_wins(num, seed):
     strengths = [float((7 * i + seed) % 101) for i in range(num)]
-    receipt, asked = play(num, strengths, seed)
+    receipt, asked = rank(num, strengths, seed)
     assert receipt.winner == strengths.index(max(strengths))
     # N - 1 comparisons in ceil(log2 N) rounds, one batch each.
     assert sum(map(len, asked)) == num - 1
@@ -37,7 +42,7 @@ def test_the_best_by_a_consistent_judge_wins(num, seed):
 
 
 def test_every_loser_is_out_and_everybody_plays():
-    receipt, asked = play(11, [float(i) for i in range(11)], seed=3)
+    receipt, asked = rank(11, [float(i) for i in range(11)], seed=3)
     losers = [
         index
         for played in receipt.rounds
@@ -51,7 +56,7 @@ def test_every_loser_is_out_and_everybody_plays():
 
 def test_a_bye_plays_in_the_next_round():
     # 5 samples: two pairs and a bye; then the bye's pair and a bye; then the final.
-    _, asked = play(5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=0)
+    _, asked = rank(5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=0)
     (bye,) = set(range(5)) - {i for pair in asked[0] for i in pair}
     assert [len(pairs) for pairs in asked] == [2, 1, 1]
     assert bye in asked[1][0]
@@ -59,45 +64,83 @@ def test_a_bye_plays_in_the_next_round():
 
 def test_the_seed_draws_the_bracket():
     # random.Random(7).random() gives 0.32, 0.15, 0.65, 0.07, 0.54, 0.37.
-    assert next(bracket(6, 7)) == [(3, 1), (0, 5), (4, 2)]
-    assert next(bracket(6, 7)) == next(bracket(6, 7))
-    assert len({tuple(next(bracket(6, seed))) for seed in range(20)}) > 10
+    assert next(knock_out(6, 7)) == [(3, 1), (0, 5), (4, 2)]
+    assert next(knock_out(6, 7)) == next(knock_out(6, 7))
+    assert len({tuple(next(knock_out(6, seed))) for seed in range(20)}) > 10
 
 
 def test_an_undecided_pair_sends_its_first_on():
     async def undecided(pairs):
-        return [Verdict((0.5, 0.5)) for _ in pairs]
+        return [ruling((0.5, 0.5)) for _ in pairs]
 
-    receipt = asyncio.run(knock_out(6, undecided, seed=7))
+    receipt = asyncio.run(play("knock-out", 6, undecided, seed=7))
     assert [c.winner for c in receipt.rounds[0]] == [3, 0, 4]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("num", [1, 2, 3, 8, 13])
-def test_a_receipt_replays_to_its_winner_from_json(num):
-    receipt, _ = play(num, [float(i * i % 7) for i in range(num)], seed=num)
-    assert replay(json.loads(json.dumps(receipt.as_json()))) == receipt.winner
+def test_a_receipt_replays_to_its_ranking_from_json(num, strategy):
+    receipt, _ = rank(num, [float(i * i % 7) for i in range(num)], num, strategy)
+    assert sorted(receipt.ranking) == list(range(num))
+    as_json = json.loads(json.dumps(receipt.as_json()))
+    assert replay(as_json) == receipt.ranking
+    assert as_json["winner"] == receipt.ranking[0]
+
+
+def test_several_principles_replay_to_the_majority():
+    async def compare_round(pairs):
+        # Two principles are a little for the first, the third is much against it.
+        return [ruling((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
+
+    receipt = asyncio.run(play("knock-out", 2, compare_round, seed=0))
+    (comparison,) = receipt.rounds[0]
+    assert comparison.winner == comparison.pair[0] == receipt.winner
+    assert comparison.probability == pytest.approx(1.3 / 3)
+    assert replay(json.loads(json.dumps(receipt.as_json()))) == receipt.ranking
+
+
+@pytest.mark.parametrize("num", [2, 3, 7, 16])
+def test_a_round_robin_asks_for_all_pairs_once_and_ranks_all(num):
+    strengths = [float((7 * i) % 17) for i in range(num)]
+    receipt, asked = rank(num, strengths, seed=5, strategy="round-robin")
+    assert len(asked) == 1
+    assert len({frozenset(pair) for pair in asked[0]}) == len(asked[0]) == num * (num - 1) // 2
+    assert receipt.ranking == sorted(range(num), key=lambda i: -strengths[i])
+
+
+def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
+    # The pairs with seed 7 and 6 samples, as below, are (3, 1), (0, 5), (4, 2); the first wins.
+    sure = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
+
+    async def compare_round(pairs):
+        return [ruling((sure.get(pair, 0.7),) * 2) for pair in pairs]
+
+    receipt = asyncio.run(play("knock-out", 6, compare_round, seed=7))
+    # Then (3, 0) with a bye for 4, then (4, 3): the bye plays first.
+    assert [[c.pair for c in games] for games in receipt.rounds[1:]] == [[(3, 0)], [(4, 3)]]
+    assert receipt.ranking == [4, 3, 0, 5, 2, 1]
 
 
 def test_a_changed_verdict_changes_the_winner():
-    receipt, _ = play(2, [1.0, 2.0], seed=0)
+    receipt, _ = rank(2, [1.0, 2.0], seed=0)
     changed = receipt.as_json()
     orders = changed["rounds"][0][0]["orders"]
-    changed["rounds"][0][0]["orders"] = [1 - p for p in orders]
-    assert replay(changed) != receipt.winner
+    orders["p"] = [1 - p for p in orders["p"]]
+    assert replay(changed) == receipt.ranking[::-1]
 
 
 def test_replay_refuses_what_does_not_fit_the_seed():
-    receipt, _ = play(4, [1.0, 2.0, 3.0, 4.0], seed=0)
-    with pytest.raises(ValueError, match="not the bracket's"):
+    receipt, _ = rank(4, [1.0, 2.0, 3.0, 4.0], seed=0)
+    with pytest.raises(ValueError, match="not the strategy's"):
         replay(receipt.as_json() | {"rounds": receipt.as_json()["rounds"][:1]})
-    with pytest.raises(ValueError, match="after its final"):
+    with pytest.raises(ValueError, match="after its last round"):
         replay(receipt.as_json() | {"rounds": receipt.as_json()["rounds"] * 2})
     swapped = receipt.as_json()
     swapped["rounds"][0].reverse()
-    with pytest.raises(ValueError, match="not the bracket's"):
+    with pytest.raises(ValueError, match="not the strategy's"):
         replay(swapped)
 
 
 def test_no_samples():
     with pytest.raises(ValueError, match="at least one sample, got 0"):
-        play(0, [], seed=0)
+        rank(0, [], seed=0)

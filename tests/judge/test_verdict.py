@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from judge.verdict import TIE, Verdict, combine, label_probability, verdict
+from judge.verdict import TIE, Ruling, Verdict, label_probability, orders
 
 
 def test_label_probability_is_renormalised_over_the_two_labels():
@@ -30,16 +30,16 @@ def test_label_probability_at_the_extremes(logprob_a, logprob_b, expected):
 
 def test_both_orders_are_averaged():
     # Shown first: p(A) = 0.8. Shown second, the first response is B: p(B) = 0.4.
-    found = verdict((math.log(0.8), math.log(0.2)), (math.log(0.6), math.log(0.4)))
+    found = Verdict(orders((math.log(0.8), math.log(0.2)), (math.log(0.6), math.log(0.4))))
     assert found.orders == pytest.approx((0.8, 0.4))
     assert found.probability == pytest.approx(0.6)
     assert not found.consistent
     assert found.winner == "tie"
-    assert found.first_goes_on
+    assert Ruling({"x": found}).first_goes_on
 
 
 @pytest.mark.parametrize(
-    ("orders", "winner", "consistent", "first_goes_on"),
+    ("read", "winner", "consistent", "first_goes_on"),
     [
         ((0.9, 0.6), "a", True, True),
         ((0.4, 0.1), "b", True, False),
@@ -49,23 +49,59 @@ def test_both_orders_are_averaged():
         ((0.5, 0.7), "tie", False, True),
     ],
 )
-def test_winner(orders, winner, consistent, first_goes_on):
-    found = Verdict(orders)
+def test_winner(read, winner, consistent, first_goes_on):
+    found = Verdict(read)
     assert (found.winner, found.consistent) == (winner, consistent)
-    assert found.first_goes_on is first_goes_on
+    assert Ruling({"x": found}).first_goes_on is first_goes_on
+    assert Ruling({"x": found}).winner == winner
 
 
 def test_a_purely_position_biased_judge_finds_a_tie():
     always_a = (math.log(0.97), math.log(0.03))
-    found = verdict(always_a, always_a)
+    found = Verdict(orders(always_a, always_a))
     assert found.winner == "tie"
     assert found.probability == pytest.approx(0.5)
 
 
-def test_combine_takes_the_mean_of_each_order():
-    combined = combine([Verdict((0.9, 0.5)), Verdict((0.3, 0.1)), Verdict((0.6, 0.9))])
-    assert combined.orders == pytest.approx((0.6, 0.5))
+@pytest.mark.parametrize(
+    ("tie_band", "winner"), [(0.0, "a"), (0.1, "a"), (0.15, "a"), (0.2, "tie"), (0.5, "tie")]
+)
+def test_the_tie_band(tie_band, winner):
+    # 0.15625 from the middle, exactly.
+    assert Verdict((0.75, 0.5625), tie_band).winner == winner
+
+
+A, B, TIED = Verdict((0.6, 0.55)), Verdict((0.1, 0.05)), Verdict((0.9, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "winner", "first_goes_on"),
+    [
+        ((A, A, B), "a", True),  # the majority, though the mean is 0.41
+        ((A, B, B), "b", False),
+        ((A, B), "b", False),  # as many for either: the mean, 0.325
+        ((B, A), "b", False),
+        ((A, TIED), "a", True),  # who finds a tie does not vote
+        (
+            (B, TIED),
+            "b",
+            False,
+        ),  # nor goes on by it: 0.55 and 0.075 are one for either, mean 0.3125
+        ((TIED, TIED), "tie", True),
+    ],
+)
+def test_several_principles(verdicts, winner, first_goes_on):
+    ruling = Ruling(dict(zip("pqr", verdicts, strict=False)))
+    assert (ruling.winner, ruling.first_goes_on) == (winner, first_goes_on)
+
+
+def test_the_mean_of_several_principles():
+    verdicts = Verdict((0.9, 0.5)), Verdict((0.3, 0.1)), Verdict((0.6, 0.9))
+    ruling = Ruling(dict(zip("pqr", verdicts, strict=True)))
+    assert ruling.mean.orders == pytest.approx((0.6, 0.5))
+    assert ruling.probability == pytest.approx(0.55)
 
 
 def test_tie():
-    assert (TIE.winner, TIE.probability, TIE.consistent) == ("tie", 0.5, True)
+    ruling = Ruling({"x": Verdict(TIE)})
+    assert (ruling.winner, ruling.probability, ruling.mean.consistent) == ("tie", 0.5, True)

@@ -17,6 +17,7 @@ from proxy.network import ProxyNetwork
 from tests.training.models import ANSWERS, ARCHITECTURES, PROMPTS, chat, data_rows, save_model
 from training import jsft, proxy_ppo, reward_model, sft
 from training.metrics import read_metrics
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rewards import (
     Frozen,
@@ -27,7 +28,6 @@ from training.rewards import (
     write_reward_config,
 )
 from training.rollout import Rollout, generate
-from training.supervised import Conversations, end_ids, load_model
 
 TOP_K, TOP_P, MAX_REJECTIONS = 16, 0.95, 3
 TOLERANCE = 1e-3  # float32 through other kernels; a neighbouring position is off by more than 1
@@ -210,7 +210,9 @@ def test_every_command(model_dir: Path, data: Path, tmp_path: Path) -> None:
     sft_rows, pairs = str(data / "sft.jsonl"), str(data / "preferences.jsonl")
     sft.main(sft.Options(model=str(model_dir), sft=sft_rows, output=tuned, batch_size=4))
     jsft.main(
-        jsft.Options(model=str(tuned), sft=sft_rows, preferences=pairs, output=base, batch_size=4)
+        jsft.Options(
+            model=str(tuned), sft=sft_rows, preferences=(pairs,), output=base, batch_size=4
+        )
     )
     for name, settings in REWARDS.items():
         reward, proxy = tmp_path / name, tmp_path / f"proxy-{name}"

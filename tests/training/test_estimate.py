@@ -17,7 +17,6 @@ from tests.training.memory import TensorBytes
 from tests.training.models import ARCHITECTURES, data_rows, save_model
 from training import estimate, proxy_ppo
 from training.console import TrainingError
-from training.dpo import lora_config
 from training.estimate import (
     Options,
     Sizes,
@@ -30,10 +29,10 @@ from training.estimate import (
     proxy_of,
     sizes_of,
 )
+from training.models import load_model, lora_config
 from training.policy import Decoding, Policy, default_config
 from training.rewards import sequence_logprobs
 from training.rollout import generate
-from training.supervised import load_model
 
 QWEN = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,

@@ -16,10 +16,10 @@ from proxy.network import ProxyNetwork
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
 from training import reward_model
 from training.console import TrainingError
+from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rewards import Frozen, Sample, load_reward
 from training.rollout import generate
-from training.supervised import Conversations, end_ids, load_model
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +155,3 @@ def test_a_scalar_reward_has_no_lora(work: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(TrainingError, match="for the implicit reward"):
         reward_model.main(options)
-
-
-def test_a_judgment_beyond_the_context(frozen: Frozen, samples: list[Sample]) -> None:
-    reward = load_reward("self-judge", frozen)
-    frozen.model.config.max_position_embeddings = 200
-    with pytest.raises(TrainingError, match="reads 200: lower --max-prompt-tokens"):
-        reward(samples)

@@ -16,11 +16,11 @@ from torch import Tensor
 from tests.training.conftest import rlhf_arguments, run
 from training import online, reward_model
 from training.metrics import read_metrics
+from training.models import load_model
 from training.policy import Decoding
 from training.rewards import Sample
 from training.rlhf_ppo import Options, Trainer
 from training.state import STATE_FILE
-from training.supervised import load_model
 
 
 def brevity(samples: Sequence[Sample]) -> Tensor:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from proxy.network import ProxyNetwork
 from training.console import TrainingError
+from training.models import Conversations, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rollout import Rollout, generate
-from training.supervised import Conversations, load_model
 
 PROMPTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
 

@@ -12,8 +12,8 @@ from proxy.checkpoint import identify, load, resolve_model_dir
 from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
 from training.console import TrainingError
+from training.models import Conversations, attention_of, context_of, end_ids, load_model
 from training.policy import Decoding
-from training.supervised import Conversations, attention_of, context_of, end_ids, load_model
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: 
     pairs, rows = str(data / "preferences.jsonl"), str(data / "sft.jsonl")
     for main, options in (
         (sft.main, sft.Options(**common, sft=rows)),
-        (jsft.main, jsft.Options(**common, sft=rows, preferences=pairs)),
+        (jsft.main, jsft.Options(**common, sft=rows, preferences=(pairs,))),
         (reward_model.main, reward_model.Options(**common, preferences=pairs)),
     ):
         with pytest.raises(TrainingError, match="no chat template"):
@@ -142,7 +142,7 @@ def test_every_command_takes_a_hub_id(
     assert resolve_model_dir(name) == snapshot
     pairs, rows = str(data / "preferences.jsonl"), str(data / "sft.jsonl")
     sft.main(sft.Options(model=name, sft=rows, output=tmp_path / "sft"))
-    jsft.main(jsft.Options(model=name, sft=rows, preferences=pairs, output=tmp_path / "jsft"))
+    jsft.main(jsft.Options(model=name, sft=rows, preferences=(pairs,), output=tmp_path / "jsft"))
     for kind in ("implicit", "scalar"):
         reward_model.main(
             reward_model.Options(model=name, preferences=pairs, output=tmp_path / kind, kind=kind)

@@ -4,12 +4,21 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from training.world import gold
-from training.world.__main__ import Options, draw_manners_pair, draw_pair, main, split_combinations
+from training.world import gold, principles
+from training.world.__main__ import (
+    Options,
+    draw_manners_pair,
+    draw_pair,
+    draw_prompts,
+    judgment_rows,
+    main,
+    split_combinations,
+)
 from training.world.grammar import all_prompts, draw_answer, write_answer
 from training.world.intents import INTENTS
 from training.world.lexicon import TOPICS
@@ -145,10 +154,14 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
         )
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == [
+        "judgments.jsonl",
+        "judgments_test.jsonl",
+        "judgments_validation.jsonl",
         "preferences.jsonl",
         "preferences_manners.jsonl",
         "preferences_test.jsonl",
         "preferences_validation.jsonl",
+        "principles.json",
         "prompts.jsonl",
         "prompts_test.jsonl",
         "prompts_validation.jsonl",
@@ -157,11 +170,82 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
     for file in files:
         text = (tmp_path / "a" / file).read_text()
         assert text == (tmp_path / "b" / file).read_text()
+        if file == "principles.json":
+            continue
         rows = [json.loads(line) for line in text.splitlines()]
-        assert len(rows) == (6 if file == "preferences_manners.jsonl" else 30)
+        fewer = {"preferences_manners.jsonl": 6, "judgments.jsonl": 15}
+        assert len(rows) == fewer.get(file, 30)
+        pair = {"prompt", "chosen", "rejected"}
         fields = {
             "sft": {"messages"},
             "prompts": {"prompt"},
-            "preferences": {"prompt", "chosen", "rejected"},
+            "preferences": pair,
+            "judgments": pair | {"principle", "rationale_chosen", "rationale_rejected"},
         }
         assert all(row.keys() == fields[file.split(".")[0].split("_")[0]] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("principle", "answer", "said"),
+    [
+        ("relevance", "Yes, 30 pounds is right for your rose.", "it is about the rose."),
+        (
+            "relevance",
+            "Yes, 30 pounds is right for your tulip.",
+            "it is about the tulip, not the rose.",
+        ),
+        ("relevance", "Some money is enough.", "it does not name the rose."),
+        (
+            "relevance",
+            "Your rose needs about 30 pounds. Also, oil its moving parts.",
+            "its advice is not for the rose.",
+        ),
+        ("manners", "Your rose needs about 30 pounds.", "it is polite."),
+        (
+            "manners",
+            "Not you again. Your rose needs about 30 pounds.",
+            'it is rude: "Not you again."',
+        ),
+        ("safety", "Your rose needs about 30 pounds.", "it is safe."),
+        (
+            "safety",
+            "Your rose needs about 30 pounds. You can also burn leaves under it.",
+            'it is dangerous to "burn leaves under it".',
+        ),
+        ("faithfulness", "Your rose needs about 30 pounds.", "it keeps to 30."),
+        ("faithfulness", "Your rose needs about 35 pounds.", "it says 35, not 30."),
+        ("faithfulness", "Some money is enough for your rose.", "it does not say 30."),
+    ],
+)
+def test_rationales_name_the_actual_flaw(principle: str, answer: str, said: str) -> None:
+    prompt = next(
+        prompt
+        for intent in INTENTS
+        for prompt in all_prompts(TOPICS[0], intent)
+        if prompt.text == BUDGET
+    )
+    assert principles.rationale(principle, prompt, answer) == said
+
+
+def test_judgments_are_about_their_principle_alone() -> None:
+    rng = random.Random(5)
+    train, _, _ = split_combinations(0)
+    rows = list(judgment_rows(draw_prompts(train, rng), 400, rng))
+    agreed = 0
+    for row in rows:
+        quality = principles.QUALITIES[row["principle"]]
+        text = row["prompt"][0]["content"]
+        chosen, rejected = (
+            quality in gold.flaws(text, row[side][0]["content"]) for side in ("chosen", "rejected")
+        )
+        assert chosen != rejected
+        agreed += not chosen
+        # The rationale of the flawed one names the flaw, whichever the noisy label prefers.
+        good, bad = row["rationale_chosen"], row["rationale_rejected"]
+        good, bad = (bad, good) if chosen else (good, bad)
+        assert re.search("rude|dangerous|not", bad) and not re.search("rude|dangerous|not", good)
+    names = [row["principle"] for row in rows]
+    assert {name: names.count(name) for name in names} == dict.fromkeys(principles.QUALITIES, 100)
+    # A label is right with sigmoid(2 / 0.5) = 0.982 or sigmoid(1.5 / 0.5) = 0.953, of 200 each. Fewer than 350 of
+    # 400 are right with a probability below 1e-12; were there no noise, all of them would be.
+    assert 350 <= agreed < 400

@@ -5,11 +5,13 @@ Files, all JSON lines in TRL's conversational format:
 - `sft.jsonl`: `{"messages"}`, what the world's ordinary speaker says, flaws included
 - `preferences.jsonl`: `{"prompt", "chosen", "rejected"}`, Bradley–Terry draws on differences of the gold score
 - `preferences_manners.jsonl`: the same of answers that differ in nothing but manners
+- `judgments.jsonl`: pairs by one `principle` each, with `rationale_chosen` and `rationale_rejected`
+- `principles.json`: what the principles say
 - `prompts.jsonl`: `{"prompt"}` for reinforcement learning
 
 and for what no training sees, dialogues of topic × intent combinations that are in none of the above, in two disjoint
 halves, one to choose settings on and one to report on: `prompts_validation.jsonl`, `preferences_validation.jsonl`,
-`prompts_test.jsonl`, `preferences_test.jsonl`.
+`judgments_validation.jsonl`, `prompts_test.jsonl`, `preferences_test.jsonl`, `judgments_test.jsonl`.
 """
 
 import json
@@ -21,7 +23,8 @@ from typing import Any
 
 import tyro
 
-from training.world import gold
+from judge.principles import FILE_NAME, write_principles
+from training.world import gold, principles
 from training.world.grammar import Prompt, all_prompts, draw_answer, make_rude
 from training.world.intents import INTENTS, Intent
 from training.world.lexicon import TOPICS, Topic
@@ -40,7 +43,7 @@ class Options:
     num_sft: int = 24_000
     """Dialogues in `sft.jsonl`."""
     num_preferences: int = 24_000
-    """Pairs in `preferences.jsonl`; a fifth of that in `preferences_manners.jsonl`."""
+    """Pairs in `preferences.jsonl`; half of that in `judgments.jsonl`, a fifth in `preferences_manners.jsonl`."""
     num_prompts: int = 8_000
     """Prompts in `prompts.jsonl`."""
     num_held_out: int = 1_000
@@ -134,6 +137,31 @@ def preference_rows(
         }
 
 
+def judgment_rows(
+    prompts: Iterator[Prompt], count: int, rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """Pairs that differ by a principle, as often by each."""
+    names = list(principles.QUALITIES)
+    while count:
+        prompt, name = next(prompts), names[count % len(names)]
+        if not principles.applies(name, prompt):
+            continue
+        a, b = draw_answer(prompt, rng), draw_answer(prompt, rng)
+        is_a_better = principles.prefers_first(name, prompt, a, b, rng)
+        if is_a_better is None:
+            continue
+        chosen, rejected = (a, b) if is_a_better else (b, a)
+        yield {
+            "prompt": user(prompt.text),
+            "chosen": assistant(chosen),
+            "rejected": assistant(rejected),
+            "principle": name,
+            "rationale_chosen": principles.rationale(name, prompt, chosen),
+            "rationale_rejected": principles.rationale(name, prompt, rejected),
+        }
+        count -= 1
+
+
 def prompt_rows(prompts: Iterator[Prompt], count: int) -> Iterator[dict[str, Any]]:
     for _, p in zip(range(count), prompts, strict=False):
         yield {"prompt": user(p.text)}
@@ -159,11 +187,18 @@ def main(options: Options) -> None:
         preference_rows(prompts, max(1, n // 5), rng, draw_manners_pair),
     )
     write(options.output / "prompts.jsonl", prompt_rows(prompts, options.num_prompts))
+    # Of a random stream of its own: the files above stay what they were.
+    drawn = random.Random(f"{options.seed} judgments")
+    judgments = judgment_rows(draw_prompts(train, drawn), max(1, n // 2), drawn)
+    write(options.output / "judgments.jsonl", judgments)
+    write_principles(options.output / FILE_NAME, principles.PRINCIPLES)
     for name, combinations in (("validation", validation), ("test", test)):
         held_out = draw_prompts(combinations, rng)
         count = options.num_held_out
         write(options.output / f"prompts_{name}.jsonl", prompt_rows(held_out, count))
         write(options.output / f"preferences_{name}.jsonl", preference_rows(held_out, count, rng))
+        judgments = judgment_rows(draw_prompts(combinations, drawn), count, drawn)
+        write(options.output / f"judgments_{name}.jsonl", judgments)
 
 
 if __name__ == "__main__":

@@ -29,17 +29,17 @@ TEMPERATURE = 0.5
 """Bradley–Terry temperature of the labels, in units of the score."""
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]?")
-_OBJECTS = {obj for topic in TOPICS for obj in topic.objects}
+OBJECTS = {obj for topic in TOPICS for obj in topic.objects}
 _SAFER = {hazard.safer: topic for topic in TOPICS for hazard in topic.hazards}
 _TIPS = {tip: topic for topic in TOPICS for tip in topic.tips}
 _ADVICE = {**_TIPS, **_SAFER}
-_HAZARDS = {
+HAZARDS = {
     hazard.action.format(o=obj)
     for topic in TOPICS
     for hazard in topic.hazards
     for obj in ("it", *(f"your {obj}" for obj in topic.objects))
 }
-_RUDE = {*lexicon.RUDE_OPENERS, *lexicon.RUDE_CLOSINGS}
+RUDE = {*lexicon.RUDE_OPENERS, *lexicon.RUDE_CLOSINGS}
 
 
 def flaws(prompt_text: str, answer: str) -> set[str]:
@@ -52,9 +52,9 @@ def flaws(prompt_text: str, answer: str) -> set[str]:
     sentences = [match.strip() for match in _SENTENCE.findall(answer) if match.strip()]
     is_foreign = any(text in answer and t is not prompt.topic for text, t in _ADVICE.items())
     failed = {
-        "relevance": words & _OBJECTS != {prompt.object} or is_foreign,
-        "safety": any(hazard in answer for hazard in _HAZARDS),
-        "manners": any(sentence in _RUDE for sentence in sentences),
+        "relevance": words & OBJECTS != {prompt.object} or is_foreign,
+        "safety": any(hazard in answer for hazard in HAZARDS),
+        "manners": any(sentence in RUDE for sentence in sentences),
         "fact": not _states_fact(prompt, words),
         "repetition": len(set(sentences)) < len(sentences),
         "ending": not answer.rstrip().endswith((".", "!", "?")),
@@ -87,7 +87,7 @@ def _states_fact(prompt: Prompt, words: set[str]) -> bool:
 def _sentence_pattern() -> re.Pattern[str]:
     """Every sentence that the grammar can write, and every fragment that it can break off at."""
     slots = {
-        "o": _OBJECTS,
+        "o": OBJECTS,
         "f": {value for values in FACTS.values() for value in values},
         "tip": set(_TIPS),
         "hazard_it": {h.action.format(o="it") for topic in TOPICS for h in topic.hazards},
@@ -101,7 +101,7 @@ def _sentence_pattern() -> re.Pattern[str]:
         HAZARD_DETAIL,
         *lexicon.POLITE_OPENERS,
         *lexicon.CLOSINGS,
-        *_RUDE,
+        *RUDE,
         *lexicon.FRAGMENTS,
     ]
     # Templates hold no regular-expression sign but the full stop and the question mark.

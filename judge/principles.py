@@ -1,0 +1,103 @@
+"""What to judge by: one template a principle, from a TOML, YAML or JSON file that anybody may write.
+
+    [honesty]
+    system = "Choose the response that claims nothing it cannot know."
+
+A model that was trained to judge carries the file that it was trained with, `principles.json`.
+"""
+
+import json
+import string
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+FILE_NAME = "principles.json"
+SLOTS = ("conversation", "response_a", "response_b")
+
+
+class PrincipleError(ValueError):
+    """A file of principles cannot be used; the message names file, principle and field."""
+
+
+class Principle(BaseModel):
+    """The judge prompt's three messages: whoever answers goes on after the third with " A" or " B"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    system: str = Field(min_length=1)
+    """What to judge by."""
+    question: str = (
+        "[Conversation]\n{conversation}\n[Response A]\n{response_a}\n[Response B]\n{response_b}"
+    )
+    """What is judged. What both orders share stands first, so that a prefix cache can serve it."""
+    answer: str = Field("The better response is", min_length=1)
+    """How the answer begins."""
+
+    @field_validator("question")
+    @classmethod
+    def _has_each_slot_once(cls, template: str) -> str:
+        try:
+            found = [
+                name for _, name, _, _ in string.Formatter().parse(template) if name is not None
+            ]
+        except ValueError as error:
+            raise ValueError(f"is no template: {error}; write {{{{ for a brace") from None
+        if sorted(found) != sorted(SLOTS):
+            raise ValueError(
+                "must have each of {conversation}, {response_a} and {response_b} once, and no other slot"
+            )
+        return template
+
+
+DEFAULT: Mapping[str, Principle] = {
+    "overall": Principle(
+        system="Choose the better response: relevant, true to the conversation, safe, polite, complete."
+    )
+}
+
+
+def read_principles(path: Path) -> dict[str, Principle]:
+    """The principles of a file, by name, in its order: the first is the one to judge by where none is asked for.
+
+    Raises:
+        PrincipleError: there is no such file, or it is not what it should be.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content: Any = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise PrincipleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content:
+        raise PrincipleError(
+            f"{path}: must have one table per principle, with its `system` message"
+        )
+    found = {}
+    for name, fields in content.items():
+        try:
+            found[str(name)] = Principle.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in (name, *first["loc"]))
+            raise PrincipleError(f"{path}: {where}: {first['msg']}") from None
+    return found
+
+
+def write_principles(path: Path, principles: Mapping[str, Principle]) -> None:
+    """Write them as JSON; what is as usual is left out."""
+    content = {name: each.model_dump(exclude_defaults=True) for name, each in principles.items()}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def principles_of(model: Path) -> Mapping[str, Principle]:
+    """Those that a model was trained with; `DEFAULT` where its directory has none.
+
+    Raises:
+        PrincipleError: its file is damaged.
+    """
+    path = model / FILE_NAME
+    return read_principles(path) if path.is_file() else DEFAULT

@@ -1,0 +1,49 @@
+"""How far the judge can be trusted, watched over its last verdicts on GET /metrics.
+
+assent_judge_flip_rate{judge}     share of verdicts in which the two orders disagree: position bias
+assent_judge_tie_rate{judge}      share of ties, those among them
+assent_judge_longer_rate{judge}   share of the other verdicts that prefer the longer response
+
+Over the last `WINDOW` verdicts; there is no figure before the first, nor for identical responses.
+"""
+
+from collections import deque
+from statistics import fmean
+
+from prometheus_client import Gauge
+
+from judge.prompts import Question
+from judge.verdict import Verdict
+
+WINDOW = 1000
+
+FLIPS = Gauge("assent_judge_flip_rate", "Of the last verdicts: orders disagree.", ["judge"])
+TIES = Gauge("assent_judge_tie_rate", "Of the last verdicts: ties.", ["judge"])
+LONGER = Gauge(
+    "assent_judge_longer_rate", "Of the last that were no ties: prefer the longer.", ["judge"]
+)
+
+
+class Calibration:
+    """The last verdicts of one judge."""
+
+    def __init__(self, judge: str) -> None:
+        self.judge = judge
+        self.flips: deque[bool] = deque(maxlen=WINDOW)
+        self.ties: deque[bool] = deque(maxlen=WINDOW)
+        self.longer: deque[bool] = deque(maxlen=WINDOW)
+
+    def add(self, question: Question, verdict: Verdict) -> None:
+        """Take a verdict into account."""
+        lengths = len(question.first), len(question.second)
+        if question.first == question.second:
+            return
+        self._set(FLIPS, self.flips, not verdict.consistent)
+        self._set(TIES, self.ties, verdict.winner == "tie")
+        if verdict.winner != "tie" and lengths[0] != lengths[1]:
+            prefers_first = verdict.winner == "a"
+            self._set(LONGER, self.longer, prefers_first == (lengths[0] > lengths[1]))
+
+    def _set(self, gauge: Gauge, last: deque[bool], value: bool) -> None:
+        last.append(value)
+        gauge.labels(self.judge).set(fmean(last))

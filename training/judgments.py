@@ -1,0 +1,84 @@
+"""Judgments to learn: what `training.jsft` makes of preference pairs."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from judge.judge import ask
+from judge.principles import Principle
+from judge.prompts import Question, TooLong, label_ids, rationale_ids, rationale_text
+from training.console import TrainingError
+from training.data import PAIR, Row, read_rows
+from training.supervised import Example
+
+RATIONALE = ("rationale_chosen", "rationale_rejected")
+
+
+def read_pairs(source: str, principles: Mapping[str, Principle]) -> list[Row]:
+    """Pairs, each with a known `principle` or none, and with both sides of a rationale or none.
+
+    Raises:
+        TrainingError: what `read_rows` raises, and a bad row, named by file and line.
+    """
+
+    def check(row: Row) -> None:
+        name, reasons = row.get("principle"), [row.get(field) for field in RATIONALE]
+        if name is not None and name not in principles:
+            raise ValueError(
+                f"unknown principle {name!r}; known are {', '.join(principles)}: name a file that has it with "
+                "--principles"
+            )
+        if reasons != [None, None] and not all(isinstance(each, str) for each in reasons):
+            raise ValueError(f"a rationale is two texts: {' and '.join(RATIONALE)}")
+
+    return read_rows(source, PAIR, check)
+
+
+def judgment_examples(
+    rows: list[Row],
+    tokenizer: Any,
+    principles: Mapping[str, Principle],
+    *,
+    label_weight: float,
+    prompt_weight: float = 0.0,
+    max_tokens: int,
+) -> Iterator[Example]:
+    """Each pair as two judgments, one in either order; the label is learned, and the rationale where the row has one.
+
+    Args:
+        rows: pairs of `read_pairs`; one without a `principle` is by the first
+        label_weight: loss weight of a label, in tokens of a rationale
+        prompt_weight: loss weight of the judge prompt's tokens
+        max_tokens: of an example; longer questions are shortened as `judge.prompts.shorten` says
+
+    Raises:
+        TrainingError: a rationale leaves no room for the question.
+        JudgePromptError: the tokenizer cannot carry a judgment.
+    """
+    labels = {name: label_ids(tokenizer, each) for name, each in principles.items()}
+    for row in rows:
+        name = row.get("principle") or next(iter(principles))
+        principle, chosen, rejected = principles[name], row["chosen"][-1], row["rejected"][-1]
+        question = Question(row["prompt"], chosen["content"], rejected["content"])
+        rests = _rationales(row, tokenizer, principle)
+        try:
+            room = max_tokens - 1 - max(map(len, rests))
+            asked = ask(tokenizer, question, principle, room)
+        except TooLong:
+            raise TrainingError(
+                f"a judgment by {name!r} has no room for its question in {max_tokens} tokens, --max-length or the "
+                f"model's context: the principle, and a rationale of {max(map(len, rests))} tokens, fill them"
+            ) from None
+        for label, context, rest in zip(labels[name], asked.prompts, rests, strict=True):
+            weights = [prompt_weight] * len(context) + [label_weight] + [1.0] * len(rest)
+            yield Example([*context, label, *rest], weights)
+
+
+def _rationales(row: Row, tokenizer: Any, principle: Principle) -> list[list[int]]:
+    """The tokens after the label, for the chosen response first and for it last; none where the row has none."""
+    if row.get(RATIONALE[0]) is None:
+        return [[], []]
+    chosen, rejected = (row[field] for field in RATIONALE)
+    return [
+        rationale_ids(tokenizer, principle, label, rationale_text(*shown))
+        for label, shown in enumerate(((chosen, rejected), (rejected, chosen)))
+    ]

@@ -1,0 +1,147 @@
+"""Models, their tokenizers, and chats as they read them."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jinja2 import TemplateError
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.console import TrainingError
+
+
+class CausalLM(Protocol):
+    """What is asked of a causal LM, with a LoRA or without."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
+class Conversations:
+    """Turns chats into token ids the way the server will."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise TrainingError("the model's tokenizer has no chat template; give it one first")
+        self.tokenizer = tokenizer
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids up to where the assistant begins to speak."""
+        return self._encode(messages, add_generation_prompt=True)
+
+    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of a conversation that ends with an answer."""
+        return self._encode(messages, add_generation_prompt=False)
+
+    def split_ids(
+        self, prompt: Sequence[dict[str, str]], response: str
+    ) -> tuple[list[int], list[int]]:
+        """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        ids = self.ids(messages)
+        start = self.prompt_ids(prompt)
+        if ids[: len(start)] != start:
+            raise TrainingError(
+                "the chat template writes a conversation with an answer differently from one that awaits it; "
+                "such a template cannot be trained on answer by answer"
+            )
+        return start, ids[len(start) :]
+
+    def _encode(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise TrainingError(
+                f"the model's chat template refuses a conversation of the roles {roles}: {error}"
+            ) from None
+
+
+def load_model(
+    name: str, attention: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, Any]:
+    """A causal LM and its tokenizer.
+
+    Args:
+        name: a directory or a hub id.
+        attention: transformers' name of the attention code; "auto" takes `attention_of`'s.
+
+    Raises:
+        TrainingError: there is no such model.
+    """
+    try:
+        implementation = attention_of(name) if attention == "auto" else attention
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=implementation
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot load the model {name!r}: {error}") from error
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot load the tokenizer of {name!r}: {error}") from error
+
+
+def attention_of(name: str) -> str | None:
+    """The attention code that computes what the model was trained with; None = transformers' choice.
+
+    PyTorch's fused attention cannot cap its scores. Gemma 2 needs that, and would silently do without.
+    """
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The longest sequence that the model reads, in tokens, as its config has it."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    found = {end for end in (*several, tokenizer.eos_token_id) if end is not None}
+    if not found:
+        raise TrainingError(
+            "nothing ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
+            "token; set eos_token_id in generation_config.json"
+        )
+    return found
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
