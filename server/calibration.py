@@ -17,11 +17,15 @@ from judge.verdict import Verdict
 
 WINDOW = 1000
 
-FLIPS = Gauge("assent_judge_flip_rate", "Of the last verdicts: orders disagree.", ["judge"])
-TIES = Gauge("assent_judge_tie_rate", "Of the last verdicts: ties.", ["judge"])
-LONGER = Gauge(
-    "assent_judge_longer_rate", "Of the last that were no ties: prefer the longer.", ["judge"]
-)
+
+def _gauge(name: str, text: str) -> Gauge:
+    # Without the mode each process has a figure of its own; only the API server has any.
+    return Gauge(f"assent_judge_{name}_rate", text, ["judge"], multiprocess_mode="mostrecent")
+
+
+FLIPS = _gauge("flip", "Of the last verdicts: the two orders disagree.")
+TIES = _gauge("tie", "Of the last verdicts: ties.")
+LONGER = _gauge("longer", "Of the last verdicts but ties: prefer the longer response.")
 
 
 class Calibration:

@@ -85,6 +85,7 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
     command += ["--served-model-name", MODEL, "--port", str(port), "--api-key", API_KEY]
     command += ["--proxy-root", str(proxy_root), "--enable-scale-out"]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     for name in ("aligned", "polite"):
         command += ["--proxy", f"{name}={DEMO / 'proxies' / name}"]
     # Other tests set vLLM's variables for engines in this process; the server finds its own.

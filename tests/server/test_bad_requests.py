@@ -51,6 +51,8 @@ def refused(answer, code, *said):
         ({"best_of": 2, "judge": {"seed": -1}}, "seed"),
         ({"best_of": 2, "judge": {"principles": ["loudness"]}}, "loudness"),
         ({"best_of": 2, "judge": {"strategy": "rank"}}, "strategy"),
+        ({"sample_timeout": 1}, "best_of"),
+        ({"best_of": 2, "sample_timeout": 0}, "sample_timeout"),
     ],
 )
 def test_alignment_that_cannot_be(http, alignment, said):

@@ -1,5 +1,7 @@
 """Best of N: the winner, its receipt, and the bill."""
 
+import json
+
 import openai
 import pytest
 
@@ -8,8 +10,8 @@ from judge.tournament import replay
 QUESTION = [{"role": "user", "content": "How do I look after my puzzle?"}]
 
 
-def best_of(client, num, model="assent-demo:aligned", judge=None, **options):
-    alignment = {"best_of": num} | ({"judge": judge} if judge else {})
+def best_of(client, num, model="assent-demo:aligned", judge=None, alignment=None, **options):
+    alignment = {"best_of": num} | ({"judge": judge} if judge else {}) | (alignment or {})
     return client.chat.completions.create(
         model=model,
         messages=QUESTION,
@@ -24,7 +26,8 @@ def test_the_receipt_replays_to_the_returned_sample(client):
     receipt = answer.alignment["judge"]
     assert (receipt["seed"], receipt["num"]) == (3, 5)
     assert receipt["principles"] == ["overall"]
-    assert replay(receipt) == receipt["winner"]
+    assert replay(receipt) == receipt["ranking"]
+    assert receipt["winner"] == receipt["ranking"][0]
     (choice,) = answer.choices
     assert choice.index == 0
 
@@ -55,7 +58,7 @@ def test_both_orders_of_each_pair_are_read(client):
     comparisons = [comparison for played in receipt["rounds"] for comparison in played]
     assert [len(played) for played in receipt["rounds"]] == [2, 1]
     for comparison in comparisons:
-        first, second = comparison["orders"]
+        ((first, second),) = comparison["orders"].values()
         assert 0 <= first <= 1
         assert 0 <= second <= 1
         assert comparison["probability"] == pytest.approx((first + second) / 2)
@@ -87,13 +90,13 @@ def test_judging_does_not_pass_through_the_proxy(client, http):
         "/judge",
         json={"messages": QUESTION, "response_a": texts[first], "response_b": texts[second]},
     ).json()
-    assert comparison["orders"] == pytest.approx(found["orders"], abs=1e-6)
+    assert comparison["orders"]["overall"] == pytest.approx(found["orders"], abs=1e-6)
 
 
 def test_without_a_proxy(client):
     answer = best_of(client, 3, model="assent-demo")
     assert answer.alignment["proxy"] is None
-    assert replay(answer.alignment["judge"]) == answer.alignment["judge"]["winner"]
+    assert replay(answer.alignment["judge"]) == answer.alignment["judge"]["ranking"]
 
 
 def test_streamed(client):
@@ -105,6 +108,15 @@ def test_streamed(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] is not None
     assert chunks[-1].usage == whole.usage
     assert chunks[-1].alignment == whole.alignment
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_tells_of_progress(client):
+    chunks = list(best_of(client, 4, seed=1, stream=True))
+    progress = [c.alignment["progress"] for c in chunks[:-1]]
+    assert [p["done"] for p in progress if p["stage"] == "sampling"] == [1, 2, 3, 4]
+    assert [p["done"] for p in progress if p["stage"] == "judging"] == [2, 3]
+    assert all(not chunk.choices[0].delta.content for chunk in chunks[:-1])
 
 
 def test_streamed_without_usage(client):
@@ -115,13 +127,77 @@ def test_streamed_without_usage(client):
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_samples_too_long_to_be_judged(client):
-    """Two answers must fit the judge's prompt; the message says by how much they do not."""
-    with pytest.raises(openai.BadRequestError, match=r"judge's prompt has \d+ tokens.* 1024"):
-        client.chat.completions.create(
-            model="assent-demo",
-            messages=[{"role": "user", "content": "a " * 600}],
-            max_tokens=250,
-            extra_body={"ignore_eos": True, "alignment": {"best_of": 2}},
-        )
-    assert best_of(client, 2).choices
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_best_n_in_order(client, stream):
+    samples = client.chat.completions.create(
+        model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=4, n=5
+    )
+    answer = best_of(client, 5, seed=4, n=3, judge={"strategy": "round-robin"}, stream=stream)
+    if stream:
+        *_, first, second, third = answer
+        receipt = third.alignment["judge"]
+        choices = [chunk.choices[0] for chunk in (first, second, third)]
+        texts = [choice.delta.content for choice in choices]
+    else:
+        receipt, choices = answer.alignment["judge"], answer.choices
+        texts = [choice.message.content for choice in choices]
+    assert [choice.index for choice in choices] == [0, 1, 2]
+    assert texts == [samples.choices[i].message.content for i in receipt["ranking"][:3]]
+    assert len(receipt["rounds"][0]) == 10
+    assert replay(receipt) == receipt["ranking"]
+
+
+def test_several_principles_would_be_asked_each(client):
+    with pytest.raises(openai.BadRequestError, match="unknown principle 'loudness'; known are"):
+        best_of(client, 2, judge={"principles": ["overall", "loudness"]})
+
+
+def test_a_sample_that_takes_too_long_drops_out(client):
+    """None is done within a microsecond: that is an error, and no sample is left running."""
+    with pytest.raises(openai.InternalServerError, match="not finished after 1e-06 seconds"):
+        best_of(client, 3, alignment={"sample_timeout": 1e-6})
+    answer = best_of(client, 3, alignment={"sample_timeout": 60})
+    assert answer.alignment["dropped"] == []
+
+
+def test_structured_outputs(client):
+    answer = client.chat.completions.create(
+        model="assent-demo:aligned",
+        messages=QUESTION,
+        max_tokens=32,
+        extra_body={
+            "alignment": {"best_of": 3},
+            "structured_outputs": {"regex": r'\{"object": "(puzzle|rose)"\}'},
+        },
+    )
+    assert json.loads(answer.choices[0].message.content)["object"] in ("puzzle", "rose")
+    assert answer.alignment["proxy"] == "aligned"
+
+
+def test_a_call_of_a_tool(client):
+    """The judge reads the calls; the grammar makes sure that there are some."""
+    call = r'<tool_call>\{"name": "note", "arguments": \{"object": "(puzzle|rose)"\}\}</tool_call>'
+    answer = client.chat.completions.create(
+        model="assent-demo:aligned",
+        messages=QUESTION,
+        max_tokens=64,
+        seed=1,
+        tools=[{"type": "function", "function": {"name": "note", "parameters": {}}}],
+        extra_body={"alignment": {"best_of": 4}, "structured_outputs": {"regex": call}},
+    )
+    (called,) = answer.choices[0].message.tool_calls
+    assert json.loads(called.function.arguments)["object"] in ("puzzle", "rose")
+    # Some of the four differ, so there was something to read.
+    assert answer.alignment["judge"]["usage"]["prompt_tokens"] > 0
+
+
+def test_samples_too_long_to_be_judged_are_cut(client):
+    answer = client.chat.completions.create(
+        model="assent-demo",
+        messages=[{"role": "user", "content": "a " * 600}],
+        max_tokens=250,
+        extra_body={"ignore_eos": True, "alignment": {"best_of": 2}},
+    )
+    ((comparison,),) = answer.alignment["judge"]["rounds"]
+    assert comparison["truncated"]
+    assert answer.usage.completion_tokens == 2 * 250 + 2

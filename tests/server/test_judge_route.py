@@ -1,6 +1,11 @@
 """POST /judge."""
 
+import json
+import re
+
 import pytest
+
+from judge.tournament import replay
 
 
 def judge(http, **body):
@@ -11,6 +16,7 @@ def judge(http, **body):
 
 PAIR = {"response_a": "Clean it once a week, please.", "response_b": "No."}
 SWAPPED = {"response_a": PAIR["response_b"], "response_b": PAIR["response_a"]}
+CLEAR = {"response_a": "To look after your freezer, pull the plug first.", "response_b": "Go."}
 QUESTION = "How do I look after my freezer?"
 
 
@@ -21,6 +27,7 @@ def test_a_verdict_in_both_orders(http):
         "probability",
         "orders",
         "consistent",
+        "truncated",
         "principles",
         "usage",
     }
@@ -79,7 +86,10 @@ def test_principles_can_be_named(http):
         ({"principles": ["overall", "overall"]}, "twice"),
         ({"temperature": 1}, "temperature"),
         ({"prompt": 5}, "prompt"),
-        ({"prompt": "word " * 2000}, "1024"),
+        ({"tie_band": 0.6}, "tie_band"),
+        ({"pairs": [{"prompt": "Hi.", **PAIR}]}, "one pair or pairs"),
+        ({"stream": True}, "stream needs rationale"),
+        ({"max_rationale_tokens": 0}, "max_rationale_tokens"),
     ],
 )
 def test_bad_requests(http, change, said):
@@ -91,8 +101,107 @@ def test_bad_requests(http, change, said):
     assert judge(http, prompt=QUESTION, **PAIR)["winner"] in ("a", "b", "tie")
 
 
-def test_too_long_says_how_long(http):
-    answer = http.post("/judge", json={"prompt": "word " * 3000} | PAIR)
-    message = answer.json()["error"]["message"]
-    tokens = next(int(word) for word in message.split() if word.isdigit())
-    assert tokens > 3000
+def test_what_is_too_long_is_cut(http):
+    found = judge(http, prompt="word " * 3000, **PAIR)
+    assert found["truncated"]
+    assert found["usage"]["prompt_tokens"] == pytest.approx(2 * 1023, abs=4)
+    assert not judge(http, prompt=QUESTION, **PAIR)["truncated"]
+
+
+def test_the_tie_band(http):
+    found = judge(http, prompt=QUESTION, **CLEAR)
+    margin = found["probability"] - 0.5
+    assert found["winner"] == "a" and 0.05 < margin < 0.4999
+    for tie_band, winner in ((margin * 0.99, "a"), (margin * 1.0001, "tie")):
+        assert judge(http, prompt=QUESTION, tie_band=tie_band, **CLEAR)["winner"] == winner
+
+
+def test_many_pairs_at_once(http):
+    pairs = [{"prompt": QUESTION, **PAIR}, {"prompt": QUESTION, **SWAPPED}]
+    pairs.append({"messages": [{"role": "user", "content": "Hi."}], **PAIR})
+    found = judge(http, pairs=pairs)
+    alone = [judge(http, **pair) for pair in pairs]
+    for together, single in zip(found["verdicts"], alone, strict=True):
+        assert together["orders"] == pytest.approx(single["orders"], abs=1e-6)
+        assert together["winner"] == single["winner"]
+    total = sum(single["usage"]["total_tokens"] for single in alone)
+    assert found["usage"]["total_tokens"] == total
+
+
+def events(http, **body):
+    with http.stream("POST", "/judge", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_rationale_whole_and_streamed(http):
+    body = {"prompt": QUESTION, **PAIR, "rationale": True, "max_rationale_tokens": 20}
+    whole = judge(http, **body)
+    text = whole["principles"]["overall"]["rationale"]
+    assert text
+    plain = judge(http, prompt=QUESTION, **PAIR)
+    assert whole["orders"] == pytest.approx(plain["orders"], abs=1e-6)
+    # The rationale reads the first prompt again with the label, and writes 20 tokens at most.
+    written = whole["usage"]["completion_tokens"] - plain["usage"]["completion_tokens"]
+    assert 0 < written <= 20
+    first, *pieces, last = events(http, **body, stream=True)
+    assert first["object"] == "judge.verdict" and first["winner"] == whole["winner"]
+    assert {piece["object"] for piece in pieces} == {"judge.rationale"}
+    assert "".join(piece["delta"] for piece in pieces) == text
+    assert last == {"object": "judge.usage", "usage": whole["usage"]}
+
+
+def test_identical_responses_have_no_rationale(http):
+    found = judge(http, prompt=QUESTION, response_a="Yes.", response_b="Yes.", rationale=True)
+    assert found["principles"]["overall"]["rationale"] == ""
+    assert found["usage"]["total_tokens"] == 0
+
+
+RESPONSES = ["Clean it.", "No.", "Clean your freezer once a week, please.", "freezer freezer"]
+
+
+@pytest.mark.parametrize(("strategy", "comparisons"), [("knock-out", 3), ("round-robin", 6)])
+def test_rank(http, strategy, comparisons):
+    body = {"prompt": QUESTION, "responses": RESPONSES, "strategy": strategy, "seed": 5}
+    answer = http.post("/judge/rank", json=body)
+    assert answer.status_code == 200, answer.text
+    receipt = answer.json()
+    assert sorted(receipt["ranking"]) == [0, 1, 2, 3]
+    assert receipt["winner"] == receipt["ranking"][0]
+    assert sum(map(len, receipt["rounds"])) == comparisons
+    assert receipt["usage"]["completion_tokens"] == 2 * comparisons
+    assert replay(receipt) == receipt["ranking"]
+    again = http.post("/judge/rank", json=body).json()
+    assert again["ranking"] == receipt["ranking"]
+    # What /judge says of a pair is what the ranking was made of.
+    first = receipt["rounds"][0][0]
+    a, b = (RESPONSES[i] for i in first["pair"])
+    found = judge(http, prompt=QUESTION, response_a=a, response_b=b)
+    assert first["orders"]["overall"] == pytest.approx(found["orders"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"responses": []}, "responses"),
+        ({"responses": ["x"] * 65}, "responses"),
+        ({"strategy": "coin"}, "strategy"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": None}, "either prompt or messages"),
+        ({"principles": ["loudness"]}, "unknown principle"),
+    ],
+)
+def test_bad_rankings(http, change, said):
+    answer = http.post("/judge/rank", json={"prompt": QUESTION, "responses": RESPONSES} | change)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_calibration_is_watched(http):
+    judge(http, prompt=QUESTION, **CLEAR)
+    text = http.get("/metrics").text
+    for name in ("flip", "tie", "longer"):
+        line = re.search(rf'assent_judge_{name}_rate{{judge="pairwise"}} (\S+)', text)
+        assert line and 0 <= float(line[1]) <= 1

@@ -251,7 +251,7 @@ def test_a_client_that_goes_away_frees_the_version(live):
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400),
         ({"messages": "Hi."}, 400),
         ({"temperature": -1}, 400),
-        ({"alignment": {"best_of": 2}, "n": 2}, 400),
+        ({"alignment": {"best_of": 2}, "n": 3}, 400),
         ({"alignment": {"proxy": "polite"}}, 400),
     ],
 )
