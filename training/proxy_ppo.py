@@ -33,11 +33,12 @@ from proxy.checkpoint import resolve_model_dir, save
 from proxy.network import ProxyNetwork
 from training import online
 from training.console import TrainingError, main_guard
-from training.online import PATIENCE, Episodes, averaged
+from training.online import PATIENCE, Episodes
 from training.policy import Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Rollout, generate
 from training.rollout_vllm import Engine, is_installed
+from training.updates import averaged, start, train
 
 MAX_REQUESTS = 256  # under way in vLLM at once
 
@@ -218,7 +219,7 @@ def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> None:
-    online.train(Trainer(options, online.start()))
+    train(Trainer(options, start()))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from proxy.checkpoint import resolve_model_dir
 from training import online
 from training.console import TrainingError, main_guard
 from training.models import load_model
-from training.online import Episodes, averaged
+from training.online import Episodes
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.rollout import Rollout, generate, pad_responses
 from training.saving import saving
+from training.updates import averaged, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ def _of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def main(options: Options) -> None:
-    online.train(Trainer(options, online.start()))
+    train(Trainer(options, start()))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from training.data import read_rows
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
+from training.updates import start
 from training.world import __main__ as world_files
 from training.world import gold
 
@@ -178,7 +179,7 @@ def make_proxy(
         )
         result: dict[str, Any] = {"updates": options.steps}
         with timed(result):
-            trainer = trainer_class(options, online.start())
+            trainer = trainer_class(options, start())
             updates(trainer, options.steps, result)
         result["parameters"] = trainer.network.num_parameters()
         world = open_world(setting, "test")
@@ -267,7 +268,7 @@ def make_rlhf(
             "updates": options.steps,
         }
         with timed(result):
-            trainer = rlhf_ppo.Trainer(options, online.start())
+            trainer = rlhf_ppo.Trainer(options, start())
             updates(trainer, options.steps, result)
         result["parameters"] = sum(p.numel() for p in trainer.learner.parameters())
         trainer.save({})

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.training.conftest import rlhf_arguments, run
-from training import online, reward_model
+from training import reward_model
 from training.metrics import read_metrics
 from training.models import load_model
 from training.policy import Decoding
 from training.rewards import Sample
 from training.rlhf_ppo import Options, Trainer
 from training.state import STATE_FILE
+from training.updates import start
 
 
 def brevity(samples: Sequence[Sample]) -> Tensor:
@@ -44,7 +45,7 @@ def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
 
 
 def test_it_learns_what_is_rewarded(options: Callable[..., Options]) -> None:
-    trainer = Trainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), online.start())
+    trainer = Trainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), start())
     trainer.reward = brevity
     rows = [trainer.step(index) for index in range(6)]
     # The rollouts' standard errors are about 1 token: 6 are far outside of what chance does.
@@ -56,7 +57,7 @@ def test_a_dear_divergence_keeps_the_actor_at_its_reference(
     options: Callable[..., Options],
 ) -> None:
     free, kept = (
-        Trainer(options(steps=4, learning_rate=1e-4, kl_weight=weight), online.start())
+        Trainer(options(steps=4, learning_rate=1e-4, kl_weight=weight), start())
         for weight in (0.0, 1.0)
     )
     kls = []
@@ -80,7 +81,7 @@ def test_a_reward_s_lora_stays_out_of_the_actor(
             lora_rank=2,
         )
     )
-    trainer = Trainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), online.start())
+    trainer = Trainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), start())
     names = load_file(work / "base/model.safetensors").keys()
     assert trainer.step(0)["reward_std"] > 0
     trainer.save({})

@@ -1,0 +1,241 @@
+"""What commands that learn from their own samples share: prompts, gradient steps, and the loop around the updates.
+
+All randomness is a function of the seed and the update's number: a run that goes on has nothing else to remember, and
+every process of several draws its own part of the same.
+"""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
+from training.console import TrainingError
+from training.data import Message, read_rows
+from training.metrics import Metrics
+from training.models import Conversations, end_ids, load_model
+from training.policy import Decoding
+from training.rewards import Frozen, Sample
+from training.rollout import Rollout, longest_prompt
+from training.state import load_state, save_state, settings_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that these commands have in common."""
+
+    model: str
+    """The LLM: a directory or a hub id."""
+    prompts: str
+    """JSON lines or Parquet of `prompt`, or a data set's name."""
+    output: Path
+    """Directory for the checkpoint and `metrics.jsonl`."""
+    steps: int = 60
+    """Updates: rollouts."""
+    epochs: int
+    """Passes over a rollout."""
+    minibatches: int = 4
+    """Gradient steps in a pass."""
+    learning_rate: float
+    """Adam's, falling linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
+    batch_size: int = 64
+    """Responses at once in the device's memory, in the rollout and in the reward. Up to rounding it changes nothing."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How tokens are drawn."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the frozen models compute in."""
+    save_every: int = 5
+    """Updates between two states that `--resume` can go on from."""
+    resume: bool = False
+    """Go on from the last state in the output directory, if there is one."""
+    seed: int = 0
+    """Of weights, prompts and noise."""
+
+
+class Prompt(NamedTuple):
+    """A prompt as it was read, and as the LLM reads it."""
+
+    messages: list[Message]
+    ids: list[int]
+
+
+class Learner(ABC):
+    """What learns, its optimiser and what surrounds them, in one of the run's processes.
+
+    `optimiser` is set by whoever derives from it, and has all that `learner` trains.
+    """
+
+    learner: nn.Module
+    optimiser: torch.optim.Optimizer
+
+    def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        torch.manual_seed(options.seed)
+        self.common, self.accelerator = options, accelerator
+        self.base: BaseModelId = identify(options.model)
+        self.model, tokenizer = load_model(
+            str(resolve_model_dir(options.model)), dtype=getattr(torch, options.dtype)
+        )
+        self.model.to(accelerator.device).eval().requires_grad_(False)
+        self.tokenizer, self.end_ids = tokenizer, end_ids(self.model, tokenizer)
+        self.prompts = self._read_prompts(options.prompts)
+
+    @abstractmethod
+    def step(self, index: int) -> dict[str, float]:
+        """One update, and its figures."""
+
+    @abstractmethod
+    def save(self, training: dict[str, Any]) -> str:
+        """Write what was learned to the output directory; say what it is."""
+
+    @abstractmethod
+    def refuse_collapse(self, rows: list[dict[str, Any]]) -> None:
+        """Stop a run whose last updates had nothing to learn from. Raises TrainingError."""
+
+    def frozen(self) -> Frozen:
+        """The frozen LLM, as rewards want it."""
+        options = self.common
+        return Frozen(
+            self.model,
+            self.tokenizer,
+            self.base,
+            options.decoding,
+            self.end_ids,
+            options.batch_size,
+        )
+
+    def draw_prompts(self, index: int, num: int) -> tuple[list[Prompt], Iterator[int], int]:
+        """This process's prompts of an update's `num`, a seed for each, and the place of the first among all."""
+        options = self.common
+        prompts = random.Random(f"{options.seed} {index}").choices(self.prompts, k=num)
+        with self.accelerator.split_between_processes(list(enumerate(prompts))) as mine:
+            first = mine[0][0]
+            seeds = count((options.seed << 40) + index * num + first)
+            return [prompt for _, prompt in mine], seeds, first
+
+    def minibatches(self, size: int, index: int) -> Iterator[Tensor]:
+        """Index tensors into `size` things of all processes, alike in all of them."""
+        generator = torch.Generator().manual_seed((self.common.seed << 32) + index)
+        for _ in range(self.common.epochs):
+            yield from torch.randperm(size, generator=generator).chunk(self.common.minibatches)
+
+    def anneal(self, index: int) -> float:
+        """Set the update's learning rates, falling linearly to 0; returns what is left of them."""
+        left = 1 - index / self.common.steps
+        for group in self.optimiser.param_groups:
+            group["lr"] = left * group.setdefault("initial_lr", group["lr"])
+        return left
+
+    def descend(self) -> float:
+        """A gradient step on the sum of all processes' gradients, if it is finite; returns its norm."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for p in parameters:
+            # A process without a share in the minibatch has none.
+            p.grad = self.accelerator.reduce(
+                torch.zeros_like(p) if p.grad is None else p.grad, "sum"
+            )
+        norm = nn.utils.clip_grad_norm_(parameters, self.common.max_grad_norm)
+        if norm.isfinite():  # alike in all processes
+            self.optimiser.step()
+        self.optimiser.zero_grad()
+        return norm.item()
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """[N] of every process, one after the other, on the CPU."""
+        return torch.tensor(gather_object(values.tolist()))
+
+    def _read_prompts(self, source: str) -> list[Prompt]:
+        """Prompts that leave room for a response; others are left out, and counted."""
+        chats, options = Conversations(self.tokenizer), self.common
+        most = min(options.max_prompt_tokens, longest_prompt(self.model, options.decoding))
+        rows = read_rows(source, ("prompt",))
+        prompts = [Prompt(row["prompt"], chats.prompt_ids(row["prompt"])) for row in rows]
+        kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
+        if len(kept) < len(prompts):
+            left_out = len(prompts) - len(kept)
+            self.accelerator.print(
+                f"left out {left_out} of {len(prompts)} prompts of over {most} tokens"
+            )
+        if not kept:
+            raise TrainingError(
+                f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+            )
+        return kept
+
+    def samples(self, prompts: Sequence[Prompt], rollout: Rollout) -> list[Sample]:
+        """The responses with their texts."""
+        texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        return [
+            Sample(prompt.messages, text, prompt.ids, response)
+            for prompt, text, response in zip(prompts, texts, rollout.responses, strict=True)
+        ]
+
+
+def averaged(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over an update's gradient steps, each a list of figures with the gradient's norm at the end.
+
+    Steps whose gradient was not finite were not taken: they are counted as `skipped`, and are not in the means.
+
+    Raises:
+        TrainingError: no gradient was finite.
+    """
+    taken = [row for row in steps if math.isfinite(row[-1])]
+    if not taken:
+        raise TrainingError(
+            "no gradient of this update was finite: lower the learning rate, or look at the reward's scale"
+        )
+    means = [fmean(column) for column in zip(*taken, strict=True)]
+    return dict(zip((*names, "grad_norm"), means, strict=True)) | {
+        "skipped": len(steps) - len(taken)
+    }
+
+
+def start() -> Accelerator:
+    """The processes of this run; one, unless `accelerate launch` started it."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def train(trainer: Learner) -> None:
+    """All updates, with a progress bar, metrics and states to resume from; then what was learned is saved."""
+    options, accelerator = trainer.common, trainer.accelerator
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
+    state = settings_of(options)
+    done = 0
+    if options.resume:
+        done = load_state(options.output, trainer.learner, trainer.optimiser, options=state)
+        accelerator.print(
+            f"going on after update {done}" if done else "nothing to resume: beginning anew"
+        )
+    if not accelerator.is_main_process:
+        for index in range(done, options.steps):
+            trainer.step(index)
+        return
+    with Metrics(options.output, after=done or None) as metrics:
+        bar = tqdm(range(done, options.steps), initial=done, total=options.steps, unit="update")
+        for index in bar:
+            metrics.add(trainer.step(index))
+            trainer.refuse_collapse(metrics.rows)
+            bar.set_postfix(reward=f"{metrics.rows[-1]['reward']:.3f}")
+            if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
+                save_state(
+                    options.output,
+                    trainer.learner,
+                    trainer.optimiser,
+                    updates=index + 1,
+                    options=state,
+                )
+    print(trainer.save({"options": settings, "last": metrics.rows[-1]}))
