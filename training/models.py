@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -145,3 +147,42 @@ def lora_config(rank: int) -> LoraConfig:
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+
+
+class Adapted:
+    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._lora = model.base_model
+        self._lora.disable_adapter_layers()
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._lora.enable_adapter_layers()
+        try:
+            return self._lora(**inputs)
+        finally:
+            self._lora.disable_adapter_layers()
+
+
+class Plain:
+    """The LLM without the LoRA that has been put on it."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._lora = model
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self._lora.disable_adapter():
+            return self._lora.base_model(**inputs)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T], natural log."""
+    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")

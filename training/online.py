@@ -47,6 +47,8 @@ class Episodes(NamedTuple):
 class Trainer(updates.Learner):
     """PPO, of whatever speaks."""
 
+    shown = "reward"
+
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
         self.ppo = options
@@ -64,7 +66,8 @@ class Trainer(updates.Learner):
     def describe(self, rollout: Rollout) -> dict[str, float]:
         """Figures of the rollout, all processes', beside the rewards'."""
 
-    def refuse_collapse(self, rows: list[dict[str, Any]]) -> None:
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        """Stop a run whose last updates had nothing to learn from."""
         refuse_constant_reward(rows)
 
     def step(self, index: int) -> dict[str, float]:
@@ -72,7 +75,7 @@ class Trainer(updates.Learner):
         started, options = time.monotonic(), self.ppo
         prompts, seeds, first = self.draw_prompts(index, options.episodes)
         rollout = self.roll_out([prompt.ids for prompt in prompts], seeds)
-        rewards = self.of_all(self.reward(self.samples(prompts, rollout)))
+        rewards = self.of_all(self.reward(self.samples(prompts, rollout.responses)))
         _refuse_bad_rewards(rewards)
         left, spread = self.anneal(index), rewards.std().item()
         row = {

@@ -190,8 +190,8 @@ class Trainer(online.Trainer):
         version = save(self.options.output, self.network, base=self.base, training=training)
         return f"{self.options.output}: version {version}"
 
-    def refuse_collapse(self, rows: list[dict[str, Any]]) -> None:
-        super().refuse_collapse(rows)
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        super().check(rows)
         refuse_idle_proxy(rows[-PATIENCE:])
 
 

@@ -36,7 +36,7 @@ from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
 from training.data import Message
 from training.judging import ModelJudge
-from training.models import CausalLM, attention_of, context_of, load_model
+from training.models import Adapted, CausalLM, attention_of, context_of, load_model
 from training.policy import Decoding, Policy
 from training.rollout import generate, pad_left
 
@@ -170,25 +170,6 @@ def _import(name: str, module: str, function: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise TrainingError(f"the reward {name!r} cannot be imported: {error}") from None
-
-
-class Adapted:
-    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self._lora = model.base_model
-        self._lora.disable_adapter_layers()
-
-    @property
-    def device(self) -> torch.device:
-        return self._lora.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._lora.enable_adapter_layers()
-        try:
-            return self._lora(**inputs)
-        finally:
-            self._lora.disable_adapter_layers()
 
 
 class ImplicitReward:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -25,7 +24,7 @@ from transformers import AutoModel
 from proxy.checkpoint import resolve_model_dir
 from training import online
 from training.console import TrainingError, main_guard
-from training.models import load_model
+from training.models import load_model, token_logprobs
 from training.online import Episodes
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
@@ -175,10 +174,10 @@ class Trainer(online.Trainer):
         """log π(token | before), of all but the first: [N, T + 1] -> [N, T]."""
         with self._autocast():
             logits = self.actor(ids).logits
-        return _of_tokens(logits, ids)
+        return token_logprobs(logits, ids)
 
     def _reference_logprobs(self, ids: Tensor) -> Tensor:
-        return _of_tokens(self.model(ids).logits, ids)
+        return token_logprobs(self.model(ids).logits, ids)
 
     def _values(self, ids: Tensor) -> Tensor:
         """The critic's value of the state before each token but the first: [N, T + 1] -> [N, T]."""
@@ -200,11 +199,6 @@ class Trainer(online.Trainer):
             self.actor.to(torch.bfloat16).save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         return str(self.options.output)
-
-
-def _of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T]."""
-    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def main(options: Options) -> None:

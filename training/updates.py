@@ -27,7 +27,7 @@ from training.metrics import Metrics
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding
 from training.rewards import Frozen, Sample
-from training.rollout import Rollout, longest_prompt
+from training.rollout import longest_prompt
 from training.state import load_state, save_state, settings_of
 
 
@@ -80,6 +80,8 @@ class Learner(ABC):
     `optimiser` is set by whoever derives from it, and has all that `learner` trains.
     """
 
+    shown: str
+    """The figure beside the progress bar."""
     learner: nn.Module
     optimiser: torch.optim.Optimizer
 
@@ -103,8 +105,8 @@ class Learner(ABC):
         """Write what was learned to the output directory; say what it is."""
 
     @abstractmethod
-    def refuse_collapse(self, rows: list[dict[str, Any]]) -> None:
-        """Stop a run whose last updates had nothing to learn from. Raises TrainingError."""
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        """Look at the figures of all updates so far. Raises TrainingError to stop the run."""
 
     def frozen(self) -> Frozen:
         """The frozen LLM, as rewards want it."""
@@ -176,12 +178,12 @@ class Learner(ABC):
             )
         return kept
 
-    def samples(self, prompts: Sequence[Prompt], rollout: Rollout) -> list[Sample]:
-        """The responses with their texts."""
-        texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    def samples(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[Sample]:
+        """The responses as rewards want them, each to the prompt of its place."""
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [
             Sample(prompt.messages, text, prompt.ids, response)
-            for prompt, text, response in zip(prompts, texts, rollout.responses, strict=True)
+            for prompt, text, response in zip(prompts, texts, responses, strict=True)
         ]
 
 
@@ -228,8 +230,8 @@ def train(trainer: Learner) -> None:
         bar = tqdm(range(done, options.steps), initial=done, total=options.steps, unit="update")
         for index in bar:
             metrics.add(trainer.step(index))
-            trainer.refuse_collapse(metrics.rows)
-            bar.set_postfix(reward=f"{metrics.rows[-1]['reward']:.3f}")
+            trainer.check(metrics.rows)
+            bar.set_postfix({trainer.shown: f"{metrics.rows[-1][trainer.shown]:.3f}"})
             if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
                 save_state(
                     options.output,

@@ -1,0 +1,202 @@
+"""On-policy self-training on a small random model: losses, what it leaves alone, guards, and a run gone on with."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from proxy.checkpoint import identify
+from tests.training.models import data_rows, save_model
+from training import self_judge
+from training.console import TrainingError
+from training.metrics import read_metrics
+from training.policy import Decoding
+from training.self_judge import Options, Trainer, preference_losses
+from training.updates import start
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("self_judge")
+    save_model("llama", directory / "base")
+    rows = "".join(json.dumps(row) + "\n" for row in data_rows("prompts"))
+    (directory / "prompts.jsonl").write_text(rows)
+    return directory
+
+
+def options(work: Path, output: Path, **settings: Any) -> Options:
+    return Options(
+        **{
+            "model": str(work / "base"),
+            "prompts": str(work / "prompts.jsonl"),
+            "held_out": str(work / "prompts.jsonl"),
+            "output": output,
+            "steps": 4,
+            "pairs": 8,
+            "minibatches": 2,
+            "batch_size": 6,
+            "check_every": 2,
+            "learning_rate": 1e-2,
+            "decoding": Decoding(top_k=0, top_p=0.9, max_new_tokens=12),
+            "dtype": "float32",
+            "max_flips": 1.0,  # a random judge sees nothing but the position
+            "min_agreement": 0.0,
+        }
+        | settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # β 0.5, Δ = 2, -1, 4
+        (
+            "sigmoid",
+            [math.log(1 + math.exp(-1)), math.log(1 + math.exp(0.5)), math.log(1 + math.exp(-2))],
+        ),
+        ("hinge", [0.0, 1.5, 0.0]),
+        ("ipo", [1.0, 4.0, 9.0]),
+    ],
+)
+def test_losses(loss: str, expected: list[float]) -> None:
+    found = preference_losses(torch.tensor([2.0, -1.0, 4.0]), loss, 0.5)
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, rank: int) -> None:
+    """Of the same pairs again and again the margin grows, while judge and reference stay what they were."""
+    trainer = Trainer(options(work, tmp_path, lora_rank=rank, steps=30, seed=1), start())
+    prompts, seeds, _ = trainer.draw_prompts(0, 8)
+    drawn = [next(seeds) for _ in prompts]
+    pairs = trainer._answer(prompts, drawn)
+    assert any(a != b for a, b in zip(pairs.responses[:8], pairs.responses[8:], strict=True))
+    rows = [trainer._learn(pairs, 0, index) for index in range(20)]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.2)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert rows[-1]["margin"] > 2 and rows[-1]["accuracy"] > 0.9
+    # The initial self judges the same answers as before, and is the reference still.
+    plain = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
+    ids = torch.tensor([prompts[0].ids])
+    with torch.no_grad():
+        expected, found = plain(ids).logits, trainer.initial(input_ids=ids).logits
+        learned = trainer.policy(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (learned - expected).abs().max() > 0.05
+
+
+def test_a_lora_is_saved_and_says_what_the_policy_says(work: Path, tmp_path: Path) -> None:
+    trainer = Trainer(options(work, tmp_path, lora_rank=4, seed=1), start())
+    for index in range(4):
+        trainer.step(index)
+    trainer.save({})
+    other = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(other, tmp_path).eval()
+    ids = torch.tensor([trainer.prompts[0].ids])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits)
+
+
+def test_a_whole_model_is_saved(work: Path, tmp_path: Path) -> None:
+    self_judge.main(options(work, tmp_path, lora_rank=0))
+    assert identify(str(tmp_path)).fingerprint != identify(str(work / "base")).fingerprint
+    (first, *_, last) = read_metrics(tmp_path)
+    assert first["step"] == 1 and last["step"] == 4
+    assert "held_out_diversity" in last and "held_out_diversity" not in first
+
+
+def test_a_run_that_was_killed_goes_on(work: Path, tmp_path: Path) -> None:
+    settings = options(work, tmp_path / "a", lora_rank=4, save_every=2, seed=3)
+    self_judge.main(settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(index: int) -> dict[str, float]:
+        if index == 3:
+            raise Killed
+        return step(index)
+
+    trainer = Trainer(replace(settings, output=tmp_path / "b"), start())
+    step, trainer.step = trainer.step, kill  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        self_judge.train(trainer)
+    self_judge.main(replace(settings, output=tmp_path / "b", resume=True))
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert whole and any(value.abs().max() > 0 for key, value in whole.items() if "lora_B" in key)
+
+
+def test_pairs_of_identical_answers_teach_nothing(work: Path, tmp_path: Path) -> None:
+    greedy = Decoding(temperature=0, max_new_tokens=6)
+    trainer = Trainer(options(work, tmp_path, decoding=greedy), start())
+    row = trainer.step(0)
+    assert row["identical"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
+
+
+def test_it_stops_where_a_bound_is_left(work: Path, tmp_path: Path) -> None:
+    outside = {"outside": "tests.training.models:length", "min_agreement": 1.1}
+    with pytest.raises(
+        TrainingError,
+        match=r"stopped after update 2: .*agrees with the outside reward in \d+%.*nothing was saved",
+    ):
+        self_judge.main(options(work, tmp_path, lora_rank=4, **outside))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens_per_response": 2.1}, "answers are 2.10 times as long as at the start"),
+        ({"tokens_per_response": 0.45}, "answers are 0.45 times as long as at the start"),
+        ({"diversity": 0.45}, r"share of distinct word pairs is 0\.\d+, 0\.\d+ at the start"),
+        ({"flips": 1.1}, r"two orders disagree in \d+% of the pairs"),
+    ],
+)
+def test_every_bound(work: Path, tmp_path: Path, change: dict[str, float], message: str) -> None:
+    """Each figure as many times what it was at the start; within the bounds it is let through."""
+    trainer = Trainer(options(work, tmp_path, max_flips=0.99), start())
+    trainer.at_start["flips"] = 0.9
+    good = {f"held_out_{name}": value for name, value in trainer.at_start.items()}
+    trainer.check([{"step": 2} | good])
+    factor = {name: change.get(name.removeprefix("held_out_"), 1.0) for name in good}
+    bad = {name: value * factor[name] for name, value in good.items()}
+    with pytest.raises(TrainingError, match=f"stopped after update 4: .*{message}"):
+        trainer.check([{"step": 4} | bad])
+
+
+def test_what_was_within_bounds_is_kept(work: Path, tmp_path: Path) -> None:
+    trainer = Trainer(options(work, tmp_path, lora_rank=4), start())
+    start_, good = trainer.at_start, {f"held_out_{k}": v for k, v in trainer.at_start.items()}
+    trainer.check([{"step": 2} | good])
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    bad = good | {"held_out_diversity": 0.1 * start_["diversity"]}
+    with pytest.raises(TrainingError, match="stopped after update 4.* last check before is kept"):
+        trainer.check([{"step": 4} | bad])
+
+
+def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: Path) -> None:
+    trainer = Trainer(options(work, tmp_path, outside="tests.training.models:length"), start())
+    pairs = trainer._answer(trainer.held_out, [(1 << 38) + i for i in range(len(trainer.held_out))])
+    texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)
+    n = len(pairs.prompts)
+    agreed = []
+    for a, b, ruling in zip(texts[:n], texts[n:], pairs.rulings, strict=True):
+        agreed.append(0.5 if len(a) == len(b) else float((len(a) > len(b)) == ruling.first_goes_on))
+    assert trainer.at_start["agreement"] == pytest.approx(sum(agreed) / n)
+
+
+def test_unknown_principles(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="unknown principle 'loudness'; known are overall"):
+        Trainer(options(work, tmp_path, principles=("loudness",)), Accelerator(cpu=True))

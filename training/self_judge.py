@@ -1,0 +1,329 @@
+"""On-policy self-training by self-judgment (SELF-JUDGE, arXiv 2402.11253).
+
+    python -m training.self_judge --model runs/base --prompts prompts.jsonl --held-out held_out.jsonl \\
+        --output runs/self
+
+The model answers each prompt twice, its initial self says in both orders which answer is better, and it learns to
+prefer that one, with the initial model as the reference. With a LoRA (the default) judge and reference are the same
+weights with the LoRA switched off; without one they are a second copy.
+
+The method has nobody outside to correct it, so it is watched: every `check_every` updates it answers held-out prompts,
+and where a bound below is left, training stops and says so. What was saved at the last check within bounds stays.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from judge.principles import Principle, principles_of
+from judge.prompts import Question
+from judge.verdict import Ruling, Verdict
+from proxy.checkpoint import resolve_model_dir
+from training import updates
+from training.console import TrainingError, main_guard
+from training.judging import ModelJudge
+from training.models import (
+    CausalLM,
+    Plain,
+    context_of,
+    load_model,
+    lora_config,
+    token_logprobs,
+)
+from training.policy import Decoding, Policy
+from training.rewards import Reward, load_reward
+from training.rollout import generate, pad_responses
+from training.saving import saving
+from training.updates import Prompt, averaged, start, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(updates.Options):
+    """Options of self-training."""
+
+    held_out: str
+    """Prompts to watch the run on, which are not learned from: JSON lines, Parquet or a data set's name."""
+    principles: tuple[str, ...] = ()
+    """What to judge by, of the model's principles; the majority decides. None = the first."""
+    pairs: int = 128
+    """Prompts in an update, each answered twice."""
+    epochs: int = 1
+    """Passes over an update's pairs."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Of DPO (arXiv 2305.18290), SLiC (2305.10425) or IPO (2310.12036)."""
+    beta: float = 0.1
+    """β of the loss: the higher, the nearer to the start."""
+    lora_rank: int = 8
+    """Rank of a LoRA on all linear layers; 0 = train all weights."""
+    learning_rate: float = 1e-5
+    """Adam's, falling linearly to 0. 1e-5 suits a LoRA on a pretrained LLM; a small model wants more."""
+    decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=0.9))
+    """How answers are drawn."""
+    check_every: int = 10
+    """Updates between two looks at the held-out prompts."""
+    num_held_out: int = 128
+    """Of them, only the first so many."""
+    outside: str | None = None
+    """A reward from elsewhere, as `training.proxy_ppo` takes one, to compare the judge's verdicts with."""
+    min_agreement: float = 0.5
+    """Stop where the judge agrees with the outside reward in fewer of the pairs."""
+    min_diversity: float = 0.5
+    """Stop where the share of distinct word pairs is a smaller part of what it was at the start."""
+    max_length_ratio: float = 2.0
+    """Stop where answers are longer than so many times their length at the start, or shorter than 1 / so many."""
+    max_flips: float = 0.6
+    """Stop where the two orders disagree in more of the pairs: the judge sees no difference any more."""
+
+
+class Pairs(NamedTuple):
+    """N prompts, each answered twice: all first answers, then all second ones."""
+
+    prompts: list[Prompt]
+    responses: list[list[int]]  # [2 N] token ids
+    rulings: list[Ruling]  # [N], of the first answer against the second
+
+
+class Trainer(updates.Learner):
+    """The policy, its initial self, and who watches it."""
+
+    shown = "margin"
+
+    def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        super().__init__(options, accelerator)
+        self.options, device = options, accelerator.device
+        directory = resolve_model_dir(options.model)
+        self.outside = self._load_outside(directory) if options.outside else None
+        if options.lora_rank:
+            self.policy: Any = get_peft_model(self.model, lora_config(options.lora_rank))
+            self.initial: CausalLM = Plain(self.policy)
+            self.voice = self.model
+        else:
+            self.policy = load_model(str(directory))[0].to(device).eval()
+            self.initial = self.model
+            # The policy in `dtype`: sampling is faster so.
+            self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
+        self.learner = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
+        self.optimiser = torch.optim.Adam(self.learner, lr=options.learning_rate)
+        self.judges = self._judges(principles_of(directory))
+        self.held_out = self._read_prompts(options.held_out)[: options.num_held_out]
+        self.saved = False
+        self.at_start = self._look()  # it is its initial self still, even in a run that goes on
+        accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")
+
+    def _judges(self, known: Mapping[str, Principle]) -> dict[str, ModelJudge]:
+        names = self.options.principles or (next(iter(known)),)
+        for name in names:
+            if name not in known:
+                raise TrainingError(f"unknown principle {name!r}; known are {', '.join(known)}")
+        return {
+            name: ModelJudge(
+                self.initial,
+                self.tokenizer,
+                known[name],
+                context_of(self.model),
+                self.options.batch_size,
+            )
+            for name in names
+        }
+
+    def _load_outside(self, directory: Path) -> Reward:
+        """On an LLM of its own: this one is about to get a LoRA."""
+        model = load_model(str(directory), dtype=self.model.dtype)[0].to(self.model.device).eval()
+        assert self.options.outside is not None
+        return load_reward(self.options.outside, replace(self.frozen(), model=model))
+
+    def step(self, index: int) -> dict[str, float]:
+        """One update: answer twice, judge, and learn to prefer the better answer."""
+        started, options = time.monotonic(), self.options
+        prompts, seeds, first = self.draw_prompts(index, options.pairs)
+        pairs = self._answer(prompts, list(islice(seeds, len(prompts))))
+        left = self.anneal(index)
+        row = {"step": index + 1, **self._describe(pairs), **self._learn(pairs, first, index)}
+        if (index + 1) % options.check_every == 0 or index + 1 == options.steps:
+            row |= {f"held_out_{name}": value for name, value in self._look().items()}
+        seconds = time.monotonic() - started
+        return row | {"learning_rate": left * options.learning_rate, "seconds": seconds}
+
+    def _answer(self, prompts: list[Prompt], seeds: list[int]) -> Pairs:
+        if self.voice is not self.model:
+            self.voice.load_state_dict(self.policy.state_dict())
+        rollout = generate(
+            Policy(self.voice),
+            [prompt.ids for prompt in prompts] * 2,
+            self.options.decoding,
+            end_ids=self.end_ids,
+            seeds=[*seeds, *(seed + (1 << 39) for seed in seeds)],
+            batch_size=self.options.batch_size,
+        )
+        texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        questions = [
+            Question([*prompt.messages], *both)  # type: ignore[list-item]
+            for prompt, *both in zip(
+                prompts, texts[: len(prompts)], texts[len(prompts) :], strict=True
+            )
+        ]
+        odds = [judge.log_odds(questions).sigmoid().tolist() for judge in self.judges.values()]
+        rulings = [
+            Ruling({name: Verdict((a, b)) for name, (a, b) in zip(self.judges, each, strict=True)})
+            for each in zip(*odds, strict=True)
+        ]
+        return Pairs(prompts, rollout.responses, rulings)
+
+    def _learn(self, pairs: Pairs, first: int, index: int) -> dict[str, float]:
+        """Gradient steps on −log σ(β Δ), or its like, of the pairs whose answers differ.
+
+        Δ = log (π / π_ref)(chosen) − log (π / π_ref)(rejected).
+        """
+        options, count = self.options, len(pairs.prompts)
+        prompts = [prompt.ids for prompt in pairs.prompts] * 2
+        ids, is_response = (
+            x.to(self.model.device) for x in pad_responses(prompts, pairs.responses)
+        )
+        mask = is_response[:, 1:]
+        sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings])
+        same = [a == b for a, b in zip(pairs.responses, pairs.responses[count:], strict=False)]
+        weight = (~torch.tensor(same)).float().to(self.model.device)  # [N]
+        sign = sign.to(self.model.device)
+        with torch.no_grad():
+            reference = torch.cat(
+                [
+                    (token_logprobs(self.initial(input_ids=some).logits, some) * m).sum(-1)
+                    for some, m in zip(
+                        ids.split(options.batch_size), mask.split(options.batch_size), strict=True
+                    )
+                ]
+            )
+        done = []
+        for whole in self.minibatches(options.pairs, index):
+            part = whole[(whole >= first) & (whole < first + count)] - first
+            total = self.accelerator.reduce(weight[part].sum(), "sum").clamp(min=1)
+            sums = torch.zeros(3, device=ids.device)
+            for some in part.split(max(1, options.batch_size // 2)):
+                both = torch.cat([some, some + count])
+                with self._autocast():
+                    logits = self.policy(input_ids=ids[both]).logits
+                gains = (token_logprobs(logits, ids[both]) * mask[both]).sum(-1) - reference[both]
+                margins = sign[some] * (gains[: len(some)] - gains[len(some) :])
+                losses = preference_losses(margins, options.loss, options.beta) * weight[some]
+                (losses.sum() / total).backward()
+                kept = margins.detach() * weight[some]
+                sums += torch.stack([losses.detach().sum(), (kept > 0).sum(), kept.sum()])
+            means = self.accelerator.reduce(sums, "sum") / total
+            done.append([*means.tolist(), self.descend()])
+        return averaged(("loss", "accuracy", "margin"), done)
+
+    def _describe(self, pairs: Pairs) -> dict[str, float]:
+        count = len(pairs.prompts)
+        columns = {
+            "flips": [not r.mean.consistent for r in pairs.rulings],
+            "confidence": [abs(r.probability - 0.5) for r in pairs.rulings],
+            "identical": [
+                a == b for a, b in zip(pairs.responses, pairs.responses[count:], strict=False)
+            ],
+            "tokens_per_response": [len(response) for response in pairs.responses],
+        }
+        return {
+            name: self.of_all(torch.tensor(column, dtype=torch.float)).mean().item()
+            for name, column in columns.items()
+        }
+
+    def _look(self) -> dict[str, float]:
+        """What becomes of the held-out prompts' answers, drawn with the same noise each time."""
+        with self.accelerator.split_between_processes(list(enumerate(self.held_out))) as mine:
+            prompts = [prompt for _, prompt in mine]
+            seeds = [(self.options.seed << 40) + (1 << 38) + i for i, _ in mine]
+        pairs = self._answer(prompts, seeds)
+        found = self._describe(pairs)
+        bigrams = [pair for r in gather_object(pairs.responses) for pair in pairwise(r)]
+        found["diversity"] = len(set(bigrams)) / max(1, len(bigrams))
+        if self.outside is not None:
+            scores = self.outside(self.samples([*prompts, *prompts], pairs.responses))
+            ours, theirs = scores.cpu().split(len(prompts))
+            prefers = torch.tensor([r.first_goes_on for r in pairs.rulings])
+            agrees = torch.where(ours == theirs, 0.5, ((ours > theirs) == prefers).float())
+            found["agreement"] = self.of_all(agrees).mean().item()
+            found["outside_reward"] = self.of_all(scores).mean().item()
+        return found
+
+    def check(self, rows: list[dict[str, Any]]) -> None:
+        """Stop where a bound is left; keep what is within."""
+        last, options = rows[-1], self.options
+        if "held_out_diversity" not in last:
+            return
+        now = {name.removeprefix("held_out_"): x for name, x in last.items()}
+        start, longer = (
+            self.at_start,
+            now["tokens_per_response"] / self.at_start["tokens_per_response"],
+        )
+        bounds = {
+            f"answers are {longer:.2f} times as long as at the start": (
+                1 / options.max_length_ratio <= longer <= options.max_length_ratio
+            ),
+            f"the share of distinct word pairs is {now['diversity']:.3f}, {start['diversity']:.3f} at the start": (
+                now["diversity"] >= options.min_diversity * start["diversity"]
+            ),
+            f"the judge's two orders disagree in {now['flips']:.0%} of the pairs": (
+                now["flips"] <= options.max_flips
+            ),
+            f"the judge agrees with the outside reward in {now.get('agreement', 1):.0%} of the pairs": (
+                now.get("agreement", 1) >= options.min_agreement
+            ),
+        }
+        broken = [what for what, holds in bounds.items() if not holds]
+        if broken:
+            kept = (
+                "what was saved at the last check before is kept"
+                if self.saved
+                else "nothing was saved"
+            )
+            raise TrainingError(f"stopped after update {last['step']}: {'; '.join(broken)}; {kept}")
+        self.save({})
+        self.saved = True
+
+    def save(self, training: dict[str, Any]) -> str:
+        options = self.options
+        with saving(options.output) as directory:
+            if options.lora_rank:
+                self.policy.save_pretrained(directory)
+            else:
+                self.voice.load_state_dict(self.policy.state_dict())
+                self.voice.to(torch.bfloat16).save_pretrained(directory)
+            self.tokenizer.save_pretrained(directory)
+        return str(options.output)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"
+        )
+
+
+def preference_losses(margins: Tensor, loss: str, beta: float) -> Tensor:
+    """Of each pair, from Δ in nats: [N] -> [N].
+
+    sigmoid: −log σ(β Δ); hinge: max(0, 1 − β Δ); ipo: (Δ − 1 / 2β)².
+    """
+    if loss == "sigmoid":
+        return -F.logsigmoid(beta * margins)
+    if loss == "hinge":
+        return (1 - beta * margins).clamp(min=0)
+    return (margins - 1 / (2 * beta)).square()
+
+
+def main(options: Options) -> None:
+    train(Trainer(options, start()))
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))
