@@ -8,6 +8,7 @@ import pytest
 from judge.judge import Judge
 from judge.principles import DEFAULT, Principle
 from judge.prompts import Message, Question
+from judge.verdict import Verdict
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
 
@@ -32,10 +33,16 @@ class Engine:
             found.append((math.log(p), math.log(1 - p)))
         return found
 
+    async def write(self, prompt, max_tokens):
+        """Three pieces, of a token each; the first ends the label's sentence."""
+        self.batches.append([self.tokenizer.decode(prompt)])
+        for piece in (".", "\nA: so", " it is.")[:max_tokens]:
+            yield piece, 1
+
 
 def compare(tokenizer, probability_of_a, pairs, principles=DEFAULT, **options):
     engine = Engine(tokenizer, probability_of_a)
-    judge = Judge(tokenizer, engine, **{"max_tokens": 1000} | options)
+    judge = Judge(tokenizer, engine, engine.write, **{"max_tokens": 1000} | options)
     questions = [Question(PROMPT, *pair) for pair in pairs]
     return asyncio.run(judge.compare(questions, principles)), judge, engine
 
@@ -99,7 +106,8 @@ def test_identical_pairs_keep_their_places(tokenizer):
 
 
 def test_usage_adds_up_over_calls(tokenizer):
-    judge = Judge(tokenizer, Engine(tokenizer, lambda a, b: 0.6), max_tokens=1000)
+    engine = Engine(tokenizer, lambda a, b: 0.6)
+    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000)
     for _ in range(3):
         asyncio.run(judge.compare([Question(PROMPT, "x", "y")], DEFAULT))
     assert judge.usage.completion_tokens == 6
@@ -112,7 +120,7 @@ def test_all_principles_in_one_batch_with_labels_of_their_own(tokenizer):
     }
 
     engine = Engine(tokenizer, lambda a, b: 0.9)
-    judge = Judge(tokenizer, engine, max_tokens=1000, tie_band=0.125)
+    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000, tie_band=0.125)
     questions = [Question(PROMPT, "x", "y"), Question(PROMPT, "z", "z"), Question(PROMPT, "u", "v")]
     rulings = asyncio.run(judge.compare(questions, principles))
     (batch,) = engine.batches
@@ -139,3 +147,34 @@ def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
     assert judge.usage.prompt_tokens == sum(sizes)
     # Both orders show the same.
     assert lengths[0] == lengths[1][::-1]
+
+
+def explain(tokenizer, question, orders, max_tokens=9):
+    engine = Engine(tokenizer, lambda a, b: 0.6)
+    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000)
+
+    async def pieces():
+        found = judge.rationale(question, DEFAULT["overall"], Verdict(orders), max_tokens)
+        return [piece async for piece in found]
+
+    return asyncio.run(pieces()), judge, engine
+
+
+@pytest.mark.parametrize(("orders", "label"), [((0.9, 0.6), " A"), ((0.4, 0.3), " B")])
+def test_a_rationale_goes_on_after_the_verdicts_label(tokenizer, orders, label):
+    found, judge, engine = explain(tokenizer, Question(PROMPT, "x", "y"), orders)
+    assert found == ["A: so", " it is."]
+    ((asked,),) = engine.batches
+    assert asked.endswith(
+        f"[Response A]\nx\n[Response B]\ny<|end|><|assistant|>The better response is{label}"
+    )
+    assert judge.usage.as_json() == {
+        "prompt_tokens": len(tokenizer.encode(asked, add_special_tokens=False)),
+        "completion_tokens": 3,
+        "total_tokens": judge.usage.prompt_tokens + 3,
+    }
+
+
+def test_a_rationale_of_identical_responses(tokenizer):
+    found, judge, engine = explain(tokenizer, Question(PROMPT, "x", "x"), (0.5, 0.5))
+    assert found == [] and engine.batches == [] and judge.usage.completion_tokens == 0

@@ -1,0 +1,191 @@
+"""Preferences that are kept: what people chose, and what the judge did, in any database that SQLAlchemy knows.
+
+The server writes them; `training.export` reads them as preference data. A row is written, and on the disk, when `add`
+returns.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+)
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+Source = Literal["person", "judge"]
+SOURCES: tuple[Source, ...] = ("person", "judge")
+
+_metadata = MetaData()
+preferences = Table(
+    "preferences",
+    _metadata,
+    Column("id", Integer, primary_key=True),
+    Column("time", Float, nullable=False),  # seconds since 1970
+    Column("source", String(16), nullable=False),  # person or judge
+    Column("prompt", JSON, nullable=False),  # chat messages
+    Column("chosen", Text, nullable=False),
+    Column("rejected", Text, nullable=False),
+    Column("principle", String(200)),  # what it was judged by
+    Column("confidence", Float),  # of a judge: probability that `chosen` is better
+)
+answers = Table(
+    "answers",
+    _metadata,
+    Column("id", Integer, primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("request_id", String(200), nullable=False, index=True),
+    Column("prompt", JSON, nullable=False),
+    Column("responses", JSON, nullable=False),  # by index
+)
+
+
+class FeedbackError(ValueError):
+    """The database cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One response is better than another."""
+
+    source: Source
+    prompt: Sequence[dict[str, str]]
+    chosen: str
+    rejected: str
+    principle: str | None = None
+    confidence: float | None = None
+
+
+class Feedback:
+    """The database. Its methods block: call them from a thread of their own.
+
+    Args:
+        url: SQLAlchemy's, or the path of a SQLite file.
+        create: make what is not there.
+
+    Raises:
+        FeedbackError: it cannot be opened.
+    """
+
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        try:
+            self.engine = _open(url, create)
+            if create:
+                _metadata.create_all(self.engine)
+        except (SQLAlchemyError, ArgumentError, ImportError, OSError) as error:
+            raise FeedbackError(f"cannot open {_without_password(url)}: {_cause(error)}") from None
+
+    def add(self, rows: Sequence[Preference]) -> None:
+        """Keep them, all or none.
+
+        Raises:
+            FeedbackError: they could not be written.
+        """
+        now = time.time()
+        values = [
+            {
+                "time": now,
+                "source": row.source,
+                "prompt": list(row.prompt),
+                "chosen": row.chosen,
+                "rejected": row.rejected,
+                "principle": row.principle,
+                "confidence": row.confidence,
+            }
+            for row in rows
+        ]
+        self._write(preferences, values)
+
+    def add_answer(
+        self, request_id: str, prompt: Sequence[dict[str, str]], responses: Sequence[str]
+    ) -> None:
+        """Remember what a request was answered, so that people may choose by its id.
+
+        Raises:
+            FeedbackError: it could not be written.
+        """
+        row = {"request_id": request_id, "prompt": list(prompt), "responses": list(responses)}
+        self._write(answers, [row | {"time": time.time()}])
+
+    def answer(self, request_id: str) -> tuple[list[dict[str, str]], list[str]] | None:
+        """The prompt and the responses of a request; None = there is none of this id."""
+        query = select(answers.c.prompt, answers.c.responses).where(
+            answers.c.request_id == request_id
+        )
+        with self.engine.connect() as connection:
+            row = connection.execute(query.order_by(answers.c.id.desc()).limit(1)).first()
+        return (row.prompt, row.responses) if row else None
+
+    def rows(self) -> Iterator[Preference]:
+        """All preferences, the oldest first."""
+        with self.engine.connect() as connection:
+            for row in connection.execute(select(preferences).order_by(preferences.c.id)):
+                yield Preference(
+                    row.source, row.prompt, row.chosen, row.rejected, row.principle, row.confidence
+                )
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _write(self, table: Table, values: list[dict[str, Any]]) -> None:
+        if not values:
+            return
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(insert(table), values)
+        except SQLAlchemyError as error:
+            raise FeedbackError(f"feedback could not be kept: {_cause(error)}") from None
+
+
+def _open(url: str, create: bool) -> Engine:
+    if "://" not in url:
+        path = Path(url).expanduser().absolute()
+        if not create and not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{path}"
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def prepare(connection: Any, record: Any) -> None:
+            # Readers do not wait for the writer, and what is committed outlives a power cut.
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA busy_timeout=5000")
+
+    return engine
+
+
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True) if "://" in url else url
+    except ArgumentError:
+        return "the database: its URL is malformed"
+
+
+def _cause(error: Exception) -> str:
+    """Without the statement and its parameters, which have people's texts in them."""
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
+
+
+def fingerprint(prompt: Sequence[dict[str, str]], *responses: str) -> str:
+    """Tells prompts with their responses apart, whatever the order of the responses."""
+    content = json.dumps([list(prompt), sorted(responses)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""Write kept feedback as preference data that every training command reads.
+
+    python -m training.export --feedback feedback.db --output preferences.jsonl
+
+The rows are TRL's conversational format. Of each pair of responses one row is written, whatever was said of it how
+often: people overrule the judge, and among people, or among the judge's verdicts, the majority decides; what is evenly
+split is left out. Rows in which a text looks as if it held a secret (an API key, a token, a private key) are left out
+too. Both are counted aloud. Nothing else of a request is kept or written: neither keys nor ids.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from judge.feedback import SOURCES, Feedback, FeedbackError, Preference, Source, fingerprint
+from training.console import TrainingError, main_guard
+
+_SECRETS = re.compile(
+    r"""
+    -----BEGIN\ [A-Z ]*PRIVATE\ KEY                        # PEM
+    | \b(?:sk|pk|rk)[-_](?:[a-z]+[-_])*[A-Za-z0-9]{16,}    # OpenAI's, Stripe's and their like
+    | \bhf_[A-Za-z0-9]{20,}                                # Hugging Face
+    | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,}  # GitHub
+    | \bxox[abeoprs]-[A-Za-z0-9-]{10,}                     # Slack
+    | \bAKIA[0-9A-Z]{16}\b                                 # AWS
+    | \bAIza[0-9A-Za-z_-]{35}                              # Google
+    | \beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}              # JSON web tokens
+    | (?i:\bbearer\s+[\w.~+/-]{16,})
+    | (?i:\b(?:password|passwd|secret|api[-_ ]?key|access[-_ ]?token)\s*[:=]\s*\S{6,})
+    | ://[^\s/:@]+:[^\s/:@]+@                              # a password in a URL
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write."""
+
+    feedback: str
+    """The database: what the server was given as `--feedback`."""
+    output: Path
+    """JSON lines of `prompt`, `chosen`, `rejected` and, of the judge's, `principle`."""
+    source: Literal["all", "person", "judge"] = "all"
+    """Whose preferences."""
+    min_confidence: float = 0.0
+    """Only verdicts of the judge's that are surer than this, a probability."""
+
+
+def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The rows to write; `counts` says what was left out."""
+    votes: dict[Any, Counter[tuple[str, Source]]] = {}
+    firsts: dict[Any, Preference] = {}
+    for each in preferences:
+        counts["read"] += 1
+        key = fingerprint(each.prompt, each.chosen, each.rejected), each.principle
+        firsts.setdefault(key, each)
+        votes.setdefault(key, Counter())[each.chosen, each.source] += 1
+    for key, first in firsts.items():
+        pair = first.chosen, first.rejected
+        people, judge = ([votes[key][text, source] for text in pair] for source in SOURCES)
+        ours, theirs = people if any(people) else judge
+        if ours == theirs:
+            counts["evenly split"] += 1
+            continue
+        chosen, rejected = pair if ours > theirs else pair[::-1]
+        if has_secret([*(message["content"] for message in first.prompt), *pair]):
+            counts["with what looks like a secret"] += 1
+            continue
+        counts["written"] += 1
+        row: dict[str, Any] = {
+            "prompt": list(first.prompt),
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        yield row | ({"principle": first.principle} if first.principle else {})
+
+
+def has_secret(texts: Iterable[str]) -> bool:
+    """Whether a text looks as if it held an API key, a token or a password."""
+    return any(_SECRETS.search(text) for text in texts)
+
+
+def main(options: Options) -> None:
+    try:
+        feedback = Feedback(options.feedback, create=False)
+    except FeedbackError as error:
+        raise TrainingError(str(error)) from None
+    wanted = (
+        row
+        for row in feedback.rows()
+        if options.source in ("all", row.source)
+        and (row.source == "person" or (row.confidence or 0) >= options.min_confidence)
+    )
+    counts: Counter[str] = Counter()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = options.output.with_name(f".{options.output.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in export(wanted, counts):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    feedback.close()
+    temporary.replace(options.output)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing was kept yet")
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main(tyro.cli(Options, description=__doc__))
