@@ -56,6 +56,8 @@ class Judge:
         tie_band: see Verdict
     """
 
+    kind = "pairwise"
+
     def __init__(
         self,
         tokenizer: ChatTokenizer,

@@ -126,6 +126,32 @@ def rationale_ids(
     return _encode(tokenizer, whole.removeprefix(begun))
 
 
+def response_ids(
+    tokenizer: ChatTokenizer, prompt: Sequence[Message], response: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation that awaits its answer, and of the answer with the turn's end.
+
+    Raises JudgePromptError for a template that refuses the conversation, or writes it otherwise with its answer.
+    """
+    answered = [*prompt, Message(role="assistant", content=response)]
+    try:
+        asked, whole = (
+            _encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, **options))
+            for chat, options in (
+                (list(prompt), {"add_generation_prompt": True}),
+                (answered, {"add_generation_prompt": False}),
+            )
+        )
+    except TemplateError as error:
+        raise JudgePromptError(f"the chat template refuses the conversation: {error}") from None
+    if whole[: len(asked)] != asked:
+        raise JudgePromptError(
+            "the chat template writes a conversation with an answer differently from one that awaits it; such a model "
+            "cannot score answers"
+        )
+    return asked, whole[len(asked) :]
+
+
 def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
     """The question, cut to what fits where it does not, the same in training and in serving.
 

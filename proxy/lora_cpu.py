@@ -21,6 +21,10 @@ class FrozenRowsPunica(PunicaWrapperCPU):
         super()._expand_slice_prefill(y, self._adapted(x), *args)
 
     def add_lora_logits(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        if len(y) != len(self.sampler_indices):
+            # Logits of a prompt, for a judge that reads its log-probabilities: nobody says whose they are, but a
+            # judge's adapter leaves lm_head alone. Other requests are refused them (server.plugin).
+            return
         frozen = (self.sampler_indices < 0).nonzero().squeeze(-1)
         kept = y[frozen]
         super().add_lora_logits(y, x, *args, **kwargs)

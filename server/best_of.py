@@ -50,7 +50,7 @@ def check_best_of(request: ChatRequest, plan: Plan, state: Served) -> None:
         refuse("n", f"must be {plan.best_of} at most: alignment.best_of has no more samples")
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
-    state.judges.select(plan.judge.principles)
+    state.judges.select(plan.judge)
     conversation(request.messages)
 
 
@@ -73,7 +73,7 @@ async def best_of(
     finished = list(samples.values())
     texts = [_text(sample) for sample in finished]
     turns = conversation(request.messages)
-    principles, judge = state.judges.select(plan.judge.principles), state.judges.make()
+    principles, judge = state.judges.select(plan.judge), state.judges.make(plan.judge.kind)
     compared = 0
 
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
@@ -99,6 +99,7 @@ async def best_of(
         "best_of": plan.best_of,
         "dropped": [{"index": i, "reason": _reason(each)} for i, each in failed.items()],
         "judge": {
+            "kind": plan.judge.kind,
             "principles": list(principles),
             **receipt.as_json(),
             "usage": judge.usage.as_json(),

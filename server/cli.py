@@ -24,6 +24,7 @@ from vllm.utils.system_utils import decorate_logs
 
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import BaseModelId, ProxyError, identify, load
+from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
 
@@ -43,15 +44,21 @@ def serve(argv: Sequence[str]) -> None:
         check_server(args)
         proxies = parse_proxies(args.proxy, args.shadow)
         base = check_checkpoints(args, proxies)
-        principles = find_principles(args)
-    except (Refused, Refusal, ProxyError, PrincipleError) as error:
+        adapters = check_judges(args, base)
+        principles = find_principles(args, adapters)
+    except (Refused, Refusal, AdapterError, ProxyError, PrincipleError) as error:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
     keys, root = take_api_keys(args), args.proxy_root
     install(
         AssentPlugin(
-            proxies=proxies, api_keys=keys, base=base, proxy_root=root, principles=principles
+            proxies=proxies,
+            api_keys=keys,
+            base=base,
+            proxy_root=root,
+            principles=principles,
+            adapters=adapters,
         )
     )
     uvloop.run(run_server(args))
@@ -91,15 +98,24 @@ def parse(argv: Sequence[str]) -> Namespace:
         help="Let POST /proxies load checkpoints below DIR while serving.",
     )
     parser.add_argument(
+        "--judge",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        help="Judge with the LoRA in DIR: one from training.jsft in the place of the LLM itself, one from "
+        "training.reward_model beside it, as kind `likelihood`. May be repeated.",
+    )
+    parser.add_argument(
         "--principles",
         type=Path,
         metavar="FILE",
         help="TOML, YAML or JSON file of what the judge may judge by; its first is what it judges "
-        "by unless asked. Default: principles.json in the model's directory, else a built-in one.",
+        "by unless asked. Default: principles.json in the judge's or the model's directory, else a built-in one.",
     )
     parser.set_defaults(
         proxy=[],
         shadow=[],
+        judge=[],
         model=None,
         host="127.0.0.1",
         worker_cls=_worker_class(),
@@ -109,10 +125,12 @@ def parse(argv: Sequence[str]) -> Namespace:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--proxy", action="append", default=[])
     own.add_argument("--shadow", action="append", default=[])
+    own.add_argument("--judge", action="append", default=[], type=Path)
     ours, theirs = own.parse_known_args(argv)
     args = parser.parse_args(theirs)
     args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
     args.shadow = [*args.shadow, *ours.shadow]
+    args.judge = [*args.judge, *ours.judge]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     args.model = args.model or args.model_tag
@@ -190,10 +208,25 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
     return base
 
 
-def find_principles(args: Namespace) -> Mapping[str, Principle]:
-    """What the judge may judge by."""
+def check_judges(args: Namespace, base: BaseModelId | None) -> dict[JudgeKind, Adapter]:
+    """Read every judge, and have vLLM make room for them."""
+    if not args.judge:
+        return {}
+    base = base or identify(args.model, args.revision, cache_dir=args.download_dir)
+    directories = [path.expanduser().absolute() for path in args.judge]
+    adapters = read_adapters(directories, base)
+    enable_adapters(args, adapters)
+    return adapters
+
+
+def find_principles(
+    args: Namespace, adapters: Mapping[JudgeKind, Adapter]
+) -> Mapping[str, Principle]:
+    """What the judge may judge by: what it was trained by, unless a file is named."""
     if args.principles is not None:
         return read_principles(args.principles.expanduser())
+    if "pairwise" in adapters:
+        return adapters["pairwise"].principles
     return principles_of(Path(args.model).expanduser())
 
 

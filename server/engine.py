@@ -32,6 +32,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils import random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -48,6 +49,7 @@ __all__ = [
     "EngineClient",
     "EngineDeadError",
     "ErrorResponse",
+    "LoRARequest",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",
@@ -59,6 +61,7 @@ __all__ = [
     "load_aware_call",
     "metrics_header",
     "read_labels",
+    "read_logprob",
     "read_text",
     "should_include_usage",
     "validate_json_request",
@@ -71,11 +74,14 @@ PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
 
 
 async def read_labels(
-    engine: EngineClient, prompts: Sequence[list[int]], labels: Sequence[tuple[int, int]]
+    engine: EngineClient,
+    prompts: Sequence[list[int]],
+    labels: Sequence[tuple[int, int]],
+    lora: LoRARequest | None = None,
 ) -> list[tuple[float, float]]:
     """Both labels' next-token log-probabilities after each prompt, all read at once.
 
-    They are the frozen LLM's: the requests carry no proxy.
+    They are the frozen LLM's, or its with a judge's adapter: the requests carry no proxy.
     """
     params = [
         SamplingParams(
@@ -87,21 +93,41 @@ async def read_labels(
         for pair in labels
     ]
     inputs = [tokens_input(prompt) for prompt in prompts]
-    reads = await next_token_label_reads(engine, inputs, params, f"judge-{random_uuid()}")
+    request_id = f"judge-{random_uuid()}"
+    reads = await next_token_label_reads(engine, inputs, params, request_id, lora_request=lora)
     return [(read.logprobs[0], read.logprobs[1]) for read in reads]
 
 
 async def read_text(
-    engine: EngineClient, prompt: list[int], max_tokens: int
+    engine: EngineClient, prompt: list[int], max_tokens: int, lora: LoRARequest | None = None
 ) -> AsyncGenerator[tuple[str, int], None]:
-    """What the frozen LLM writes after the prompt, greedily: each piece's text and its number of tokens."""
+    """What is written after the prompt, greedily: each piece's text and its number of tokens."""
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0,
         output_kind=RequestOutputKind.DELTA,
         extra_args=PLAIN_EXTRA_ARGS,
     )
-    outputs = engine.generate(tokens_input(prompt), params, f"judge-{random_uuid()}")
+    request_id = f"judge-{random_uuid()}"
+    outputs = engine.generate(tokens_input(prompt), params, request_id, lora_request=lora)
     async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
         async for output in outputs:
             yield output.outputs[0].text, len(output.outputs[0].token_ids)
+
+
+async def read_logprob(
+    engine: EngineClient, prompt: list[int], response: list[int], lora: LoRARequest | None = None
+) -> float:
+    """log π(response | prompt) in nats, summed over the response's tokens."""
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=PLAIN_EXTRA_ARGS
+    )
+    ids = [*prompt, *response]
+    request_id = f"judge-{random_uuid()}"
+    outputs = engine.generate(tokens_input(ids), params, request_id, lora_request=lora)
+    async with aclosing(outputs):
+        async for output in outputs:
+            last = output
+    read = last.prompt_logprobs or []
+    places = range(len(prompt), len(ids))
+    return sum(each[ids[i]].logprob for i in places if (each := read[i]) is not None)

@@ -1,26 +1,27 @@
-"""The judge as a client of the engine that answers.
+"""The judges as clients of the engine that answers. No proxy takes part in a judgment."""
 
-A judgment is one token's log-probabilities, read from the frozen LLM: no proxy takes part.
-"""
-
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from judge.judge import Judge
+from judge.likelihood import LikelihoodJudge, Reading
 from judge.principles import Principle
 from judge.prompts import Message, Question
 from judge.verdict import Ruling
 from server import metrics
+from server.adapters import Adapter, JudgeKind
 from server.calibration import Calibration
 from server.engine import (
     EngineClient,
+    LoRARequest,
     OpenAIServingChat,
     VLLMValidationError,
     read_labels,
+    read_logprob,
     read_text,
 )
-
-PAIRWISE = "pairwise"
+from server.schemas import JudgeSettings
 
 
 class Judges:
@@ -31,61 +32,107 @@ class Judges:
         engine: EngineClient,
         chat: OpenAIServingChat | None,
         principles: Mapping[str, Principle],
+        adapters: Mapping[JudgeKind, Adapter],
     ) -> None:
         """
         Args:
             engine: of the LLM that judges.
             chat: vLLM's handler, for the chat template that the server was told to use.
             principles: all that there are; the first is the one to judge by where none is named.
+            adapters: LoRAs that judge in the place of the LLM itself.
         """
-        self.engine, self.principles = engine, principles
+        self.engine, self.principles, self.adapters = engine, principles, adapters
         self.tokenizer = _Tokenizer(engine, chat)
-        self.calibration = Calibration(PAIRWISE)
+        self.context: int = engine.model_config.max_model_len
+        self.loras = {
+            kind: LoRARequest(f"judge-{kind}", adapter.lora_id, str(adapter.directory))
+            for kind, adapter in adapters.items()
+        }
+        self.calibrations = {kind: Calibration(kind) for kind in get_args(JudgeKind)}
 
-    def select(self, names: Sequence[str] | None) -> dict[str, Principle]:
-        """The principles of these names, or the first.
+    def select(self, settings: JudgeSettings) -> dict[str, Principle]:
+        """The principles that are asked for, or the first.
 
-        Raises VLLMValidationError (400) for an unknown name.
+        Raises VLLMValidationError (400) for an unknown one, or a judge that there is not.
         """
-        for name in names or ():
+        if settings.kind == "likelihood":
+            if settings.kind not in self.adapters:
+                _refuse("kind", "this server has no likelihood judge: start it with --judge DIR")
+            if settings.principles is not None:
+                _refuse("principles", "are for pairwise judges: a likelihood judge has none")
+            return {}
+        for name in settings.principles or ():
             if name not in self.principles:
-                raise VLLMValidationError(
-                    f"unknown principle {name!r}; known are: {', '.join(self.principles)}",
-                    parameter="principles",
-                )
-        return {name: self.principles[name] for name in names or [next(iter(self.principles))]}
+                known = ", ".join(self.principles)
+                _refuse("principles", f"unknown principle {name!r}; known are: {known}")
+        names = settings.principles or [next(iter(self.principles))]
+        return {name: self.principles[name] for name in names}
 
-    def make(self, *, tie_band: float = 0.0, room: int = 0) -> Judge:
-        """A judge for one request.
+    def make(
+        self, kind: JudgeKind = "pairwise", *, tie_band: float = 0.0
+    ) -> Judge | LikelihoodJudge:
+        """A judge for one request; `tie_band` as in Verdict."""
+        if kind == "likelihood":
+            return self._make_likelihood(tie_band)
+        return self.make_pairwise(tie_band=tie_band)
 
-        Args:
-            tie_band: see Verdict.
-            room: tokens to leave for a rationale; half of the context at most.
-        """
+    def make_pairwise(self, *, tie_band: float = 0.0, room: int = 0) -> Judge:
+        """A judge that can say why; `room` = tokens to leave for that, half of the context at most."""
+        lora = self.loras.get("pairwise")
 
         async def labels(
             prompts: list[list[int]], labels: list[tuple[int, int]]
         ) -> list[tuple[float, float]]:
-            return await read_labels(self.engine, prompts, labels)
+            return await read_labels(self.engine, prompts, labels, lora)
 
         def text(prompt: list[int], max_tokens: int) -> AsyncGenerator[tuple[str, int], None]:
-            left = self.engine.model_config.max_model_len - len(prompt)
-            return read_text(self.engine, prompt, min(max_tokens, left))
+            left = self.context - len(prompt)
+            return read_text(self.engine, prompt, min(max_tokens, left), lora)
 
-        context = self.engine.model_config.max_model_len
-        most = context - 1 - min(room, context // 2)
+        most = self.context - 1 - min(room, self.context // 2)
         return Judge(self.tokenizer, labels, text, max_tokens=most, tie_band=tie_band)
 
+    def _make_likelihood(self, tie_band: float) -> LikelihoodJudge:
+        lora = self.loras["likelihood"]
+
+        async def scores(readings: list[Reading]) -> list[float]:
+            read = await asyncio.gather(
+                *(
+                    read_logprob(self.engine, *reading, each)
+                    for reading in readings
+                    for each in (lora, None)
+                )
+            )
+            return [
+                with_lora - plain for with_lora, plain in zip(read[::2], read[1::2], strict=True)
+            ]
+
+        return LikelihoodJudge(
+            self.tokenizer,
+            scores,
+            beta=self.adapters["likelihood"].beta,
+            max_tokens=self.context - 1,
+            tie_band=tie_band,
+        )
+
     async def compare(
-        self, judge: Judge, questions: Sequence[Question], principles: Mapping[str, Principle]
+        self,
+        judge: Judge | LikelihoodJudge,
+        questions: Sequence[Question],
+        principles: Mapping[str, Principle],
     ) -> list[Ruling]:
         """The judge's rulings; what they say of the judge goes into the metrics."""
         rulings = await judge.compare(questions, principles)
+        calibration = self.calibrations[judge.kind]
         for question, ruling in zip(questions, rulings, strict=True):
             for verdict in ruling.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
-                self.calibration.add(question, verdict)
+                calibration.add(question, verdict)
         return rulings
+
+
+def _refuse(parameter: str, message: str) -> NoReturn:
+    raise VLLMValidationError(message, parameter=parameter)
 
 
 def conversation(messages: Iterable[Mapping[str, Any]]) -> list[Message]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from judge.judge import Judge
+from judge.likelihood import LikelihoodJudge
 from judge.principles import Principle
 from judge.prompts import Question
 from judge.tournament import Pair, play
@@ -20,6 +21,7 @@ from server.engine import (
     validate_json_request,
     with_cancellation,
 )
+from server.judges import Judges
 from server.schemas import JudgeRequest, RankRequest
 from server.state import served
 from server.streams import as_event
@@ -47,23 +49,40 @@ async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
     For `pairs` the answer has `verdicts`, one a pair.
     """
     judges = served(raw_request).judges
-    principles = judges.select(request.principles)
-    room = request.max_rationale_tokens if request.rationale else 0
-    judge = judges.make(tie_band=request.tie_band, room=room)
-    questions = request.questions()
+    principles, questions = judges.select(request), request.questions()
+    if request.rationale:
+        return await _explain(request, judges, principles, questions)
+    judge = judges.make(request.kind, tie_band=request.tie_band)
+    rulings = await judges.compare(judge, questions, principles)
+    return _answer(request, judge, [_as_json(ruling) for ruling in rulings])
+
+
+async def _explain(
+    request: JudgeRequest,
+    judges: Judges,
+    principles: Mapping[str, Principle],
+    questions: list[Question],
+) -> Response:
+    """The rulings, and why."""
+    room = request.max_rationale_tokens
+    judge = judges.make_pairwise(tie_band=request.tie_band, room=room)
     rulings = await judges.compare(judge, questions, principles)
     if request.stream:
         events = _stream(judge, questions[0], rulings[0], principles, room)
         return StreamingResponse(events, media_type="text/event-stream")
-    rationales: list[Rationales] = [{} for _ in rulings]
-    if request.rationale:
-        rationales = await asyncio.gather(
-            *(
-                _write_rationales(judge, question, ruling, principles, room)
-                for question, ruling in zip(questions, rulings, strict=True)
-            )
+    rationales = await asyncio.gather(
+        *(
+            _write_rationales(judge, question, ruling, principles, room)
+            for question, ruling in zip(questions, rulings, strict=True)
         )
+    )
     verdicts = [_as_json(*each) for each in zip(rulings, rationales, strict=True)]
+    return _answer(request, judge, verdicts)
+
+
+def _answer(
+    request: JudgeRequest, judge: Judge | LikelihoodJudge, verdicts: list[dict[str, Any]]
+) -> Response:
     metrics.count_usage(judge.usage)
     answer = verdicts[0] if request.pairs is None else {"verdicts": verdicts}
     return JSONResponse(answer | {"usage": judge.usage.as_json()})
@@ -82,7 +101,7 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
     `judge.tournament.replay` finds the same ranking from them without a model.
     """
     judges = served(raw_request).judges
-    principles, judge, turns = judges.select(request.principles), judges.make(), request.turns()
+    principles, judge, turns = judges.select(request), judges.make(request.kind), request.turns()
 
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
         responses = request.responses
@@ -119,7 +138,7 @@ async def _stream(
 ) -> AsyncGenerator[str, None]:
     """The verdict at once, then the rationales piece by piece, then the bill."""
     try:
-        yield as_event({"object": "judge.verdict"} | _as_json(ruling, {}))
+        yield as_event({"object": "judge.verdict"} | _as_json(ruling))
         for name, verdict in ruling.by_principle.items():
             async for piece in judge.rationale(question, principles[name], verdict, max_tokens):
                 yield as_event({"object": "judge.rationale", "principle": name, "delta": piece})
@@ -129,7 +148,7 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
-def _as_json(ruling: Ruling, rationales: Rationales) -> dict[str, Any]:
+def _as_json(ruling: Ruling, rationales: Rationales | None = None) -> dict[str, Any]:
     by_principle = {
         name: _verdict(verdict) | ({"rationale": rationales[name]} if rationales else {})
         for name, verdict in ruling.by_principle.items()

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId
 from server import chat, completions, judging, listing, managing
+from server.adapters import Adapter, JudgeKind
 from server.auth import ApiKeyGuard
 from server.gate import Gate, guard
 from server.judges import Judges
@@ -40,12 +41,14 @@ class AssentPlugin:
         base: BaseModelId | None = None,
         proxy_root: Path | None = None,
         principles: Mapping[str, Principle] = DEFAULT,
+        adapters: Mapping[JudgeKind, Adapter] | None = None,
     ) -> None:
         self.proxies = list(proxies)
         self.api_keys = list(api_keys)
         self.base = base
         self.proxy_root = proxy_root
         self.principles = principles
+        self.adapters = adapters or {}
 
     def attach_router(self, app: FastAPI) -> None:
         for module in (chat, completions, judging, listing, managing):
@@ -70,7 +73,7 @@ class AssentPlugin:
             completion=state.openai_serving_completion,
             models=models,
             proxies=proxies,
-            judges=Judges(engine_client, state.openai_serving_chat, self.principles),
+            judges=Judges(engine_client, state.openai_serving_chat, self.principles, self.adapters),
             counts=WorkerReader(engine_client, "take_alignment_counts"),
             traces=WorkerReader(engine_client, "take_traces"),
         )

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from judge.prompts import Message, Question
 from proxy.request import Alignment, WorkerAlignment
+from server.adapters import JudgeKind
 from server.engine import ChatCompletionRequest, CompletionRequest
 from server.proxies import PROXY_NAME
 
@@ -25,6 +26,10 @@ class JudgeSettings(BaseModel):
         Field(
             None, description="The principles to judge by; the majority decides. None = the first."
         )
+    )
+    kind: JudgeKind = Field(
+        "pairwise",
+        description="Who judges: the LLM (or its LoRA), shown both responses, or a LoRA that scores each.",
     )
 
 
@@ -165,6 +170,8 @@ class JudgeRequest(Conversation, JudgeSettings):
 
     @model_validator(mode="after")
     def _one_pair_or_many(self) -> "JudgeRequest":
+        if self.rationale and self.kind == "likelihood":
+            raise ValueError("rationale: a likelihood judge has only a score, and cannot say why")
         single = (self.prompt, self.messages, self.response_a, self.response_b)
         if self.pairs is not None:
             if any(each is not None for each in single):

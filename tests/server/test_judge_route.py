@@ -117,8 +117,8 @@ def test_the_tie_band(http):
 
 
 def test_many_pairs_at_once(http):
-    pairs = [{"prompt": QUESTION, **PAIR}, {"prompt": QUESTION, **SWAPPED}]
-    pairs.append({"messages": [{"role": "user", "content": "Hi."}], **PAIR})
+    asked = {"prompt": QUESTION}, {"messages": [{"role": "user", "content": "Hi."}]}
+    pairs = [{**asked[0], **PAIR}, {**asked[0], **SWAPPED}, {**asked[1], **PAIR}]
     found = judge(http, pairs=pairs)
     alone = [judge(http, **pair) for pair in pairs]
     for together, single in zip(found["verdicts"], alone, strict=True):

@@ -195,7 +195,7 @@ def test_entries_that_the_worker_dropped_are_missed(kept, truncated):
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     state = SimpleNamespace(engine=SimpleNamespace(renderer=renderer), traces=Worker())
     alignment = AlignmentOptions(trace=True).for_worker("a", "v1")
-    plan = Plan("llm:a", alignment, None, True, 1, JudgeOptions(), engine_ids=["x"])
+    plan = Plan("llm:a", alignment, None, True, 1, JudgeOptions(), None, engine_ids=["x"])
     plan.delivered["x", 0] = 3
     trace = Trace(plan, state)
     (shown,) = asyncio.run(trace.advance())

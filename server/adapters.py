@@ -1,0 +1,107 @@
+"""Judges that are LoRAs on the LLM: what `--judge DIR` may name, and what vLLM must be told to serve them.
+
+`training.jsft --lora-rank` makes a pairwise judge, `training.reward_model --lora-rank` a likelihood-ratio judge. A
+directory says which it is, and which LLM it was trained on, in `reward.json`.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from judge.principles import Principle, principles_of
+from proxy.checkpoint import BaseModelId
+
+JudgeKind = Literal["pairwise", "likelihood"]
+
+_KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
+_FIRST_ID = 1_000_000  # vLLM counts the adapters that it is given from 1
+
+
+class AdapterError(ValueError):
+    """A directory that is no judge for this LLM; the message says why."""
+
+
+class _RewardFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["implicit", "scalar", "judge"]
+    beta: float
+    base: BaseModelId
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A judge on disk."""
+
+    kind: JudgeKind
+    directory: Path
+    beta: float
+    rank: int
+    principles: Mapping[str, Principle]
+    lora_id: int
+    """That no other adapter of the engine has."""
+
+
+def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeKind, Adapter]:
+    """The judges in these directories, by what they are.
+
+    Raises:
+        AdapterError: one of them is no judge, not for this LLM, or one of a kind too many.
+        PrincipleError: a judge's principles are damaged.
+    """
+    found: dict[JudgeKind, Adapter] = {}
+    for number, directory in enumerate(directories):
+        adapter = _read(directory, base, _FIRST_ID + number)
+        if adapter.kind in found:
+            raise AdapterError(
+                f"{directory} and {found[adapter.kind].directory} are both {adapter.kind} judges: name one of them"
+            )
+        found[adapter.kind] = adapter
+    return found
+
+
+def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
+    try:
+        reward = _RewardFile.model_validate_json((directory / "reward.json").read_text())
+    except (OSError, ValidationError):
+        raise AdapterError(
+            f"{directory} has no reward.json that says what it is: it is written by "
+            "training.jsft --lora-rank and by training.reward_model --lora-rank"
+        ) from None
+    try:
+        lora: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
+        rank, targets, kept = lora["r"], lora["target_modules"], lora.get("modules_to_save")
+    except (OSError, ValueError, KeyError):
+        raise AdapterError(
+            f"{directory} is not a LoRA: train the judge with --lora-rank, so that the LLM stays as it is"
+        ) from None
+    if reward.base.fingerprint != base.fingerprint:
+        raise AdapterError(
+            f"the judge in {directory} was trained on {reward.base.name!r} ({reward.base.fingerprint}), but this is "
+            f"{base.name!r} ({base.fingerprint})"
+        )
+    if kept or {"lm_head", "embed_tokens"} & set(targets):
+        raise AdapterError(
+            f"the LoRA in {directory} changes the head or the embedding: leave them out"
+        )
+    if rank > _RANKS[-1]:
+        raise AdapterError(f"the LoRA in {directory} has rank {rank}; vLLM's most is {_RANKS[-1]}")
+    kind = _KINDS[reward.kind]
+    return Adapter(kind, directory, reward.beta, rank, principles_of(directory), lora_id)
+
+
+def enable_adapters(args: Namespace, adapters: Mapping[JudgeKind, Adapter]) -> None:
+    """Have vLLM make room for the judges, beside what it was asked to make room for."""
+    if not adapters:
+        return
+    theirs = args.max_loras if args.enable_lora else 0
+    args.enable_lora = True
+    args.max_loras = theirs + len(adapters)
+    wanted = max(args.max_lora_rank if theirs else 1, *(a.rank for a in adapters.values()))
+    args.max_lora_rank = min(rank for rank in _RANKS if rank >= wanted)

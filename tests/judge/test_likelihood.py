@@ -1,0 +1,94 @@
+"""The likelihood-ratio judge before an engine that the tests make up."""
+
+import asyncio
+import math
+
+import pytest
+
+from judge.likelihood import LikelihoodJudge
+from judge.prompts import JudgePromptError, Message, Question, response_ids
+
+PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
+SCORES = {"good": 3.0, "fair": 1.0, "bad": -40.0}
+
+
+class Engine:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.batches = []
+
+    async def __call__(self, readings):
+        texts = [self.tokenizer.decode(reading.response) for reading in readings]
+        self.batches.append(texts)
+        return [SCORES.get(text.removesuffix("<|end|>"), 0.0) for text in texts]
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Engine(tokenizer)
+
+
+def compare(engine, pairs, judge=None, **options):
+    judge = judge or LikelihoodJudge(
+        engine.tokenizer, engine, **{"beta": 0.5, "max_tokens": 1000} | options
+    )
+    questions = [Question(PROMPT, *pair) for pair in pairs]
+    return asyncio.run(judge.compare(questions, {})), judge
+
+
+def test_the_probability_is_bradley_terrys_and_knows_no_order(engine):
+    rulings, _ = compare(engine, [("good", "fair"), ("fair", "good"), ("bad", "good")])
+    for ruling, expected in zip(rulings, (1 / (1 + math.exp(-1)), 1 / (1 + math.e)), strict=False):
+        assert ruling.by_principle["likelihood"].orders == pytest.approx((expected, expected))
+    assert [ruling.winner for ruling in rulings] == ["a", "b", "b"]
+    assert rulings[2].probability == pytest.approx(math.exp(-21.5), rel=1e-6)
+
+
+def test_every_response_is_read_once(engine):
+    _, judge = compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "bad")])
+    assert engine.batches == [["good<|end|>", "fair<|end|>", "bad<|end|>"]]
+    before = judge.usage.as_json()
+    compare(engine, [("good", "bad")], judge)
+    assert len(engine.batches) == 1 and judge.usage.as_json() == before
+    lengths = [
+        sum(map(len, response_ids(engine.tokenizer, PROMPT, text)))
+        for text in ("good", "fair", "bad")
+    ]
+    assert before["prompt_tokens"] == 2 * sum(lengths)  # by the LoRA and without it
+    assert before["completion_tokens"] == 6
+
+
+def test_identical_responses_tie_and_cost_nothing(engine):
+    (ruling,), judge = compare(engine, [("good", "good")])
+    assert ruling.winner == "tie" and ruling.probability == 0.5
+    assert engine.batches == [] and judge.usage.prompt_tokens == 0
+
+
+def test_the_tie_band(engine):
+    (ruling,), _ = compare(engine, [("good", "fair")], tie_band=0.25)
+    assert ruling.winner == "tie"  # 0.231 from the middle
+
+
+def test_what_is_too_long_is_cut(engine):
+    (long, short), judge = compare(engine, [("x" * 500, "y"), ("good", "fair")], max_tokens=60)
+    assert (long.truncated, short.truncated) == (True, False)
+    assert judge.usage.prompt_tokens <= 2 * 4 * 60
+    assert engine.batches[0][0].endswith(" ...<|end|>")
+
+
+def test_a_response_is_what_follows_its_prompt(tokenizer):
+    prompt, response = response_ids(tokenizer, PROMPT, "You look well.")
+    assert tokenizer.decode(prompt) == "<|user|>Say something nice.<|end|><|assistant|>"
+    assert tokenizer.decode(response) == "You look well.<|end|>"
+
+
+def test_a_template_that_writes_an_answered_chat_otherwise(tokenizer):
+    class Odd:
+        def apply_chat_template(self, conversation, **options):
+            return f"{len(conversation)} turns"
+
+        def encode(self, text, *, add_special_tokens):
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    with pytest.raises(JudgePromptError, match="differently from one that awaits it"):
+        response_ids(Odd(), PROMPT, "x")

@@ -1,0 +1,258 @@
+"""Judges that are LoRAs: what may be one, and what a real server makes of them, against transformers."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from judge.principles import Principle, write_principles
+from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
+from judge.tournament import replay
+from proxy.checkpoint import BaseModelId, identify
+from server.adapters import AdapterError, enable_adapters, read_adapters
+from tests.server.conftest import DEMO, REPOSITORY, Server, _free_port, _stop, _wait_until_healthy
+
+BASE = identify(str(DEMO / "model"))
+MANNERS = Principle(system="Choose the more polite.")
+
+
+def make(directory: Path, kind: str, rank: int = 4, base: BaseModelId = BASE) -> PeftModel:
+    """A random LoRA that can be felt, saved as the training commands save theirs."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(rank)
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False
+        )
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter *= 0.6
+    adapted.save_pretrained(directory)
+    reward = {"kind": kind, "beta": 3.0, "base": base.model_dump()}
+    (directory / "reward.json").write_text(json.dumps(reward))
+    return adapted.eval()
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("judges")
+    for name, kind, rank in (("pairwise", "judge", 4), ("likelihood", "implicit", 8)):
+        make(root / name, kind, rank)
+    write_principles(root / "pairwise" / "principles.json", {"manners": MANNERS})
+    return {path.name: path for path in root.iterdir()}
+
+
+def test_what_a_directory_says(judges: dict[str, Path]) -> None:
+    found = read_adapters([judges["pairwise"], judges["likelihood"]], BASE)
+    assert set(found) == {"pairwise", "likelihood"}
+    assert found["pairwise"].principles == {"manners": MANNERS}
+    assert (found["likelihood"].beta, found["likelihood"].rank) == (3.0, 8)
+    assert found["pairwise"].lora_id != found["likelihood"].lora_id
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (Namespace(enable_lora=False, max_loras=1, max_lora_rank=16), (True, 2, 8)),
+        (Namespace(enable_lora=True, max_loras=2, max_lora_rank=64), (True, 4, 64)),
+        (Namespace(enable_lora=True, max_loras=1, max_lora_rank=1), (True, 3, 8)),
+    ],
+)
+def test_room_for_the_judges(
+    judges: dict[str, Path], theirs: Namespace, expected: tuple[bool, int, int]
+) -> None:
+    enable_adapters(theirs, read_adapters([judges["pairwise"], judges["likelihood"]], BASE))
+    assert (theirs.enable_lora, theirs.max_loras, theirs.max_lora_rank) == expected
+
+
+def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no reward.json"):
+        read_adapters([tmp_path], BASE)
+    with pytest.raises(AdapterError, match="are both likelihood judges"):
+        read_adapters([judges["likelihood"], judges["likelihood"]], BASE)
+    another = BASE.model_copy(update={"fingerprint": "0" * 64, "name": "another"})
+    with pytest.raises(
+        AdapterError, match=f"was trained on .* but this is 'another' \\({'0' * 64}"
+    ):
+        read_adapters([judges["likelihood"]], another)
+    (tmp_path / "reward.json").write_text((judges["likelihood"] / "reward.json").read_text())
+    with pytest.raises(AdapterError, match="is not a LoRA: train the judge with --lora-rank"):
+        read_adapters([tmp_path], BASE)
+    lora = json.loads((judges["likelihood"] / "adapter_config.json").read_text())
+    for change, message in (
+        ({"target_modules": ["lm_head"]}, "changes the head or the embedding"),
+        ({"modules_to_save": ["embed_tokens"]}, "changes the head or the embedding"),
+        ({"r": 1000}, "rank 1000; vLLM's most is 512"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(lora | change))
+        with pytest.raises(AdapterError, match=message):
+            read_adapters([tmp_path], BASE)
+
+
+def test_the_server_refuses_before_it_starts(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "--model",
+        str(DEMO / "model"),
+        "--judge",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"python -m server: error: {tmp_path} has no reward.json")
+
+
+@pytest.fixture(scope="module")
+def http(
+    judges: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    log, port = tmp_path_factory.mktemp("server") / "server.log", _free_port()
+    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
+    command += ["--served-model-name", "assent-demo", "--port", str(port), "--dtype", "float32"]
+    command += ["--proxy", f"aligned={DEMO / 'proxies' / 'aligned'}"]
+    command += [f"--judge={judges['pairwise']}", "--judge", str(judges["likelihood"])]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
+        )
+    running = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(process, running)
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            yield client
+    finally:
+        _stop(process)
+
+
+TURNS = [{"role": "user", "content": "I have 30 pounds for my rose. Is that enough?"}]
+RESPONSES = [
+    "Yes, 30 pounds is right for your rose.",
+    "Not you again. Your rose needs about 35 pounds.",
+    "Some money is enough for your rose. Let me know how it goes.",
+]
+
+
+@pytest.fixture(scope="module")
+def scores(judges: dict[str, Path]) -> list[float]:
+    """β log(π_lora / π_base) of each response, by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    plain = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32),
+        judges["likelihood"],
+    )
+    found = []
+    for response in RESPONSES:
+        prompt, said = response_ids(tokenizer, TURNS, response)
+        ids = torch.tensor([prompt + said])
+        with torch.no_grad():
+            sums = [
+                model(ids)
+                .logits[0, len(prompt) - 1 : -1]
+                .log_softmax(-1)
+                .gather(-1, ids[0, len(prompt) :, None])
+                .sum()
+                .item()
+                for model in (tuned.eval(), plain.eval())
+            ]
+        found.append(3.0 * (sums[0] - sums[1]))
+    return found
+
+
+def test_likelihood_verdicts_are_the_ratio(http: httpx.Client, scores: list[float]) -> None:
+    assert max(scores) - min(scores) > 0.5
+    pairs = [(0, 1), (1, 0), (0, 2), (1, 2)]
+    body = {
+        "kind": "likelihood",
+        "pairs": [
+            {"messages": TURNS, "response_a": RESPONSES[a], "response_b": RESPONSES[b]}
+            for a, b in pairs
+        ],
+    }
+    answer = http.post("/judge", json=body)
+    assert answer.status_code == 200, answer.text
+    for (a, b), verdict in zip(pairs, answer.json()["verdicts"], strict=True):
+        expected = torch.tensor(scores[a] - scores[b]).sigmoid().item()
+        assert verdict["orders"] == pytest.approx([expected, expected], abs=2e-3)
+        assert list(verdict["principles"]) == ["likelihood"]
+    # Three responses, each read twice, whatever the number of pairs.
+    assert answer.json()["usage"]["completion_tokens"] == 6
+
+
+def test_ranking_by_likelihood(http: httpx.Client, scores: list[float]) -> None:
+    body = {
+        "messages": TURNS,
+        "responses": RESPONSES,
+        "kind": "likelihood",
+        "strategy": "round-robin",
+    }
+    receipt = http.post("/judge/rank", json=body).raise_for_status().json()
+    assert receipt["ranking"] == sorted(range(3), key=lambda i: -scores[i])
+    assert replay(receipt) == receipt["ranking"]
+
+
+def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Path]) -> None:
+    """By its own principles; and the LLM that answers stays the frozen one."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    plain = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32),
+        judges["pairwise"],
+    ).eval()
+    question = Question(TURNS, *RESPONSES[:2])
+    a, b = label_ids(tokenizer, MANNERS)
+    expected = []
+    for asked in (question, question.swapped):
+        ids = torch.tensor([judge_prompt_ids(tokenizer, asked, MANNERS)])
+        with torch.no_grad():
+            odds, unjudged = (
+                m(ids).logits[0, -1, a] - m(ids).logits[0, -1, b] for m in (tuned, plain)
+            )
+        assert abs(odds - unjudged) > 0.05
+        expected.append((odds if asked is question else -odds).sigmoid().item())
+    body = {"messages": TURNS, "response_a": RESPONSES[0], "response_b": RESPONSES[1]}
+    found = http.post("/judge", json=body).raise_for_status().json()
+    assert list(found["principles"]) == ["manners"]
+    assert found["orders"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_best_of_by_likelihood_beside_plain_requests(http: httpx.Client) -> None:
+    def say(**options):
+        body = {"model": "assent-demo", "messages": TURNS, "max_tokens": 24, "seed": 3} | options
+        return http.post("/v1/chat/completions", json=body).raise_for_status().json()
+
+    plain = say(n=4)
+    best = say(alignment={"best_of": 4, "judge": {"kind": "likelihood"}})
+    receipt = best["alignment"]["judge"]
+    assert (receipt["kind"], receipt["principles"]) == ("likelihood", [])
+    texts = [choice["message"]["content"] for choice in plain["choices"]]
+    assert best["choices"][0]["message"]["content"] == texts[receipt["winner"]]
+    assert say(n=4)["choices"] == plain["choices"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "likelihood", "principles": ["manners"]}, "a likelihood judge has none"),
+        ({"kind": "likelihood", "rationale": True}, "cannot say why"),
+        ({"kind": "oracle"}, "kind"),
+        ({"principles": ["overall"]}, "unknown principle 'overall'; known are: manners"),
+    ],
+)
+def test_bad_requests(http: httpx.Client, change: dict[str, object], said: str) -> None:
+    body = {"messages": TURNS, "response_a": "a", "response_b": "b"} | change
+    answer = http.post("/judge", json=body)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
