@@ -29,6 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from judge.prompts import Message
+
 Source = Literal["person", "judge"]
 SOURCES: tuple[Source, ...] = ("person", "judge")
 
@@ -65,7 +67,7 @@ class Preference:
     """One response is better than another."""
 
     source: Source
-    prompt: Sequence[dict[str, str]]
+    prompt: Sequence[Message]
     chosen: str
     rejected: str
     principle: str | None = None
@@ -113,7 +115,7 @@ class Feedback:
         self._write(preferences, values)
 
     def add_answer(
-        self, request_id: str, prompt: Sequence[dict[str, str]], responses: Sequence[str]
+        self, request_id: str, prompt: Sequence[Message], responses: Sequence[str]
     ) -> None:
         """Remember what a request was answered, so that people may choose by its id.
 
@@ -123,7 +125,7 @@ class Feedback:
         row = {"request_id": request_id, "prompt": list(prompt), "responses": list(responses)}
         self._write(answers, [row | {"time": time.time()}])
 
-    def answer(self, request_id: str) -> tuple[list[dict[str, str]], list[str]] | None:
+    def answer(self, request_id: str) -> tuple[list[Message], list[str]] | None:
         """The prompt and the responses of a request; None = there is none of this id."""
         query = select(answers.c.prompt, answers.c.responses).where(
             answers.c.request_id == request_id
@@ -185,7 +187,7 @@ def _cause(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).splitlines()[0]
 
 
-def fingerprint(prompt: Sequence[dict[str, str]], *responses: str) -> str:
+def fingerprint(prompt: Sequence[Message], *responses: str) -> str:
     """Tells prompts with their responses apart, whatever the order of the responses."""
     content = json.dumps([list(prompt), sorted(responses)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,19 +1,25 @@
 """POST /v1/chat/completions: vLLM's own, plus a proxy that aligns and a judge that chooses."""
 
+from collections.abc import AsyncGenerator
+
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.admission import CHAT
-from server.answers import add_receipt, respond
+from server.answers import Answer, add_receipt, respond
 from server.best_of import best_of, check_best_of, stream_best_of
 from server.engine import (
+    ChatCompletionResponse,
     ErrorResponse,
+    VLLMValidationError,
     load_aware_call,
     should_include_usage,
     validate_json_request,
     with_cancellation,
 )
 from server.gate import current_plan
+from server.judges import conversation
+from server.keeper import Keeper, listen, texts_of
 from server.schemas import ChatRequest
 from server.state import Served, served
 
@@ -39,17 +45,34 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request) -> 
     if state.chat is None:
         raise NotImplementedError("The model does not support Chat Completions API")
     if plan.best_of == 1:
-        answer = await state.chat.create_chat_completion(request, raw_request)
-        return respond(await add_receipt(answer, plan, state), raw_request)
-    check_best_of(request, plan, state)
-    if request.stream:
-        include_usage = _wants_usage(request, state)
-        return respond(
-            await stream_best_of(request, plan, state, raw_request, include_usage=include_usage),
-            raw_request,
-        )
-    best = await best_of(request, plan, state, raw_request)
-    return respond(await add_receipt(best, plan, state), raw_request)
+        drawn = await state.chat.create_chat_completion(request, raw_request)
+        answer = await add_receipt(drawn, plan, state)
+    else:
+        check_best_of(request, plan, state)
+        if request.stream:
+            wants_usage = _wants_usage(request, state)
+            answer = await stream_best_of(
+                request, plan, state, raw_request, include_usage=wants_usage
+            )
+        else:
+            best = await best_of(request, plan, state, raw_request)
+            answer = await add_receipt(best, plan, state)
+    if state.keeper is not None and (request.n or 1) > 1:
+        answer = remember(state.keeper, request, answer)
+    return respond(answer, raw_request)
+
+
+def remember(keeper: Keeper, request: ChatRequest, answer: Answer) -> Answer:
+    """Have an answer with several choices kept, so that people may choose by its id."""
+    try:
+        turns = conversation(request.messages)
+    except VLLMValidationError:  # not text: nothing to learn from
+        return answer
+    if isinstance(answer, ChatCompletionResponse):
+        keeper.remember(answer.id, turns, texts_of(answer))
+    elif isinstance(answer, AsyncGenerator):
+        return listen(answer, lambda request_id, texts: keeper.remember(request_id, turns, texts))
+    return answer
 
 
 def _wants_usage(request: ChatRequest, state: Served) -> bool:

@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
+from judge.feedback import Feedback, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import BaseModelId, ProxyError, identify, load
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
@@ -46,7 +47,8 @@ def serve(argv: Sequence[str]) -> None:
         base = check_checkpoints(args, proxies)
         adapters = check_judges(args, base)
         principles = find_principles(args, adapters)
-    except (Refused, Refusal, AdapterError, ProxyError, PrincipleError) as error:
+        feedback = Feedback(args.feedback) if args.feedback else None
+    except (Refused, Refusal, AdapterError, FeedbackError, ProxyError, PrincipleError) as error:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
@@ -59,6 +61,7 @@ def serve(argv: Sequence[str]) -> None:
             proxy_root=root,
             principles=principles,
             adapters=adapters,
+            feedback=feedback,
         )
     )
     uvloop.run(run_server(args))
@@ -111,6 +114,12 @@ def parse(argv: Sequence[str]) -> Namespace:
         metavar="FILE",
         help="TOML, YAML or JSON file of what the judge may judge by; its first is what it judges "
         "by unless asked. Default: principles.json in the judge's or the model's directory, else a built-in one.",
+    )
+    parser.add_argument(
+        "--feedback",
+        metavar="FILE|URL",
+        help="Keep people's choices (POST /feedback) and the judge's verdicts, with the texts that they are about: a "
+        "SQLite file, or any URL of SQLAlchemy's. `python -m training.export` makes training data of them.",
     )
     parser.set_defaults(
         proxy=[],

@@ -21,6 +21,7 @@ from server.engine import (
     read_logprob,
     read_text,
 )
+from server.keeper import Keeper, principle_of
 from server.schemas import JudgeSettings
 
 
@@ -33,6 +34,7 @@ class Judges:
         chat: OpenAIServingChat | None,
         principles: Mapping[str, Principle],
         adapters: Mapping[JudgeKind, Adapter],
+        keeper: Keeper | None,
     ) -> None:
         """
         Args:
@@ -40,8 +42,10 @@ class Judges:
             chat: vLLM's handler, for the chat template that the server was told to use.
             principles: all that there are; the first is the one to judge by where none is named.
             adapters: LoRAs that judge in the place of the LLM itself.
+            keeper: of the verdicts; None = they are not kept.
         """
         self.engine, self.principles, self.adapters = engine, principles, adapters
+        self.keeper = keeper
         self.tokenizer = _Tokenizer(engine, chat)
         self.context: int = engine.model_config.max_model_len
         self.loras = {
@@ -121,13 +125,16 @@ class Judges:
         questions: Sequence[Question],
         principles: Mapping[str, Principle],
     ) -> list[Ruling]:
-        """The judge's rulings; what they say of the judge goes into the metrics."""
+        """The judge's rulings, which are kept; what they say of the judge goes into the metrics."""
         rulings = await judge.compare(questions, principles)
         calibration = self.calibrations[judge.kind]
         for question, ruling in zip(questions, rulings, strict=True):
             for verdict in ruling.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
                 calibration.add(question, verdict)
+        if self.keeper is not None:
+            usual = next(iter(self.principles))
+            self.keeper.keep_verdicts(questions, rulings, principle_of(principles, usual))
         return rulings
 
 

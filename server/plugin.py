@@ -17,13 +17,15 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.platforms import current_platform
 
+from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId
-from server import chat, completions, judging, listing, managing
+from server import chat, completions, feedback, judging, listing, managing
 from server.adapters import Adapter, JudgeKind
 from server.auth import ApiKeyGuard
 from server.gate import Gate, guard
 from server.judges import Judges
+from server.keeper import Keeper
 from server.proxies import Checkpoint, Proxies
 from server.receipts import WorkerReader
 from server.state import Served
@@ -42,6 +44,7 @@ class AssentPlugin:
         proxy_root: Path | None = None,
         principles: Mapping[str, Principle] = DEFAULT,
         adapters: Mapping[JudgeKind, Adapter] | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         self.proxies = list(proxies)
         self.api_keys = list(api_keys)
@@ -49,9 +52,10 @@ class AssentPlugin:
         self.proxy_root = proxy_root
         self.principles = principles
         self.adapters = adapters or {}
+        self.feedback = feedback
 
     def attach_router(self, app: FastAPI) -> None:
-        for module in (chat, completions, judging, listing, managing):
+        for module in (chat, completions, feedback, judging, listing, managing):
             app.include_router(module.router)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
@@ -67,13 +71,17 @@ class AssentPlugin:
         proxies = Proxies(engine_client, base=self.base, root=self.proxy_root)
         for each in self.proxies:
             await proxies.load(each.name, each.directory, shadow=each.shadow)
+        keeper = Keeper(self.feedback) if self.feedback is not None else None
         state.assent = Served(
             engine=engine_client,
             chat=state.openai_serving_chat,
             completion=state.openai_serving_completion,
             models=models,
             proxies=proxies,
-            judges=Judges(engine_client, state.openai_serving_chat, self.principles, self.adapters),
+            judges=Judges(
+                engine_client, state.openai_serving_chat, self.principles, self.adapters, keeper
+            ),
+            keeper=keeper,
             counts=WorkerReader(engine_client, "take_alignment_counts"),
             traces=WorkerReader(engine_client, "take_traces"),
         )

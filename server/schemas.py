@@ -203,3 +203,31 @@ class RankRequest(Conversation, JudgeOptions):
     def _one_conversation(self) -> "RankRequest":
         self._check_one()
         return self
+
+
+class FeedbackRequest(Conversation):
+    """Which response was better: of two to a conversation, or of the choices of an answer."""
+
+    request_id: str | None = Field(
+        None, description="The `id` of an answer with several choices; with `choice`."
+    )
+    choice: int | None = Field(None, ge=0, description="Index of the choice that was better.")
+    response_a: str | None = None
+    response_b: str | None = None
+    better: Literal["a", "b"] | None = None
+
+    @model_validator(mode="after")
+    def _answer_or_pair(self) -> "FeedbackRequest":
+        pair = (self.prompt, self.messages, self.response_a, self.response_b, self.better)
+        if self.request_id is not None:
+            if self.choice is None or any(each is not None for each in pair):
+                raise ValueError("with request_id give choice, and nothing else")
+            return self
+        if self.choice is not None:
+            raise ValueError("choice needs request_id")
+        self._check_one()
+        if self.response_a is None or self.response_b is None or self.better is None:
+            raise ValueError("give response_a, response_b and better; or request_id and choice")
+        if self.response_a == self.response_b:
+            raise ValueError("the responses are the same: neither is better")
+        return self

@@ -12,6 +12,7 @@ from server.engine import (
     OpenAIServingModels,
 )
 from server.judges import Judges
+from server.keeper import Keeper
 from server.proxies import Proxies
 from server.receipts import WorkerReader
 
@@ -26,6 +27,8 @@ class Served:
     models: OpenAIServingModels
     proxies: Proxies
     judges: Judges
+    keeper: Keeper | None
+    """Where preferences are kept; None = they are not."""
     counts: WorkerReader
     traces: WorkerReader
 

@@ -1,0 +1,242 @@
+"""People's choices and the judge's verdicts over HTTP, kept in SQLite, and exported."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from judge.feedback import Feedback, Preference
+from tests.server.conftest import (
+    DEMO,
+    REPOSITORY,
+    Server,
+    _free_port,
+    _stop,
+    _wait_until_healthy,
+)
+
+QUESTION = "How do I look after my freezer?"
+TURNS = [{"role": "user", "content": QUESTION}]
+
+
+class Running:
+    """A server that keeps feedback in a file, and its clients."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path, self.log = directory / "feedback.db", directory / "server.log"
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
+        command += ["--served-model-name", "assent-demo", "--port", str(port)]
+        command += ["--feedback", str(self.path)]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
+            )
+        _wait_until_healthy(self.process, Server(self.url, self.log))
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
+
+    def rows(self) -> list[Preference]:
+        feedback = Feedback(str(self.path), create=False)
+        try:
+            return list(feedback.rows())
+        finally:
+            feedback.close()
+
+    def close(self) -> None:
+        self.http.close()
+        self.client.close()
+        _stop(self.process)
+
+    def metric(self, name: str) -> float:
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path_factory.mktemp("feedback"))
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_choice_between_two_responses(keeping: Running) -> None:
+    before = len(keeping.rows())
+    body = {"messages": TURNS, "response_a": "x", "response_b": "y", "better": "b"}
+    answer = keeping.http.post("/feedback", json=body)
+    assert (answer.status_code, answer.json()) == (201, {"kept": True})
+    assert keeping.rows()[before:] == [Preference("person", TURNS, "y", "x")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_among_the_answers_to_a_request(keeping: Running, stream: bool) -> None:
+    answer: Any = keeping.client.chat.completions.create(
+        model="assent-demo", messages=TURNS, max_tokens=24, n=3, seed=1, stream=stream
+    )
+    if stream:
+        texts, request_id = ["", "", ""], ""
+        for chunk in answer:
+            request_id = chunk.id
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        texts, request_id = [choice.message.content for choice in answer.choices], answer.id
+    before = len(keeping.rows())
+    given = keeping.http.post("/feedback", json={"request_id": request_id, "choice": 1})
+    assert given.status_code == 201, given.text
+    others = [text for text in dict.fromkeys(texts) if text != texts[1]]
+    assert others
+    assert keeping.rows()[before:] == [Preference("person", TURNS, texts[1], t) for t in others]
+
+
+def test_verdicts_are_kept(keeping: Running) -> None:
+    before = len(keeping.rows())
+    pair = {"response_a": "Go.", "response_b": "To look after your freezer, pull the plug first."}
+    verdict = keeping.http.post("/judge", json={"prompt": QUESTION, **pair}).json()
+    assert verdict["winner"] == "b"
+    wait_until(lambda: len(keeping.rows()) > before)
+    (row,) = keeping.rows()[before:]
+    assert row == Preference(
+        "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence
+    )
+    assert row.confidence == pytest.approx(1 - verdict["probability"])
+    assert keeping.metric('assent_feedback_rows_total{source="judge"}') >= 1
+
+
+def test_the_tournaments_verdicts_are_kept_too(keeping: Running) -> None:
+    before = len(keeping.rows())
+    body = {"prompt": QUESTION, "seed": 1, "strategy": "round-robin"}
+    body["responses"] = [
+        "Go.",
+        "To look after your freezer, pull the plug first.",
+        "freezer freezer",
+    ]
+    receipt = keeping.http.post("/judge/rank", json=body).json()
+    decided = sum(
+        (orders[0] > 0.5) == (orders[1] > 0.5) and orders[0] != 0.5
+        for comparison in receipt["rounds"][0]
+        for orders in comparison["orders"].values()
+    )
+    assert decided
+    wait_until(lambda: len(keeping.rows()) == before + decided)
+
+
+def test_export(keeping: Running, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.export", "--feedback", str(keeping.path)]
+    output = tmp_path / "preferences.jsonl"
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "written" in done.stdout and output.read_text().count("\n") >= 3
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ({}, 400, "either prompt or messages"),
+        ({"prompt": "x", "response_a": "a", "response_b": "b"}, 400, "better"),
+        ({"prompt": "x", "response_a": "a", "response_b": "a", "better": "a"}, 400, "the same"),
+        ({"request_id": "chatcmpl-1"}, 400, "with request_id give choice"),
+        (
+            {"request_id": "chatcmpl-1", "choice": 0},
+            404,
+            "no answer is known by the id 'chatcmpl-1'",
+        ),
+        ({"request_id": "x", "choice": 0, "prompt": "y"}, 400, "nothing else"),
+        ({"choice": 0}, 400, "choice needs request_id"),
+        ({"request_id": "x", "choice": -1}, 400, "choice"),
+        ({"prompt": "x", "response_a": "a", "response_b": "b", "better": "c"}, 400, "better"),
+    ],
+)
+def test_bad_feedback(keeping: Running, body: dict[str, object], code: int, said: str) -> None:
+    before = keeping.rows()
+    answer = keeping.http.post("/feedback", json=body)
+    assert answer.status_code == answer.json()["error"]["code"] == code
+    assert said in answer.json()["error"]["message"]
+    assert keeping.rows() == before
+
+
+def test_a_choice_that_there_is_not(keeping: Running) -> None:
+    answer = keeping.client.chat.completions.create(
+        model="assent-demo", messages=TURNS, max_tokens=4, n=2
+    )
+    given = keeping.http.post("/feedback", json={"request_id": answer.id, "choice": 2})
+    assert given.status_code == 400
+    assert "choice 2 is not one of the 2" in given.json()["error"]["message"]
+
+
+def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Running) -> None:
+    other = sqlite3.connect(keeping.path)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
+        started = time.monotonic()
+        chat = keeping.client.chat.completions.create(
+            model="assent-demo", messages=TURNS, max_tokens=4, n=2
+        )
+        assert chat.choices and time.monotonic() - started < 4
+        answer = keeping.http.post("/feedback", json=body)
+        assert answer.status_code == 503 and answer.headers["Retry-After"]
+        assert "database is locked" in answer.json()["error"]["message"]
+    finally:
+        other.rollback()
+        other.close()
+    assert keeping.metric("assent_feedback_lost_total") == 1  # the chat's choices
+    assert keeping.http.post("/feedback", json=body).status_code == 201
+
+
+def test_without_a_database(http: httpx.Client) -> None:
+    body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
+    answer = http.post("/feedback", json=body)
+    assert answer.status_code == 403
+    assert "start it with --feedback" in answer.json()["error"]["message"]
+
+
+def test_what_was_answered_is_on_the_disk(tmp_path: Path) -> None:
+    """SIGKILL right after the answer, the whole group, loses nothing."""
+    running = Running(tmp_path)
+    try:
+        for i in range(5):
+            body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
+            assert running.http.post("/feedback", json=body).status_code == 201
+    finally:
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.close()
+    assert [row.chosen for row in running.rows()] == [f"a{i}" for i in range(5)]
+
+
+def test_a_database_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("no database " * 99)
+    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
+    result = subprocess.run(
+        [*command, "--feedback", str(tmp_path / "x")],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert (
+        result.stderr.startswith("python -m server: error: cannot open")
+        and "not a database" in result.stderr
+    )
