@@ -91,6 +91,19 @@ def rlhf(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def self_judged(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that `training.self_judge` made in three updates."""
+    output = tmp_path_factory.mktemp("self_judge")
+    done(
+        "training.self_judge", "--model", work / "base", "--prompts", work / "world/prompts.jsonl", "--steps", "3",
+        "--held-out", work / "world/prompts_validation.jsonl", "--num-held-out", "4", "--pairs", "8",
+        "--check-every", "2", "--decoding.max-new-tokens", "8", "--max-flips", "1",
+        "--outside", "tests.training.models:length", "--min-agreement", "0", "--output", output,
+    )  # fmt: skip
+    return output
+
+
 def rlhf_arguments(work: Path) -> list[str | Path]:
     return [
         "training.rlhf_ppo", "--model", work / "base", "--reward", work / "reward-aligned", "--steps", "3",

@@ -28,7 +28,13 @@ def documented() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def runs(
-    work: Path, sft: Path, implicit_reward: Path, scalar_reward: Path, dpo: Path, rlhf: Path
+    work: Path,
+    sft: Path,
+    implicit_reward: Path,
+    scalar_reward: Path,
+    dpo: Path,
+    rlhf: Path,
+    self_judged: Path,
 ) -> dict[str, Path]:
     """Command -> the directory that a tiny run of it wrote."""
     return {
@@ -38,6 +44,7 @@ def runs(
         "training.reward_model --kind scalar": scalar_reward,
         "training.dpo": dpo,
         "training.rlhf_ppo": rlhf,
+        "training.self_judge": self_judged,
         "training.proxy_ppo": work / "proxy-aligned",
     }
 
