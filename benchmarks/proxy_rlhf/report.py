@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from benchmarks.proxy_rlhf.jobs import Setting
-from benchmarks.proxy_rlhf.plan import BEST_OF, DPO_SEARCH, REWARDS, RLHF_SEARCH, SKAM
+from benchmarks.proxy_rlhf.plan import (
+    BEST_OF,
+    DPO_SEARCH,
+    PROXY_SEARCH,
+    REWARDS,
+    RLHF_SEARCH,
+    SKAM,
+)
 
+NAMES = {"dpo": "DPO", "rlhf": "full RLHF", "literal": "literal proxy", "proxy": "one-pass proxy"}
 COSTS = ("updates", "train_cpu_seconds", "train_wall_seconds")
 
 Row = dict[str, Any]
@@ -102,16 +110,26 @@ def table(rows: dict[str, Row], full: int) -> str:
 
 
 def search_table(setting: Setting) -> str:
-    """What the baselines' settings were chosen from."""
+    """What the methods' settings were chosen from."""
     lines = [
-        "| method | learning rate | β or KL weight | gold win rate, validation |",
-        "|---|---|---|---|",
+        "| method | settings | gold win rate, validation | KL, nats | CPU s |",
+        "|---|---|---|---|---|",
     ]
-    for name, grid in (("dpo", DPO_SEARCH), ("rlhf", RLHF_SEARCH)):
-        for i, (rate, other) in enumerate(grid):
-            row = setting.result(f"{name}-search/{i}")["row"]
+    searches = (
+        ("dpo", DPO_SEARCH, "learning rate {:g}, β {:g}"),
+        ("rlhf", RLHF_SEARCH, "learning rate {:g}, KL weight {:g}"),
+        ("literal", PROXY_SEARCH, "{} updates"),
+        ("proxy", PROXY_SEARCH, "{} updates"),
+    )
+    for method, grid, words in searches:
+        for i, settings in enumerate(grid):
+            result = setting.result(f"{method}-search/{i}")
+            row = result["row"]
+            named = words.format(*(settings if isinstance(settings, tuple) else (settings,)))
             won = f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}"
-            lines.append(f"| {name.upper()} | {rate:g} | {other:g} | {won} |")
+            kl = f"{row['kl']:.2f}" if "kl" in row else ""
+            cpu = f"{result['train_cpu_seconds']:.0f}"
+            lines.append(f"| {NAMES[method]} | {named} | {won} | {kl} | {cpu} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,25 +161,33 @@ def draw_wins(rows: dict[str, Row], path: Path) -> None:
 
 
 def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
-    """Reward and gold score of each update's rollout, method by method."""
-    methods = ("rlhf", "literal", "proxy")
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    grid = figure.subplots(len(methods), len(REWARDS), sharex="row")
-    for line, method in zip(grid, methods, strict=True):
-        for axes, reward in zip(line, REWARDS, strict=True):
-            golds = axes.twinx()
-            for seed in seeds:
-                curve = setting.result(f"{method}-{reward}/{seed}")["curve"]
-                steps = [row["step"] for row in curve]
-                axes.plot(steps, [row["reward"] for row in curve], color="C0", linewidth=1)
-                golds.plot(steps, [row["gold"] for row in curve], color="C1", linewidth=1)
-            axes.set_title(f"{method}, {reward} reward", fontsize=9)
-            axes.tick_params(labelsize=7, colors="C0", axis="y")
-            golds.tick_params(labelsize=7, colors="C1")
+    """Reward and gold score of each update's rollout, method by method; first the most that each was trained."""
+    longest = PROXY_SEARCH.index(max(PROXY_SEARCH))
+    hardest = {"rlhf": RLHF_SEARCH.index((1e-4, 0.02)), "literal": longest, "proxy": longest}
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    grid = figure.subplots(len(hardest), 1 + len(REWARDS))
+    for line, (method, index) in zip(grid, hardest.items(), strict=True):
+        _draw_curves(line[0], [setting.result(f"{method}-search/{index}")["curve"]])
+        line[0].set_title(f"{NAMES[method]}, implicit, pushed", fontsize=9)
+        for axes, reward in zip(line[1:], REWARDS, strict=True):
+            jobs = [f"{method}-{reward}/{seed}" for seed in seeds]
+            _draw_curves(axes, [setting.result(job)["curve"] for job in jobs])
+            axes.set_title(f"{NAMES[method]}, {reward}", fontsize=9)
     figure.supxlabel(
         "update; blue: the reward that is trained on (left), orange: gold score (right)", fontsize=9
     )
     figure.savefig(path, dpi=120)
+
+
+def _draw_curves(axes: Any, curves: list[list[Row]]) -> None:
+    golds = axes.twinx()
+    for curve in curves:
+        steps = [row["step"] for row in curve]
+        axes.plot(steps, [row["reward"] for row in curve], color="C0", linewidth=1)
+        golds.plot(steps, [row["gold"] for row in curve], color="C1", linewidth=1)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(colors="C0", axis="y")
+    golds.tick_params(labelsize=7, colors="C1")
 
 
 def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
