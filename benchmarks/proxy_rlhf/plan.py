@@ -1,6 +1,7 @@
 """All jobs, and what the baselines' settings are chosen from."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from benchmarks.proxy_rlhf.jobs import Job, Setting
@@ -49,12 +50,15 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
         jobs.append(make_rlhf(name, "implicit", seeds[0], choose, split="validation"))
     for i, pair in enumerate(DPO_SEARCH):
         jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], _fixed(pair), split="validation"))
+    # For all seeds: a proxy costs a few per cent of what the others cost.
     for form, trainer in FORMS.items():
         for i, updates in enumerate(PROXY_SEARCH):
-            name, choose = f"{form}-search/{i}", _fixed(updates)
-            jobs.append(make_proxy(name, "implicit", seeds[0], trainer, choose, split="validation"))
-    tuned = {form: _chosen(f"{form}-search", PROXY_SEARCH) for form in FORMS}
-    dpo, rlhf = _chosen("dpo-search", DPO_SEARCH), _chosen("rlhf-search", RLHF_SEARCH)
+            for seed in seeds:
+                name, choose = f"{form}-search/{i}/{seed}", _fixed(updates)
+                jobs.append(make_proxy(name, "implicit", seed, trainer, choose, split="validation"))
+    tuned = {form: _chosen(proxy_searches(form, seeds), PROXY_SEARCH) for form in FORMS}
+    dpo = _chosen([[f"dpo-search/{i}"] for i in range(len(DPO_SEARCH))], DPO_SEARCH)
+    rlhf = _chosen([[f"rlhf-search/{i}"] for i in range(len(RLHF_SEARCH))], RLHF_SEARCH)
     for seed in seeds:
         jobs.append(make_dpo(f"dpo/{seed}", seed, *dpo))
         for reward in REWARDS:
@@ -83,12 +87,18 @@ def _fixed(value: Any) -> Callable[[Setting], Any]:
     return lambda setting: value
 
 
-def _chosen(prefix: str, grid: list[Any]) -> tuple[Callable[[Setting], Any], tuple[str, ...]]:
-    """The settings that won most on the validation prompts, and the jobs that must be done to know."""
-    names = tuple(f"{prefix}/{i}" for i in range(len(grid)))
+def proxy_searches(form: str, seeds: tuple[int, ...]) -> list[list[str]]:
+    """The jobs of each of PROXY_SEARCH."""
+    return [[f"{form}-search/{i}/{seed}" for seed in seeds] for i in range(len(PROXY_SEARCH))]
+
+
+def _chosen(
+    jobs: list[list[str]], grid: list[Any]
+) -> tuple[Callable[[Setting], Any], tuple[str, ...]]:
+    """The settings whose jobs won most on the validation prompts, and all jobs that must be done to know."""
 
     def choose(setting: Setting) -> Any:
-        rates = [setting.result(name)["row"]["win_rate"] for name in names]
+        rates = [fmean(setting.result(job)["row"]["win_rate"] for job in each) for each in jobs]
         return grid[rates.index(max(rates))]
 
-    return choose, names
+    return choose, tuple(job for each in jobs for job in each)

@@ -18,6 +18,7 @@ from benchmarks.proxy_rlhf.plan import (
     REWARDS,
     RLHF_SEARCH,
     SKAM,
+    proxy_searches,
 )
 
 NAMES = {"dpo": "DPO", "rlhf": "full RLHF", "literal": "literal proxy", "proxy": "one-pass proxy"}
@@ -109,8 +110,8 @@ def table(rows: dict[str, Row], full: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def search_table(setting: Setting) -> str:
-    """What the methods' settings were chosen from."""
+def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
+    """What the methods' settings were chosen from: the proxies' of all seeds, the others' of the first."""
     lines = [
         "| method | settings | gold win rate, validation | KL, nats | CPU s |",
         "|---|---|---|---|---|",
@@ -123,12 +124,14 @@ def search_table(setting: Setting) -> str:
     )
     for method, grid, words in searches:
         for i, settings in enumerate(grid):
-            result = setting.result(f"{method}-search/{i}")
-            row = result["row"]
+            first = f"{method}-search/{i}"
+            jobs = [first] if method in ("dpo", "rlhf") else proxy_searches(method, seeds)[i]
+            results = [setting.result(job) for job in jobs]
+            row = pooled([result["row"] for result in results])
             named = words.format(*(settings if isinstance(settings, tuple) else (settings,)))
             won = f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}"
             kl = f"{row['kl']:.2f}" if "kl" in row else ""
-            cpu = f"{result['train_cpu_seconds']:.0f}"
+            cpu = f"{sum(result['train_cpu_seconds'] for result in results):.0f}"
             lines.append(f"| {NAMES[method]} | {named} | {won} | {kl} | {cpu} |")
     return "\n".join(lines) + "\n"
 
@@ -167,7 +170,10 @@ def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
     figure = Figure(figsize=(12, 9), layout="constrained")
     grid = figure.subplots(len(hardest), 1 + len(REWARDS))
     for line, (method, index) in zip(grid, hardest.items(), strict=True):
-        _draw_curves(line[0], [setting.result(f"{method}-search/{index}")["curve"]])
+        pushed = [f"{method}-search/{index}"]
+        if method != "rlhf":
+            pushed = proxy_searches(method, seeds)[index]
+        _draw_curves(line[0], [setting.result(job)["curve"] for job in pushed])
         line[0].set_title(f"{NAMES[method]}, implicit, pushed", fontsize=9)
         for axes, reward in zip(line[1:], REWARDS, strict=True):
             jobs = [f"{method}-{reward}/{seed}" for seed in seeds]
@@ -195,7 +201,9 @@ def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
     by_seed = {name: [of(seed) for seed in seeds] for name, of in rows_of(setting).items()}
     rows = {name: pooled(figures) for name, figures in by_seed.items()}
     full = 2 * parameters_of(setting.model)
-    (output / "proxy_rlhf_table.md").write_text(table(rows, full) + "\n" + search_table(setting))
+    (output / "proxy_rlhf_table.md").write_text(
+        table(rows, full) + "\n" + search_table(setting, seeds)
+    )
     (output / "proxy_rlhf.json").write_text(json.dumps({"by_seed": by_seed}, indent=1) + "\n")
     draw_wins(rows, output / "proxy_rlhf.png")
     draw_hacking(setting, seeds, output / "reward_hacking.png")
