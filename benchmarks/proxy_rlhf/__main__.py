@@ -51,9 +51,8 @@ def setting_of(options: Options) -> Setting:
         num_test=some(1000, 8),
         num_divergence=some(300, 8),
         num_pairs=some(12_000, 32),
-        steps=some(60, 2),
-        rlhf_steps=some(40, 2),
         episodes=some(256, 16),
+        scale=options.scale,
     )
 
 

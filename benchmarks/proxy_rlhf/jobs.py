@@ -23,9 +23,12 @@ class Setting:
     num_test: int
     num_divergence: int
     num_pairs: int
-    steps: int
-    rlhf_steps: int
     episodes: int
+    scale: float
+
+    def updates(self, count: int) -> int:
+        """So many updates, or the share of them that is asked for."""
+        return max(2, int(count * self.scale))
 
     def directory(self, job: str) -> Path:
         return self.work / job

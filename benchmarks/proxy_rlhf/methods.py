@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +33,8 @@ from training.updates import start
 from training.world import __main__ as world_files
 from training.world import gold
 
+Choose = Callable[[Setting], Any]
+"""Says the settings of a method, once the jobs of its search are done."""
 DECODING = Decoding()
 SEED_OF_THE_WORLD = 0  # the frozen LLM was made with it, and has not seen its held-out prompts
 
@@ -164,7 +167,14 @@ def updates(trainer: online.Trainer, steps: int, result: dict[str, Any]) -> None
 
 
 def make_proxy(
-    name: str, reward: str, seed: int, trainer_class: type[proxy_ppo.Trainer], **settings: Any
+    name: str,
+    reward: str,
+    seed: int,
+    trainer_class: type[proxy_ppo.Trainer],
+    choose: Choose,
+    needs: tuple[str, ...] = (),
+    split: str = "test",
+    **settings: Any,
 ) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         options = proxy_ppo.Options(
@@ -172,7 +182,7 @@ def make_proxy(
             reward=_reward(setting, reward, seed),
             prompts=setting.data("prompts"),
             output=directory,
-            steps=setting.steps,
+            steps=setting.updates(choose(setting)),
             episodes=setting.episodes,
             seed=seed,
             **settings,
@@ -182,17 +192,17 @@ def make_proxy(
             trainer = trainer_class(options, start())
             updates(trainer, options.steps, result)
         result["parameters"] = trainer.network.num_parameters()
-        world = open_world(setting, "test")
+        world = open_world(setting, split)
         if isinstance(trainer, LiteralTrainer):
             answers = answer(world, noise("proxy", seed), trainer.roll_out)
-            return result | {"row": grade(world, answers, frozen_texts(setting, "test", seed))}
+            return result | {"row": grade(world, answers, frozen_texts(setting, split, seed))}
         trainer.save({"options": {}, "last": result["curve"][-1]})
         policy = trainer.policy_class(world.model, trainer.network)
         answers = answer(world, noise("proxy", seed), by_policy(world, policy, options.decoding))
-        row = graded(setting, world, answers, seed, policy, options.decoding)
+        row = graded(setting, world, answers, seed, policy, options.decoding, split)
         return result | {"row": row}
 
-    return Job(f"{name}/{seed}", run, _needs(reward, seed))
+    return Job(name, run, (*_needs(reward, seed), *needs))
 
 
 class RepeatingTrainer(proxy_ppo.Trainer):
@@ -224,7 +234,9 @@ def _tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str
     return graded(setting, world, answers, seed, policy, split=split)
 
 
-def make_dpo(name: str, seed: int, split: str, choose: Any, needs: tuple[str, ...]) -> Job:
+def make_dpo(
+    name: str, seed: int, choose: Choose, needs: tuple[str, ...] = (), split: str = "test"
+) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, beta = choose(setting)
         result: dict[str, Any] = {"learning_rate": learning_rate, "beta": beta}
@@ -246,7 +258,12 @@ def make_dpo(name: str, seed: int, split: str, choose: Any, needs: tuple[str, ..
 
 
 def make_rlhf(
-    name: str, reward: str, seed: int, split: str, choose: Any, needs: tuple[str, ...]
+    name: str,
+    reward: str,
+    seed: int,
+    choose: Choose,
+    needs: tuple[str, ...] = (),
+    split: str = "test",
 ) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, kl_weight = choose(setting)
@@ -255,7 +272,7 @@ def make_rlhf(
             reward=_reward(setting, reward, seed),
             prompts=setting.data("prompts"),
             output=directory,
-            steps=setting.rlhf_steps,
+            steps=setting.updates(40),
             episodes=setting.episodes,
             learning_rate=learning_rate,
             kl_weight=kl_weight,

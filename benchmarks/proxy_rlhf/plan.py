@@ -1,6 +1,7 @@
 """All jobs, and what the baselines' settings are chosen from."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from benchmarks.proxy_rlhf.jobs import Job, Setting
@@ -27,66 +28,77 @@ SKAM: dict[str, dict[str, Any]] = {
     "without a limit": {"max_rejections": 16},
 }
 """Options of the proxy without one of SKAM's parts; repeats need a law of their own."""
+FORMS: dict[str, type[proxy_ppo.Trainer]] = {
+    "literal": LiteralTrainer,
+    "proxy": proxy_ppo.Trainer,
+}
 DPO_SEARCH = [(1e-4, 0.05), (1e-4, 0.5), (3e-5, 0.1), (3e-5, 0.5), (1e-5, 0.1)]
+"""Learning rate and β."""
 RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)]
+"""Learning rate and KL weight."""
+PROXY_SEARCH = [10, 20, 60]
+"""Updates, for either form of the proxy."""
 
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     """In the order in which they are begun, where what they need is done."""
-    one_pass = proxy_ppo.Trainer
-    dpo_search = tuple(f"dpo-search/{i}" for i in range(len(DPO_SEARCH)))
-    rlhf_search = tuple(f"rlhf-search/{i}" for i in range(len(RLHF_SEARCH)))
     jobs = [Job("world", make_world)]
     for seed in seeds:
-        jobs += [
-            make_frozen(seed),
-            make_reward("implicit", seed),
-            make_proxy("proxy-implicit", "implicit", seed, one_pass),
-        ]
-    for i, name in enumerate(rlhf_search):
-        choose = _fixed(RLHF_SEARCH[i])
-        jobs.append(make_rlhf(name, "implicit", seeds[0], "validation", choose, ()))
-    for i, name in enumerate(dpo_search):
-        jobs.append(make_dpo(name, seeds[0], "validation", _fixed(DPO_SEARCH[i]), ()))
+        jobs += [make_frozen(seed), make_reward("implicit", seed)]
+    for i, pair in enumerate(RLHF_SEARCH):
+        name, choose = f"rlhf-search/{i}", _fixed(pair)
+        jobs.append(make_rlhf(name, "implicit", seeds[0], choose, split="validation"))
+    for i, pair in enumerate(DPO_SEARCH):
+        jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], _fixed(pair), split="validation"))
+    # For all seeds: a proxy costs a few per cent of what the others cost.
+    for form, trainer in FORMS.items():
+        for i, updates in enumerate(PROXY_SEARCH):
+            for seed in seeds:
+                name, choose = f"{form}-search/{i}/{seed}", _fixed(updates)
+                jobs.append(make_proxy(name, "implicit", seed, trainer, choose, split="validation"))
+    tuned = {form: _chosen(proxy_searches(form, seeds), PROXY_SEARCH) for form in FORMS}
+    dpo = _chosen([[f"dpo-search/{i}"] for i in range(len(DPO_SEARCH))], DPO_SEARCH)
+    rlhf = _chosen([[f"rlhf-search/{i}"] for i in range(len(RLHF_SEARCH))], RLHF_SEARCH)
     for seed in seeds:
-        jobs.append(
-            make_dpo(f"dpo/{seed}", seed, "test", _best("dpo-search", DPO_SEARCH), dpo_search)
-        )
+        jobs.append(make_dpo(f"dpo/{seed}", seed, *dpo))
         for reward in REWARDS:
-            chosen = _best("rlhf-search", RLHF_SEARCH)
-            name = f"rlhf-{reward}/{seed}"
-            jobs += [
-                *([make_reward(reward, seed)] if reward == "scalar" else []),
-                make_rlhf(name, reward, seed, "test", chosen, rlhf_search),
-                make_proxy(f"literal-{reward}", reward, seed, LiteralTrainer),
-                *(
-                    []
-                    if reward == "implicit"
-                    else [make_proxy(f"proxy-{reward}", reward, seed, one_pass)]
-                ),
-            ]
+            if reward == "scalar":
+                jobs.append(make_reward(reward, seed))
+            jobs.append(make_rlhf(f"rlhf-{reward}/{seed}", reward, seed, *rlhf))
+            for form, trainer in FORMS.items():
+                jobs.append(
+                    make_proxy(f"{form}-{reward}/{seed}", reward, seed, trainer, *tuned[form])
+                )
+        plain = f"proxy-without-logprob/{seed}"
         jobs += [
             make_threshold(seed),
             make_best_of("best-of", seed, None, BEST_OF),
             make_best_of("proxy-best-of", seed, f"proxy-implicit/{seed}", (8,)),
-            make_proxy("proxy-without-logprob", "implicit", seed, one_pass, use_logprob=False),
+            make_proxy(plain, "implicit", seed, FORMS["proxy"], *tuned["proxy"], use_logprob=False),
         ]
         for part, settings in SKAM.items():
-            trainer = RepeatingTrainer if part == "with repeats" else one_pass
-            name = "skam-" + part.replace(" ", "-")
-            jobs.append(make_proxy(name, "implicit", seed, trainer, **settings))
+            trainer = RepeatingTrainer if part == "with repeats" else FORMS["proxy"]
+            name = f"skam-{part.replace(' ', '-')}/{seed}"
+            jobs.append(make_proxy(name, "implicit", seed, trainer, *tuned["proxy"], **settings))
     return jobs
 
 
-def _fixed(value: tuple[float, float]) -> Callable[[Setting], tuple[float, float]]:
+def _fixed(value: Any) -> Callable[[Setting], Any]:
     return lambda setting: value
 
 
-def _best(prefix: str, grid: list[tuple[float, float]]) -> Callable[[Setting], Any]:
-    """The settings that won most on the validation prompts."""
+def proxy_searches(form: str, seeds: tuple[int, ...]) -> list[list[str]]:
+    """The jobs of each of PROXY_SEARCH."""
+    return [[f"{form}-search/{i}/{seed}" for seed in seeds] for i in range(len(PROXY_SEARCH))]
 
-    def choose(setting: Setting) -> tuple[float, float]:
-        rates = [setting.result(f"{prefix}/{i}")["row"]["win_rate"] for i in range(len(grid))]
+
+def _chosen(
+    jobs: list[list[str]], grid: list[Any]
+) -> tuple[Callable[[Setting], Any], tuple[str, ...]]:
+    """The settings whose jobs won most on the validation prompts, and all jobs that must be done to know."""
+
+    def choose(setting: Setting) -> Any:
+        rates = [fmean(setting.result(job)["row"]["win_rate"] for job in each) for each in jobs]
         return grid[rates.index(max(rates))]
 
-    return choose
+    return choose, tuple(job for each in jobs for job in each)

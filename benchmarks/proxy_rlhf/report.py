@@ -11,8 +11,17 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from benchmarks.proxy_rlhf.jobs import Setting
-from benchmarks.proxy_rlhf.plan import BEST_OF, DPO_SEARCH, REWARDS, RLHF_SEARCH, SKAM
+from benchmarks.proxy_rlhf.plan import (
+    BEST_OF,
+    DPO_SEARCH,
+    PROXY_SEARCH,
+    REWARDS,
+    RLHF_SEARCH,
+    SKAM,
+    proxy_searches,
+)
 
+NAMES = {"dpo": "DPO", "rlhf": "full RLHF", "literal": "literal proxy", "proxy": "one-pass proxy"}
 COSTS = ("updates", "train_cpu_seconds", "train_wall_seconds")
 
 Row = dict[str, Any]
@@ -101,17 +110,29 @@ def table(rows: dict[str, Row], full: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def search_table(setting: Setting) -> str:
-    """What the baselines' settings were chosen from."""
+def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
+    """What the methods' settings were chosen from: the proxies' of all seeds, the others' of the first."""
     lines = [
-        "| method | learning rate | β or KL weight | gold win rate, validation |",
-        "|---|---|---|---|",
+        "| method | settings | gold win rate, validation | KL, nats | CPU s |",
+        "|---|---|---|---|---|",
     ]
-    for name, grid in (("dpo", DPO_SEARCH), ("rlhf", RLHF_SEARCH)):
-        for i, (rate, other) in enumerate(grid):
-            row = setting.result(f"{name}-search/{i}")["row"]
+    searches = (
+        ("dpo", DPO_SEARCH, "learning rate {:g}, β {:g}"),
+        ("rlhf", RLHF_SEARCH, "learning rate {:g}, KL weight {:g}"),
+        ("literal", PROXY_SEARCH, "{} updates"),
+        ("proxy", PROXY_SEARCH, "{} updates"),
+    )
+    for method, grid, words in searches:
+        for i, settings in enumerate(grid):
+            first = f"{method}-search/{i}"
+            jobs = [first] if method in ("dpo", "rlhf") else proxy_searches(method, seeds)[i]
+            results = [setting.result(job) for job in jobs]
+            row = pooled([result["row"] for result in results])
+            named = words.format(*(settings if isinstance(settings, tuple) else (settings,)))
             won = f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}"
-            lines.append(f"| {name.upper()} | {rate:g} | {other:g} | {won} |")
+            kl = f"{row['kl']:.2f}" if "kl" in row else ""
+            cpu = f"{sum(result['train_cpu_seconds'] for result in results):.0f}"
+            lines.append(f"| {NAMES[method]} | {named} | {won} | {kl} | {cpu} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,25 +164,36 @@ def draw_wins(rows: dict[str, Row], path: Path) -> None:
 
 
 def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
-    """Reward and gold score of each update's rollout, method by method."""
-    methods = ("rlhf", "literal", "proxy")
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    grid = figure.subplots(len(methods), len(REWARDS), sharex="row")
-    for line, method in zip(grid, methods, strict=True):
-        for axes, reward in zip(line, REWARDS, strict=True):
-            golds = axes.twinx()
-            for seed in seeds:
-                curve = setting.result(f"{method}-{reward}/{seed}")["curve"]
-                steps = [row["step"] for row in curve]
-                axes.plot(steps, [row["reward"] for row in curve], color="C0", linewidth=1)
-                golds.plot(steps, [row["gold"] for row in curve], color="C1", linewidth=1)
-            axes.set_title(f"{method}, {reward} reward", fontsize=9)
-            axes.tick_params(labelsize=7, colors="C0", axis="y")
-            golds.tick_params(labelsize=7, colors="C1")
+    """Reward and gold score of each update's rollout, method by method; first the most that each was trained."""
+    longest = PROXY_SEARCH.index(max(PROXY_SEARCH))
+    hardest = {"rlhf": RLHF_SEARCH.index((1e-4, 0.02)), "literal": longest, "proxy": longest}
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    grid = figure.subplots(len(hardest), 1 + len(REWARDS))
+    for line, (method, index) in zip(grid, hardest.items(), strict=True):
+        pushed = [f"{method}-search/{index}"]
+        if method != "rlhf":
+            pushed = proxy_searches(method, seeds)[index]
+        _draw_curves(line[0], [setting.result(job)["curve"] for job in pushed])
+        line[0].set_title(f"{NAMES[method]}, implicit, pushed", fontsize=9)
+        for axes, reward in zip(line[1:], REWARDS, strict=True):
+            jobs = [f"{method}-{reward}/{seed}" for seed in seeds]
+            _draw_curves(axes, [setting.result(job)["curve"] for job in jobs])
+            axes.set_title(f"{NAMES[method]}, {reward}", fontsize=9)
     figure.supxlabel(
         "update; blue: the reward that is trained on (left), orange: gold score (right)", fontsize=9
     )
     figure.savefig(path, dpi=120)
+
+
+def _draw_curves(axes: Any, curves: list[list[Row]]) -> None:
+    golds = axes.twinx()
+    for curve in curves:
+        steps = [row["step"] for row in curve]
+        axes.plot(steps, [row["reward"] for row in curve], color="C0", linewidth=1)
+        golds.plot(steps, [row["gold"] for row in curve], color="C1", linewidth=1)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(colors="C0", axis="y")
+    golds.tick_params(labelsize=7, colors="C1")
 
 
 def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
@@ -169,7 +201,9 @@ def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
     by_seed = {name: [of(seed) for seed in seeds] for name, of in rows_of(setting).items()}
     rows = {name: pooled(figures) for name, figures in by_seed.items()}
     full = 2 * parameters_of(setting.model)
-    (output / "proxy_rlhf_table.md").write_text(table(rows, full) + "\n" + search_table(setting))
+    (output / "proxy_rlhf_table.md").write_text(
+        table(rows, full) + "\n" + search_table(setting, seeds)
+    )
     (output / "proxy_rlhf.json").write_text(json.dumps({"by_seed": by_seed}, indent=1) + "\n")
     draw_wins(rows, output / "proxy_rlhf.png")
     draw_hacking(setting, seeds, output / "reward_hacking.png")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -181,9 +182,16 @@ def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
     setting = setting_of(Options(work=tmp_path, scale=0.005))
     jobs = {job.name: job for job in all_jobs((0,))}
     assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
+    for i, won in enumerate((0.5, 0.7, 0.6)):
+        directory = setting.directory(f"proxy-search/{i}/0")
+        directory.mkdir(parents=True)
+        (directory / "result.json").write_text(json.dumps({"row": {"win_rate": won}}))
+    scaled = replace(setting, scale=0.1)
     for name in ("world", "frozen/0", "proxy-self-judge/0"):
-        run_job(setting, jobs[name])
-    row = setting.result("proxy-self-judge/0")["row"]
+        run_job(scaled, jobs[name])
+    result = setting.result("proxy-self-judge/0")
+    assert result["updates"] == len(result["curve"]) == 2  # a tenth of the 20 that won
+    row = result["row"]
     assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
     rows = setting.result("frozen/0")["rows"]
     assert set(rows) == {"frozen, again", "top-p 0.8", "top-p 0.6", "greedy"}
@@ -223,14 +231,15 @@ def test_the_report(tmp_path: Path) -> None:
         (directory / "result.json").write_text(json.dumps(result))
     output = tmp_path / "docs"
     report.write(setting, (0, 1), output)
-    table = (output / "proxy_rlhf_table.md").read_text()
+    table, _, searches = (output / "proxy_rlhf_table.md").read_text().partition("\n\n")
     # The demo's model has 3,535,616 parameters, actor and critic twice that; 0.03 / sqrt(2) = 0.021.
     assert (
         "| **Proxy-RLHF, one-pass**, implicit reward | 65.0% ± 2.1% | 60.0 70.0 | 70,000 (0.99%) | 60 | 100 |  "
         "| 2.00 ± 0.10 | 12.5 | 25.0% | 50.0% |"
     ) in table
     assert table.count("65.0%") == 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
-    assert "| DPO | 3e-05 | 0.5 | 60.0% ± 3.0% |" in table
+    assert "| DPO | learning rate 3e-05, β 0.5 | 60.0% ± 3.0% | 2.00 | 100 |" in searches
+    assert "| one-pass proxy | 10 updates | 65.0% ± 2.1% | 2.00 | 201 |" in searches
     assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(
         "65.0%"
     )
