@@ -11,6 +11,7 @@ The method has nobody outside to correct it, so it is watched: every `check_ever
 and where a bound below is left, training stops and says so. What was saved at the last check within bounds stays.
 """
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from accelerate.utils import gather_object
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from judge.principles import Principle, principles_of
+from judge.principles import FILE_NAME, Principle, principles_of, write_principles
 from judge.prompts import Question
 from judge.verdict import Ruling, Verdict
 from proxy.checkpoint import resolve_model_dir
@@ -115,7 +116,8 @@ class Trainer(updates.Learner):
             self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.learner = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
         self.optimiser = torch.optim.Adam(self.learner, lr=options.learning_rate)
-        self.judges = self._judges(principles_of(directory))
+        self.known = principles_of(directory)
+        self.judges = self._judges(self.known)
         self.held_out = self._read_prompts(options.held_out)[: options.num_held_out]
         self.saved = False
         self.at_start = self._look()  # it is its initial self still, even in a run that goes on
@@ -185,52 +187,38 @@ class Trainer(updates.Learner):
 
         Δ = log (π / π_ref)(chosen) − log (π / π_ref)(rejected).
         """
-        options, count = self.options, len(pairs.prompts)
+        options, count, device = self.options, len(pairs.prompts), self.model.device
         prompts = [prompt.ids for prompt in pairs.prompts] * 2
-        ids, is_response = (
-            x.to(self.model.device) for x in pad_responses(prompts, pairs.responses)
-        )
+        ids, is_response = (x.to(device) for x in pad_responses(prompts, pairs.responses))
         mask = is_response[:, 1:]
-        sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings])
-        same = [a == b for a, b in zip(pairs.responses, pairs.responses[count:], strict=False)]
-        weight = (~torch.tensor(same)).float().to(self.model.device)  # [N]
-        sign = sign.to(self.model.device)
+        sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
+        differs = (~torch.tensor(_identical(pairs))).float().to(device)  # [N]
         with torch.no_grad():
-            reference = torch.cat(
-                [
-                    (token_logprobs(self.initial(input_ids=some).logits, some) * m).sum(-1)
-                    for some, m in zip(
-                        ids.split(options.batch_size), mask.split(options.batch_size), strict=True
-                    )
-                ]
-            )
+            places = torch.arange(len(ids)).split(options.batch_size)
+            reference = torch.cat([_logprobs(self.initial, ids[i], mask[i]) for i in places])
         done = []
         for whole in self.minibatches(options.pairs, index):
             part = whole[(whole >= first) & (whole < first + count)] - first
-            total = self.accelerator.reduce(weight[part].sum(), "sum").clamp(min=1)
-            sums = torch.zeros(3, device=ids.device)
+            total = self.accelerator.reduce(differs[part].sum(), "sum").clamp(min=1)
+            sums = torch.zeros(3, device=device)
             for some in part.split(max(1, options.batch_size // 2)):
                 both = torch.cat([some, some + count])
                 with self._autocast():
-                    logits = self.policy(input_ids=ids[both]).logits
-                gains = (token_logprobs(logits, ids[both]) * mask[both]).sum(-1) - reference[both]
+                    gains = _logprobs(self.policy, ids[both], mask[both]) - reference[both]
                 margins = sign[some] * (gains[: len(some)] - gains[len(some) :])
-                losses = preference_losses(margins, options.loss, options.beta) * weight[some]
+                losses = preference_losses(margins, options.loss, options.beta) * differs[some]
                 (losses.sum() / total).backward()
-                kept = margins.detach() * weight[some]
+                kept = margins.detach() * differs[some]
                 sums += torch.stack([losses.detach().sum(), (kept > 0).sum(), kept.sum()])
             means = self.accelerator.reduce(sums, "sum") / total
             done.append([*means.tolist(), self.descend()])
         return averaged(("loss", "accuracy", "margin"), done)
 
     def _describe(self, pairs: Pairs) -> dict[str, float]:
-        count = len(pairs.prompts)
         columns = {
-            "flips": [not r.mean.consistent for r in pairs.rulings],
-            "confidence": [abs(r.probability - 0.5) for r in pairs.rulings],
-            "identical": [
-                a == b for a, b in zip(pairs.responses, pairs.responses[count:], strict=False)
-            ],
+            "flips": [not ruling.mean.consistent for ruling in pairs.rulings],
+            "confidence": [abs(ruling.probability - 0.5) for ruling in pairs.rulings],
+            "identical": _identical(pairs),
             "tokens_per_response": [len(response) for response in pairs.responses],
         }
         return {
@@ -261,32 +249,27 @@ class Trainer(updates.Learner):
         last, options = rows[-1], self.options
         if "held_out_diversity" not in last:
             return
-        now = {name.removeprefix("held_out_"): x for name, x in last.items()}
-        start, longer = (
-            self.at_start,
-            now["tokens_per_response"] / self.at_start["tokens_per_response"],
-        )
+        now = {name.removeprefix("held_out_"): value for name, value in last.items()}
+        start, agreement = self.at_start, now.get("agreement", 1.0)
+        longer = now["tokens_per_response"] / start["tokens_per_response"]
+        varied = now["diversity"] / start["diversity"]
         bounds = {
             f"answers are {longer:.2f} times as long as at the start": (
                 1 / options.max_length_ratio <= longer <= options.max_length_ratio
             ),
-            f"the share of distinct word pairs is {now['diversity']:.3f}, {start['diversity']:.3f} at the start": (
-                now["diversity"] >= options.min_diversity * start["diversity"]
+            f"the share of distinct word pairs is {varied:.2f} of what it was at the start": (
+                varied >= options.min_diversity
             ),
             f"the judge's two orders disagree in {now['flips']:.0%} of the pairs": (
                 now["flips"] <= options.max_flips
             ),
-            f"the judge agrees with the outside reward in {now.get('agreement', 1):.0%} of the pairs": (
-                now.get("agreement", 1) >= options.min_agreement
+            f"the judge agrees with the outside reward in {agreement:.0%} of the pairs": (
+                agreement >= options.min_agreement
             ),
         }
         broken = [what for what, holds in bounds.items() if not holds]
         if broken:
-            kept = (
-                "what was saved at the last check before is kept"
-                if self.saved
-                else "nothing was saved"
-            )
+            kept = "what the last check before saved is kept" if self.saved else "nothing was saved"
             raise TrainingError(f"stopped after update {last['step']}: {'; '.join(broken)}; {kept}")
         self.save({})
         self.saved = True
@@ -297,8 +280,9 @@ class Trainer(updates.Learner):
             if options.lora_rank:
                 self.policy.save_pretrained(directory)
             else:
-                self.voice.load_state_dict(self.policy.state_dict())
-                self.voice.to(torch.bfloat16).save_pretrained(directory)
+                # A copy: it goes on learning in float32.
+                copy.deepcopy(self.policy).to(torch.bfloat16).save_pretrained(directory)
+                write_principles(directory / FILE_NAME, self.known)
             self.tokenizer.save_pretrained(directory)
         return str(options.output)
 
@@ -306,6 +290,17 @@ class Trainer(updates.Learner):
         return torch.autocast(
             self.model.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"
         )
+
+
+def _identical(pairs: Pairs) -> list[bool]:
+    """Whether a prompt's two answers are the same."""
+    count = len(pairs.prompts)
+    return [a == b for a, b in zip(pairs.responses[:count], pairs.responses[count:], strict=True)]
+
+
+def _logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π(response | prompt) in nats: [N, T + 1] ids, [N, T] True = of the response -> [N]."""
+    return (token_logprobs(model(input_ids=ids).logits, ids) * mask).sum(-1)
 
 
 def preference_losses(margins: Tensor, loss: str, beta: float) -> Tensor:

@@ -113,6 +113,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     prompts = tmp_path / "prompts.jsonl"
     good = '{"prompt": [{"role": "user", "content": "hello"}]}'
     prompts.write_text(f"{good}\n{next(iter(BAD_LINES))}\n")
+    fine = tmp_path / "fine.jsonl"
+    fine.write_text(good)
     common = ("--model", work / "base", "--output", tmp_path / "out")
     cases: dict[str, tuple[str | Path, ...]] = {
         "line 2: not JSON": ("--prompts", prompts, "--reward", work / "reward-aligned", *common),
@@ -123,7 +125,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
             work / "reward-aligned",
             *common,
         ),
-        "is no reward": ("--prompts", prompts, "--reward", tmp_path, *common),
+        "is no reward": ("--prompts", fine, "--reward", tmp_path, *common),
         "neither a directory": (
             "--prompts",
             prompts,
