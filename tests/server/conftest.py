@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ LOG_LINES = 60
 class Server:
     url: str
     log: Path
+    process: subprocess.Popen[bytes]
 
     def log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -78,33 +79,44 @@ def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
+@contextmanager
+def serving(log: Path, *flags: str | Path) -> Iterator[Server]:
+    """`python -m server` with the demo's LLM, from when it is healthy until it has stopped."""
     port = _free_port()
-    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
-    command += ["--served-model-name", MODEL, "--port", str(port), "--api-key", API_KEY]
-    command += ["--proxy-root", str(proxy_root), "--enable-scale-out"]
-    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    for name in ("aligned", "polite"):
-        command += ["--proxy", f"{name}={DEMO / 'proxies' / name}"]
+    command = [sys.executable, "-m", "server", "--model", DEMO / "model", "--port", str(port)]
     # Other tests set vLLM's variables for engines in this process; the server finds its own.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [*map(str, command), "--served-model-name", MODEL, *map(str, flags)],
             cwd=REPOSITORY,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own: no child outlives the tests
         )
-    running = Server(f"http://127.0.0.1:{port}", log)
+    running = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_healthy(process, running)
         yield running
     finally:
         _stop(process)
+
+
+def proxy_flags() -> list[str]:
+    """Both of the demo's proxies."""
+    names = ("aligned", "polite")
+    return [f"--proxy={name}={DEMO / 'proxies' / name}" for name in names]
+
+
+@pytest.fixture(scope="session")
+def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    flags = ["--api-key", API_KEY, "--proxy-root", proxy_root, "--enable-scale-out", *proxy_flags()]
+    with serving(
+        log, *flags, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"
+    ) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,6 @@ prefix cache, prompts in chunks, and a KV cache too small for 64 long answers.
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.server.conftest import (
-    DEMO,
-    REPOSITORY,
-    Server,
-    _free_port,
-    _stop,
-    _wait_until_healthy,
-)
+from tests.server.conftest import DEMO, MODEL, Server, proxy_flags, serving
 
-MODEL = "assent-demo"
 ALIGNED, POLITE, LORA = f"{MODEL}:aligned", f"{MODEL}:polite", "tiny"
 EOS = 1
 
@@ -57,29 +46,10 @@ VLLMS_OWN = {
 @contextmanager
 def feature_server(adapter: Path, log: Path) -> Iterator[Server]:
     """`python -m server` with both of the demo's proxies and the adapter in that directory."""
-    port = _free_port()
-    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
-    command += ["--served-model-name", MODEL, "--port", str(port)]
-    command += ["--enable-prefix-caching", "--enable-lora", "--lora-modules", f"{LORA}={adapter}"]
-    command += [word for flag in FLAGS.items() for word in flag]
-    for name in ("aligned", "polite"):
-        command += ["--proxy", f"{name}={DEMO / 'proxies' / name}"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    running = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        _wait_until_healthy(process, running)
+    flags = ["--enable-prefix-caching", "--enable-lora", "--lora-modules", f"{LORA}={adapter}"]
+    flags += [word for flag in FLAGS.items() for word in flag]
+    with serving(log, *flags, *proxy_flags()) as running:
         yield running
-    finally:
-        _stop(process)
 
 
 def make_adapter(directory: Path) -> PeftModel:

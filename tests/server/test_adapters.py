@@ -18,7 +18,7 @@ from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
 from judge.tournament import replay
 from proxy.checkpoint import BaseModelId, identify
 from server.adapters import AdapterError, enable_adapters, read_adapters
-from tests.server.conftest import DEMO, REPOSITORY, Server, _free_port, _stop, _wait_until_healthy
+from tests.server.conftest import DEMO, REPOSITORY, proxy_flags, serving
 
 BASE = identify(str(DEMO / "model"))
 MANNERS = Principle(system="Choose the more polite.")
@@ -118,22 +118,14 @@ def test_the_server_refuses_before_it_starts(tmp_path: Path) -> None:
 def http(
     judges: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    log, port = tmp_path_factory.mktemp("server") / "server.log", _free_port()
-    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
-    command += ["--served-model-name", "assent-demo", "--port", str(port), "--dtype", "float32"]
-    command += ["--proxy", f"aligned={DEMO / 'proxies' / 'aligned'}"]
-    command += [f"--judge={judges['pairwise']}", "--judge", str(judges["likelihood"])]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
-        )
-    running = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        _wait_until_healthy(process, running)
-        with httpx.Client(base_url=running.url, timeout=60) as client:
-            yield client
-    finally:
-        _stop(process)
+    flags = ["--dtype", "float32", *proxy_flags()]
+    flags += [f"--judge={judges['pairwise']}", "--judge", str(judges["likelihood"])]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with (
+        serving(log, *flags) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
+        yield client
 
 
 TURNS = [{"role": "user", "content": "I have 30 pounds for my rose. Is that enough?"}]

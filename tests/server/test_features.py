@@ -14,13 +14,13 @@ import openai
 import pytest
 import torch
 
+from tests.server.conftest import MODEL
 from tests.server.feature_server import (
     ALIGNED,
     BLOCK,
     CHUNK,
     EOS,
     LORA,
-    MODEL,
     POLITE,
     Served,
     feature_server,

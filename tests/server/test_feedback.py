@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,19 @@ import openai
 import pytest
 
 from judge.feedback import Feedback, Preference
-from tests.server.conftest import (
-    DEMO,
-    REPOSITORY,
-    Server,
-    _free_port,
-    _stop,
-    _wait_until_healthy,
-)
+from tests.server.conftest import DEMO, REPOSITORY, Server, serving
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]
 
 
-class Running:
+class Keeping:
     """A server that keeps feedback in a file, and its clients."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path, self.log = directory / "feedback.db", directory / "server.log"
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
-        command += ["--served-model-name", "assent-demo", "--port", str(port)]
-        command += ["--feedback", str(self.path)]
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True
-            )
-        _wait_until_healthy(self.process, Server(self.url, self.log))
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0)
+    def __init__(self, running: Server, path: Path) -> None:
+        self.running, self.path = running, path
+        self.http = httpx.Client(base_url=running.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
 
     def rows(self) -> list[Preference]:
         feedback = Feedback(str(self.path), create=False)
@@ -53,23 +37,24 @@ class Running:
         finally:
             feedback.close()
 
-    def close(self) -> None:
-        self.http.close()
-        self.client.close()
-        _stop(self.process)
-
     def metric(self, name: str) -> float:
         lines = self.http.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
+@contextmanager
+def keeping_feedback(directory: Path) -> Iterator[Keeping]:
+    path = directory / "feedback.db"
+    with serving(directory / "server.log", "--feedback", path) as running:
+        keeping = Keeping(running, path)
+        with keeping.http, keeping.client:
+            yield keeping
+
+
 @pytest.fixture(scope="module")
-def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(tmp_path_factory.mktemp("feedback"))
-    try:
-        yield running
-    finally:
-        running.close()
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
+    with keeping_feedback(tmp_path_factory.mktemp("feedback")) as found:
+        yield found
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -79,7 +64,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_choice_between_two_responses(keeping: Running) -> None:
+def test_a_choice_between_two_responses(keeping: Keeping) -> None:
     before = len(keeping.rows())
     body = {"messages": TURNS, "response_a": "x", "response_b": "y", "better": "b"}
     answer = keeping.http.post("/feedback", json=body)
@@ -88,7 +73,7 @@ def test_a_choice_between_two_responses(keeping: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_choice_among_the_answers_to_a_request(keeping: Running, stream: bool) -> None:
+def test_a_choice_among_the_answers_to_a_request(keeping: Keeping, stream: bool) -> None:
     answer: Any = keeping.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=24, n=3, seed=1, stream=stream
     )
@@ -108,7 +93,7 @@ def test_a_choice_among_the_answers_to_a_request(keeping: Running, stream: bool)
     assert keeping.rows()[before:] == [Preference("person", TURNS, texts[1], t) for t in others]
 
 
-def test_verdicts_are_kept(keeping: Running) -> None:
+def test_verdicts_are_kept(keeping: Keeping) -> None:
     before = len(keeping.rows())
     pair = {"response_a": "Go.", "response_b": "To look after your freezer, pull the plug first."}
     verdict = keeping.http.post("/judge", json={"prompt": QUESTION, **pair}).json()
@@ -122,7 +107,7 @@ def test_verdicts_are_kept(keeping: Running) -> None:
     assert keeping.metric('assent_feedback_rows_total{source="judge"}') >= 1
 
 
-def test_the_tournaments_verdicts_are_kept_too(keeping: Running) -> None:
+def test_the_tournaments_verdicts_are_kept_too(keeping: Keeping) -> None:
     before = len(keeping.rows())
     body = {"prompt": QUESTION, "seed": 1, "strategy": "round-robin"}
     body["responses"] = [
@@ -140,7 +125,7 @@ def test_the_tournaments_verdicts_are_kept_too(keeping: Running) -> None:
     wait_until(lambda: len(keeping.rows()) == before + decided)
 
 
-def test_export(keeping: Running, tmp_path: Path) -> None:
+def test_export(keeping: Keeping, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.export", "--feedback", str(keeping.path)]
     output = tmp_path / "preferences.jsonl"
     done = subprocess.run(
@@ -171,7 +156,7 @@ def test_export(keeping: Running, tmp_path: Path) -> None:
         ({"prompt": "x", "response_a": "a", "response_b": "b", "better": "c"}, 400, "better"),
     ],
 )
-def test_bad_feedback(keeping: Running, body: dict[str, object], code: int, said: str) -> None:
+def test_bad_feedback(keeping: Keeping, body: dict[str, object], code: int, said: str) -> None:
     before = keeping.rows()
     answer = keeping.http.post("/feedback", json=body)
     assert answer.status_code == answer.json()["error"]["code"] == code
@@ -179,7 +164,7 @@ def test_bad_feedback(keeping: Running, body: dict[str, object], code: int, said
     assert keeping.rows() == before
 
 
-def test_a_choice_that_there_is_not(keeping: Running) -> None:
+def test_a_choice_that_there_is_not(keeping: Keeping) -> None:
     answer = keeping.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=4, n=2
     )
@@ -188,7 +173,7 @@ def test_a_choice_that_there_is_not(keeping: Running) -> None:
     assert "choice 2 is not one of the 2" in given.json()["error"]["message"]
 
 
-def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Running) -> None:
+def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None:
     other = sqlite3.connect(keeping.path)
     other.execute("BEGIN EXCLUSIVE")
     try:
@@ -217,15 +202,12 @@ def test_without_a_database(http: httpx.Client) -> None:
 
 def test_what_was_answered_is_on_the_disk(tmp_path: Path) -> None:
     """SIGKILL right after the answer, the whole group, loses nothing."""
-    running = Running(tmp_path)
-    try:
+    with keeping_feedback(tmp_path) as keeping:
         for i in range(5):
             body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
-            assert running.http.post("/feedback", json=body).status_code == 201
-    finally:
-        os.killpg(running.process.pid, signal.SIGKILL)
-        running.close()
-    assert [row.chosen for row in running.rows()] == [f"a{i}" for i in range(5)]
+            assert keeping.http.post("/feedback", json=body).status_code == 201
+        os.killpg(keeping.running.process.pid, signal.SIGKILL)
+    assert [row.chosen for row in keeping.rows()] == [f"a{i}" for i in range(5)]
 
 
 def test_a_database_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:

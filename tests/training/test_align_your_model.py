@@ -85,7 +85,7 @@ class Follower:
                 start_new_session=True,
             )
         self.stack.callback(_stop, process)
-        _wait_until_healthy(process, Server(f"http://127.0.0.1:{self.port}", log))
+        _wait_until_healthy(process, Server(f"http://127.0.0.1:{self.port}", log, process))
         return ""
 
 
