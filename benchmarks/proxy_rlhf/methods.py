@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.proxy_rlhf.jobs import Job, Setting, timed
+from benchmarks.jobs import Job, Setting, timed
 from benchmarks.proxy_rlhf.literal import LiteralTrainer
 from benchmarks.proxy_rlhf.speakers import (
     Answers,

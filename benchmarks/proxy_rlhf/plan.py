@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from benchmarks.proxy_rlhf.jobs import Job, Setting
+from benchmarks.jobs import Job, Setting
 from benchmarks.proxy_rlhf.literal import LiteralTrainer
 from benchmarks.proxy_rlhf.methods import (
     RepeatingTrainer,

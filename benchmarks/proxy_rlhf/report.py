@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from benchmarks.proxy_rlhf.jobs import Setting
+from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
     DPO_SEARCH,

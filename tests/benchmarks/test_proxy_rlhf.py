@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.jobs import run_all, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
-from benchmarks.proxy_rlhf.__main__ import Options, run_all, setting_of
-from benchmarks.proxy_rlhf.jobs import run_job
 from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
 from benchmarks.proxy_rlhf.speakers import (
     RepeatingPolicy,
@@ -179,7 +178,7 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
 
 def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
     """Three of them, at the smallest size."""
-    setting = setting_of(Options(work=tmp_path, scale=0.005))
+    setting = setting_of(DEMO / "model", tmp_path, scale=0.005)
     jobs = {job.name: job for job in all_jobs((0,))}
     assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
     for i, won in enumerate((0.5, 0.7, 0.6)):
@@ -199,7 +198,7 @@ def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
 
 def test_the_report(tmp_path: Path) -> None:
     """From invented results, seed 1 winning 10 points more often than seed 0."""
-    setting = setting_of(Options(work=tmp_path / "work"))
+    setting = setting_of(DEMO / "model", tmp_path / "work", scale=1.0)
     for job in all_jobs((0, 1)):
         seed = job.name.rpartition("/")[2]
         row = {
@@ -249,9 +248,9 @@ def test_the_report(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the job that is left is begun, and one that fails is named with its log."""
-    options = Options(work=tmp_path, seeds=(0,), scale=0.005)
-    setting = setting_of(options)
-    for job in all_jobs(options.seeds):
+    setting = setting_of(DEMO / "model", tmp_path, scale=0.005)
+    jobs = all_jobs((0,))
+    for job in jobs:
         if job.name != "threshold/0":
             setting.directory(job.name).mkdir(parents=True)
             (setting.directory(job.name) / "result.json").write_text("{}")
@@ -259,7 +258,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
         "sys.argv", ["", "--work", str(tmp_path), "--seeds", "0", "--scale", "0.005"]
     )
     with pytest.raises(SystemExit, match=r"threshold/0 failed: see .*threshold/0\.log"):
-        run_all(options, setting)
+        run_all(setting, jobs, "benchmarks.proxy_rlhf", processes=2)
     # It needs the world's prompts, which nobody made.
     assert "prompts_test.jsonl: no such file" in (tmp_path / "threshold/0.log").read_text()
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.log")] == [

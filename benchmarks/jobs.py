@@ -1,0 +1,133 @@
+"""A comparison as jobs: each is a process of its own, on one thread, that leaves its `result.json` when it is done.
+
+What is done stays done: a run that was stopped goes on where it was, and a job that was killed begins again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the jobs read and write, and how much they do."""
+
+    model: Path
+    work: Path
+    num_test: int
+    num_divergence: int
+    num_pairs: int
+    episodes: int
+    scale: float
+
+    def updates(self, count: int) -> int:
+        """So many updates, or the share of them that is asked for."""
+        return max(2, int(count * self.scale))
+
+    def directory(self, job: str) -> Path:
+        return self.work / job
+
+    def data(self, name: str) -> str:
+        return str(self.work / "world" / f"{name}.jsonl")
+
+    def result(self, job: str) -> dict[str, Any]:
+        return json.loads((self.directory(job) / "result.json").read_text())
+
+
+def setting_of(model: Path, work: Path, scale: float) -> Setting:
+    """The sizes of a comparison, or a share of them, to see the path in minutes."""
+
+    def some(count: int, least: int) -> int:
+        return max(least, int(count * scale))
+
+    return Setting(
+        model=model,
+        work=work,
+        num_test=some(1000, 8),
+        num_divergence=some(300, 8),
+        num_pairs=some(12_000, 32),
+        episodes=some(256, 16),
+        scale=scale,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """`run(setting, directory)` returns what goes into `result.json`."""
+
+    name: str
+    run: Callable[[Setting, Path], dict[str, Any]]
+    needs: tuple[str, ...] = ()
+
+
+def run_job(setting: Setting, job: Job) -> None:
+    """Run it, measure what it took, and write its result."""
+    torch.set_num_threads(1)
+    directory = setting.directory(job.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    result = job.run(setting, directory)
+    temporary = directory / ".result.json"
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(directory / "result.json")
+
+
+@contextmanager
+def timed(result: dict[str, Any]) -> Iterator[None]:
+    """Adds the seconds that it took, of the clock and of the CPU."""
+    cpu, wall = time.process_time(), time.monotonic()
+    yield
+    result["train_cpu_seconds"] = time.process_time() - cpu
+    result["train_wall_seconds"] = time.monotonic() - wall
+
+
+def run_all(setting: Setting, jobs: list[Job], module: str, processes: int) -> None:
+    """Every job that is not done yet, as soon as what it needs is, each in a process of its own.
+
+    Raises:
+        SystemExit: a job failed; the message names it and its log.
+    """
+    done = {job.name for job in jobs if (setting.directory(job.name) / "result.json").exists()}
+    waiting = [job for job in jobs if job.name not in done]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        with tqdm(total=len(jobs), initial=len(done), unit="job") as bar:
+            while waiting or running:
+                ready = [job for job in waiting if done.issuperset(job.needs)]
+                for job in ready[: processes - len(running)]:
+                    waiting.remove(job)
+                    running[job.name] = _begin(setting, module, job.name)
+                time.sleep(0.2)
+                ended = [name for name, process in running.items() if process.poll() is not None]
+                for name in ended:
+                    if running.pop(name).returncode:
+                        raise SystemExit(f"{name} failed: see {log_of(setting, name)}")
+                    done.add(name)
+                    bar.update()
+                    tqdm.write(f"{time.strftime('%H:%M:%S')} {name}")
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def _begin(setting: Setting, module: str, name: str) -> subprocess.Popen[bytes]:
+    """The comparison's command again, with `--job`."""
+    log = log_of(setting, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", module, *sys.argv[1:], "--job", name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def log_of(setting: Setting, name: str) -> Path:
+    return (setting.work / name).with_suffix(".log")
