@@ -43,4 +43,4 @@ def test_every_field_is_documented() -> None:
 
 def test_every_strategy_is_documented() -> None:
     rows = re.findall(r"^\| `(\S+)` \|", section("Rank"), re.MULTILINE)
-    assert rows == list(STRATEGIES)
+    assert rows[1:] == list(STRATEGIES)  # after the head
