@@ -1,4 +1,4 @@
-"""All jobs, and what the baselines' settings are chosen from."""
+"""All jobs, and what the methods' settings are chosen from."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -38,6 +38,12 @@ RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)
 """Learning rate and KL weight."""
 PROXY_SEARCH = [10, 20, 60]
 """Updates, for either form of the proxy."""
+SEARCHES: dict[str, list[Any]] = {
+    "dpo": DPO_SEARCH,
+    "rlhf": RLHF_SEARCH,
+    "literal": PROXY_SEARCH,
+    "proxy": PROXY_SEARCH,
+}
 
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
@@ -50,21 +56,18 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
         jobs.append(make_rlhf(name, "implicit", seeds[0], choose, split="validation"))
     for i, pair in enumerate(DPO_SEARCH):
         jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], _fixed(pair), split="validation"))
-    # For all seeds: a proxy costs a few per cent of what the others cost.
     for form, trainer in FORMS.items():
-        for i, updates in enumerate(PROXY_SEARCH):
-            for seed in seeds:
-                name, choose = f"{form}-search/{i}/{seed}", _fixed(updates)
+        for updates, names in zip(PROXY_SEARCH, searches(form, seeds), strict=True):
+            for name, seed in zip(names, seeds, strict=True):
+                choose = _fixed(updates)
                 jobs.append(make_proxy(name, "implicit", seed, trainer, choose, split="validation"))
-    tuned = {form: _chosen(proxy_searches(form, seeds), PROXY_SEARCH) for form in FORMS}
-    dpo = _chosen([[f"dpo-search/{i}"] for i in range(len(DPO_SEARCH))], DPO_SEARCH)
-    rlhf = _chosen([[f"rlhf-search/{i}"] for i in range(len(RLHF_SEARCH))], RLHF_SEARCH)
+    tuned = {method: _chosen(searches(method, seeds), grid) for method, grid in SEARCHES.items()}
     for seed in seeds:
-        jobs.append(make_dpo(f"dpo/{seed}", seed, *dpo))
+        jobs.append(make_dpo(f"dpo/{seed}", seed, *tuned["dpo"]))
         for reward in REWARDS:
             if reward == "scalar":
                 jobs.append(make_reward(reward, seed))
-            jobs.append(make_rlhf(f"rlhf-{reward}/{seed}", reward, seed, *rlhf))
+            jobs.append(make_rlhf(f"rlhf-{reward}/{seed}", reward, seed, *tuned["rlhf"]))
             for form, trainer in FORMS.items():
                 jobs.append(
                     make_proxy(f"{form}-{reward}/{seed}", reward, seed, trainer, *tuned[form])
@@ -87,9 +90,15 @@ def _fixed(value: Any) -> Callable[[Setting], Any]:
     return lambda setting: value
 
 
-def proxy_searches(form: str, seeds: tuple[int, ...]) -> list[list[str]]:
-    """The jobs of each of PROXY_SEARCH."""
-    return [[f"{form}-search/{i}/{seed}" for seed in seeds] for i in range(len(PROXY_SEARCH))]
+def searches(method: str, seeds: tuple[int, ...]) -> list[list[str]]:
+    """The jobs of each of a method's settings.
+
+    The proxies' are of all seeds, for all of that costs about one run of full RLHF; the others' of the first.
+    """
+    prefixes = [f"{method}-search/{i}" for i in range(len(SEARCHES[method]))]
+    if method not in FORMS:
+        return [[prefix] for prefix in prefixes]
+    return [[f"{prefix}/{seed}" for seed in seeds] for prefix in prefixes]
 
 
 def _chosen(

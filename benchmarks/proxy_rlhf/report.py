@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,12 +13,12 @@ from safetensors import safe_open
 from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
-    DPO_SEARCH,
     PROXY_SEARCH,
     REWARDS,
     RLHF_SEARCH,
+    SEARCHES,
     SKAM,
-    proxy_searches,
+    searches,
 )
 
 NAMES = {"dpo": "DPO", "rlhf": "full RLHF", "literal": "literal proxy", "proxy": "one-pass proxy"}
@@ -75,7 +75,6 @@ def pooled(figures: list[Row]) -> Row:
     rates = [row["win_rate"] for row in figures]
     pool["win_rates"] = rates
     pool["win_rate_se"] = math.sqrt(fmean(r["win_rate_se"] ** 2 for r in figures) / len(figures))
-    pool["spread"] = stdev(rates) if len(rates) > 1 else 0.0
     return pool
 
 
@@ -111,24 +110,17 @@ def table(rows: dict[str, Row], full: int) -> str:
 
 
 def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
-    """What the methods' settings were chosen from: the proxies' of all seeds, the others' of the first."""
+    """What the methods' settings were chosen from."""
     lines = [
         "| method | settings | gold win rate, validation | KL, nats | CPU s |",
         "|---|---|---|---|---|",
     ]
-    searches = (
-        ("dpo", DPO_SEARCH, "learning rate {:g}, β {:g}"),
-        ("rlhf", RLHF_SEARCH, "learning rate {:g}, KL weight {:g}"),
-        ("literal", PROXY_SEARCH, "{} updates"),
-        ("proxy", PROXY_SEARCH, "{} updates"),
-    )
-    for method, grid, words in searches:
-        for i, settings in enumerate(grid):
-            first = f"{method}-search/{i}"
-            jobs = [first] if method in ("dpo", "rlhf") else proxy_searches(method, seeds)[i]
+    words = {"dpo": "learning rate {:g}, β {:g}", "rlhf": "learning rate {:g}, KL weight {:g}"}
+    for method, grid in SEARCHES.items():
+        for settings, jobs in zip(grid, searches(method, seeds), strict=True):
             results = [setting.result(job) for job in jobs]
             row = pooled([result["row"] for result in results])
-            named = words.format(*(settings if isinstance(settings, tuple) else (settings,)))
+            named = words[method].format(*settings) if method in words else f"{settings} updates"
             won = f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}"
             kl = f"{row['kl']:.2f}" if "kl" in row else ""
             cpu = f"{sum(result['train_cpu_seconds'] for result in results):.0f}"
@@ -170,9 +162,7 @@ def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
     figure = Figure(figsize=(12, 9), layout="constrained")
     grid = figure.subplots(len(hardest), 1 + len(REWARDS))
     for line, (method, index) in zip(grid, hardest.items(), strict=True):
-        pushed = [f"{method}-search/{index}"]
-        if method != "rlhf":
-            pushed = proxy_searches(method, seeds)[index]
+        pushed = searches(method, seeds)[index]
         _draw_curves(line[0], [setting.result(job)["curve"] for job in pushed])
         line[0].set_title(f"{NAMES[method]}, implicit, pushed", fontsize=9)
         for axes, reward in zip(line[1:], REWARDS, strict=True):

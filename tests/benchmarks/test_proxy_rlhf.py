@@ -185,11 +185,11 @@ def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
         directory = setting.directory(f"proxy-search/{i}/0")
         directory.mkdir(parents=True)
         (directory / "result.json").write_text(json.dumps({"row": {"win_rate": won}}))
-    scaled = replace(setting, scale=0.1)
+    scaled = replace(setting, scale=0.2)
     for name in ("world", "frozen/0", "proxy-self-judge/0"):
         run_job(scaled, jobs[name])
     result = setting.result("proxy-self-judge/0")
-    assert result["updates"] == len(result["curve"]) == 2  # a tenth of the 20 that won
+    assert result["updates"] == len(result["curve"]) == 4  # a fifth of the 20 that won
     row = result["row"]
     assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
     rows = setting.result("frozen/0")["rows"]
