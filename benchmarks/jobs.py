@@ -5,6 +5,7 @@ What is done stays done: a run that was stopped goes on where it was, and a job 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from tqdm import tqdm
+
+from benchmarks.models import DEMO
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,49 @@ def setting_of(model: Path, work: Path, scale: float) -> Setting:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    model: Path = DEMO / "model"
+    """The frozen LLM."""
+    work: Path = Path("runs/benchmarks/comparison")
+    """Directory of what the jobs leave."""
+    output: Path = Path("docs/results")
+    """Directory of the tables, the plots and the figures."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds."""
+    processes: int = 2
+    """Jobs at once, each on one core."""
+    scale: float = 1.0
+    """Share of the data, the prompts and the updates."""
+    job: str | None = None
+    """Only this job, in this process."""
+
+
+@dataclass(frozen=True)
 class Job:
     """`run(setting, directory)` returns what goes into `result.json`."""
 
     name: str
     run: Callable[[Setting, Path], dict[str, Any]]
     needs: tuple[str, ...] = ()
+
+
+def command(
+    description: str,
+    module: str,
+    plan: Callable[[tuple[int, ...]], list[Job]],
+    report: Callable[[Setting, tuple[int, ...], Path], None],
+) -> None:
+    """The command line of a comparison: all its jobs, and then its report."""
+    options = tyro.cli(Options, description=description)
+    setting = setting_of(options.model, options.work, options.scale)
+    jobs = plan(options.seeds)
+    if options.job is not None:
+        return run_job(setting, next(job for job in jobs if job.name == options.job))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the jobs too
+    run_all(setting, jobs, module, options.processes)
+    report(setting, options.seeds, options.output)
 
 
 def run_job(setting: Setting, job: Job) -> None:

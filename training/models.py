@@ -168,6 +168,24 @@ class Adapted:
             self._lora.disable_adapter_layers()
 
 
+class Other:
+    """The LLM with another LoRA than the one that learns, in calls of this object alone."""
+
+    def __init__(self, model: PeftModel, name: str) -> None:
+        self._lora, self._name, self._own = model, name, model.active_adapter
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._lora.set_adapter(self._name)
+        try:
+            return self._lora.base_model(**inputs)
+        finally:
+            self._lora.set_adapter(self._own)
+
+
 class Plain:
     """The LLM without the LoRA that has been put on it."""
 

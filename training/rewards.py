@@ -36,7 +36,15 @@ from proxy.checkpoint import BaseModelId, FingerprintMismatch
 from training.console import TrainingError
 from training.data import Message
 from training.judging import ModelJudge
-from training.models import Adapted, CausalLM, attention_of, context_of, load_model
+from training.models import (
+    Adapted,
+    CausalLM,
+    Other,
+    Plain,
+    attention_of,
+    context_of,
+    load_model,
+)
 from training.policy import Decoding, Policy
 from training.rollout import generate, pad_left
 
@@ -76,12 +84,17 @@ class Reward(Protocol):
 class Frozen:
     """The frozen LLM, as rewards may want it."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel  # the latter where a LoRA learns on it
     tokenizer: Any
     base: BaseModelId
     decoding: Decoding
     end_ids: set[int]
     batch_size: int  # sequences at once in the device's memory
+
+    @property
+    def plain(self) -> CausalLM:
+        """Without a LoRA that learns on it."""
+        return Plain(self.model) if isinstance(self.model, PeftModel) else self.model
 
 
 def load_reward(name: str, frozen: Frozen) -> Reward:
@@ -116,13 +129,13 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
         )
     tuned: CausalLM
     if (directory / ADAPTER_FILE).is_file():
-        tuned = Adapted(_add_lora(frozen.model, directory))
+        tuned = _add_lora(frozen.model, directory)
     else:
         whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
         tuned = whole.eval().to(frozen.model.device)
     if config.kind == "judge":
         return JudgeReward(_judge(tuned, frozen, directory=directory), frozen)
-    return ImplicitReward(tuned, frozen.model, config.beta, frozen.batch_size)
+    return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
 
 
 def _judge(
@@ -137,9 +150,12 @@ def _judge(
     return ModelJudge(model, frozen.tokenizer, principles[name], context, frozen.batch_size)
 
 
-def _add_lora(model: PreTrainedModel, directory: Path) -> PeftModel:
+def _add_lora(model: PreTrainedModel | PeftModel, directory: Path) -> CausalLM:
     try:
-        return PeftModel.from_pretrained(model, directory)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(directory), "reward")
+            return Other(model, "reward")
+        return Adapted(PeftModel.from_pretrained(model, directory))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TrainingError(f"the LoRA in {directory} is damaged: {error}") from None
 
@@ -175,9 +191,7 @@ def _import(name: str, module: str, function: str) -> Callable[..., Any]:
 class ImplicitReward:
     """β · log(π_rm / π_ref) of a response."""
 
-    def __init__(
-        self, tuned: CausalLM, reference: PreTrainedModel, beta: float, batch_size: int
-    ) -> None:
+    def __init__(self, tuned: CausalLM, reference: CausalLM, beta: float, batch_size: int) -> None:
         self.tuned, self.reference, self.beta = tuned, reference, beta
         self.batch_size = batch_size
 

@@ -13,7 +13,6 @@ and where a bound below is left, training stops and says so. What was saved at t
 
 import copy
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -27,17 +26,15 @@ from accelerate.utils import gather_object
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from judge.principles import FILE_NAME, Principle, principles_of, write_principles
+from judge.principles import FILE_NAME, principles_of, write_principles
 from judge.prompts import Question
-from judge.verdict import Ruling, Verdict
+from judge.verdict import Ruling
 from proxy.checkpoint import resolve_model_dir
 from training import updates
 from training.console import TrainingError, main_guard
-from training.judging import ModelJudge
+from training.judges import load_judges, rule
 from training.models import (
     CausalLM,
-    Plain,
-    context_of,
     load_model,
     lora_config,
     token_logprobs,
@@ -55,8 +52,11 @@ class Options(updates.Options):
 
     held_out: str
     """Prompts to watch the run on, which are not learned from: JSON lines, Parquet or a data set's name."""
+    judge: str | None = None
+    """Directory of a judge that is a LoRA on the model, from `training.jsft --lora-rank`, or another reward, as
+    `training.proxy_ppo` takes one, to judge by its scores. None = the initial model itself."""
     principles: tuple[str, ...] = ()
-    """What to judge by, of the model's principles; the majority decides. None = the first."""
+    """What to judge by, of the judge's principles; the majority decides. None = the first."""
     pairs: int = 128
     """Prompts in an update, each answered twice."""
     epochs: int = 1
@@ -103,41 +103,24 @@ class Trainer(updates.Learner):
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
         self.options, device = options, accelerator.device
-        directory = resolve_model_dir(options.model)
+        self.directory = directory = resolve_model_dir(options.model)
         self.outside = self._load_outside(directory) if options.outside else None
         if options.lora_rank:
             self.policy: Any = get_peft_model(self.model, lora_config(options.lora_rank))
-            self.initial: CausalLM = Plain(self.policy)
             self.voice = self.model
         else:
             self.policy = load_model(str(directory))[0].to(device).eval()
-            self.initial = self.model
             # The policy in `dtype`: sampling is faster so.
             self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.learner = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
         self.optimiser = torch.optim.Adam(self.learner, lr=options.learning_rate)
-        self.known = principles_of(directory)
-        self.judges = self._judges(self.known)
+        frozen = replace(self.frozen(), model=self.policy if options.lora_rank else self.model)
+        self.initial = frozen.plain
+        self.judges = load_judges(options.judge, frozen, options.principles)
         self.held_out = self._read_prompts(options.held_out)[: options.num_held_out]
         self.saved = False
         self.at_start = self._look()  # it is its initial self still, even in a run that goes on
         accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")
-
-    def _judges(self, known: Mapping[str, Principle]) -> dict[str, ModelJudge]:
-        names = self.options.principles or (next(iter(known)),)
-        for name in names:
-            if name not in known:
-                raise TrainingError(f"unknown principle {name!r}; known are {', '.join(known)}")
-        return {
-            name: ModelJudge(
-                self.initial,
-                self.tokenizer,
-                known[name],
-                context_of(self.model),
-                self.options.batch_size,
-            )
-            for name in names
-        }
 
     def _load_outside(self, directory: Path) -> Reward:
         """On an LLM of its own: this one is about to get a LoRA."""
@@ -175,12 +158,7 @@ class Trainer(updates.Learner):
                 prompts, texts[: len(prompts)], texts[len(prompts) :], strict=True
             )
         ]
-        odds = [judge.log_odds(questions).sigmoid().tolist() for judge in self.judges.values()]
-        rulings = [
-            Ruling({name: Verdict((a, b)) for name, (a, b) in zip(self.judges, each, strict=True)})
-            for each in zip(*odds, strict=True)
-        ]
-        return Pairs(prompts, rollout.responses, rulings)
+        return Pairs(prompts, rollout.responses, rule(self.judges, questions))
 
     def _learn(self, pairs: Pairs, first: int, index: int) -> dict[str, float]:
         """Gradient steps on −log σ(β Δ), or its like, of the pairs whose answers differ.
@@ -278,11 +256,11 @@ class Trainer(updates.Learner):
         options = self.options
         with saving(options.output) as directory:
             if options.lora_rank:
-                self.policy.save_pretrained(directory)
+                self.policy.save_pretrained(directory, selected_adapters=["default"])
             else:
                 # A copy: it goes on learning in float32.
                 copy.deepcopy(self.policy).to(torch.bfloat16).save_pretrained(directory)
-                write_principles(directory / FILE_NAME, self.known)
+                write_principles(directory / FILE_NAME, principles_of(self.directory))
             self.tokenizer.save_pretrained(directory)
         return str(options.output)
 

@@ -6,7 +6,7 @@ beside it: batches are grouped by length, so short answers would be over-weighte
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -98,7 +98,11 @@ def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Sequences of about the same length together; seed and pass fix the order, so a run can go on within a pass."""
+    """Sequences of about the same length together, long and short batches in any order.
+
+    transformers' own order is the longest of every fifty batches first, which would teach judgments with rationales and
+    those without by turns. Seed and pass fix the order, so a run can go on within a pass.
+    """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -107,6 +111,11 @@ class _ByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls this before each pass."""
         self.generator.manual_seed((self.seed << 32) + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        batches = torch.tensor(list(super().__iter__())).split(self.batch_size)
+        order = torch.randperm(len(batches), generator=self.generator).tolist()
+        return iter(torch.cat([batches[i] for i in order]).tolist())
 
 
 class _WeightedTrainer(Trainer):

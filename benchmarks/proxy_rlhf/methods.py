@@ -226,7 +226,7 @@ def make_threshold(seed: int) -> Job:
     return Job(f"threshold/{seed}", run, (f"proxy-implicit/{seed}",))
 
 
-def _tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str, Any]:
+def tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str, Any]:
     """A model with weights of its own, as trained into the directory."""
     world = open_world(setting, split)
     policy = Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
@@ -252,7 +252,7 @@ def make_dpo(
             dpo.main(options)
         result["updates"] = -(-setting.num_pairs // options.batch_size)
         result["parameters"] = load_model(str(directory))[0].num_parameters()
-        return result | {"row": _tuned(setting, directory, seed, split)}
+        return result | {"row": tuned(setting, directory, seed, split)}
 
     return Job(name, run, (f"frozen/{seed}", *needs))
 
@@ -289,7 +289,7 @@ def make_rlhf(
             updates(trainer, options.steps, result)
         result["parameters"] = sum(p.numel() for p in trainer.learner.parameters())
         trainer.save({})
-        return result | {"row": _tuned(setting, directory, seed, split)}
+        return result | {"row": tuned(setting, directory, seed, split)}
 
     return Job(name, run, (*_needs(reward, seed), *needs))
 

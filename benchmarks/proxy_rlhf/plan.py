@@ -52,16 +52,16 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     for seed in seeds:
         jobs += [make_frozen(seed), make_reward("implicit", seed)]
     for i, pair in enumerate(RLHF_SEARCH):
-        name, choose = f"rlhf-search/{i}", _fixed(pair)
+        name, choose = f"rlhf-search/{i}", fixed(pair)
         jobs.append(make_rlhf(name, "implicit", seeds[0], choose, split="validation"))
     for i, pair in enumerate(DPO_SEARCH):
-        jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], _fixed(pair), split="validation"))
+        jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], fixed(pair), split="validation"))
     for form, trainer in FORMS.items():
         for updates, names in zip(PROXY_SEARCH, searches(form, seeds), strict=True):
             for name, seed in zip(names, seeds, strict=True):
-                choose = _fixed(updates)
+                choose = fixed(updates)
                 jobs.append(make_proxy(name, "implicit", seed, trainer, choose, split="validation"))
-    tuned = {method: _chosen(searches(method, seeds), grid) for method, grid in SEARCHES.items()}
+    tuned = {method: chosen(searches(method, seeds), grid) for method, grid in SEARCHES.items()}
     for seed in seeds:
         jobs.append(make_dpo(f"dpo/{seed}", seed, *tuned["dpo"]))
         for reward in REWARDS:
@@ -86,7 +86,7 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     return jobs
 
 
-def _fixed(value: Any) -> Callable[[Setting], Any]:
+def fixed(value: Any) -> Callable[[Setting], Any]:
     return lambda setting: value
 
 
@@ -101,7 +101,7 @@ def searches(method: str, seeds: tuple[int, ...]) -> list[list[str]]:
     return [[f"{prefix}/{seed}" for seed in seeds] for prefix in prefixes]
 
 
-def _chosen(
+def chosen(
     jobs: list[list[str]], grid: list[Any]
 ) -> tuple[Callable[[Setting], Any], tuple[str, ...]]:
     """The settings whose jobs won most on the validation prompts, and all jobs that must be done to know."""

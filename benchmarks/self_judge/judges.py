@@ -1,80 +1,151 @@
-"""Judges side by side: each says of a pair, in either order, with what probability the first response is better."""
+"""Judges side by side: how often each is right, whom it chooses, and what each strategy makes of its verdicts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from judge.principles import principles_of
+from benchmarks.jobs import Setting
+from benchmarks.proxy_rlhf.methods import DECODING
+from benchmarks.proxy_rlhf.speakers import World
 from judge.prompts import Message, Question
-from training.judging import ModelJudge
-from training.models import Conversations, context_of
-from training.rewards import Frozen, JudgeReward, Reward, Sample, load_reward
+from judge.tournament import Strategy
+from judge.verdict import TIE, Ruling, Verdict
+from proxy.checkpoint import identify
+from training.judges import load_judges, rule
+from training.models import load_model
+from training.rewards import Frozen
+from training.world import gold, principles
 
+CLEAR = 2.0
+"""Pairs differ clearly where their gold scores differ by as much."""
 BATCH = 64
 
-
-class PairJudge(Protocol):
-    """N questions -> [N, 2]: P(first is better) as shown first, and as shown second."""
-
-    def __call__(self, questions: Sequence[Question]) -> Tensor: ...
+Rule = Callable[[Sequence[Question]], list[Ruling]]
+Rate = tuple[float, float]
+"""A share, and its standard error."""
 
 
-@dataclass(frozen=True)
-class Asking:
-    """The paper's judge: a token's probability."""
+class By(NamedTuple):
+    """A judge of a training seed's."""
 
-    judge: ModelJudge
-
-    def __call__(self, questions: Sequence[Question]) -> Tensor:
-        return self.judge.log_odds(questions).sigmoid()
-
-
-class Scoring:
-    """By a reward's difference, as it was trained (Bradley–Terry); alike in both orders."""
-
-    def __init__(self, reward: Reward, frozen: Frozen) -> None:
-        self.reward, self.chats = reward, Conversations(frozen.tokenizer)
-        self._scores: dict[tuple[str, str], float] = {}
-
-    def __call__(self, questions: Sequence[Question]) -> Tensor:
-        new = {
-            (q.prompt[-1]["content"], text): self._sample(q.prompt, text)
-            for q in questions
-            for text in (q.first, q.second)
-            if (q.prompt[-1]["content"], text) not in self._scores
-        }
-        if new:
-            self._scores |= dict(zip(new, self.reward(list(new.values())).tolist(), strict=True))
-        differences = [
-            self._scores[q.prompt[-1]["content"], q.first]
-            - self._scores[q.prompt[-1]["content"], q.second]
-            for q in questions
-        ]
-        return torch.tensor(differences).sigmoid().unsqueeze(-1).expand(-1, 2)
-
-    def _sample(self, prompt: Sequence[Message], text: str) -> Sample:
-        messages = [{**turn} for turn in prompt]
-        return Sample(messages, text, *self.chats.split_ids(messages, text))  # type: ignore[arg-type]
+    job: str | None
+    """Which trains it; None = the frozen LLM's own judgment."""
+    principles: tuple[str, ...] = ()
+    """What it judges by; () = the first."""
 
 
-def load_judge(directory: Path | None, frozen: Frozen, principle: str | None = None) -> PairJudge:
-    """The judge in a directory; None = the frozen LLM itself."""
-    if directory is None:
-        principles = principles_of(Path(frozen.model.name_or_path))
-        name = principle or next(iter(principles))
-        asked = principles[name]
-        return Asking(
-            ModelJudge(frozen.model, frozen.tokenizer, asked, context_of(frozen.model), BATCH)
-        )
-    reward = load_reward(str(directory), frozen)
-    if not isinstance(reward, JudgeReward):
-        return Scoring(reward, frozen)
-    if principle is None:
-        return Asking(reward.judge)
-    asked = principles_of(directory)[principle]
-    model = reward.judge.model
-    return Asking(ModelJudge(model, frozen.tokenizer, asked, context_of(frozen.model), BATCH))
+JUDGES = {
+    "self-judge, as bundled": By(None),
+    "self-judge, LoRA": By("reward-judge"),
+    "self-judge, LoRA, principles' majority": By("reward-judge", tuple(principles.PRINCIPLES)),
+    "likelihood ratio, LoRA": By("reward-likelihood"),
+    "implicit reward": By("reward-implicit"),
+    "scalar reward": By("reward-scalar"),
+}
+
+
+def judge_of(setting: Setting, world: World, by: By, seed: int) -> Rule:
+    # Loaded anew: a judge that is a LoRA stays on its model.
+    model = load_model(str(setting.model), dtype=torch.bfloat16)[0].eval()
+    base = identify(str(setting.model))
+    frozen = Frozen(model, world.tokenizer, base, DECODING, world.end_ids, BATCH)
+    place = str(setting.directory(f"{by.job}/{seed}")) if by.job else None
+    return partial(rule, load_judges(place, frozen, by.principles))
+
+
+def agreement(
+    judge: Rule, rows: Sequence[dict[str, Any]], quality: str | None = None
+) -> dict[str, Any]:
+    """How often the judge agrees with gold, with the labels and with itself; and of clear pairs alone.
+
+    Args:
+        rows: labelled pairs
+        quality: what gold looks at; None = all
+    """
+    rulings = judge([_question(row) for row in rows])
+    prefers = torch.tensor([ruling.first_goes_on for ruling in rulings])
+    consistent = torch.tensor([ruling.mean.consistent for ruling in rulings])
+    golds = torch.tensor([preferred(row, quality) for row in rows])
+    right, clear = prefers == (golds > 0), golds.abs() >= CLEAR
+    return {
+        "gold": rate(right),
+        "labels": rate(prefers),
+        "gold_clear": rate(right[clear]),
+        "consistency": rate(consistent),
+        "consistency_clear": rate(consistent[clear]),
+        "pairs": len(rows),
+        "clear": int(clear.sum()),
+    }
+
+
+def rate(hits: Tensor) -> Rate:
+    p = hits.float().mean().item()
+    return p, math.sqrt(p * (1 - p) / max(1, len(hits)))
+
+
+def preferred(row: dict[str, Any], quality: str | None = None) -> float:
+    """Gold score of the chosen response over the rejected one; by a quality alone where it is named."""
+    text = row["prompt"][-1]["content"]
+
+    def score(answer: str) -> float:
+        if quality is None:
+            return gold.score(text, answer)
+        return -gold.WEIGHTS[quality] * (quality in gold.flaws(text, answer))
+
+    chosen, rejected = (score(row[side][-1]["content"]) for side in ("chosen", "rejected"))
+    return chosen - rejected
+
+
+def _question(row: dict[str, Any]) -> Question:
+    return Question(row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def knock_out_round(
+    judge: Rule, prompts: Sequence[str], standing: list[list[str]]
+) -> list[list[str]]:
+    """Neighbours meet, of every prompt at once; an even number to each."""
+    questions = [
+        Question([_user(prompt)], a, b)
+        for prompt, row in zip(prompts, standing, strict=True)
+        for a, b in zip(row[::2], row[1::2], strict=True)
+    ]
+    rulings = iter(judge(questions))
+    return [
+        [a if next(rulings).first_goes_on else b for a, b in zip(row[::2], row[1::2], strict=True)]
+        for row in standing
+    ]
+
+
+Rulings = dict[tuple[int, int], Ruling]
+
+
+def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
+    """Of every pair, whichever comes first. Identical answers tie, as in the server, whatever the judge reads."""
+    pairs = [(a, b) for a in range(len(answers)) for b in range(a)]
+    ruled = judge([Question([_user(prompt)], answers[a], answers[b]) for a, b in pairs])
+    found: Rulings = {}
+    for (a, b), ruling in zip(pairs, ruled, strict=True):
+        first, second = TIE if answers[a] == answers[b] else ruling.mean.orders
+        found[a, b] = Ruling({"judge": Verdict((first, second))})
+        found[b, a] = Ruling({"judge": Verdict((1 - second, 1 - first))})
+    return found
+
+
+def simulate(strategy: Strategy, num: int, seed: int, rulings: Rulings) -> tuple[list[int], int]:
+    """A strategy's ranking from rulings that are known, and how many it asked for."""
+    games, asked = strategy(num, seed), 0
+    try:
+        pairs = next(games)
+        while True:
+            asked += len(pairs)
+            pairs = games.send([rulings[pair] for pair in pairs])
+    except StopIteration as end:
+        return end.value, asked

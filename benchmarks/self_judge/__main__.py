@@ -1,0 +1,14 @@
+"""The tables of docs/results/self_judge.md: `python -m benchmarks.self_judge`.
+
+Judges side by side on the bundled world, and what is trained by them, three training seeds each. The frozen LLM, the
+data and the rows to compare with are those of `benchmarks.proxy_rlhf`, whose jobs run first where they are not done.
+What is done stays done: a run that was stopped goes on where it was. `--scale 0.01` shows the path in minutes, with
+results that mean nothing.
+"""
+
+from benchmarks.jobs import command
+from benchmarks.self_judge import report
+from benchmarks.self_judge.plan import all_jobs
+
+if __name__ == "__main__":
+    command(__doc__, "benchmarks.self_judge", all_jobs, report.write)
