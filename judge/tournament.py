@@ -3,6 +3,8 @@
 `knock_out`    N - 1 comparisons, SELF-JUDGE's self-rejection: shuffle, pair up, the odd one out gets
                a bye, winners go on. Whoever had a bye plays first in the next round, so nobody rests
                twice running.
+`final_four`   N + 2 comparisons: a knock-out down to four, and all pairs of these. A knock-out's
+               winner may have won by a hair, or met none of the other good ones; here it meets three.
 `round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
 
 A strategy is a generator: it yields a round's pairs, is sent their rulings, and returns the
@@ -19,8 +21,10 @@ from judge.bradley_terry import scores
 from judge.verdict import Orders, Ruling, Verdict
 
 Pair = tuple[int, int]
-Strategy = Callable[[int, int], Generator[list[Pair], Sequence[Ruling], list[int]]]
-"""(number of samples, seed) -> rounds of pairs, for their rulings, and at last the ranking."""
+Games = Generator[list[Pair], Sequence[Ruling], list[int]]
+"""Rounds of pairs, for their rulings, and at last the ranking."""
+Strategy = Callable[[int, int], Games]
+"""(number of samples, seed) -> games."""
 CompareRound = Callable[[list[Pair]], Awaitable[list[Ruling]]]
 
 
@@ -57,35 +61,61 @@ class Receipt:
         return asdict(self) | {"winner": self.winner}
 
 
-def knock_out(num: int, seed: int) -> Generator[list[Pair], Sequence[Ruling], list[int]]:
+def knock_out(num: int, seed: int) -> Games:
     """The ranking: the winner, then the others, the later beaten the better, the closer beaten the better."""
-    standing = draw(num, seed)
-    out: list[int] = []  # the first beaten first
-    while len(standing) > 1:
-        pairs = list(zip(standing[::2], standing[1::2], strict=False))
-        bye = standing[2 * len(pairs) :]
+    standing, beaten = yield from _knock_out(draw(num, seed), until=1)
+    return standing + beaten
+
+
+def final_four(num: int, seed: int) -> Games:
+    """The ranking: the last four by their Bradley–Terry scores, then the others as in a knock-out."""
+    standing, beaten = yield from _knock_out(draw(num, seed), until=4)
+    return (yield from _all_pairs(standing)) + beaten
+
+
+def round_robin(num: int, seed: int) -> Games:
+    """All pairs in one round; who is shown first is drawn."""
+    return (yield from _all_pairs(draw(num, seed)))
+
+
+def _knock_out(
+    standing: list[int], until: int
+) -> Generator[list[Pair], Sequence[Ruling], tuple[list[int], list[int]]]:
+    """Rounds until so many stand; returns them and the beaten, the best first."""
+    beaten: list[int] = []  # the first beaten first
+    while len(standing) > until:
+        games = min(len(standing) // 2, len(standing) - until)
+        pairs = list(zip(standing[: 2 * games : 2], standing[1 : 2 * games : 2], strict=True))
+        byes = standing[2 * games :]
         rulings = yield pairs
         winners = [_winner(pair, ruling) for pair, ruling in zip(pairs, rulings, strict=True)]
         losers = {
             sum(pair) - winner: abs(ruling.probability - 0.5)
             for pair, winner, ruling in zip(pairs, winners, rulings, strict=True)
         }
-        out += sorted(losers, key=losers.__getitem__, reverse=True)
-        standing = bye + winners
-    return standing + out[::-1]
+        beaten += sorted(losers, key=losers.__getitem__, reverse=True)
+        standing = byes + winners
+    return standing, beaten[::-1]
 
 
-def round_robin(num: int, seed: int) -> Generator[list[Pair], Sequence[Ruling], list[int]]:
-    """All pairs in one round; who is shown first is drawn."""
-    order = draw(num, seed)
+def _all_pairs(order: list[int]) -> Games:
+    """One round of all pairs, the earlier shown first; returns the samples by their Bradley–Terry scores."""
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     rulings = yield pairs
-    won = {pair: ruling.probability for pair, ruling in zip(pairs, rulings, strict=True)}
-    found = scores(num, won)
-    return sorted(order, key=found.__getitem__, reverse=True)
+    place = {sample: i for i, sample in enumerate(order)}
+    won = {
+        (place[a], place[b]): ruling.probability
+        for (a, b), ruling in zip(pairs, rulings, strict=True)
+    }
+    found = scores(len(order), won)
+    return sorted(order, key=lambda sample: found[place[sample]], reverse=True)
 
 
-STRATEGIES: dict[str, Strategy] = {"knock-out": knock_out, "round-robin": round_robin}
+STRATEGIES: dict[str, Strategy] = {
+    "knock-out": knock_out,
+    "final-four": final_four,
+    "round-robin": round_robin,
+}
 
 
 async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) -> Receipt:

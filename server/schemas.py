@@ -36,7 +36,7 @@ class JudgeSettings(BaseModel):
 class JudgeOptions(JudgeSettings):
     """How samples are ranked."""
 
-    strategy: Literal["knock-out", "round-robin"] = Field(
+    strategy: Literal["knock-out", "final-four", "round-robin"] = Field(
         "knock-out", description="Which pairs are compared."
     )
     seed: int | None = Field(

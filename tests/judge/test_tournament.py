@@ -108,6 +108,33 @@ def test_a_round_robin_asks_for_all_pairs_once_and_ranks_all(num):
     assert receipt.ranking == sorted(range(num), key=lambda i: -strengths[i])
 
 
+@pytest.mark.parametrize("num", [2, 4, 5, 6, 11, 16])
+def test_the_last_four_of_a_final_four_all_meet(num):
+    strengths = [float((7 * i) % 17) for i in range(num)]
+    receipt, asked = rank(num, strengths, seed=5, strategy="final-four")
+    *before, last = asked
+    four = {index for pair in last for index in pair}
+    assert len({frozenset(pair) for pair in last}) == len(last) == len(four) * (len(four) - 1) // 2
+    assert len(four) == min(num, 4)
+    assert sum(map(len, before)) == num - len(four)
+    assert {i for pairs in asked for pair in pairs for i in pair} == set(range(num))
+    assert receipt.ranking[:4] == sorted(four, key=lambda i: -strengths[i])
+    assert receipt.winner == strengths.index(max(strengths))
+
+
+def test_a_final_four_counts_all_its_games():
+    """Who beats one by a hair and loses clearly to the others is not the best, whatever the bracket says."""
+    # With 4 samples no bracket is played: 2 beats 0 by a hair, 0 beats 1 and 3 clearly, 2 does not.
+    sure = {(2, 0): 0.55, (0, 1): 0.95, (0, 3): 0.95, (2, 1): 0.52, (2, 3): 0.52, (1, 3): 0.5}
+
+    async def compare_round(pairs):
+        won = sure | {(b, a): 1 - p for (a, b), p in sure.items()}
+        return [ruling((won[pair], won[pair])) for pair in pairs]
+
+    receipt = asyncio.run(play("final-four", 4, compare_round, seed=0))
+    assert receipt.winner == 0
+
+
 def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
     # The pairs with seed 7 and 6 samples, as below, are (3, 1), (0, 5), (4, 2); the first wins.
     sure = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}

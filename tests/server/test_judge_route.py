@@ -162,7 +162,9 @@ def test_identical_responses_have_no_rationale(http):
 RESPONSES = ["Clean it.", "No.", "Clean your freezer once a week, please.", "freezer freezer"]
 
 
-@pytest.mark.parametrize(("strategy", "comparisons"), [("knock-out", 3), ("round-robin", 6)])
+@pytest.mark.parametrize(
+    ("strategy", "comparisons"), [("knock-out", 3), ("final-four", 6), ("round-robin", 6)]
+)
 def test_rank(http, strategy, comparisons):
     body = {"prompt": QUESTION, "responses": RESPONSES, "strategy": strategy, "seed": 5}
     answer = http.post("/judge/rank", json=body)
