@@ -83,7 +83,7 @@ class Options(updates.Options):
     """Stop where the share of distinct word pairs is a smaller part of what it was at the start."""
     max_length_ratio: float = 2.0
     """Stop where answers are longer than so many times their length at the start, or shorter than 1 / so many."""
-    max_flips: float = 0.6
+    max_flips: float = 0.75
     """Stop where the two orders disagree in more of the pairs: the judge sees no difference any more."""
 
 

@@ -41,11 +41,13 @@ class By(NamedTuple):
 JUDGES = {
     "self-judge, as bundled": By(None),
     "self-judge, LoRA": By("reward-judge"),
-    "self-judge, LoRA, principles' majority": By("reward-judge", tuple(principles.PRINCIPLES)),
     "likelihood ratio, LoRA": By("reward-likelihood"),
+    "likelihood ratio, LoRA, more data": By("reward-more"),
     "implicit reward": By("reward-implicit"),
     "scalar reward": By("reward-scalar"),
 }
+MAJORITY = By("reward-judge", tuple(principles.PRINCIPLES))
+"""All principles at once; as many times the cost."""
 
 
 def judge_of(setting: Setting, world: World, by: By, seed: int) -> Rule:

@@ -10,6 +10,7 @@ import torch
 from benchmarks.jobs import Job, Setting, timed
 from benchmarks.proxy_rlhf.methods import (
     DECODING,
+    SEED_OF_THE_WORLD,
     Choose,
     frozen_texts,
     noise,
@@ -19,6 +20,7 @@ from benchmarks.proxy_rlhf.methods import (
 from benchmarks.proxy_rlhf.speakers import answer, by_policy
 from benchmarks.self_judge.judges import (
     JUDGES,
+    MAJORITY,
     By,
     agreement,
     all_rulings,
@@ -36,9 +38,11 @@ from training.data import read_rows
 from training.evaluate import win_rate
 from training.models import load_model
 from training.policy import Policy
+from training.world import __main__ as world_files
 from training.world import gold, principles
 
 SAMPLES = 16
+MORE = "pairs.jsonl"
 
 
 def judges_of(seed: int) -> set[str]:
@@ -66,13 +70,30 @@ def make_judge(seed: int, **settings: Any) -> Job:
     return Job(f"reward-judge/{seed}", run, ("world",))
 
 
-def make_likelihood(seed: int, **settings: Any) -> Job:
-    """The likelihood ratio as a LoRA, from the pairs of all."""
+def make_more(setting: Setting, directory: Path) -> dict[str, Any]:
+    """Twice the pairs, the first half of them the world's own, and half as many judgments by principle, in one file."""
+    options = world_files.Options(
+        output=directory,
+        seed=SEED_OF_THE_WORLD,
+        num_sft=1,
+        num_preferences=2 * setting.num_pairs,
+        num_held_out=1,
+    )
+    world_files.main(options)
+    rows = [(directory / f"{name}.jsonl").read_text() for name in ("preferences", "judgments")]
+    (directory / MORE).write_text("".join(rows))
+    return {"pairs": "".join(rows).count("\n")}
+
+
+def make_likelihood(
+    name: str, seed: int, preferences: str, needs: tuple[str, ...], **settings: Any
+) -> Job:
+    """The likelihood ratio as a LoRA, from the pairs in a file of the work directory."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         options = reward_model.Options(
             model=str(setting.model),
-            preferences=setting.data("preferences"),
+            preferences=str(setting.work / preferences),
             output=directory,
             seed=seed,
             **settings,
@@ -82,7 +103,7 @@ def make_likelihood(seed: int, **settings: Any) -> Job:
             reward_model.main(options)
         return result
 
-    return Job(f"reward-likelihood/{seed}", run, ("world",))
+    return Job(name, run, needs)
 
 
 def make_judged(seed: int) -> Job:
@@ -100,7 +121,7 @@ def make_judged(seed: int) -> Job:
         return {
             "judges": {
                 name: agreement(judge_of(setting, world, by, seed), rows)
-                for name, by in JUDGES.items()
+                for name, by in (JUDGES | {"self-judge, LoRA, majority": MAJORITY}).items()
             },
             "principles": by_principle,
             "noise_ceiling": fmean(preferred(row) > 0 for row in rows),
@@ -109,8 +130,8 @@ def make_judged(seed: int) -> Job:
     return Job(f"judged/{seed}", run, tuple(judges_of(seed)))
 
 
-def make_samples(speaker: str, seed: int) -> Job:
-    """Sixteen answers to each prompt by the frozen LLM, by a proxy on it or by a trained model."""
+def make_samples(speaker: str, seed: int, size: int) -> Job:
+    """So many answers to each prompt by the frozen LLM, by a proxy on it or by a trained model."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         world = open_world(setting, "test")
@@ -122,14 +143,14 @@ def make_samples(speaker: str, seed: int) -> Job:
             model = load_model(str(place), dtype=torch.bfloat16)[0].eval()
         roll_out = by_policy(world, Policy(model, network), DECODING)
         key = noise("best of" if speaker == "frozen" else "proxy best of", seed)
-        drawn = [answer(world, key + 10 * i, roll_out) for i in range(SAMPLES)]
+        drawn = [answer(world, key + 10 * i, roll_out) for i in range(size)]
         (directory / "texts.json").write_text(json.dumps([each.texts for each in drawn]))
         return {"cpu_seconds": sum(each.cpu_seconds for each in drawn)}
 
     return Job(f"samples-{speaker}/{seed}", run, (f"{speaker}/{seed}",))
 
 
-def make_best_of(speaker: str, seed: int) -> Job:
+def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
     """The best of N of a speaker's answers by every judge's knock-out.
 
     The answers meet in the order in which they were drawn, so that the brackets of fewer are parts of the whole one.
@@ -141,13 +162,13 @@ def make_best_of(speaker: str, seed: int) -> Job:
         texts = json.loads((setting.directory(samples) / "texts.json").read_text())
         reference = frozen_texts(setting, "test", seed)
         rows: dict[str, dict[int, Any]] = {}
-        for name, by in JUDGES.items():
-            judge = judge_of(setting, world, by, seed)
+        for name in judges:
+            judge = judge_of(setting, world, JUDGES[name], seed)
             standing = [list(row) for row in zip(*texts, strict=True)]  # by prompt
             rows[name] = {}
             while True:
                 first = [row[0] for row in standing]
-                rows[name][SAMPLES // len(standing[0])] = win_rate(world.texts, first, reference)
+                rows[name][len(texts) // len(standing[0])] = win_rate(world.texts, first, reference)
                 if len(standing[0]) == 1:
                     break
                 standing = knock_out_round(judge, world.texts, standing)
@@ -177,10 +198,11 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
                 chosen[name].append((best, comparisons, best == max(golds), same))
         strategies = {}
         for name, found in chosen.items():
-            scores, asked, hits, sames = map(torch.tensor, zip(*found, strict=True))
+            columns = zip(*found, strict=True)
+            scores, asked, hits, sames = (torch.tensor(each, dtype=torch.float) for each in columns)
             strategies[name] = {
                 "gold": (scores.mean().item(), (scores.std() / count**0.5).item()),
-                "comparisons": asked.float().mean().item(),
+                "comparisons": asked.mean().item(),
                 "finds_golds_best": rate(hits),
                 "agrees_with_round_robin": rate(sames),
             }

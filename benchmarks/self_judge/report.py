@@ -20,7 +20,7 @@ TRAINED = {
     "self-training": "**self-training**, self-judge LoRA",
     "proxy-scalar": "one-pass proxy, scalar reward",
     "proxy-implicit": "one-pass proxy, implicit reward",
-    "proxy-likelihood": "one-pass proxy, likelihood ratio LoRA",
+    "proxy-more": "one-pass proxy, likelihood ratio LoRA, more data",
     "proxy-self-judge": "one-pass proxy, self-judge as bundled",
     "proxy-judge": "**one-pass proxy, self-judge LoRA**",
 }
@@ -58,7 +58,7 @@ def tables(figures: dict[str, Any]) -> str:
             ("judge", *head),
             (
                 (name, *(_percent([seed["judges"][name][m] for seed in judged]) for m in measures))
-                for name in JUDGES
+                for name in judged[0]["judges"]
             ),
         ),
         f"The labels agree with gold in {fmean(seed['noise_ceiling'] for seed in judged):.1%} of the pairs.\n",
@@ -85,7 +85,7 @@ def tables(figures: dict[str, Any]) -> str:
                 ("judge", *sizes),
                 (
                     (name, *(_percent([seed["rows"][name][n] for seed in found]) for n in sizes))
-                    for name in JUDGES
+                    for name in found[0]["rows"]
                 ),
             ),
         ]
@@ -153,7 +153,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4 * len(SPEAKERS), 4), layout="constrained")
     panels = figure.subplots(1, len(SPEAKERS), sharey=True)
     for axes, (speaker, found) in zip(panels, figures["best_of"].items(), strict=True):
-        for name in JUDGES:
+        for name in found[0]["rows"]:
             sizes = list(found[0]["rows"][name])
             rates = [pooled([seed["rows"][name][n] for seed in found]) for n in sizes]
             means, errors = zip(*rates, strict=True)
@@ -165,12 +165,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
                 markersize=3,
                 capsize=2,
                 label=name,
+                color=f"C{list(JUDGES).index(name)}",
             )
         axes.set_xscale("log", base=2)
         axes.set_title(speaker, fontsize=9)
         axes.set_xlabel("N")
     panels[0].set_ylabel("gold win rate against the frozen LLM, %")
-    panels[-1].legend(fontsize=7)
+    panels[0].legend(fontsize=7)
     figure.supxlabel("bars: 95 %", fontsize=8)
     figure.savefig(path, dpi=110)
 
