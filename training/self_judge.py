@@ -65,6 +65,9 @@ class Options(updates.Options):
     """Of DPO (arXiv 2305.18290), SLiC (2305.10425) or IPO (2310.12036)."""
     beta: float = 0.1
     """β of the loss: the higher, the nearer to the start."""
+    soft_labels: bool = False
+    """Learn from both sides of a pair, each weighted by the judge's probability that it is the better one (cDPO). The
+    likelier side alone is the paper's way; but the better a policy becomes, the more pairs are as good as equal."""
     lora_rank: int = 8
     """Rank of a LoRA on all linear layers; 0 = train all weights."""
     learning_rate: float = 1e-5
@@ -170,6 +173,10 @@ class Trainer(updates.Learner):
         ids, is_response = (x.to(device) for x in pad_responses(prompts, pairs.responses))
         mask = is_response[:, 1:]
         sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
+        sure = torch.ones_like(sign)  # how much of a pair's loss is that of its likelier side
+        if options.soft_labels:
+            sure = torch.tensor([r.probability for r in pairs.rulings]).to(device)
+            sure = torch.where(sign > 0, sure, 1 - sure)
         differs = (~torch.tensor(_identical(pairs))).float().to(device)  # [N]
         with torch.no_grad():
             places = torch.arange(len(ids)).split(options.batch_size)
@@ -184,7 +191,8 @@ class Trainer(updates.Learner):
                 with self._autocast():
                     gains = _logprobs(self.policy, ids[both], mask[both]) - reference[both]
                 margins = sign[some] * (gains[: len(some)] - gains[len(some) :])
-                losses = preference_losses(margins, options.loss, options.beta) * differs[some]
+                losses = preference_losses(margins, sure[some], options.loss, options.beta)
+                losses = losses * differs[some]
                 (losses.sum() / total).backward()
                 kept = margins.detach() * differs[some]
                 sums += torch.stack([losses.detach().sum(), (kept > 0).sum(), kept.sum()])
@@ -281,16 +289,20 @@ def _logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     return (token_logprobs(model(input_ids=ids).logits, ids) * mask).sum(-1)
 
 
-def preference_losses(margins: Tensor, loss: str, beta: float) -> Tensor:
-    """Of each pair, from Δ in nats: [N] -> [N].
+def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> Tensor:
+    """Of each pair, p · L(Δ) + (1 − p) · L(−Δ), from Δ in nats and p = `sure`: [N], [N] -> [N].
 
-    sigmoid: −log σ(β Δ); hinge: max(0, 1 − β Δ); ipo: (Δ − 1 / 2β)².
+    L is for sigmoid −log σ(β Δ), for hinge max(0, 1 − β Δ), for ipo (Δ − 1 / 2β)².
     """
-    if loss == "sigmoid":
-        return -F.logsigmoid(beta * margins)
-    if loss == "hinge":
-        return (1 - beta * margins).clamp(min=0)
-    return (margins - 1 / (2 * beta)).square()
+
+    def one_sided(deltas: Tensor) -> Tensor:
+        if loss == "sigmoid":
+            return -F.logsigmoid(beta * deltas)
+        if loss == "hinge":
+            return (1 - beta * deltas).clamp(min=0)
+        return (deltas - 1 / (2 * beta)).square()
+
+    return sure * one_sided(margins) + (1 - sure) * one_sided(-margins)
 
 
 def main(options: Options) -> None:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from judge.verdict import Ruling, Verdict
 from proxy.checkpoint import identify
 from tests.training.models import data_rows, save_model
 from training import self_judge
@@ -67,8 +68,34 @@ def options(work: Path, output: Path, **settings: Any) -> Options:
     ],
 )
 def test_losses(loss: str, expected: list[float]) -> None:
-    found = preference_losses(torch.tensor([2.0, -1.0, 4.0]), loss, 0.5)
+    found = preference_losses(torch.tensor([2.0, -1.0, 4.0]), torch.ones(3), loss, 0.5)
     assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "best"),
+    # P(better) 0.8: σ(β Δ) = 0.8; the smaller loss of the two bends; Δ = (2 · 0.8 − 1) / 2β
+    [("sigmoid", math.log(4) / 0.5), ("hinge", 2.0), ("ipo", 0.6)],
+)
+def test_where_soft_labels_lead(loss: str, best: float) -> None:
+    margins = torch.arange(-4, 4, 0.001)
+    losses = preference_losses(margins, torch.full_like(margins, 0.8), loss, 0.5)
+    assert margins[losses.argmin()].item() == pytest.approx(best, abs=0.002)
+
+
+def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
+    work: Path, tmp_path: Path
+) -> None:
+    """After the same updates on the same pairs, the judge's own doubts keep the margin down."""
+    margins = []
+    for soft in (False, True):
+        trainer = Trainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
+        prompts, seeds, _ = trainer.draw_prompts(0, 8)
+        pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
+        doubtful = [Ruling({"p": Verdict((0.55, 0.55))}) for _ in pairs.rulings]
+        rows = [trainer._learn(pairs._replace(rulings=doubtful), 0, index) for index in range(20)]
+        margins.append(rows[-1]["margin"])
+    assert margins[1] < 0.5 * margins[0]
 
 
 @pytest.mark.parametrize("rank", [4, 0])
