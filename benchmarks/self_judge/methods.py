@@ -212,21 +212,22 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
 
 
 def make_self_training(
-    name: str, seed: int, choose: Choose, searched: tuple[str, ...], split: str
+    name: str, judge: str, seed: int, choose: Choose, searched: tuple[str, ...], split: str
 ) -> Job:
-    """On-policy self-training of all weights, by the judge that is a LoRA on the initial model."""
-    judge = f"reward-judge/{seed}"
+    """On-policy self-training of all weights, by a judge that is a LoRA on the initial model."""
+    by = f"reward-{judge}/{seed}"
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         settings = choose(setting)
         options = self_judge.Options(
             model=str(setting.model),
-            judge=str(setting.directory(judge)),
+            judge=str(setting.directory(by)),
             prompts=setting.data("prompts"),
             held_out=setting.data("prompts_validation"),
             output=directory,
             lora_rank=0,
             decoding=DECODING,
+            max_flips=1.0,  # it is to be seen where each of the settings ends
             seed=seed,
             **settings | {"steps": setting.updates(settings["steps"])},
         )
@@ -235,4 +236,4 @@ def make_self_training(
             self_judge.main(options)
         return result | {"row": tuned(setting, directory, seed, split)}
 
-    return Job(name, run, (f"frozen/{seed}", judge, *searched))
+    return Job(name, run, (f"frozen/{seed}", by, *searched))

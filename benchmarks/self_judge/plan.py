@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.jobs import Job
 from benchmarks.proxy_rlhf import plan as proxy_rlhf
 from benchmarks.proxy_rlhf.methods import make_proxy
-from benchmarks.proxy_rlhf.plan import FORMS, PROXY_SEARCH, chosen, fixed, searches
+from benchmarks.proxy_rlhf.plan import FORMS, PROXY_SEARCH, chosen, fixed
 from benchmarks.self_judge.judges import JUDGES
 from benchmarks.self_judge.methods import (
     MORE,
@@ -23,15 +23,19 @@ from benchmarks.self_judge.methods import (
 JUDGE: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
 LIKELIHOOD: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
 SELF_TRAINING: list[dict[str, Any]] = [
-    {"learning_rate": 5e-5, "steps": 40},
-    {"learning_rate": 1.5e-4, "steps": 40},
+    {"learning_rate": 1e-4, "beta": 0.5, "steps": 60, "soft_labels": False},
+    {"learning_rate": 1.5e-4, "beta": 0.1, "steps": 60, "soft_labels": True},
+    {"learning_rate": 1.5e-4, "beta": 0.03, "steps": 60, "soft_labels": True},
 ]
+TEACHERS = ("judge", "more")
+"""Judges that train a model or a proxy."""
 BY_ALL, BY_SOME = tuple(JUDGES), tuple(JUDGES)[1:5]
 SPEAKERS = {
     "frozen": (SAMPLES, BY_ALL),
     "proxy-implicit": (8, BY_SOME),
     "proxy-judge": (8, BY_SOME),
-    "self-training": (8, BY_SOME),
+    "proxy-more": (8, BY_SOME),
+    "self-training-more": (8, BY_SOME),
 }
 """Whose answers the judges choose from, how many, and which judges: asking costs much more than scoring."""
 BORROWED = (
@@ -61,21 +65,29 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             ("more", f"more/{MORE}", "more"),
         ):
             add(make_likelihood(f"reward-{name}/{seed}", seed, file, (needed,), **LIKELIHOOD))
-    names = [f"self-training-search/{i}" for i in range(len(SELF_TRAINING))]
-    for name, settings in zip(names, SELF_TRAINING, strict=True):
-        add(make_self_training(name, seeds[0], fixed(settings), (), "validation"))
-    best, searched = chosen([[name] for name in names], SELF_TRAINING)
-    updates, their_search = chosen(searches("proxy", seeds), PROXY_SEARCH)
+    best = {}
+    for judge in TEACHERS:
+        names = searches(judge)
+        for name, settings in zip(names, SELF_TRAINING, strict=True):
+            add(make_self_training(name, judge, seeds[0], fixed(settings), (), "validation"))
+        best[judge] = chosen([[name] for name in names], SELF_TRAINING)
+    updates, their_search = chosen(proxy_rlhf.searches("proxy", seeds), PROXY_SEARCH)
     for seed in seeds:
         for name in BORROWED:
             add(theirs[f"{name}/{seed}"])
-        add(make_self_training(f"self-training/{seed}", seed, best, searched, "test"))
-        for reward in ("judge", "more"):
-            name = f"proxy-{reward}/{seed}"
-            add(make_proxy(name, reward, seed, FORMS["proxy"], updates, their_search))
+        for judge in TEACHERS:
+            name = f"proxy-{judge}/{seed}"
+            add(make_proxy(name, judge, seed, FORMS["proxy"], updates, their_search))
+            name = f"self-training-{judge}/{seed}"
+            add(make_self_training(name, judge, seed, *best[judge], "test"))
         add(make_judged(seed))
         for speaker, (size, judges) in SPEAKERS.items():
             add(make_samples(speaker, seed, size))
             add(make_best_of(speaker, seed, judges))
-        add(make_strategies(seed, num_prompts=300))
+        add(make_strategies(seed, num_prompts=200))
     return list(jobs.values())
+
+
+def searches(judge: str) -> list[str]:
+    """The jobs of each of self-training's settings, of the first seed."""
+    return [f"self-training-search-{judge}/{i}" for i in range(len(SELF_TRAINING))]

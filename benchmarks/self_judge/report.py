@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.jobs import Setting
 from benchmarks.self_judge.judges import JUDGES, Rate
-from benchmarks.self_judge.plan import BORROWED, SELF_TRAINING, SPEAKERS
+from benchmarks.self_judge.plan import BORROWED, SELF_TRAINING, SPEAKERS, TEACHERS, searches
 
 TRAINED = {
     "dpo": "DPO",
     "rlhf-implicit": "full RLHF (PPO), implicit reward",
     "rlhf-self-judge": "full RLHF (PPO), self-judge as bundled",
-    "self-training": "**self-training**, self-judge LoRA",
+    "self-training-judge": "**self-training**, self-judge LoRA",
+    "self-training-more": "self-training, likelihood ratio LoRA, more data",
     "proxy-scalar": "one-pass proxy, scalar reward",
     "proxy-implicit": "one-pass proxy, implicit reward",
     "proxy-more": "one-pass proxy, likelihood ratio LoRA, more data",
@@ -44,7 +45,7 @@ def figures_of(setting: Setting, seeds: tuple[int, ...]) -> dict[str, Any]:
         "best_of": {speaker: each(f"best-of-{speaker}") for speaker in SPEAKERS},
         "strategies": each("strategies"),
         "trained": {name: each(name) for name in TRAINED},
-        "search": [setting.result(f"self-training-search/{i}") for i in range(len(SELF_TRAINING))],
+        "search": {judge: [setting.result(job) for job in searches(judge)] for judge in TEACHERS},
     }
 
 
@@ -116,10 +117,11 @@ def tables(figures: dict[str, Any]) -> str:
         ),
         "## What self-training's settings were chosen from, on validation prompts\n",
         _table(
-            ("settings", "gold win rate", "", "CPU s", "KL, nats"),
+            ("judge and settings", "gold win rate", "", "CPU s", "KL, nats"),
             (
-                _trained(", ".join(f"{k} {v:g}" for k, v in settings.items()), [found])
-                for settings, found in zip(SELF_TRAINING, figures["search"], strict=True)
+                _trained(", ".join((judge, *(f"{k} {v}" for k, v in settings.items()))), [each])
+                for judge, found in figures["search"].items()
+                for settings, each in zip(SELF_TRAINING, found, strict=True)
             ),
         ),
     ]
