@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
 from training.console import TrainingError
 from training.models import Conversations, attention_of, context_of, end_ids, load_model
 from training.policy import Decoding
+from training.supervised import _ByLength
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +165,22 @@ def test_every_command_takes_a_hub_id(
         evaluate.main(
             evaluate.Options(model=name, proxy=tmp_path / "proxy", prompts=data / "prompts.jsonl")
         )
+
+
+def test_batches_are_of_like_length_and_long_and_short_ones_mix() -> None:
+    lengths = [10, 20, 30, 40] * 160
+    sampler = _ByLength(lengths, batch_size=32, seed=0)
+    sampler.set_epoch(0)
+    order = list(sampler)
+    assert sorted(order) == list(range(640))
+    batches = [[lengths[i] for i in order[at : at + 32]] for at in range(0, 640, 32)]
+    assert all(max(batch) - min(batch) <= 10 for batch in batches)
+    firsts = [batch[0] for batch in batches]
+    assert any(
+        a < b for a, b in pairwise(firsts[:5])
+    )  # the first five are one sorted lot of transformers'
+    again = _ByLength(lengths, batch_size=32, seed=0)
+    again.set_epoch(0)
+    assert list(again) == order
+    again.set_epoch(1)
+    assert list(again) != order
