@@ -235,14 +235,19 @@ def tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str,
 
 
 def make_dpo(
-    name: str, seed: int, choose: Choose, needs: tuple[str, ...] = (), split: str = "test"
+    name: str,
+    seed: int,
+    choose: Choose,
+    needs: tuple[str, ...] = (),
+    split: str = "test",
+    file: str = "world/preferences.jsonl",
 ) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, beta = choose(setting)
         result: dict[str, Any] = {"learning_rate": learning_rate, "beta": beta}
         options = dpo.Options(
             model=str(setting.model),
-            preferences=setting.data("preferences"),
+            preferences=str(setting.work / file),
             output=directory,
             learning_rate=learning_rate,
             beta=beta,
@@ -250,7 +255,8 @@ def make_dpo(
         )
         with timed(result):
             dpo.main(options)
-        result["updates"] = -(-setting.num_pairs // options.batch_size)
+        pairs = (setting.work / file).read_text().count("\n")
+        result["updates"] = -(-pairs // options.batch_size)
         result["parameters"] = load_model(str(directory))[0].num_parameters()
         return result | {"row": tuned(setting, directory, seed, split)}
 

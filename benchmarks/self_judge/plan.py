@@ -4,8 +4,8 @@ from typing import Any
 
 from benchmarks.jobs import Job
 from benchmarks.proxy_rlhf import plan as proxy_rlhf
-from benchmarks.proxy_rlhf.methods import make_proxy
-from benchmarks.proxy_rlhf.plan import FORMS, PROXY_SEARCH, chosen, fixed
+from benchmarks.proxy_rlhf.methods import make_dpo, make_proxy
+from benchmarks.proxy_rlhf.plan import DPO_SEARCH, FORMS, PROXY_SEARCH, chosen, fixed
 from benchmarks.self_judge.judges import JUDGES
 from benchmarks.self_judge.methods import (
     MORE,
@@ -23,9 +23,11 @@ from benchmarks.self_judge.methods import (
 JUDGE: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
 LIKELIHOOD: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
 SELF_TRAINING: list[dict[str, Any]] = [
+    {"learning_rate": 5e-5, "beta": 0.1, "steps": 40, "soft_labels": False},
     {"learning_rate": 1e-4, "beta": 0.5, "steps": 60, "soft_labels": False},
     {"learning_rate": 1.5e-4, "beta": 0.1, "steps": 60, "soft_labels": True},
-    {"learning_rate": 1.5e-4, "beta": 0.03, "steps": 60, "soft_labels": True},
+    {"learning_rate": 1.5e-4, "beta": 0.2, "steps": 60, "soft_labels": True},
+    {"learning_rate": 3e-4, "beta": 0.3, "steps": 60, "soft_labels": True},
 ]
 TEACHERS = ("judge", "more")
 """Judges that train a model or a proxy."""
@@ -71,6 +73,7 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
         for name, settings in zip(names, SELF_TRAINING, strict=True):
             add(make_self_training(name, judge, seeds[0], fixed(settings), (), "validation"))
         best[judge] = chosen([[name] for name in names], SELF_TRAINING)
+    best_dpo, dpo_search = chosen(proxy_rlhf.searches("dpo", seeds), DPO_SEARCH)
     updates, their_search = chosen(proxy_rlhf.searches("proxy", seeds), PROXY_SEARCH)
     for seed in seeds:
         for name in BORROWED:
@@ -80,6 +83,9 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             add(make_proxy(name, judge, seed, FORMS["proxy"], updates, their_search))
             name = f"self-training-{judge}/{seed}"
             add(make_self_training(name, judge, seed, *best[judge], "test"))
+        add(
+            make_dpo(f"dpo-more/{seed}", seed, best_dpo, ("more", *dpo_search), file=f"more/{MORE}")
+        )
         add(make_judged(seed))
         for speaker, (size, judges) in SPEAKERS.items():
             add(make_samples(speaker, seed, size))

@@ -15,6 +15,7 @@ from benchmarks.self_judge.plan import BORROWED, SELF_TRAINING, SPEAKERS, TEACHE
 
 TRAINED = {
     "dpo": "DPO",
+    "dpo-more": "DPO, more data",
     "rlhf-implicit": "full RLHF (PPO), implicit reward",
     "rlhf-self-judge": "full RLHF (PPO), self-judge as bundled",
     "self-training-judge": "**self-training**, self-judge LoRA",
