@@ -7,13 +7,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from judge.principles import principles_of
 from judge.prompts import Message, Question
 from judge.verdict import Ruling, Verdict
 from training.console import TrainingError
-from training.judging import ModelJudge
-from training.models import Conversations, context_of
-from training.rewards import Frozen, JudgeReward, Reward, Sample, load_reward
+from training.models import Conversations
+from training.rewards import (
+    SELF_JUDGE,
+    Frozen,
+    JudgeReward,
+    Reward,
+    Sample,
+    load_reward,
+    model_judges,
+)
 
 
 class PairJudge(Protocol):
@@ -23,32 +29,31 @@ class PairJudge(Protocol):
 
 
 class Scores:
-    """Judges by the difference of a reward's scores: alike in both orders, and each response is scored once."""
+    """Judges by the difference of a reward's scores: alike in both orders."""
 
     def __init__(self, reward: Reward, frozen: Frozen) -> None:
         self.reward, self.chats = reward, Conversations(frozen.tokenizer)
-        self._known: dict[tuple[str, str], float] = {}
+        self._last: dict[tuple[str, str], float] = {}
 
     def log_odds(self, questions: Sequence[Question]) -> Tensor:
+        sides = [(each.prompt, text) for each in questions for text in (each.first, each.second)]
+        keys = [(repr(prompt), text) for prompt, text in sides]
+        # A knock-out asks again about those that go on.
+        known = {key: self._last[key] for key in keys if key in self._last}
         new = {
-            (_key(question), text): self._sample(question.prompt, text)
-            for question in questions
-            for text in (question.first, question.second)
-            if (_key(question), text) not in self._known
+            key: self._sample(*side)
+            for key, side in zip(keys, sides, strict=True)
+            if key not in known
         }
         if new:
-            self._known |= dict(zip(new, self.reward(list(new.values())).tolist(), strict=True))
-        known = self._known
-        differences = [known[_key(q), q.first] - known[_key(q), q.second] for q in questions]
-        return torch.tensor(differences).unsqueeze(-1).expand(-1, 2)
+            known |= dict(zip(new, self.reward(list(new.values())).tolist(), strict=True))
+        self._last = known
+        scores = torch.tensor([known[key] for key in keys]).view(-1, 2)
+        return (scores[:, :1] - scores[:, 1:]).expand(-1, 2)
 
     def _sample(self, prompt: Sequence[Message], text: str) -> Sample:
         messages = [{**turn} for turn in prompt]
         return Sample(messages, text, *self.chats.split_ids(messages, text))  # type: ignore[arg-type]
-
-
-def _key(question: Question) -> str:
-    return repr(question.prompt)
 
 
 def load_judges(
@@ -66,23 +71,18 @@ def load_judges(
         TrainingError: there is no such judge, or no such principle.
         FingerprintMismatch: it was trained from another LLM.
     """
-    model, directory = frozen.plain, Path(frozen.model.name_or_path)
-    if name is not None:
-        reward = load_reward(name, frozen)
-        if not isinstance(reward, JudgeReward):
-            if principles:
-                raise TrainingError(f"{name!r} judges by scores: it knows no principles")
-            return {"score": Scores(reward, frozen)}
-        model, directory = reward.judge.model, Path(name)
-    known = principles_of(directory)
-    for each in principles:
-        if each not in known:
-            raise TrainingError(f"unknown principle {each!r}; known are {', '.join(known)}")
-    context = context_of(frozen.model)
-    return {
-        each: ModelJudge(model, frozen.tokenizer, known[each], context, frozen.batch_size)
-        for each in principles or (next(iter(known)),)
-    }
+    if name is None:
+        return {**model_judges(frozen.plain, frozen, Path(frozen.model.name_or_path), principles)}
+    if name.partition(":")[0] == SELF_JUDGE:
+        raise TrainingError(
+            f"{name!r} is what judges where no judge is named; say by which principles with --principles"
+        )
+    reward = load_reward(name, frozen)
+    if isinstance(reward, JudgeReward):
+        return {**model_judges(reward.judge.model, frozen, Path(name), principles)}
+    if principles:
+        raise TrainingError(f"{name!r} judges by scores: it knows no principles")
+    return {"score": Scores(reward, frozen)}
 
 
 def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[Ruling]:

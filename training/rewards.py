@@ -104,8 +104,13 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
         TrainingError: there is no such reward, or it is damaged.
         FingerprintMismatch: an implicit reward, or a judge, that was trained from another LLM.
     """
-    if name.partition(":")[0] == SELF_JUDGE:
-        return JudgeReward(_judge(frozen.model, frozen, name.partition(":")[2]), frozen)
+    kind, _, principle = name.partition(":")
+    if kind == SELF_JUDGE:
+        directory = Path(frozen.model.name_or_path)
+        (judge,) = model_judges(
+            frozen.plain, frozen, directory, (principle,) if principle else ()
+        ).values()
+        return JudgeReward(judge, frozen)
     directory = Path(name)
     if (directory / REWARD_FILE).is_file():
         return _load_ours(directory, frozen)
@@ -134,20 +139,26 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
         whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
         tuned = whole.eval().to(frozen.model.device)
     if config.kind == "judge":
-        return JudgeReward(_judge(tuned, frozen, directory=directory), frozen)
+        (judge,) = model_judges(tuned, frozen, directory).values()
+        return JudgeReward(judge, frozen)
     return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
 
 
-def _judge(
-    model: CausalLM, frozen: Frozen, principle: str = "", directory: Path | None = None
-) -> ModelJudge:
-    """A judge by a principle of its directory's; by the first where none is named."""
-    principles = principles_of(directory or Path(frozen.model.name_or_path))
-    name = principle or next(iter(principles))
-    if name not in principles:
-        raise TrainingError(f"unknown principle {name!r}; known are {', '.join(principles)}")
-    context = context_of(frozen.model)
-    return ModelJudge(model, frozen.tokenizer, principles[name], context, frozen.batch_size)
+def model_judges(
+    model: CausalLM, frozen: Frozen, directory: Path, principles: Sequence[str] = ()
+) -> dict[str, ModelJudge]:
+    """A judge for each of the principles named, which are those of the directory; none = the first there is.
+
+    Raises TrainingError for an unknown principle.
+    """
+    known, context = principles_of(directory), context_of(frozen.model)
+    for name in principles:
+        if name not in known:
+            raise TrainingError(f"unknown principle {name!r}; known are {', '.join(known)}")
+    return {
+        name: ModelJudge(model, frozen.tokenizer, known[name], context, frozen.batch_size)
+        for name in principles or (next(iter(known)),)
+    }
 
 
 def _add_lora(model: PreTrainedModel | PeftModel, directory: Path) -> CausalLM:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,7 +64,7 @@ def rows_of(setting: Setting) -> dict[str, Callable[[int], Row]]:
 
 
 def pooled(figures: list[Row]) -> Row:
-    """Means over the seeds; the standard error of the win rate counts all prompts of all seeds."""
+    """Means over the seeds."""
     pool: Row = {}
     for name, value in figures[0].items():
         values = [row[name] for row in figures]
@@ -74,8 +74,13 @@ def pooled(figures: list[Row]) -> Row:
             pool[name] = fmean(values)
     rates = [row["win_rate"] for row in figures]
     pool["win_rates"] = rates
-    pool["win_rate_se"] = math.sqrt(fmean(r["win_rate_se"] ** 2 for r in figures) / len(figures))
+    pool["win_rate_se"] = pooled_error([row["win_rate_se"] for row in figures])
     return pool
+
+
+def pooled_error(errors: Sequence[float]) -> float:
+    """The standard error of a mean over seeds, as if all prompts of all seeds were independent."""
+    return math.sqrt(fmean(error**2 for error in errors) / len(errors))
 
 
 def parameters_of(model: Path) -> int:

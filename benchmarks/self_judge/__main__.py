@@ -1,4 +1,4 @@
-"""The tables of docs/results/self_judge.md: `python -m benchmarks.self_judge`.
+"""The tables, the figures and the plot behind docs/results/self_judge.md: `python -m benchmarks.self_judge`.
 
 Judges side by side on the bundled world, and what is trained by them, three training seeds each. The frozen LLM, the
 data and the rows to compare with are those of `benchmarks.proxy_rlhf`, whose jobs run first where they are not done.

@@ -1,5 +1,6 @@
 """Judges side by side: how often each is right, whom it chooses, and what each strategy makes of its verdicts."""
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.methods import DECODING
 from benchmarks.proxy_rlhf.speakers import World
 from judge.prompts import Message, Question
-from judge.tournament import Strategy
+from judge.tournament import Pair, Receipt, play
 from judge.verdict import TIE, Ruling, Verdict
 from proxy.checkpoint import identify
 from training.judges import load_judges, rule
@@ -126,7 +127,7 @@ def knock_out_round(
     ]
 
 
-Rulings = dict[tuple[int, int], Ruling]
+Rulings = dict[Pair, Ruling]
 
 
 def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
@@ -141,13 +142,10 @@ def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
     return found
 
 
-def simulate(strategy: Strategy, num: int, seed: int, rulings: Rulings) -> tuple[list[int], int]:
-    """A strategy's ranking from rulings that are known, and how many it asked for."""
-    games, asked = strategy(num, seed), 0
-    try:
-        pairs = next(games)
-        while True:
-            asked += len(pairs)
-            pairs = games.send([rulings[pair] for pair in pairs])
-    except StopIteration as end:
-        return end.value, asked
+def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> Receipt:
+    """A strategy's tournament, of rulings that are known."""
+
+    async def look_up(pairs: list[Pair]) -> list[Ruling]:
+        return [rulings[pair] for pair in pairs]
+
+    return asyncio.run(play(strategy, num, look_up, seed))

@@ -26,12 +26,12 @@ from benchmarks.self_judge.judges import (
     all_rulings,
     judge_of,
     knock_out_round,
+    play_known,
     preferred,
     rate,
-    simulate,
 )
 from judge.principles import FILE_NAME
-from judge.tournament import STRATEGIES, round_robin
+from judge.tournament import STRATEGIES
 from proxy.checkpoint import identify, load
 from training import jsft, reward_model, self_judge
 from training.data import read_rows
@@ -191,10 +191,11 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
             answers = [sample[place] for sample in texts]
             golds = [gold.score(prompt, each) for each in answers]
             rulings = all_rulings(judge, prompt, answers)
-            everyones = simulate(round_robin, SAMPLES, place, rulings)[0][0]
-            for name, strategy in STRATEGIES.items():
-                ranking, comparisons = simulate(strategy, SAMPLES, place, rulings)
-                best, same = golds[ranking[0]], answers[ranking[0]] == answers[everyones]
+            everyones = play_known("round-robin", SAMPLES, place, rulings).winner
+            for name in STRATEGIES:
+                receipt = play_known(name, SAMPLES, place, rulings)
+                best, comparisons = golds[receipt.winner], sum(map(len, receipt.rounds))
+                same = answers[receipt.winner] == answers[everyones]
                 chosen[name].append((best, comparisons, best == max(golds), same))
         strategies = {}
         for name, found in chosen.items():

@@ -1,7 +1,6 @@
 """The tables, the figures behind them and the plot, from the jobs' results."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.jobs import Setting
+from benchmarks.proxy_rlhf.report import pooled_error
 from benchmarks.self_judge.judges import JUDGES, Rate
 from benchmarks.self_judge.plan import BORROWED, SELF_TRAINING, SPEAKERS, TEACHERS, searches
 
@@ -30,9 +30,9 @@ assert set(BORROWED) < set(TRAINED)
 
 
 def pooled(rates: Sequence[Rate]) -> Rate:
-    """The mean over the seeds; the standard error as if all seeds' pairs or prompts were independent."""
-    error = math.sqrt(fmean(rate[1] ** 2 for rate in rates) / len(rates))
-    return fmean(rate[0] for rate in rates), error
+    """The mean over the seeds, and its standard error."""
+    means, errors = zip(*rates, strict=True)
+    return fmean(means), pooled_error(errors)
 
 
 def figures_of(setting: Setting, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.jobs import run_all, run_job, setting_of
+from benchmarks.jobs import Job, run_all, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
 from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
@@ -225,9 +225,7 @@ def test_the_report(tmp_path: Path) -> None:
             "updates": 60,
             "train_cpu_seconds": 100.4,
         }
-        directory = setting.directory(job.name)
-        directory.mkdir(parents=True)
-        (directory / "result.json").write_text(json.dumps(result))
+        run_job(setting, Job(job.name, lambda *_, result=result: result))
     output = tmp_path / "docs"
     report.write(setting, (0, 1), output)
     table, _, searches = (output / "proxy_rlhf_table.md").read_text().partition("\n\n")

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.jobs import run_job, setting_of
+from benchmarks.jobs import Job, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.self_judge import report
-from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, simulate
+from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, play_known
 from benchmarks.self_judge.methods import SAMPLES
 from benchmarks.self_judge.plan import SELF_TRAINING, SPEAKERS, all_jobs
 from judge.prompts import Question
-from judge.tournament import STRATEGIES, replay
+from judge.tournament import replay
 from judge.verdict import Ruling, Verdict
+from training.world.__main__ import assistant, user
 
 
 def longer_wins(questions: Sequence[Question]) -> list[Ruling]:
@@ -29,12 +30,7 @@ def longer_wins(questions: Sequence[Question]) -> list[Ruling]:
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    sides = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    roles = {"prompt": "user"}
-    return {
-        side: [{"role": roles.get(side, "assistant"), "content": text}]
-        for side, text in sides.items()
-    }
+    return {"prompt": user(prompt), "chosen": assistant(chosen), "rejected": assistant(rejected)}
 
 
 def test_agreement_by_hand() -> None:
@@ -47,7 +43,7 @@ def test_agreement_by_hand() -> None:
     rows = [
         pair(prompt, good, rude),  # the judge is wrong, on the labels too
         pair(prompt, broken, good),  # right by the label, which is wrong; they differ clearly
-        pair(prompt, broken[::1], rude),  # the same
+        pair(prompt, broken, rude),  # the same, but not clearly
         pair(prompt, good, good[:-4] + "dog."),  # as long: no order is preferred; relevance, 2
     ]
     found = agreement(longer_wins, rows)
@@ -67,30 +63,14 @@ def test_neighbours_meet_until_one_is_left() -> None:
     assert knock_out_round(longer_wins, ["p", "q"], standing) == [["ccc"], ["aaaa"]]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_simulated_strategy_asks_what_it_would_ask_a_model(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "asked"), [("knock-out", 5), ("final-four", 8), ("round-robin", 15)]
+)
+def test_a_tournament_of_known_rulings(name: str, asked: int) -> None:
     answers = ["a" * n for n in (3, 1, 4, 1, 5, 2)]
-    ranking, asked = simulate(STRATEGIES[name], 6, 7, all_rulings(longer_wins, "p", answers))
-    assert ranking[0] == 4 and sorted(ranking) == list(range(6))
-    assert 5 <= asked <= 15
-    games, rounds = STRATEGIES[name](6, 7), []
-    rulings = all_rulings(longer_wins, "p", answers)
-    try:
-        pairs = next(games)
-        while True:
-            found = [rulings[each] for each in pairs]
-            rounds.append(
-                [
-                    {"pair": each, "orders": {"judge": ruling.mean.orders}}
-                    for each, ruling in zip(pairs, found, strict=True)
-                ]
-            )
-            pairs = games.send(found)
-    except StopIteration:
-        pass
-    assert asked == sum(map(len, rounds))
-    receipt = {"strategy": name, "seed": 7, "num": 6, "rounds": rounds}
-    assert replay(receipt) == ranking
+    receipt = play_known(name, 6, 7, all_rulings(longer_wins, "p", answers))
+    assert receipt.winner == 4 and sum(map(len, receipt.rounds)) == asked
+    assert replay(receipt.as_json()) == receipt.ranking
 
 
 def test_identical_answers_tie() -> None:
@@ -146,7 +126,7 @@ def test_the_report(tmp_path: Path) -> None:
             "finds_golds_best": rate,
             "agrees_with_round_robin": rate,
         }
-        result = {
+        result: dict[str, Any] = {
             "judges": dict.fromkeys(JUDGES, found),
             "principles": {"manners": found},
             "noise_ceiling": 0.9,
@@ -156,9 +136,7 @@ def test_the_report(tmp_path: Path) -> None:
             "row": {"win_rate": rate[0], "win_rate_se": rate[1], "kl": 2.0},
             "train_cpu_seconds": 100.4,
         }
-        directory = setting.directory(job.name)
-        directory.mkdir(parents=True)
-        (directory / "result.json").write_text(json.dumps(result))
+        run_job(setting, Job(job.name, lambda *_, result=result: result))
     output = tmp_path / "docs"
     report.write(setting, (0, 1), output)
     text = (output / "self_judge_table.md").read_text()

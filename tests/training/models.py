@@ -9,7 +9,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from judge.prompts import LABELS
+from proxy.checkpoint import identify
 from training.base_model import CHAT_TEMPLATE, build_tokenizer
+from training.models import end_ids, load_model
+from training.policy import Decoding
+from training.rewards import Frozen
 
 WEIGHT_STD = 0.15  # spreads logits as widely as a trained model's
 VOCAB_SIZE = 277  # of the tokenizer: odd, and smaller than any embedding
@@ -78,6 +82,13 @@ def save_model(name: str, directory: Path) -> None:
     assert model.get_input_embeddings().weight.shape[0] > VOCAB_SIZE
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def frozen_of(directory: Path, decoding: Decoding | None = None, batch_size: int = 2) -> Frozen:
+    """A saved model as rewards and judges take it."""
+    model, tokenizer = load_model(str(directory))
+    base, ends = identify(str(directory)), end_ids(model, tokenizer)
+    return Frozen(model.eval(), tokenizer, base, decoding or Decoding(), ends, batch_size)
 
 
 def random_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

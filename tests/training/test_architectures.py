@@ -14,10 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from proxy.checkpoint import identify, load
 from proxy.network import ProxyNetwork
-from tests.training.models import ANSWERS, ARCHITECTURES, PROMPTS, chat, data_rows, save_model
+from tests.training.models import (
+    ANSWERS,
+    ARCHITECTURES,
+    PROMPTS,
+    chat,
+    data_rows,
+    frozen_of,
+    save_model,
+)
 from training import jsft, proxy_ppo, reward_model, sft
 from training.metrics import read_metrics
-from training.models import Conversations, end_ids, load_model
+from training.models import Conversations, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rewards import (
     Frozen,
@@ -131,12 +139,6 @@ def implicit(model_dir: Path, reward: Path) -> None:
     write_reward_config(reward, config)
 
 
-def frozen_of(model_dir: Path, batch_size: int = 2) -> Frozen:
-    model, tokenizer = load_model(str(model_dir))
-    ends = end_ids(model, tokenizer)
-    return Frozen(model.eval(), tokenizer, identify(str(model_dir)), DECODING, ends, batch_size)
-
-
 def samples_of(frozen: Frozen) -> list[Sample]:
     chats = Conversations(frozen.tokenizer)
     found = []
@@ -148,7 +150,7 @@ def samples_of(frozen: Frozen) -> list[Sample]:
 
 @torch.no_grad()
 def test_sequence_logprobs_are_those_of_each_sequence_alone(model_dir: Path) -> None:
-    plain, samples = reference(model_dir), samples_of(frozen_of(model_dir))
+    plain, samples = reference(model_dir), samples_of(frozen_of(model_dir, DECODING))
     expected = []
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
@@ -164,7 +166,7 @@ def test_sequence_logprobs_are_those_of_each_sequence_alone(model_dir: Path) -> 
 
 def test_an_untrained_reward_model_rewards_nothing(model_dir: Path, tmp_path: Path) -> None:
     implicit(model_dir, tmp_path / "reward")
-    frozen = frozen_of(model_dir)
+    frozen = frozen_of(model_dir, DECODING)
     assert load_reward(str(tmp_path / "reward"), frozen)(samples_of(frozen)).tolist() == [0, 0, 0]
 
 

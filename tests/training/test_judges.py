@@ -1,6 +1,7 @@
 """Judges in this process: the LLM's own, LoRAs on it, and rewards; and that a LoRA that learns leaves them alone."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from judge.prompts import Question
-from proxy.checkpoint import identify
-from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
+from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import jsft, reward_model, self_judge
 from training.console import TrainingError
-from training.judges import load_judges, rule
-from training.models import end_ids, load_model, lora_config
+from training.judges import Scores, load_judges, rule
+from training.models import lora_config
 from training.policy import Decoding
-from training.rewards import Frozen
+from training.rewards import Sample
 from training.self_judge import Options, Trainer
 from training.updates import start
 
@@ -47,12 +48,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def frozen_of(work: Path) -> Frozen:
-    model, tokenizer = load_model(str(work / "base"))
-    base = identify(str(work / "base"))
-    return Frozen(model.eval(), tokenizer, base, Decoding(), end_ids(model, tokenizer), 2)
-
-
 @pytest.fixture
 def questions() -> list[Question]:
     return [Question(chat(text), *pair) for text in PROMPTS for pair in (ANSWERS[:2], ANSWERS[1:])]
@@ -64,10 +59,10 @@ def test_a_lora_that_learns_does_not_touch_the_judge(
     work: Path, questions: list[Question], kind: str | None
 ) -> None:
     name = str(work / kind) if kind else None
-    alone = frozen_of(work)
+    alone = frozen_of(work / "base")
     (expected,) = load_judges(name, alone).values()
     before = expected.log_odds(questions)
-    learning = get_peft_model(frozen_of(work).model, lora_config(4))
+    learning = get_peft_model(frozen_of(work / "base").model, lora_config(4))
     for parameter in learning.parameters():
         if parameter.requires_grad:
             parameter.normal_(std=0.3)
@@ -83,7 +78,7 @@ def test_a_lora_that_learns_does_not_touch_the_judge(
 
 
 def test_scores_know_no_order(work: Path, questions: list[Question]) -> None:
-    frozen = frozen_of(work)
+    frozen = frozen_of(work / "base")
     judges = load_judges(str(work / "likelihood"), frozen)
     turned = [Question(each.prompt, each.second, each.first) for each in questions]
     for ruling, other in zip(rule(judges, questions), rule(judges, turned), strict=True):
@@ -102,7 +97,27 @@ def test_scores_know_no_order(work: Path, questions: list[Question]) -> None:
 )
 def test_principles_that_are_not_there(work: Path, name: str | None, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        load_judges(str(work / name) if name else None, frozen_of(work), ("loudness",))
+        load_judges(str(work / name) if name else None, frozen_of(work / "base"), ("loudness",))
+
+
+def test_the_llm_itself_judges_where_no_judge_is_named(work: Path) -> None:
+    """Said as a reward, its principle would be lost."""
+    with pytest.raises(TrainingError, match="where no judge is named; .* with --principles"):
+        load_judges("self-judge:overall", frozen_of(work / "base"))
+
+
+def test_a_reward_scores_each_response_once(work: Path, questions: list[Question]) -> None:
+    frozen, asked = frozen_of(work / "base"), []
+
+    def by_length(samples: Sequence[Sample]) -> Tensor:
+        asked.append([sample.text for sample in samples])
+        return torch.tensor([float(len(text)) for text in asked[-1]])
+
+    judge = Scores(by_length, frozen)
+    for _ in range(2):
+        expected = [[len(each.first) - len(each.second)] * 2 for each in questions]
+        assert judge.log_odds(questions).tolist() == expected
+    assert [len(texts) for texts in asked] == [3 * len(PROMPTS)]
 
 
 @pytest.mark.parametrize("kind", ["pairwise", "likelihood"])
@@ -134,7 +149,7 @@ def test_self_training_by_a_lora(work: Path, tmp_path: Path, rank: int, kind: st
         Question([*prompt.messages], *both)  # type: ignore[list-item]
         for prompt, *both in zip(pairs.prompts, texts[:4], texts[4:], strict=True)
     ]
-    expected = rule(load_judges(str(work / kind), frozen_of(work)), asked)
+    expected = rule(load_judges(str(work / kind), frozen_of(work / "base")), asked)
     for ruling, other in zip(pairs.rulings, expected, strict=True):
         assert ruling.probability == pytest.approx(other.probability, abs=1e-4)
     self_judge.main(options)

@@ -11,15 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from judge.principles import DEFAULT, Principle, principles_of
 from judge.prompts import Question, judge_prompt_ids
-from proxy.checkpoint import identify
-from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
+from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import jsft
 from training.console import TrainingError
 from training.judging import ModelJudge
 from training.judgments import judgment_examples, read_pairs
 from training.metrics import read_metrics
-from training.models import Conversations, end_ids, load_model
-from training.policy import Decoding
+from training.models import Conversations, load_model
 from training.rewards import Frozen, JudgeReward, Sample, load_reward
 
 PRINCIPLES = {**DEFAULT, "manners": Principle(system="Choose the more polite.")}
@@ -58,9 +56,7 @@ def tokenizer(work: Path):
 
 @pytest.fixture
 def frozen(work: Path) -> Frozen:
-    model, tokenizer = load_model(str(work / "base"))
-    base = identify(str(work / "base"))
-    return Frozen(model.eval(), tokenizer, base, Decoding(), end_ids(model, tokenizer), 4)
+    return frozen_of(work / "base", batch_size=4)
 
 
 def examples(tokenizer, row, max_tokens=1024):

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from proxy.checkpoint import FingerprintMismatch, identify
 from proxy.network import ProxyNetwork
-from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, save_model
+from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import reward_model
 from training.console import TrainingError
-from training.models import Conversations, end_ids, load_model
+from training.models import Conversations, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rewards import Frozen, Sample, load_reward
 from training.rollout import generate
@@ -53,9 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def frozen(work: Path) -> Frozen:
-    model, tokenizer = load_model(str(work / "base"))
-    base = identify(str(work / "base"))
-    return Frozen(model.eval(), tokenizer, base, Decoding(), end_ids(model, tokenizer), 2)
+    return frozen_of(work / "base")
 
 
 @pytest.fixture
