@@ -11,7 +11,6 @@ from benchmarks.jobs import Job, Setting, timed
 from benchmarks.proxy_rlhf.methods import (
     DECODING,
     SEED_OF_THE_WORLD,
-    Choose,
     frozen_texts,
     noise,
     open_world,
@@ -212,14 +211,11 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
     return Job(f"strategies/{seed}", run, (f"reward-judge/{seed}", samples))
 
 
-def make_self_training(
-    name: str, judge: str, seed: int, choose: Choose, searched: tuple[str, ...], split: str
-) -> Job:
+def make_self_training(judge: str, seed: int, **settings: Any) -> Job:
     """On-policy self-training of all weights, by a judge that is a LoRA on the initial model."""
     by = f"reward-{judge}/{seed}"
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        settings = choose(setting)
         options = self_judge.Options(
             model=str(setting.model),
             judge=str(setting.directory(by)),
@@ -228,13 +224,13 @@ def make_self_training(
             output=directory,
             lora_rank=0,
             decoding=DECODING,
-            max_flips=1.0,  # it is to be seen where each of the settings ends
+            max_flips=1.0,  # a run that ends early would end the comparison
             seed=seed,
             **settings | {"steps": setting.updates(settings["steps"])},
         )
         result: dict[str, Any] = dict(settings)
         with timed(result):
             self_judge.main(options)
-        return result | {"row": tuned(setting, directory, seed, split)}
+        return result | {"row": tuned(setting, directory, seed, "test")}
 
-    return Job(name, run, (f"frozen/{seed}", by, *searched))
+    return Job(f"self-training-{judge}/{seed}", run, (f"frozen/{seed}", by))

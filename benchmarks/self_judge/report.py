@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.report import pooled_error
 from benchmarks.self_judge.judges import JUDGES, Rate
-from benchmarks.self_judge.plan import BORROWED, SELF_TRAINING, SPEAKERS, TEACHERS, searches
+from benchmarks.self_judge.plan import BORROWED, SPEAKERS
 
 TRAINED = {
     "dpo": "DPO",
@@ -46,7 +46,6 @@ def figures_of(setting: Setting, seeds: tuple[int, ...]) -> dict[str, Any]:
         "best_of": {speaker: each(f"best-of-{speaker}") for speaker in SPEAKERS},
         "strategies": each("strategies"),
         "trained": {name: each(name) for name in TRAINED},
-        "search": {judge: [setting.result(job) for job in searches(judge)] for judge in TEACHERS},
     }
 
 
@@ -115,15 +114,6 @@ def tables(figures: dict[str, Any]) -> str:
         _table(
             ("method", "gold win rate", "by seed", "CPU s", "KL, nats"),
             (_trained(TRAINED[name], found) for name, found in trained.items()),
-        ),
-        "## What self-training's settings were chosen from, on validation prompts\n",
-        _table(
-            ("judge and settings", "gold win rate", "", "CPU s", "KL, nats"),
-            (
-                _trained(", ".join((judge, *(f"{k} {v}" for k, v in settings.items()))), [each])
-                for judge, found in figures["search"].items()
-                for settings, each in zip(SELF_TRAINING, found, strict=True)
-            ),
         ),
     ]
     return "\n".join(parts)
