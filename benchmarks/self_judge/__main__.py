@@ -1,9 +1,8 @@
 """The tables, the figures and the plot behind docs/results/self_judge.md: `python -m benchmarks.self_judge`.
 
-Judges side by side on the bundled world, and what is trained by them, three training seeds each. The frozen LLM, the
-data and the rows to compare with are those of `benchmarks.proxy_rlhf`, whose jobs run first where they are not done.
-What is done stays done: a run that was stopped goes on where it was. `--scale 0.01` shows the path in minutes, with
-results that mean nothing.
+Judges side by side on the bundled world, and what is trained by them, beside the published rows of
+`benchmarks.proxy_rlhf`. What is done stays done: a run that was stopped goes on where it was, and the seeds that are
+run are added to those in self_judge.json. `--scale 0.01` shows the path in minutes, with results that mean nothing.
 """
 
 from benchmarks.jobs import command

@@ -11,22 +11,25 @@ from matplotlib.figure import Figure
 from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.report import pooled_error
 from benchmarks.self_judge.judges import JUDGES, Rate
-from benchmarks.self_judge.plan import BORROWED, SPEAKERS
+from benchmarks.self_judge.plan import SPEAKERS
 
+PUBLISHED = Path("docs/results/proxy_rlhf.json")
+THEIRS = {
+    "DPO": "DPO",
+    "full RLHF (PPO), implicit reward": "full RLHF (PPO), implicit reward",
+    "full RLHF (PPO), self-judge reward": "full RLHF (PPO), self-judge as bundled",
+    "**Proxy-RLHF, one-pass**, scalar reward": "one-pass proxy, scalar reward",
+    "**Proxy-RLHF, one-pass**, self-judge reward": "one-pass proxy, self-judge as bundled",
+}
+"""Rows of the published Proxy-RLHF table, which has the same LLM, prompts and seeds, and their names here."""
 TRAINED = {
-    "dpo": "DPO",
     "dpo-more": "DPO, more data",
-    "rlhf-implicit": "full RLHF (PPO), implicit reward",
-    "rlhf-self-judge": "full RLHF (PPO), self-judge as bundled",
     "self-training-judge": "**self-training**, self-judge LoRA",
     "self-training-more": "self-training, likelihood ratio LoRA, more data",
-    "proxy-scalar": "one-pass proxy, scalar reward",
     "proxy-implicit": "one-pass proxy, implicit reward",
     "proxy-more": "one-pass proxy, likelihood ratio LoRA, more data",
-    "proxy-self-judge": "one-pass proxy, self-judge as bundled",
     "proxy-judge": "**one-pass proxy, self-judge LoRA**",
 }
-assert set(BORROWED) < set(TRAINED)
 
 
 def pooled(rates: Sequence[Rate]) -> Rate:
@@ -35,22 +38,27 @@ def pooled(rates: Sequence[Rate]) -> Rate:
     return fmean(means), pooled_error(errors)
 
 
-def figures_of(setting: Setting, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """What the jobs found, seed by seed."""
+def figures_of(setting: Setting, seed: int) -> dict[str, Any]:
+    """What the jobs of a seed found."""
 
-    def each(job: str) -> list[dict[str, Any]]:
-        return [setting.result(f"{job}/{seed}") for seed in seeds]
+    def of(job: str) -> dict[str, Any]:
+        return setting.result(f"{job}/{seed}")
 
     return {
-        "judged": each("judged"),
-        "best_of": {speaker: each(f"best-of-{speaker}") for speaker in SPEAKERS},
-        "strategies": each("strategies"),
-        "trained": {name: each(name) for name in TRAINED},
+        "judged": of("judged"),
+        "best_of": {speaker: of(f"best-of-{speaker}")["rows"] for speaker in SPEAKERS},
+        "strategies": of("strategies"),
+        "trained": {
+            name: of(name)["row"] | {"train_cpu_seconds": of(name)["train_cpu_seconds"]}
+            for name in TRAINED
+        },
     }
 
 
-def tables(figures: dict[str, Any]) -> str:
-    judged, trained = figures["judged"], figures["trained"]
+def tables(by_seed: dict[str, dict[str, Any]]) -> str:
+    judged = [figures["judged"] for figures in by_seed.values()]
+    strategies = [figures["strategies"] for figures in by_seed.values()]
+    theirs = json.loads(PUBLISHED.read_text())["by_seed"]
     measures = ("gold", "labels", "gold_clear", "consistency", "consistency_clear")
     head = ("gold", "noisy labels", "gold, clear pairs", "both orders agree", "and on clear pairs")
     parts = [
@@ -78,19 +86,19 @@ def tables(figures: dict[str, Any]) -> str:
             ),
         ),
     ]
-    for speaker, found in figures["best_of"].items():
-        sizes = list(next(iter(found[0]["rows"].values())))
+    for speaker in SPEAKERS:
+        found = [figures["best_of"][speaker] for figures in by_seed.values()]
+        sizes = list(next(iter(found[0].values())))
         parts += [
             f"## Best of N, {speaker}: gold win rate against the frozen LLM\n",
             _table(
                 ("judge", *sizes),
                 (
-                    (name, *(_percent([seed["rows"][name][n] for seed in found]) for n in sizes))
-                    for name in found[0]["rows"]
+                    (name, *(_percent([seed[name][n] for seed in found]) for n in sizes))
+                    for name in found[0]
                 ),
             ),
         ]
-    strategies = figures["strategies"]
     parts += [
         f"## Strategies, of 16 answers, {strategies[0]['prompts']} prompts a seed\n",
         _table(
@@ -113,19 +121,27 @@ def tables(figures: dict[str, Any]) -> str:
         "## Training by a judge\n",
         _table(
             ("method", "gold win rate", "by seed", "CPU s", "KL, nats"),
-            (_trained(TRAINED[name], found) for name, found in trained.items()),
+            (
+                *(
+                    _trained(name, [theirs[row][int(i)] for i in by_seed])
+                    for row, name in THEIRS.items()
+                ),
+                *(
+                    _trained(name, [figures["trained"][job] for figures in by_seed.values()])
+                    for job, name in TRAINED.items()
+                ),
+            ),
         ),
     ]
     return "\n".join(parts)
 
 
-def _trained(name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
-    rows = [seed["row"] for seed in found]
+def _trained(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     return (
         name,
         _percent([(row["win_rate"], row["win_rate_se"]) for row in rows]),
         " ".join(f"{row['win_rate']:.1%}" for row in rows),
-        f"{fmean(seed['train_cpu_seconds'] for seed in found):.0f}",
+        f"{fmean(row['train_cpu_seconds'] for row in rows):.0f}",
         f"{fmean(row['kl'] for row in rows):.2f}",
     )
 
@@ -141,14 +157,15 @@ def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
     """Best of N by every judge, a panel for each speaker."""
     figure = Figure(figsize=(4 * len(SPEAKERS), 4), layout="constrained")
     panels = figure.subplots(1, len(SPEAKERS), sharey=True)
-    for axes, (speaker, found) in zip(panels, figures["best_of"].items(), strict=True):
-        for name in found[0]["rows"]:
-            sizes = list(found[0]["rows"][name])
-            rates = [pooled([seed["rows"][name][n] for seed in found]) for n in sizes]
+    for axes, speaker in zip(panels, SPEAKERS, strict=True):
+        found = [figures["best_of"][speaker] for figures in by_seed.values()]
+        for name in found[0]:
+            sizes = list(found[0][name])
+            rates = [pooled([seed[name][n] for seed in found]) for n in sizes]
             means, errors = zip(*rates, strict=True)
             axes.errorbar(
                 [int(n) for n in sizes],
@@ -170,8 +187,11 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
+    """Adds the seeds to those that the output's figures have already, so that machines may share the work."""
     output.mkdir(parents=True, exist_ok=True)
-    figures = figures_of(setting, seeds)
-    (output / "self_judge_table.md").write_text(tables(figures))
-    (output / "self_judge.json").write_text(json.dumps(figures, indent=1) + "\n")
-    draw(figures, output / "self_judge.png")
+    path = output / "self_judge.json"
+    by_seed = json.loads(path.read_text()) if path.exists() else {}
+    by_seed |= {str(seed): figures_of(setting, seed) for seed in seeds}
+    path.write_text(json.dumps(by_seed, indent=1) + "\n")
+    (output / "self_judge_table.md").write_text(tables(by_seed))
+    draw(by_seed, output / "self_judge.png")

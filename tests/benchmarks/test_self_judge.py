@@ -1,6 +1,7 @@
 """The judges' comparison: its parts on verdicts known beforehand, some of its jobs at the smallest size, its report."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,13 +139,15 @@ def test_the_report(tmp_path: Path) -> None:
         }
         run_job(setting, Job(job.name, lambda *_, result=result: result))
     output = tmp_path / "docs"
-    report.write(setting, (0, 1), output)
+    report.write(setting, (1,), output)
+    report.write(setting, (0,), output)  # on another day
     text = (output / "self_judge_table.md").read_text()
     # 0.03 / sqrt(2) = 0.021
     won = "65.0% ± 2.1%"
     assert f"| self-judge, LoRA | {' | '.join([won] * 5)} |" in text
     assert text.count(f"| self-judge, LoRA | {won} | {won} |\n") == len(SPEAKERS)
     assert f"| knock-out | 15.0 | {won} | {won} | -0.500 ± 0.028 |" in text
-    assert f"| DPO | {won} | 60.0% 70.0% | 100 | 2.00 |" in text
+    assert f"| DPO, more data | {won} | 70.0% 60.0% | 100 | 2.00 |" in text
+    assert re.search(r"\| DPO \| 72\.\d% .* \| 73\.2% 72\.0% \|", text)  # as published
     assert (output / "self_judge.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((output / "self_judge.json").read_text())["strategies"][0]["prompts"] == 300
+    assert json.loads((output / "self_judge.json").read_text())["0"]["strategies"]["prompts"] == 300
