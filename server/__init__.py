@@ -6,7 +6,7 @@
 - `engine`      - every name of vLLM's that the routes use.
 - `state`       - what the routes share: the engine, the loaded proxies, readers of the worker.
 - `proxies`     - which proxies are loaded, what a name stands for, and who still uses which.
-- `auth`        - one API key for every route but /health.
+- `access`      - who may use the server, and how much: keys, administrators, limits.
 - `gate`        - the gates before vLLM's routes and before the engine, which every request passes.
 - `admission`   - which proxy speaks in a request, or why it cannot.
 - `schemas`     - what a request may say.

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
+from server.access import Limits
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
 from server.proxies import LoadedProxy, Proxies
 from server.receipts import BySample
@@ -48,6 +49,7 @@ class Plan:
     alignment: WorkerAlignment | None
     """What the worker is told; None where no proxy takes part."""
     pinned: LoadedProxy | None
+    limits: Limits
     wants_receipt: bool
     best_of: int
     judge: JudgeOptions
@@ -82,7 +84,7 @@ class Plan:
         return found
 
 
-def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
+def admit(path: str, body: dict[str, Any], state: Served, limits: Limits) -> Plan:
     """Resolve names, pin the proxy's version, and refuse what cannot be. Changes `body`.
 
     The caller unpins what the plan has pinned.
@@ -108,12 +110,14 @@ def admit(path: str, body: dict[str, Any], state: Served) -> Plan:
     name = given.proxy or named
     pinned = find(name, state.proxies) if name is not None else None
     _check(path, body, given, name)
+    _check_limits(body, given, limits)
     if path in COUNTING:
         pinned = None
     plan = Plan(
         asked_model=asked if model and is_served(model, state.models) else None,
         alignment=given.for_worker(pinned.name, pinned.version) if pinned is not None else None,
         pinned=pinned,
+        limits=limits,
         wants_receipt=name is not None or options is not None,
         best_of=given.best_of,
         judge=given.judge or JudgeOptions.model_validate({}),
@@ -211,6 +215,22 @@ def _check(path: str, body: dict[str, Any], options: AlignmentOptions, proxy: st
         _refuse("use_beam_search", "does not go with alignment: beams are not sampled")
     if path == RESPONSES and body.get("background") not in (None, False):
         _refuse("background", "does not go with a proxy: its version is kept for an open answer")
+
+
+def _check_limits(body: dict[str, Any], options: AlignmentOptions, limits: Limits) -> None:
+    if options.trace and not limits.trace:
+        _refuse("alignment.trace", "is not open to this key")
+    prompts = body.get("prompt", body.get("messages"))
+    # Several prompts are a list of strings or of lists; a list of numbers is one prompt's tokens.
+    several = isinstance(prompts, list) and all(isinstance(each, str | list) for each in prompts)
+    n = body.get("n")
+    samples = max(n if isinstance(n, int) else 1, options.best_of)
+    samples *= len(prompts) if isinstance(prompts, list) and several else 1
+    if limits.max_samples is not None and samples > limits.max_samples:
+        _refuse(
+            "max_samples:",
+            f"the request asks for {samples} answers, and this key may have {limits.max_samples}",
+        )
 
 
 def _refuse(parameter: str, reason: str) -> None:

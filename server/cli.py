@@ -25,16 +25,24 @@ from vllm.utils.system_utils import decorate_logs
 from judge.feedback import Feedback, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import BaseModelId, ProxyError, identify, load
+from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
 
+MAX_BODY_BYTES = 32 * 1024**2
 SMALL_MODEL_BYTES = 256 * 1024**2
 SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
 
 
 class Refused(ValueError):
     """The command line asks for something that cannot be; the message is one line for a person."""
+
+
+REFUSED = (
+    *(Refused, Refusal, AccessError, AdapterError, FeedbackError),
+    *(ProxyError, PrincipleError),
+)
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -48,17 +56,18 @@ def serve(argv: Sequence[str]) -> None:
         adapters = check_judges(args, base)
         principles = find_principles(args, adapters)
         feedback = Feedback(args.feedback) if args.feedback else None
-    except (Refused, Refusal, AdapterError, FeedbackError, ProxyError, PrincipleError) as error:
+        access = take_access(args)
+    except REFUSED as error:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
-    keys, root = take_api_keys(args), args.proxy_root
     install(
         AssentPlugin(
             proxies=proxies,
-            api_keys=keys,
+            access=access,
+            max_body_bytes=args.max_body_bytes,
             base=base,
-            proxy_root=root,
+            proxy_root=args.proxy_root,
             principles=principles,
             adapters=adapters,
             feedback=feedback,
@@ -120,6 +129,19 @@ def parse(argv: Sequence[str]) -> Namespace:
         metavar="FILE|URL",
         help="Keep people's choices (POST /feedback) and the judge's verdicts, with the texts that they are about: a "
         "SQLite file, or any URL of SQLAlchemy's. `python -m training.export` makes training data of them.",
+    )
+    parser.add_argument(
+        "--access",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of API keys, who of them is an administrator, and limits: docs/operations.md.",
+    )
+    parser.add_argument(
+        "--max-body-bytes",
+        type=int,
+        default=MAX_BODY_BYTES,
+        metavar="N",
+        help="Refuse larger requests. Default: %(default)s.",
     )
     parser.set_defaults(
         proxy=[],
@@ -259,12 +281,12 @@ def prefer_settings(args: Namespace) -> None:
         args.kv_cache_memory_bytes = SMALL_MODEL_KV_CACHE_BYTES
 
 
-def take_api_keys(args: Namespace) -> list[str]:
-    """The keys from --api-key, else VLLM_API_KEY, taken away from vLLM: our guard covers more."""
+def take_access(args: Namespace) -> Access:
+    """All keys, those of --api-key and VLLM_API_KEY taken away from vLLM: our guard covers more."""
     keys = [key for key in (args.api_key or [vllm.envs.VLLM_API_KEY]) if key]
     args.api_key = None
     os.environ.pop("VLLM_API_KEY", None)
-    return keys
+    return read_access(args.access and args.access.expanduser(), keys, os.environ)
 
 
 def _worker_class() -> str | None:

@@ -5,6 +5,7 @@ Whoever upgrades vLLM reads this file, `cli` and `plugin`; no other file of the 
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.serving import decode_token_ids
@@ -34,7 +35,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.utils import random_uuid
+from vllm.utils import length_from_prompt_token_ids_or_embeds, random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from proxy.request import EXTRA_ARGS_KEY
@@ -60,6 +61,7 @@ __all__ = [
     "decode_token_ids",
     "load_aware_call",
     "metrics_header",
+    "prompt_length",
     "read_labels",
     "read_logprob",
     "read_text",
@@ -71,6 +73,13 @@ __all__ = [
 
 PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
 """Of a request to the engine that no proxy may act on or score, whatever its HTTP request says."""
+
+
+def prompt_length(prompt: Any) -> int:
+    """Tokens of a prompt as vLLM's handlers, and ours, give it to the engine."""
+    return length_from_prompt_token_ids_or_embeds(
+        prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+    )
 
 
 async def read_labels(

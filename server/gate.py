@@ -31,6 +31,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.request import EXTRA_ARGS_KEY
+from server.access import CALLER, Limits
 from server.admission import Plan, admit
 from server.engine import (
     PLAIN_EXTRA_ARGS,
@@ -39,6 +40,7 @@ from server.engine import (
     VLLMNotFoundError,
     VLLMValidationError,
     create_error_response,
+    prompt_length,
 )
 from server.state import Served
 
@@ -78,7 +80,7 @@ class Gate:
         state = scope["app"].state.assent
         before = body.get("model"), EXTRA_ARGS_KEY in body
         try:
-            plan = admit(path, body, state)
+            plan = admit(path, body, state, scope[CALLER].limits)
         except (VLLMNotFoundError, VLLMValidationError) as error:
             answer = create_error_response(error)
             response = JSONResponse(answer.model_dump(), status_code=answer.error.code)
@@ -109,14 +111,16 @@ def guard(
     def generate_aligned(
         prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        params = sampling_params
-        if params.extra_args is PLAIN_EXTRA_ARGS:  # our own judge
+        params, plan = sampling_params, current_plan()
+        is_judges = params.extra_args is PLAIN_EXTRA_ARGS
+        if plan is not None and not (is_judges and plan.best_of > 1):
+            check_prompt(plan.limits, prompt)
+        if is_judges:
             return generate(prompt, params, request_id, **options)
         if EXTRA_ARGS_KEY in (params.extra_args or {}):  # a way in that `admit` does not know
             raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
         if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
             raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
-        plan = current_plan()
         if plan is None or plan.alignment is None:
             return generate(prompt, params, request_id, **options)
         params = copy.copy(params)  # a handler may use its own again
@@ -134,6 +138,16 @@ def guard(
 
     engine.generate = generate_aligned
     models.model_name = name_in_answer
+
+
+def check_prompt(limits: Limits, prompt: Any) -> None:
+    """Raises VLLMValidationError where the caller may not have the model read so long a prompt."""
+    most = limits.max_prompt_tokens
+    if most is not None and (tokens := prompt_length(prompt)) > most:
+        raise VLLMValidationError(
+            f"max_prompt_tokens: a prompt has {tokens} tokens, and this key may send {most}",
+            parameter="max_prompt_tokens",
+        )
 
 
 async def _watched(

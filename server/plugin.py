@@ -5,7 +5,7 @@ directly. A route of ours takes the place of vLLM's route of the same path and m
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId
 from server import chat, completions, feedback, judging, listing, managing
+from server.access import Access, AccessGuard
 from server.adapters import Adapter, JudgeKind
-from server.auth import ApiKeyGuard
 from server.gate import Gate, guard
 from server.judges import Judges
 from server.keeper import Keeper
@@ -39,7 +39,8 @@ class AssentPlugin:
         self,
         *,
         proxies: Iterable[Checkpoint],
-        api_keys: Sequence[str],
+        access: Access,
+        max_body_bytes: int,
         base: BaseModelId | None = None,
         proxy_root: Path | None = None,
         principles: Mapping[str, Principle] = DEFAULT,
@@ -47,7 +48,7 @@ class AssentPlugin:
         feedback: Feedback | None = None,
     ) -> None:
         self.proxies = list(proxies)
-        self.api_keys = list(api_keys)
+        self.access, self.max_body_bytes = access, max_body_bytes
         self.base = base
         self.proxy_root = proxy_root
         self.principles = principles
@@ -60,8 +61,8 @@ class AssentPlugin:
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
         app.add_middleware(Gate)
-        if self.api_keys:  # what is added last comes first
-            app.add_middleware(ApiKeyGuard, keys=self.api_keys)
+        # What is added last comes first.
+        app.add_middleware(AccessGuard, access=self.access, max_body_bytes=self.max_body_bytes)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace

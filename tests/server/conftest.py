@@ -1,5 +1,6 @@
 """One real server for the whole test run: the bundled demo with both of its proxies, on a free port."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,19 @@ REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "deploy" / "demo"
 MODEL = "assent-demo"
 API_KEY = "sk-the-tests"
+ADMIN_KEY = "sk-the-tests-admin"
+LIMITED_KEY = "sk-the-tests-limited"
+ACCESS = f"""
+[keys.admin]
+env = "TESTS_ADMIN_KEY"
+admin = true
+
+[keys.limited]
+sha256 = "{hashlib.sha256(LIMITED_KEY.encode()).hexdigest()}"
+max_samples = 2
+max_prompt_tokens = 40
+trace = false
+"""
 
 START_SECONDS = 300  # a busy machine that must compile the bytecode of all it imports first
 STOP_SECONDS = 20
@@ -80,17 +94,19 @@ def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(log: Path, *flags: str | Path) -> Iterator[Server]:
+def serving(
+    log: Path, *flags: str | Path, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
     """`python -m server` with the demo's LLM, from when it is healthy until it has stopped."""
     port = _free_port()
     command = [sys.executable, "-m", "server", "--model", DEMO / "model", "--port", str(port)]
     # Other tests set vLLM's variables for engines in this process; the server finds its own.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*map(str, command), "--served-model-name", MODEL, *map(str, flags)],
             cwd=REPOSITORY,
-            env=environment,
+            env=inherited | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own: no child outlives the tests
@@ -111,17 +127,21 @@ def proxy_flags() -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = ["--api-key", API_KEY, "--proxy-root", proxy_root, "--enable-scale-out", *proxy_flags()]
-    with serving(
-        log, *flags, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"
-    ) as running:
+    directory = tmp_path_factory.mktemp("server")
+    log, access = directory / "server.log", directory / "access.toml"
+    access.write_text(ACCESS)
+    flags = [
+        *("--api-key", API_KEY, "--access", access, "--proxy-root", proxy_root),
+        *("--enable-scale-out", *proxy_flags()),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+    with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def http(server: Server) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {API_KEY}"}
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
         yield client
 

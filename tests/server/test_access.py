@@ -1,8 +1,14 @@
-"""The API key, and the routes that say what is there."""
+"""Keys, administrators and limits, and the routes that say what is there."""
+
+import asyncio
+import hashlib
+import re
 
 import httpx
 import openai
 import pytest
+
+from tests.server.conftest import ADMIN_KEY, API_KEY, LIMITED_KEY
 
 GUARDED = [
     ("GET", "/v1/models"),
@@ -53,6 +59,78 @@ def test_without_the_key_nothing_is_read(server):
     body = {"model": "assent-demo:nobody", "alignment": {"strength": -1}}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 401
+
+
+def test_only_an_administrator_changes_proxies(server):
+    for key, status in ((API_KEY, 403), (LIMITED_KEY, 403), (ADMIN_KEY, 404)):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.delete(f"{server.url}/proxies/nobody", headers=headers)
+        assert answer.status_code == status
+        assert httpx.get(f"{server.url}/proxies", headers=headers).status_code == 200
+    body = {"name": "mine", "path": "v1"}
+    answer = httpx.post(
+        f"{server.url}/proxies", json=body, headers={"Authorization": f"Bearer {API_KEY}"}
+    )
+    assert answer.status_code == 403
+    assert "ASSENT_ADMIN_KEYS" in answer.json()["error"]["message"]
+
+
+TURN = [{"role": "user", "content": "Hi."}]
+LONG = [{"role": "user", "content": "Hi there. " * 20}]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "message"),
+    [
+        ("v1/chat/completions", {"messages": TURN, "n": 3}, "max_samples: .*3 answers.*have 2"),
+        (
+            "v1/chat/completions",
+            {"messages": TURN, "alignment": {"best_of": 4}},
+            "max_samples: .*4 answers",
+        ),
+        ("v1/completions", {"prompt": ["a", "b"], "n": 2}, "max_samples: .*4 answers"),
+        (
+            "v1/chat/completions",
+            {"messages": TURN, "alignment": {"proxy": "aligned", "trace": True}},
+            "alignment.trace is not open to this key",
+        ),
+        ("v1/chat/completions", {"messages": LONG}, "max_prompt_tokens: .* may send 40"),
+        (
+            "v1/chat/completions",
+            {"messages": LONG, "alignment": {"proxy": "aligned"}, "stream": True},
+            "max_prompt_tokens: .* may send 40",
+        ),
+        ("v1/completions", {"prompt": "Hi there. " * 20}, "max_prompt_tokens: .* may send 40"),
+        (
+            "judge",
+            {"prompt": "Hi there. " * 20, "response_a": "a", "response_b": "b"},
+            "max_prompt_tokens: .* may send 40",
+        ),
+    ],
+)
+def test_the_limits_of_a_key(server, route, body, message):
+    body = {"model": "assent-demo", "max_tokens": 2} | body
+    if route == "judge":
+        body = {key: value for key, value in body.items() if key not in ("model", "max_tokens")}
+    for key, status in ((LIMITED_KEY, 400), (API_KEY, 200)):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=60)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert re.search(message, answer.json()["error"]["message"])
+
+
+def test_within_its_limits_a_key_may_do_all(server):
+    """The judge of a best-of-N reads more than the prompt, which is not the client's doing."""
+    body = {
+        "model": "assent-demo:aligned",
+        "messages": [{"role": "user", "content": "Can I open my kettle with a fork?"}],
+        "alignment": {"best_of": 2},
+    }
+    headers = {"Authorization": f"Bearer {LIMITED_KEY}"}
+    url = f"{server.url}/v1/chat/completions"
+    answer = httpx.post(url, json=body, headers=headers, timeout=60)
+    assert len(answer.json()["alignment"]["judge"]["rounds"]) == 1
 
 
 def test_models(client):
@@ -118,3 +196,116 @@ def test_docs_know_our_routes(http):
     )
     for request in ("ChatRequest", "TextRequest"):
         assert "alignment" in described["components"]["schemas"][request]["properties"]
+
+
+def unit_access(**default):
+    from server.access import Access, Caller, Limits
+
+    limits = Limits(**default)
+    callers = {hashlib.sha256(b"key").digest(): Caller("one", limits)}
+    return Access(callers, Caller("anybody", limits))
+
+
+async def ask(guard, body, headers):
+    """The status and the headers of an answer."""
+    sent = []
+    chunks = [{"type": "http.request", "body": c, "more_body": True} for c in body]
+    chunks.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def receive():
+        return chunks.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+    await guard({"type": "http", "method": "POST", "path": "/x", "headers": raw}, receive, send)
+    return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+
+
+async def reader(scope, receive, send):
+    """An app that reads all of the body and then answers."""
+    while (await receive())["more_body"]:
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_requests_a_minute(monkeypatch):
+    from server import access
+
+    now = [100.0]
+    monkeypatch.setattr("server.access.monotonic", lambda: now[0])
+    guard = access.AccessGuard(reader, unit_access(requests_per_minute=3), max_body_bytes=100)
+    key = {"Authorization": "Bearer key"}
+    statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
+    now[0] += 19.9  # of the 20 seconds that a request takes to come back
+    status, headers = asyncio.run(ask(guard, [], key))
+    assert (status, headers["retry-after"]) == (429, "1")
+    now[0] += 0.2
+    assert asyncio.run(ask(guard, [], key))[0] == 200
+    assert asyncio.run(ask(guard, [], key))[0] == 429
+    now[0] += 3600  # not more than three are saved up
+    statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
+    assert asyncio.run(ask(guard, [], {}))[0] == 401  # which costs nothing
+
+
+def test_bodies_that_are_too_large():
+    from server.access import AccessGuard
+
+    guard = AccessGuard(reader, unit_access(), max_body_bytes=10)
+    key = {"Authorization": "Bearer key"}
+    assert asyncio.run(ask(guard, [b"12345", b"67890"], key))[0] == 200
+    assert asyncio.run(ask(guard, [b"12345", b"678901"], key))[0] == 413  # whatever was announced
+    assert asyncio.run(ask(guard, [], key | {"Content-Length": "11"}))[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[keys.a]", "keys.a: .*needs either sha256 or env"),
+        ("[keys.a]\nsha256 = 'abc'", "keys.a.sha256: "),
+        ("[keys.a]\nenv = 'NOT_SET'", "the environment variable NOT_SET is not set"),
+        ("[keys.a]\nenv = 'A'\nmax_sample = 3", "keys.a.max_sample: Extra inputs"),
+        ("[default]\nrequests_per_minute = 0", "default.requests_per_minute: "),
+        ("[keys.a]\nenv = 'A'\n[keys.b]\nenv = 'B'", "b and a are the same key"),
+        ("[keys", "access.toml: "),
+        (None, "access.toml: .*No such file"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, text, message):
+    from server.access import AccessError, read_access
+
+    file = tmp_path / "access.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(AccessError, match=message):
+        read_access(file, [], {"A": "secret", "B": "secret"})
+
+
+def test_where_keys_come_from(tmp_path):
+    from starlette.datastructures import Headers
+
+    from server.access import read_access
+
+    file = tmp_path / "access.toml"
+    file.write_text(
+        "[default]\nmax_samples = 8\n[keys.alice]\nenv = 'ALICE'\nadmin = true\ntrace = false\n"
+    )
+    environment = {"ALICE": "a", "ASSENT_API_KEYS": "b, c", "ASSENT_ADMIN_KEYS": "d", "HOME": "/"}
+    access = read_access(file, ["e"], environment)
+    assert environment == {"HOME": "/"}  # no child learns of them
+    asked = [access.find(Headers({"Authorization": f"Bearer {key}"})) for key in "abcde"]
+    found = [caller for caller in asked if caller is not None]
+    assert [caller.name for caller in found] == [
+        *("alice", "ASSENT_API_KEYS 1", "ASSENT_API_KEYS 2", "ASSENT_ADMIN_KEYS 1", "--api-key 1")
+    ]
+    assert [caller.admin for caller in found] == [True, False, False, True, False]
+    assert all(caller.limits.max_samples == 8 for caller in found)
+    assert [caller.limits.trace for caller in found] == [False, True, True, True, True]
+    assert access.find(Headers({})) is None
+    nobody = read_access(None, [], {})
+    assert nobody.find(Headers({})) is nobody.anybody
+    assert nobody.anybody.admin

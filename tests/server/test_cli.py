@@ -62,9 +62,16 @@ def test_it_would_start(cli, monkeypatch):
     ]
     assert plugin.proxy_root == ALIGNED.parent
     assert plugin.base.name == "model"
-    assert plugin.api_keys == ["from-the-environment"]
+    assert [caller.name for caller in plugin.access.callers.values()] == ["--api-key 1"]
     assert args.api_key is None
     assert "VLLM_API_KEY" not in os.environ
+
+
+def test_an_access_file_that_is_wrong(cli, tmp_path, capsys):
+    (tmp_path / "access.toml").write_text("[keys.a]")
+    assert "needs either sha256 or env" in refused(
+        cli, capsys, "--model", MODEL, "--access", str(tmp_path / "access.toml")
+    )
 
 
 def test_the_users_own_settings_win(cli, monkeypatch):
@@ -78,7 +85,7 @@ def test_the_users_own_settings_win(cli, monkeypatch):
     assert args.kv_cache_memory_bytes is None
     assert plugin.proxy_root is None  # nothing can be loaded over HTTP
     assert os.environ["OMP_NUM_THREADS"] == "3"
-    assert plugin.api_keys == ["k1", "k2"]
+    assert len(plugin.access.callers) == 2
 
 
 def test_a_small_model_on_a_cpu_gets_one_thread(cli, monkeypatch):

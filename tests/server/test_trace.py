@@ -182,6 +182,7 @@ def test_entries_that_the_worker_dropped_are_missed(kept, truncated):
     """Of 4096 tokens and more, which no answer of the demo's LLM can have."""
     from transformers import AutoTokenizer
 
+    from server.access import Limits
     from server.admission import Plan
     from server.schemas import AlignmentOptions, JudgeOptions
     from server.traces import Trace
@@ -195,7 +196,7 @@ def test_entries_that_the_worker_dropped_are_missed(kept, truncated):
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     state = SimpleNamespace(engine=SimpleNamespace(renderer=renderer), traces=Worker())
     alignment = AlignmentOptions(trace=True).for_worker("a", "v1")
-    plan = Plan("llm:a", alignment, None, True, 1, JudgeOptions(), None, engine_ids=["x"])
+    plan = Plan("llm:a", alignment, None, Limits(), True, 1, JudgeOptions(), None, engine_ids=["x"])
     plan.delivered["x", 0] = 3
     trace = Trace(plan, state)
     (shown,) = asyncio.run(trace.advance())
