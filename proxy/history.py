@@ -59,6 +59,7 @@ class History:
         self._log = np.empty((_FOLD_STEPS, 4, 0), np.int64) if device.type == "cpu" else None
         self._totals: dict[ServedProxy, list[int]] = {}  # the three since the last flush
         self._shadow_totals: dict[ServedProxy, Tensor] = {}  # [2] int64: tokens, changed
+        self._steps, self._seconds = 0, 0.0  # since the last flush
         self._flushed_at = time.monotonic()
         self._traces: dict[str, list[dict[str, Any]]] = {}
         self._num_traced: defaultdict[str, int] = defaultdict(int)
@@ -82,6 +83,11 @@ class History:
             self._records.append(_Record(rows, kept, discarded, tracing))
             if len(self._records) >= _FOLD_STEPS:
                 self.fold()
+
+    def record_seconds(self, seconds: float) -> None:
+        """What a step of the hook took, of the host's time."""
+        self._steps += 1
+        self._seconds += seconds
 
     def record_shadow(self, proxy: ServedProxy, scored: Tensor, changed: Tensor) -> None:
         """[R] bool both: the tokens that a shadow scored, and where it decided otherwise."""
@@ -176,6 +182,9 @@ class History:
         for proxy, sums in self._shadow_totals.items():
             tokens, changed = sums.tolist()
             metrics.add_shadow(proxy.name, proxy.version, tokens=tokens, changed=changed)
+        if self._reports:
+            metrics.add_steps(self._steps, self._seconds)
+        self._steps, self._seconds = 0, 0.0
         self._totals.clear()
         self._shadow_totals.clear()
         self._flushed_at = time.monotonic()

@@ -8,6 +8,7 @@ R = logits rows, A = rows that a proxy decides, K = candidates, V = vocabulary.
 
 import math
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,14 @@ def align(
     tempered: bool,  # the logits have been divided by the temperature
 ) -> Tensor:
     """The law, for the rows that have a proxy: token ids [A] int64."""
-    rows = step.plan.aligned
+    rows, start = step.plan.aligned, perf_counter()
     assert rows is not None
     decision, tracing = rows.decide(
         logits, step.hidden, step.positions, top_k, top_p, tempered=tempered
     )
     discarded = None if step.discarded is None else rows.pick(step.discarded)
     step.history.record(rows, decision, discarded, tracing)
+    step.history.record_seconds(perf_counter() - start)
     return decision.token_ids
 
 

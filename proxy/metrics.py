@@ -6,11 +6,14 @@
     assent_candidates_forced_total{proxy,version}    tokens emitted because it accepted none
     assent_shadow_tokens_total{proxy,version}        tokens that a shadow proxy scored
     assent_shadow_changed_total{proxy,version}       tokens that it would have decided otherwise
+    assent_hook_steps_total                          steps in which a proxy decided anything
+    assent_hook_seconds_total                        what they took of the host's time
 
 The worker is a process of its own: the server sets PROMETHEUS_MULTIPROC_DIR before anything
 imports prometheus_client, and the numbers appear on its /metrics.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,12 +29,14 @@ class _Counters(NamedTuple):
     forced: Counter
     shadow_tokens: Counter
     shadow_changed: Counter
+    hook_steps: Counter
+    hook_seconds: Counter
 
 
 @cache  # a name can be registered only once in a process, whatever number of engines it holds
 def _counters() -> _Counters:
-    def counter(name: str, documentation: str) -> Counter:
-        return Counter(f"assent_{name}", documentation, _LABELS)
+    def counter(name: str, documentation: str, labels: Sequence[str] = _LABELS) -> Counter:
+        return Counter(f"assent_{name}", documentation, labels)
 
     return _Counters(
         counter("tokens_aligned", "Tokens emitted under a proxy."),
@@ -40,6 +45,8 @@ def _counters() -> _Counters:
         counter("candidates_forced", "Tokens emitted because a proxy accepted no candidate."),
         counter("shadow_tokens", "Tokens that a shadow proxy scored."),
         counter("shadow_changed", "Tokens that a shadow proxy would have decided otherwise."),
+        counter("hook_steps", "Steps in which a proxy decided anything.", ()),
+        counter("hook_seconds", "Host's time that the hook took in these steps.", ()),
     )
 
 
@@ -50,6 +57,12 @@ def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) ->
     counters.proposed.labels(proxy, version).inc(proposed)
     counters.rejected.labels(proxy, version).inc(proposed - (tokens - forced))
     counters.forced.labels(proxy, version).inc(forced)
+
+
+def add_steps(steps: int, seconds: float) -> None:
+    """Add what the hook took since the last call."""
+    _counters().hook_steps.inc(steps)
+    _counters().hook_seconds.inc(seconds)
 
 
 def add_shadow(proxy: str, version: str, *, tokens: int, changed: int) -> None:

@@ -36,7 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 API_KEYS, ADMIN_KEYS = "ASSENT_API_KEYS", "ASSENT_ADMIN_KEYS"
 OPEN_PATHS = ("/health",)
 CALLER = "assent.caller"
-"""Of an ASGI scope: who sent the request."""
+"""Of an ASGI scope: who sent the request; None = whoever it is lacks a key."""
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -193,7 +193,7 @@ class AccessGuard:
         # A browser asks with OPTIONS before it sends the key.
         is_open = path in OPEN_PATHS or method == "OPTIONS"
         caller = self.access.anybody if is_open else self.access.find(headers)
-        refusal: Refusal | None = None
+        scope[CALLER], refusal = caller, None
         if caller is None:
             refusal = UNAUTHORIZED
         elif path.startswith("/proxies") and method != "GET" and not caller.admin:
@@ -209,7 +209,6 @@ class AccessGuard:
         elif int(headers.get("content-length", 0)) > self.max_body_bytes:
             refusal = self._too_large()
         if refusal is None:
-            scope[CALLER] = caller
             await self._pass(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})

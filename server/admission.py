@@ -6,7 +6,7 @@ of the body, so that vLLM's own handlers find a request for the frozen LLM.
 
 import asyncio
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +56,15 @@ class Plan:
     sample_timeout: float | None
     """Seconds that a sample of several may take."""
     engine_ids: list[str] = field(default_factory=list)
-    """The aligned requests to the engine, as it knows them: one per prompt, each with n samples."""
+    """The requests to the engine, as it knows them, but a judge's: one per prompt, each with n samples."""
     num_samples: int = 1
     """n of each of them."""
     delivered: Counter[tuple[str, int]] = field(default_factory=Counter)
     """(engine's id, sample) -> tokens that the engine has handed out; counted for traces only."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """What was spent: `prompt`, `completion`, and `judge_prompt`, `judge_completion`."""
+    texts: defaultdict[tuple[str, int], str] | None = None
+    """(engine's id, sample) -> what was said; None = it is not to be kept."""
     take_counts: Callable[[list[str]], Awaitable[BySample]] | None = None
     """How to ask the worker what the proxy did, which takes a round trip to the engine; None for
     requests without an `alignment` object: whoever just names a model reads no counts."""

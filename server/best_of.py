@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from fastapi import Request
@@ -65,6 +66,7 @@ async def best_of(
 
     The judge reads the frozen LLM: its requests carry no proxy.
     """
+    start = monotonic()
     drawn = await _draw(request, plan, state, raw_request, report)
     samples = {i: each for i, each in enumerate(drawn) if not isinstance(each, str | ErrorResponse)}
     failed = {i: each for i, each in enumerate(drawn) if isinstance(each, str | ErrorResponse)}
@@ -89,6 +91,8 @@ async def best_of(
         receipt = await play(plan.judge.strategy, len(texts), compare_round, _seed(request, plan))
     finally:
         metrics.count_usage(judge.usage)
+    metrics.COMPARISONS.labels(plan.judge.strategy).observe(compared)
+    metrics.BEST_OF_SECONDS.observe(monotonic() - start)
     answer = _choose(finished, receipt.ranking[: request.n or 1])
     answer.usage.prompt_tokens += judge.usage.prompt_tokens
     answer.usage.completion_tokens = (

@@ -29,6 +29,7 @@ from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
+from server.request_log import write_to_stdout
 
 MAX_BODY_BYTES = 32 * 1024**2
 SMALL_MODEL_BYTES = 256 * 1024**2
@@ -61,11 +62,14 @@ def serve(argv: Sequence[str]) -> None:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
+    if args.request_log:
+        write_to_stdout()
     install(
         AssentPlugin(
             proxies=proxies,
             access=access,
             max_body_bytes=args.max_body_bytes,
+            log_texts=args.log_texts,
             base=base,
             proxy_root=args.proxy_root,
             principles=principles,
@@ -143,7 +147,19 @@ def parse(argv: Sequence[str]) -> Namespace:
         metavar="N",
         help="Refuse larger requests. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--request-log",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Write a line of JSON on standard output for every request, in the place of uvicorn's access log.",
+    )
+    parser.add_argument(
+        "--log-texts",
+        action="store_true",
+        help="Add what was asked and answered to these lines.",
+    )
     parser.set_defaults(
+        disable_uvicorn_access_log=True,
         proxy=[],
         shadow=[],
         judge=[],

@@ -21,6 +21,7 @@ import asyncio
 import copy
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
@@ -42,6 +43,7 @@ from server.engine import (
     create_error_response,
     prompt_length,
 )
+from server.request_log import BODY, PLAN, TEXTS
 from server.state import Served
 
 PROXY_HEADER = "Assent-Proxy"
@@ -80,11 +82,13 @@ class Gate:
         state = scope["app"].state.assent
         before = body.get("model"), EXTRA_ARGS_KEY in body
         try:
-            plan = admit(path, body, state, scope[CALLER].limits)
+            plan = scope[PLAN] = admit(path, body, state, scope[CALLER].limits)
         except (VLLMNotFoundError, VLLMValidationError) as error:
             answer = create_error_response(error)
             response = JSONResponse(answer.model_dump(), status_code=answer.error.code)
             return await response(scope, receive, send)
+        if scope[TEXTS]:
+            scope[BODY], plan.texts = content, defaultdict(str)
         if before != (body.get("model"), False):
             content = json.dumps(body).encode()
         token = _PLAN.set(plan)
@@ -113,20 +117,22 @@ def guard(
     ) -> AsyncGenerator[Any, None]:
         params, plan = sampling_params, current_plan()
         is_judges = params.extra_args is PLAIN_EXTRA_ARGS
-        if plan is not None and not (is_judges and plan.best_of > 1):
+        if not is_judges:
+            if EXTRA_ARGS_KEY in (params.extra_args or {}):  # a way in that `admit` does not know
+                raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
+            if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
+                raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
+        if plan is None:
+            return generate(prompt, params, request_id, **options)
+        if not (is_judges and plan.best_of > 1):
             check_prompt(plan.limits, prompt)
         if is_judges:
-            return generate(prompt, params, request_id, **options)
-        if EXTRA_ARGS_KEY in (params.extra_args or {}):  # a way in that `admit` does not know
-            raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
-        if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
-            raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
-        if plan is None or plan.alignment is None:
-            return generate(prompt, params, request_id, **options)
-        params = copy.copy(params)  # a handler may use its own again
-        params.extra_args = {**(params.extra_args or {}), **plan.alignment.to_extra_args()}
-        # Clients choose request ids, alike ones even; nobody must get another's trace or counts.
-        request_id = f"{request_id}-p{next(numbers)}"
+            return _counted(generate(prompt, params, request_id, **options), plan)
+        if plan.alignment is not None:
+            params = copy.copy(params)  # a handler may use its own again
+            params.extra_args = {**(params.extra_args or {}), **plan.alignment.to_extra_args()}
+            # Clients choose request ids, alike ones even; nobody must get another's trace or counts.
+            request_id = f"{request_id}-p{next(numbers)}"
         plan.engine_ids.append(request_id)
         plan.num_samples = params.n
         return _watched(generate(prompt, params, request_id, **options), plan, request_id)
@@ -153,14 +159,28 @@ def check_prompt(limits: Limits, prompt: Any) -> None:
 async def _watched(
     outputs: AsyncGenerator[Any, None], plan: Plan, request_id: str
 ) -> AsyncGenerator[Any, None]:
-    """The engine's outputs; counts the tokens for the trace, and has the receipt made at the end."""
+    """The engine's outputs; keeps account of them, and has the receipt made at the end."""
     async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
         async for output in outputs:
-            if plan.alignment is not None and plan.alignment.trace:
-                for sample in output.outputs:
-                    plan.delivered[request_id, sample.index] += len(sample.token_ids)
-            elif output.finished:
-                plan.finish(request_id)
+            for sample in output.outputs:
+                plan.tokens["completion"] += len(sample.token_ids)
+                plan.delivered[request_id, sample.index] += len(sample.token_ids)
+                if plan.texts is not None:
+                    plan.texts[request_id, sample.index] += sample.text
+            if output.finished:
+                plan.tokens["prompt"] += len(output.prompt_token_ids or ())
+                if plan.alignment is not None and not plan.alignment.trace:
+                    plan.finish(request_id)
+            yield output
+
+
+async def _counted(outputs: AsyncGenerator[Any, None], plan: Plan) -> AsyncGenerator[Any, None]:
+    """A judge's."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            plan.tokens["judge_completion"] += len(output.outputs[0].token_ids)
+            if output.finished:
+                plan.tokens["judge_prompt"] += len(output.prompt_token_ids or ())
             yield output
 
 

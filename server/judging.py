@@ -111,6 +111,7 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
     seed = random.randrange(2**32) if request.seed is None else request.seed
     receipt = await play(request.strategy, len(request.responses), compare_round, seed)
     metrics.count_usage(judge.usage)
+    metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, receipt.rounds)))
     return JSONResponse(receipt.as_json() | {"usage": judge.usage.as_json()})
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
+from server import metrics
 from server.engine import ErrorResponse, validate_json_request
 from server.proxies import Proxies, Refusal, check_name, find_below
 from server.schemas import LoadRequest
@@ -52,7 +53,9 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
         directory = find_below(state.proxies.root, request.path)
         proxy, is_new = await state.proxies.load(request.name, directory, shadow=request.shadow)
     except Refusal as refusal:
+        metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal, state.proxies.root) from None
+    metrics.PROXY_CHANGES.labels("loaded").inc()
     return JSONResponse(proxy.as_json(), status_code=201 if is_new else 200)
 
 
@@ -70,7 +73,9 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
     try:
         proxy = await proxies.unload(name, version)
     except Refusal as refusal:
+        metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal) from None
+    metrics.PROXY_CHANGES.labels("unloaded").inc()
     return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
 
 

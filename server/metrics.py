@@ -1,18 +1,37 @@
-"""The judge's counters on GET /metrics, beside vLLM's and the worker's (`proxy.metrics`).
+"""The API server's metrics on GET /metrics, beside vLLM's and the worker's (`proxy.metrics`).
 
-assent_verdicts_total{winner}      pairs judged by one principle; winner is a, b or tie
-assent_judge_tokens_total{kind}    tokens spent on judging; kind is prompt or completion
-assent_best_of_samples_total       answers sampled for a tournament
-assent_feedback_rows_total{source} preferences kept; source is person or judge
-assent_feedback_lost_total         verdicts and answers that could not be kept
+assent_verdicts_total{winner}           pairs judged by one principle; winner is a, b or tie
+assent_judge_tokens_total{kind}         tokens spent on judging; kind is prompt or completion
+assent_ranking_comparisons{strategy}    histogram: comparisons in a ranking
+assent_best_of_samples_total            answers sampled for a tournament
+assent_best_of_seconds                  histogram: from the request to the choice
+assent_requests_cancelled_total{path}   requests whose client went before the end of the answer
+assent_proxy_changes_total{change}      change is loaded, unloaded or refused
+assent_feedback_rows_total{source}      preferences kept; source is person or judge
+assent_feedback_lost_total              verdicts and answers that could not be kept
 """
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from judge.judge import Usage
 
 VERDICTS = Counter("assent_verdicts", "Pairs judged by one principle.", ["winner"])
 JUDGE_TOKENS = Counter("assent_judge_tokens", "Tokens spent on judging.", ["kind"])
+COMPARISONS = Histogram(
+    "assent_ranking_comparisons",
+    "Comparisons in a ranking.",
+    ["strategy"],
+    buckets=(1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047),
+)
+BEST_OF_SECONDS = Histogram(
+    "assent_best_of_seconds",
+    "From the request to the choice.",
+    buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250),
+)
+CANCELLED = Counter(
+    "assent_requests_cancelled", "Requests whose client went before the end.", ["path"]
+)
+PROXY_CHANGES = Counter("assent_proxy_changes", "Loads and unloads of proxies.", ["change"])
 BEST_OF_SAMPLES = Counter("assent_best_of_samples", "Answers sampled for a tournament.")
 FEEDBACK = Counter("assent_feedback_rows", "Preferences kept.", ["source"])
 FEEDBACK_LOST = Counter("assent_feedback_lost", "Verdicts and answers that could not be kept.")

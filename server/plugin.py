@@ -28,6 +28,7 @@ from server.judges import Judges
 from server.keeper import Keeper
 from server.proxies import Checkpoint, Proxies
 from server.receipts import WorkerReader
+from server.request_log import RequestLog
 from server.state import Served
 
 
@@ -41,6 +42,7 @@ class AssentPlugin:
         proxies: Iterable[Checkpoint],
         access: Access,
         max_body_bytes: int,
+        log_texts: bool,
         base: BaseModelId | None = None,
         proxy_root: Path | None = None,
         principles: Mapping[str, Principle] = DEFAULT,
@@ -49,6 +51,7 @@ class AssentPlugin:
     ) -> None:
         self.proxies = list(proxies)
         self.access, self.max_body_bytes = access, max_body_bytes
+        self.log_texts = log_texts
         self.base = base
         self.proxy_root = proxy_root
         self.principles = principles
@@ -63,6 +66,7 @@ class AssentPlugin:
         app.add_middleware(Gate)
         # What is added last comes first.
         app.add_middleware(AccessGuard, access=self.access, max_body_bytes=self.max_body_bytes)
+        app.add_middleware(RequestLog, texts=self.log_texts)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
