@@ -1,0 +1,40 @@
+"""What docs/operations.md promises: that it names every metric, and every field of the log."""
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+
+from server import calibration, metrics, request_log
+
+DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+def test_every_metric_is_documented():
+    """Those of the API server, and of the worker."""
+    from proxy.metrics import _counters
+
+    _counters()
+    assert metrics and calibration  # imported for what they register
+    found = set()
+    for family in REGISTRY.collect():
+        if family.name.startswith("assent_"):
+            found.add(family.name + ("_total" if family.type == "counter" else ""))
+    documented = set(re.findall(r"^\| `(assent_\w+)` \|", DOCS.read_text(), re.MULTILINE))
+    assert documented == found
+    assert len(found) > 15
+
+
+@pytest.mark.parametrize("module", [metrics, calibration])
+def test_the_docstrings_agree(module):
+    documented = DOCS.read_text()
+    for name in re.findall(r"^(assent_\w+)", module.__doc__, re.MULTILINE):
+        assert f"`{name}`" in documented
+
+
+def test_every_field_of_the_log_is_documented():
+    shown = re.findall(r'"(\w+)":', request_log.__doc__)
+    documented = DOCS.read_text()
+    assert len(shown) > 12
+    assert not [name for name in shown if f"`{name}`" not in documented]
