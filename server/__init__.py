@@ -20,5 +20,8 @@
 - `judging`     - POST /judge, and the judge as a client of the engine.
 - `listing`     - GET /v1/models.
 - `managing`    - GET, POST and DELETE /proxies.
+- `remembered`  - what was loaded over HTTP, for a restart and for other servers.
+- `request_log` - one line of JSON a request.
+- `drain`       - SIGTERM: what is under way is finished first.
 - `metrics`     - our counters beside vLLM's on GET /metrics.
 """

@@ -31,6 +31,7 @@ from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
 from server.request_log import write_to_stdout
 
+DRAIN_SECONDS = 30.0
 MAX_BODY_BYTES = 32 * 1024**2
 SMALL_MODEL_BYTES = 256 * 1024**2
 SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
@@ -70,6 +71,7 @@ def serve(argv: Sequence[str]) -> None:
             access=access,
             max_body_bytes=args.max_body_bytes,
             log_texts=args.log_texts,
+            drain_seconds=args.drain_seconds,
             base=base,
             proxy_root=args.proxy_root,
             principles=principles,
@@ -157,6 +159,13 @@ def parse(argv: Sequence[str]) -> Namespace:
         "--log-texts",
         action="store_true",
         help="Add what was asked and answered to these lines.",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=DRAIN_SECONDS,
+        metavar="S",
+        help="On SIGTERM, let what is under way go on so long; what is new gets 503. Default: %(default)g.",
     )
     parser.set_defaults(
         disable_uvicorn_access_log=True,

@@ -1,5 +1,6 @@
 """GET, POST and DELETE /proxies: what is loaded, and changing it while serving."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from fastapi.responses import JSONResponse, Response
 
 from server import metrics
 from server.engine import ErrorResponse, validate_json_request
-from server.proxies import Proxies, Refusal, check_name, find_below
+from server.proxies import Refusal, check_name, find_below
+from server.remembered import Entry
 from server.schemas import LoadRequest
 from server.state import served
 
@@ -40,7 +42,8 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
     """Load a checkpoint below --proxy-root under a name: on all ranks, or nothing changes.
 
     Under a name in use it takes the place of the version before it: new requests get the new one,
-    and those under way keep theirs. Loading the older one again is the way back.
+    and those under way keep theirs. Loading the older one again is the way back. `remembered` says
+    whether a restart, and other servers with this --proxy-root, will find it in proxies.json.
     """
     state = served(raw_request)
     try:
@@ -56,7 +59,11 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal, state.proxies.root) from None
     metrics.PROXY_CHANGES.labels("loaded").inc()
-    return JSONResponse(proxy.as_json(), status_code=201 if is_new else 200)
+    assert state.remembered is not None, "it comes with the root"
+    entry = Entry(path=request.path, version=proxy.version, shadow=request.shadow)
+    remembered = await asyncio.to_thread(state.remembered.change, request.name, entry)
+    answer = proxy.as_json() | {"remembered": remembered}
+    return JSONResponse(answer, status_code=201 if is_new else 200)
 
 
 @router.delete(
@@ -69,13 +76,15 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
 )
 async def unload_proxy(name: str, raw_request: Request, version: str | None = None) -> Response:
     """Unload what the name stands for, or another version of it that still drains."""
-    proxies: Proxies = served(raw_request).proxies
+    state = served(raw_request)
     try:
-        proxy = await proxies.unload(name, version)
+        proxy = await state.proxies.unload(name, version)
     except Refusal as refusal:
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal) from None
     metrics.PROXY_CHANGES.labels("unloaded").inc()
+    if state.remembered is not None and state.proxies.bound(name) is None:
+        await asyncio.to_thread(state.remembered.change, name, None)
     return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
 
 

@@ -23,11 +23,13 @@ from proxy.checkpoint import BaseModelId
 from server import chat, completions, feedback, judging, listing, managing
 from server.access import Access, AccessGuard
 from server.adapters import Adapter, JudgeKind
+from server.drain import Drain
 from server.gate import Gate, guard
 from server.judges import Judges
 from server.keeper import Keeper
 from server.proxies import Checkpoint, Proxies
 from server.receipts import WorkerReader
+from server.remembered import Remembered
 from server.request_log import RequestLog
 from server.state import Served
 
@@ -43,6 +45,7 @@ class AssentPlugin:
         access: Access,
         max_body_bytes: int,
         log_texts: bool,
+        drain_seconds: float,
         base: BaseModelId | None = None,
         proxy_root: Path | None = None,
         principles: Mapping[str, Principle] = DEFAULT,
@@ -51,7 +54,7 @@ class AssentPlugin:
     ) -> None:
         self.proxies = list(proxies)
         self.access, self.max_body_bytes = access, max_body_bytes
-        self.log_texts = log_texts
+        self.log_texts, self.drain_seconds = log_texts, drain_seconds
         self.base = base
         self.proxy_root = proxy_root
         self.principles = principles
@@ -66,6 +69,7 @@ class AssentPlugin:
         app.add_middleware(Gate)
         # What is added last comes first.
         app.add_middleware(AccessGuard, access=self.access, max_body_bytes=self.max_body_bytes)
+        app.add_middleware(Drain, seconds=self.drain_seconds)
         app.add_middleware(RequestLog, texts=self.log_texts)
 
     async def init_state(
@@ -76,6 +80,11 @@ class AssentPlugin:
         proxies = Proxies(engine_client, base=self.base, root=self.proxy_root)
         for each in self.proxies:
             await proxies.load(each.name, each.directory, shadow=each.shadow)
+        remembered = None
+        if self.proxy_root is not None:
+            remembered = Remembered(self.proxy_root, proxies)
+            await remembered.keep_up()
+            remembered.follow()
         keeper = Keeper(self.feedback) if self.feedback is not None else None
         state.assent = Served(
             engine=engine_client,
@@ -83,6 +92,7 @@ class AssentPlugin:
             completion=state.openai_serving_completion,
             models=models,
             proxies=proxies,
+            remembered=remembered,
             judges=Judges(
                 engine_client, state.openai_serving_chat, self.principles, self.adapters, keeper
             ),

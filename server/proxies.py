@@ -116,9 +116,12 @@ class Proxies:
             sweep.add_done_callback(self._sweeps.discard)
 
     async def load(
-        self, name: str, directory: Path, *, shadow: bool = False
+        self, name: str, directory: Path, *, shadow: bool = False, version: str | None = None
     ) -> tuple[LoadedProxy, bool]:
         """Have the name stand for the checkpoint in a directory: all ranks load it, or none.
+
+        Args:
+            version: what it must be; None for whatever is there.
 
         Returns:
             The proxy, and whether it had to be loaded: what is there already is not loaded again.
@@ -132,6 +135,11 @@ class Proxies:
                 checkpoint = await asyncio.to_thread(load, directory, base=self._base)
             except ProxyError as error:
                 raise Refusal(400, str(error)) from None
+            if version not in (None, checkpoint.version):
+                raise Refusal(
+                    409,
+                    f"{directory} holds version {checkpoint.version} by now, and not {version}: load it again",
+                )
             current = self._bound.get(name)
             if current is not None and (current.state == "shadow") != shadow:
                 raise Refusal(

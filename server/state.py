@@ -15,6 +15,7 @@ from server.judges import Judges
 from server.keeper import Keeper
 from server.proxies import Proxies
 from server.receipts import WorkerReader
+from server.remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Served:
     """vLLM's handler; None where the model cannot complete text."""
     models: OpenAIServingModels
     proxies: Proxies
+    remembered: Remembered | None
+    """What was loaded over HTTP; None = nothing can be."""
     judges: Judges
     keeper: Keeper | None
     """Where preferences are kept; None = they are not."""

@@ -1,0 +1,68 @@
+"""SIGTERM while serving: what is under way is finished, what is new is turned away, then the server stops.
+
+vLLM takes its engine down at once on SIGTERM and SIGINT. Here SIGTERM waits for the last answer first,
+at most --drain-seconds, and then passes SIGINT on to vLLM. SIGINT itself (Ctrl-C) does not wait.
+"""
+
+import asyncio
+import logging
+import signal
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.access import Refusal
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5
+"""When a client should try again, at another server or this one's successor."""
+STOPPING = Refusal(
+    503,
+    "ServiceUnavailableError",
+    "This server is stopping: send the request again in some seconds.",
+    {"Retry-After": str(RETRY_SECONDS), "Connection": "close"},
+)
+
+
+class Drain:
+    """ASGI middleware; must come before whatever may take long."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app, self.seconds = app, seconds
+        self.in_flight = 0
+        self.stopping: asyncio.Task[None] | None = None
+        self.idle = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # vLLM has set its own handler by now
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
+            return await self.app(scope, receive, send)
+        if self.stopping is not None and scope.get("path", "").rstrip("/") != "/metrics":
+            response: JSONResponse = STOPPING.response()
+            return await response(scope, receive, send)
+        self.in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self.idle.set()
+
+    def begin(self) -> None:
+        if self.stopping is None:
+            logger.info("Stopping: %s requests are under way.", self.in_flight)
+            self.stopping = asyncio.create_task(self._finish())
+
+    async def _finish(self) -> None:
+        self.idle.clear()
+        if self.in_flight:
+            try:
+                await asyncio.wait_for(self.idle.wait(), self.seconds)
+            except TimeoutError:
+                logger.warning(
+                    "%s requests were not finished after %g s: they are cut off.",
+                    self.in_flight,
+                    self.seconds,
+                )
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,158 @@
+"""What was loaded over HTTP, in a file below --proxy-root: a restart finds it again, and so do other servers.
+
+    <proxy root>/proxies.json
+    {"proxies": {"mine": {"path": "polite", "version": "1f0c...", "shadow": false}}}
+
+A server writes it before it answers POST or DELETE /proxies, and looks every second whether another
+one has. So all servers that share a root serve the same proxies, whichever of them was asked.
+Proxies of --proxy are not in it: the command line brings them back.
+"""
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from server.proxies import Proxies, Refusal, find_below
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME, LOCK_NAME = "proxies.json", ".proxies.lock"
+LOOK_SECONDS = 1.0
+
+
+class Entry(BaseModel):
+    """One proxy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    version: str
+    shadow: bool = False
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    proxies: dict[str, Entry] = {}
+
+
+class Remembered:
+    """The file, and this server's part in keeping to it."""
+
+    def __init__(self, root: Path, proxies: Proxies) -> None:
+        self.root, self.file, self.proxies = root, root / FILE_NAME, proxies
+        self.entries: dict[str, Entry] = {}
+        """What this server has last seen, and tried to load."""
+        self._seen: tuple[int, int] | None = None
+        self._failed: set[tuple[str, Entry]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def change(self, name: str, entry: Entry | None) -> bool:
+        """Write what a name stands for, None = nothing any more; False where the file cannot be written."""
+        try:
+            with self._locked():
+                before = self._read()
+                entries = {key: value for key, value in before.items() if key != name}
+                if entry is not None:
+                    entries[name] = entry
+                if entries != before:
+                    self._write(entries)
+        except (OSError, ValidationError) as error:
+            logger.warning("%s is not remembered: %s: %s", name, self.file, error)
+            return False
+        # Not what else the file has: another server may have written that, and it is to be loaded.
+        self.entries = {key: value for key, value in self.entries.items() if key != name}
+        if entry is not None:
+            self.entries[name] = entry
+        return True
+
+    def follow(self) -> None:
+        """Look again and again, until the event loop ends."""
+        self._task = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self.keep_up()
+            except Exception:  # whatever it is, the next look may find it mended
+                logger.exception("%s could not be followed.", self.file)
+
+    async def keep_up(self) -> None:
+        """Load and unload what the file has changed since the last time; what fails is tried again."""
+        if (stamp := self._stamp()) == self._seen and not self._failed:
+            return
+        try:
+            entries = self._read()
+        except (OSError, ValidationError) as error:
+            if stamp != self._seen:
+                logger.error("%s cannot be read: %s", self.file, error)
+            self._seen = stamp
+            return
+        before, self.entries, self._seen = self.entries, entries, stamp
+        self._failed &= set(entries.items())
+        for name in before.keys() - entries.keys():
+            with suppress(Refusal):  # it is not loaded, as it should be
+                await self.proxies.unload(name)
+        for name, entry in entries.items():
+            if before.get(name) != entry or (name, entry) in self._failed:
+                await self._load(name, entry)
+
+    async def _load(self, name: str, entry: Entry) -> None:
+        current = self.proxies.bound(name)
+        if current is not None and current.version == entry.version:
+            return self._failed.discard((name, entry))
+        try:
+            directory = find_below(self.root, entry.path)
+            await self.proxies.load(name, directory, shadow=entry.shadow, version=entry.version)
+        except Refusal as refusal:
+            if (name, entry) not in self._failed:
+                logger.error("%s of %s is not loaded: %s", name, self.file, refusal)
+            self._failed.add((name, entry))
+        else:
+            logger.info("%s %s is loaded, as %s has it.", name, entry.version, self.file)
+            self._failed.discard((name, entry))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One server at a time reads and writes."""
+        with (self.root / LOCK_NAME).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = self.file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def _read(self) -> dict[str, Entry]:
+        try:
+            return _File.model_validate_json(self.file.read_bytes()).proxies
+        except FileNotFoundError:
+            return {}
+
+    def _write(self, entries: dict[str, Entry]) -> None:
+        """Whole or not at all, and on the disk."""
+        content: dict[str, Any] = {"proxies": {k: v.model_dump() for k, v in entries.items()}}
+        descriptor, name = tempfile.mkstemp(dir=self.root, prefix=".proxies.")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(descriptor)
+            Path(name).chmod(0o644)
+            Path(name).replace(self.file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

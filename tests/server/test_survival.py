@@ -1,0 +1,131 @@
+"""A server that was killed comes back with what it had; servers of one root keep in step; SIGTERM waits."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.server.conftest import DEMO, serving
+
+QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
+WAIT_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("root")
+    for name in ("aligned", "polite"):
+        shutil.copytree(DEMO / "proxies" / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def killed(root, tmp_path_factory):
+    """What a server said and had loaded over HTTP before it was killed."""
+    log = tmp_path_factory.mktemp("killed") / "log"
+    with serving(log, "--proxy-root", root) as running:
+        with ThreadPoolExecutor(4) as pool:  # what is acknowledged is kept, whatever the order
+            names = ["mine", "other", "gone", "dark"]
+            loaded = dict(
+                zip(names, pool.map(lambda name: load(running, name), names), strict=True)
+            )
+        assert all(answer["remembered"] for answer in loaded.values())
+        assert httpx.delete(f"{running.url}/proxies/gone", timeout=60).status_code == 200
+        text = say(running, "mine")
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+    return loaded, text
+
+
+@pytest.fixture(scope="module")
+def pair(killed, root, tmp_path_factory):
+    """Two servers of the root that the killed one had."""
+    logs = tmp_path_factory.mktemp("pair")
+    with (
+        serving(logs / "a", "--proxy-root", root) as a,
+        serving(logs / "b", "--proxy-root", root, f"--proxy=polite={DEMO / 'proxies/polite'}") as b,
+    ):
+        yield a, b
+
+
+def load(running, name):
+    body = {"name": name, "path": "polite" if name == "other" else "aligned"}
+    body["shadow"] = name == "dark"
+    answer = httpx.post(f"{running.url}/proxies", json=body, timeout=60)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def listed(running):
+    data = httpx.get(f"{running.url}/proxies", timeout=60).json()["data"]
+    return {each["name"]: (each["version"], each["state"]) for each in data}
+
+
+def say(running, proxy):
+    body = {"model": f"assent-demo:{proxy}", "messages": QUESTION, "seed": 5, "max_tokens": 30}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.05)
+
+
+def test_a_killed_server_comes_back_with_its_proxies(killed, pair):
+    loaded, text = killed
+    kept = {name: (loaded[name]["version"], "serving") for name in ("mine", "other")}
+    kept["dark"] = loaded["dark"]["version"], "shadow"
+    a, b = pair
+    assert listed(a) == kept
+    assert {name: entry for name, entry in listed(b).items() if name != "polite"} == kept
+    assert say(a, "mine") == say(b, "mine") == text
+
+
+def test_servers_of_one_root_keep_in_step(pair, root):
+    a, b = pair
+    load(a, "new")
+    wait_until(lambda: "new" in listed(b))
+    assert listed(a)["new"] == listed(b)["new"]
+    answer = httpx.post(f"{b.url}/proxies", json={"name": "new", "path": "polite"}, timeout=60)
+    assert answer.status_code == 201
+    wait_until(lambda: listed(a)["new"] == (answer.json()["version"], "serving"))
+    assert httpx.delete(f"{a.url}/proxies/new", timeout=60).status_code == 200
+    wait_until(lambda: "new" not in listed(b))
+    assert "polite" in listed(b)  # the command line's own is no business of theirs
+    names = json.loads((root / "proxies.json").read_text())["proxies"].keys()
+    assert names == {"mine", "other", "dark"}
+
+
+def test_sigterm_waits_for_what_is_under_way(pair):
+    _, b = pair
+    body = {
+        "model": "assent-demo:mine",
+        "messages": QUESTION,
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    url = f"{b.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        b.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{b.url}/health", timeout=60).status_code == 503)
+        refused = httpx.post(url, json=body | {"stream": False}, timeout=60)
+        assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
+        assert "stopping" in refused.json()["error"]["message"]
+        assert httpx.get(f"{b.url}/metrics", timeout=60).status_code == 200
+        events = [line for line in lines if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    last = json.loads(events[-2].removeprefix("data: "))
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert b.process.wait(WAIT_SECONDS) == 0
