@@ -2,6 +2,7 @@
 
 - `__main__`    - `python -m server`: prepares the process before vLLM is imported.
 - `cli`         - vLLM's flags and our own; everything that can be refused before the engine starts.
+- `doctor`      - `python -m server doctor`: what a start would meet.
 - `plugin`      - the endpoint plugin that hangs our routes and gates into vLLM's server.
 - `engine`      - every name of vLLM's that the routes use.
 - `state`       - what the routes share: the engine, the loaded proxies, readers of the worker.

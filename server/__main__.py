@@ -3,7 +3,8 @@
     python -m server --model deploy/demo/model --proxy aligned=deploy/demo/proxies/aligned
 
 All of vLLM's own flags are understood (`--help=all`). Exit code 2: something was refused before the
-engine started, and one line on stderr says what.
+engine started, and one line on stderr says what. `python -m server doctor ...` looks at all of it,
+without a start.
 """
 
 import multiprocessing
@@ -21,6 +22,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="assent-metrics-") as metrics_directory:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory)
         stop_at_once_on_sigterm(metrics_directory)
+        if sys.argv[1:2] == ["doctor"]:
+            from server.doctor import main as examine
+
+            examine(sys.argv[2:])
         from server.cli import serve
 
         serve(sys.argv[1:])

@@ -1,0 +1,225 @@
+"""What a start would meet, found out before it, with what to do about it:
+
+    python -m server doctor --model runs/base --proxy mine=runs/proxy
+
+takes all flags of a start. No engine is started and no weights are loaded. Exit code 1: something
+would keep the server from starting, or from doing what the flags ask for.
+"""
+
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+import vllm
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
+from vllm.platforms import current_platform
+
+from judge.principles import Principle
+from judge.prompts import label_ids
+from proxy.checkpoint import BaseModelId, identify, load
+from server import cli
+from server.access import read_access
+
+VLLM_VERSION = "0.32.0"
+GIB = 1024**3
+
+Level = Literal["ok", "warning", "error"]
+_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+class Finding(NamedTuple):
+    level: Level
+    subject: str
+    text: str
+    """What was found, and for a warning or an error what to do."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print all findings; exits with 1 where one is an error."""
+    findings = list(examine(cli.parse(argv)))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for level, subject, text in findings:
+        table.add_row(f"[{_STYLES[level]}]{level}[/]", subject, text.replace("[", "\\["))
+    Console().print(table)
+    raise SystemExit(any(finding.level == "error" for finding in findings))
+
+
+def examine(args: Namespace) -> Iterator[Finding]:
+    """Every finding, in the order of a start; what rests on a thing that is wrong is left out."""
+    yield from _software()
+    yield from _settings(args)
+    if not args.model:
+        return
+    findings, base = _model(args)
+    yield from findings
+    if base is None:
+        return
+    yield from _proxies(args, base)
+    yield from _judge(args, base)
+    yield from _memory(args)
+    yield from _access(args)
+
+
+def _software() -> Iterator[Finding]:
+    found = vllm.__version__.partition("+")[0]
+    if found == VLLM_VERSION:
+        yield Finding("ok", "vLLM", f"{vllm.__version__}, torch {torch.__version__}")
+    else:
+        yield Finding(
+            "error",
+            "vLLM",
+            f"{vllm.__version__}, and Assent is built on the internals of {VLLM_VERSION}: run `make install`",
+        )
+    if current_platform.is_cuda():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's choice of")
+        yield Finding(
+            "ok",
+            "device",
+            f"{torch.cuda.device_count()} × {', '.join(names)}; {runner} model runner",
+        )
+    elif current_platform.is_cpu():
+        yield Finding("ok", "device", f"CPU, {psutil.cpu_count()} cores; model runner V1")
+
+
+def _settings(args: Namespace) -> Iterator[Finding]:
+    """What `check_server` refuses, and the port."""
+    yield from _refused(
+        "flags", lambda: cli.check_server(args), "nothing that does not go together"
+    )
+    with socket.socket() as probe:
+        try:
+            probe.bind((args.host or "127.0.0.1", args.port))
+        except OSError as error:
+            yield Finding(
+                "error",
+                "port",
+                f"{args.host}:{args.port}: {error.strerror}; take another with --port",
+            )
+        else:
+            yield Finding("ok", "port", f"{args.host}:{args.port} is free")
+
+
+def _model(args: Namespace) -> tuple[list[Finding], BaseModelId | None]:
+    """The LLM's identity, where nothing is wrong with it."""
+    try:
+        base = identify(args.model, args.revision, cache_dir=args.download_dir)
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    except (OSError, ValueError) as error:
+        return [Finding("error", "model", _line(error))], None
+    text = config.get_text_config()
+    name = (config.architectures or ["an unnamed architecture"])[0]
+    if name not in vllm.ModelRegistry.get_supported_archs():
+        return [Finding("error", "model", f"vLLM {VLLM_VERSION} does not serve {name}")], None
+    sizes = f"hidden size {text.hidden_size}, vocabulary {text.vocab_size}"
+    about = Finding("ok", "model", f"{name}, {sizes}, fingerprint {base.fingerprint[:12]}")
+    if args.chat_template or tokenizer.chat_template:
+        return [about, Finding("ok", "chat template", "there is one")], base
+    nobody = "there is none, so nobody can chat: name a file with --chat-template"
+    return [about, Finding("warning", "chat template", nobody)], base
+
+
+def _proxies(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
+    try:
+        proxies = cli.parse_proxies(args.proxy, args.shadow)
+    except cli.REFUSED as error:
+        yield Finding("error", "proxies", _line(error))
+        return
+    for proxy in proxies:
+        try:
+            found = load(proxy.directory, base=base)
+        except cli.REFUSED as error:
+            yield Finding("error", f"proxy {proxy.name}", _line(error))
+            continue
+        about = f"version {found.version}, {found.network.num_parameters():,} parameters"
+        yield Finding("ok", f"proxy {proxy.name}", about + (", a shadow" * proxy.shadow))
+    if args.proxy_root is not None:
+        root = args.proxy_root.expanduser()
+        if not root.is_dir():
+            yield Finding("error", "proxy root", f"{root}: there is no such directory")
+        elif not os.access(root, os.W_OK):
+            text = f"{root} cannot be written: what is loaded over HTTP will not be remembered"
+            yield Finding("warning", "proxy root", text)
+        else:
+            yield Finding("ok", "proxy root", str(root))
+
+
+def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
+    principles: dict[str, Principle] = {}
+
+    def read() -> None:
+        principles.update(cli.find_principles(args, cli.check_judges(args, base)))
+
+    yield from _refused("judges", read, f"{len(args.judge)} beside the LLM itself")
+    tokenizer: Any = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    for name, principle in principles.items():
+        try:
+            labels = label_ids(tokenizer, principle)
+        except (ValueError, TemplateError) as error:
+            yield Finding("warning", f"principle {name}", f"{_line(error)}: /judge will not work")
+        else:
+            yield Finding("ok", f"principle {name}", f"labels are the tokens {labels}")
+
+
+def _memory(args: Namespace) -> Iterator[Finding]:
+    """The files' weights against what is free; vLLM takes its cache of the rest."""
+    files = list(Path(args.model).expanduser().glob("*.safetensors"))
+    if not files:  # a hub id
+        return
+    weights = sum(file.stat().st_size for file in files) / args.tensor_parallel_size
+    if current_platform.is_cuda():
+        free, total = torch.cuda.mem_get_info()
+        free = min(free, int(total * args.gpu_memory_utilization))
+    else:
+        free = psutil.virtual_memory().available
+    text = f"{weights / GIB:.1f} GiB of weights a device, {free / GIB:.1f} GiB free"
+    if weights > 0.9 * free:
+        text += ": the cache needs room too; use more devices (--tensor-parallel-size) or a smaller model"
+    yield Finding("error" if weights > 0.9 * free else "ok", "memory", text)
+
+
+def _access(args: Namespace) -> Iterator[Finding]:
+    environment = dict(os.environ)  # keys are taken out of it
+    keys = [key for key in (args.api_key or [environment.get("VLLM_API_KEY")]) if key]
+    try:
+        access = read_access(args.access and args.access.expanduser(), keys, environment)
+    except cli.REFUSED as error:
+        yield Finding("error", "keys", _line(error))
+        return
+    is_loopback = args.host in ("localhost", "127.0.0.1", "::1")
+    if access.callers:
+        admins = sum(caller.admin for caller in access.callers.values())
+        yield Finding("ok", "keys", f"{len(access.callers)}, {admins} of administrators")
+        if args.proxy_root is not None and not admins:
+            text = "no key is an administrator's, so nobody may load proxies: set ASSENT_ADMIN_KEYS"
+            yield Finding("warning", "keys", text)
+    elif is_loopback:
+        yield Finding("ok", "keys", "none; only this machine can reach the server")
+    else:
+        text = f"anybody who reaches {args.host} may use the server: set ASSENT_API_KEYS"
+        yield Finding("warning", "keys", text)
+
+
+def _refused(subject: str, check: Callable[[], None], good: str) -> Iterator[Finding]:
+    try:
+        check()
+    except cli.REFUSED as error:
+        yield Finding("error", subject, _line(error))
+    else:
+        yield Finding("ok", subject, good)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
