@@ -1,0 +1,132 @@
+"""Requests that nobody would send: whatever they say, the answer is no 5xx, and the engine lives."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+
+import httpx
+
+from tests.server.conftest import ADMIN_KEY
+
+HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
+TURN = [{"role": "user", "content": "How do I look after my freezer?"}]
+CASES = 5000
+AT_ONCE = 32
+
+NUMBERS = [0, 1, 2, 3, -1, 0.5, 1.0, 16, 17, 64, 65, 1024, 2**31, 2**63, 2**64, 1e308, -1e-320]
+TEXTS = [
+    *("", "aligned", "polite", "nobody", "assent-demo", "overall", "knock-out", "final-four"),
+    *("../../etc/passwd", "aligned\x00", "ä\u202e🙂", "\ud800", "a" * 5000, "null", "1", "true"),
+]
+OTHERS = [None, True, False, [], {}, [[]], {"": {}}, ["aligned"], {"proxy": "aligned"}, "NaN"]
+FIELDS = {
+    "proxy": ["aligned", "polite", "nobody", "", None],
+    "strength": [0, 0.5, 1, 16, 16.1, -1],
+    "max_rejections": [0, 1, 5, 1024, 1025, None],
+    "trace": [True, False],
+    "best_of": [1, 2, 3, 0, 65],
+    "judge": None,
+    "sample_timeout": [0.5, 10, 0, -1],
+    "shadow": [True, False],
+    "version": ["0", None],
+    "unknown": [1],
+}
+JUDGE_FIELDS = {
+    "principles": [["overall"], [], ["overall", "overall"], ["nobody"], None],
+    "kind": ["pairwise", "likelihood", "other"],
+    "strategy": ["knock-out", "final-four", "round-robin", "other"],
+    "seed": [0, 7, -1, 2**63],
+    "more": [1],
+}
+AROUND = {
+    "n": [1, 2, 3, 0, -1, "2"],
+    "stream": [True, False],
+    "seed": [1, -1, 2**63, "x"],
+    "temperature": [0, 1, 2, -1],
+    "top_k": [1, 16, -1, 0],
+    "max_tokens": [1, 2, 0],
+    "logprobs": [True],
+    "top_logprobs": [1, 20],
+    "stop": ["a", ["a", "b"]],
+    "use_beam_search": [True],
+    "response_format": [{"type": "json_object"}, {"type": "text"}],
+    "model": ["assent-demo", "assent-demo:aligned", "assent-demo:", ":aligned", "a:b:c", 3],
+    "vllm_xargs": [{"alignment": {}}, {"a": 1}, 3],
+}
+
+
+def anything(rng, depth=0):
+    """A value of any type; objects and lists a few levels deep, now and then very deep."""
+    kind = rng.randrange(10)
+    if kind < 3:
+        return rng.choice(NUMBERS)
+    if kind < 6:
+        return rng.choice(TEXTS)
+    if kind < 8 or depth > 3:
+        return rng.choice(OTHERS)
+    if kind == 8:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(TEXTS): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def some_of(rng, fields):
+    """Some of the fields, with values that fit, nearly fit, or are anything."""
+    found = {}
+    for name in rng.sample(list(fields), rng.randint(0, 3)):
+        usual = fields[name]
+        if rng.random() < 0.3 or usual is None:
+            found[name] = some_of(rng, JUDGE_FIELDS) if name == "judge" else anything(rng)
+        else:
+            found[name] = rng.choice(usual)
+    return found
+
+
+def body_of(rng):
+    alignment = some_of(rng, FIELDS) if rng.random() < 0.9 else anything(rng)
+    body = {"model": "assent-demo", "messages": TURN, "max_tokens": 2, "alignment": alignment}
+    if rng.random() < 0.4:
+        body |= some_of(rng, AROUND)
+    text = json.dumps(body)
+    if rng.random() < 0.02:  # cut, or doubled somewhere
+        place = rng.randrange(len(text))
+        text = text[:place] + (text[place - 1 :] if rng.random() < 0.5 else "")
+    if rng.random() < 0.01:
+        text = text.replace('"alignment": ', '"alignment": ' + "[" * 3000, 1)
+    return text.encode()
+
+
+def test_alignment_fields(server, http):
+    rng = random.Random(0)
+    bodies = [body_of(rng) for _ in range(CASES)]
+
+    async def send_all():
+        waiting, statuses, failed = list(enumerate(bodies)), Counter(), []
+        async with httpx.AsyncClient(base_url=server.url, headers=HEADERS, timeout=60) as client:
+
+            async def work():
+                while waiting:
+                    _, body = waiting.pop()
+                    answer = await client.post("/v1/chat/completions", content=body)
+                    statuses[answer.status_code] += 1
+                    if answer.status_code >= 500:
+                        failed.append((answer.text[:300], body[:600]))
+
+            await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+        return statuses, failed
+
+    before = known_good(http)
+    statuses, failed = asyncio.run(send_all())
+    assert failed == []
+    assert sum(statuses.values()) == CASES
+    assert set(statuses) == {200, 400, 404}
+    assert min(statuses[200], statuses[400]) > CASES / 10  # it reaches behind the validation, too
+    assert http.get("/health").status_code == 200
+    assert known_good(http) == before
+    # No request is left behind that keeps a proxy.
+    assert {proxy["in_flight"] for proxy in http.get("/proxies").json()["data"]} == {0}
+
+
+def known_good(http):
+    body = {"model": "assent-demo:aligned", "messages": TURN, "seed": 5, "max_tokens": 12}
+    return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
