@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import re
+from pathlib import Path
 
 import httpx
 import openai
@@ -73,6 +74,30 @@ def test_only_an_administrator_changes_proxies(server):
     )
     assert answer.status_code == 403
     assert "ASSENT_ADMIN_KEYS" in answer.json()["error"]["message"]
+
+
+def test_other_origins_are_not_allowed(server):
+    """A browser asks first, without the key, and is told nothing that would let a page go on."""
+    asks = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/v1/chat/completions", headers=asks)
+    assert "access-control-allow-origin" not in answer.headers
+    answer = httpx.get(f"{server.url}/health", headers={"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_keys_are_in_no_log(server):
+    for key in ("sk-a-wrong-one", API_KEY):
+        headers = {"Authorization": f"Bearer {key}"}
+        body = {"model": "nobody", "messages": []}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code in (400, 401, 404) and key not in answer.text
+    log = server.log.read_text(errors="replace")
+    assert "non-default args" in log  # where vLLM would show them
+    for key in ("sk-a-wrong-one", API_KEY, ADMIN_KEY, LIMITED_KEY):
+        assert key not in log
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    for pid in children.split():
+        assert ADMIN_KEY.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 TURN = [{"role": "user", "content": "Hi."}]

@@ -1,6 +1,7 @@
 """Reading the worker's counts, without a worker."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 from server.receipts import WorkerReader, sum_counts
 
@@ -105,3 +106,24 @@ def test_a_client_that_gives_up_does_not_disturb_the_others():
         return await stays
 
     assert list(asyncio.run(run())) == [("chatcmpl-2", 0)]
+
+
+def test_clients_with_the_same_request_id(http):
+    """Nobody gets another's counts or trace, not even of an id that both have chosen."""
+
+    def ask(tokens):
+        body = {
+            "model": "assent-demo",
+            "messages": [{"role": "user", "content": "Hi."}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "alignment": {"proxy": "aligned", "trace": tokens % 2 == 0},
+        }
+        headers = {"X-Request-Id": "the-same"}
+        return http.post("/v1/chat/completions", json=body, headers=headers).json()["alignment"]
+
+    sizes = [10, 11, 24, 25, 40, 41]
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        for tokens, found in zip(sizes, pool.map(ask, sizes), strict=True):
+            assert found["accepted"] + found["forced"] == tokens
+            assert [len(trace) for trace in found.get("trace", [])] == [tokens] * (tokens % 2 == 0)
