@@ -65,21 +65,22 @@ def serve(argv: Sequence[str]) -> None:
     prefer_settings(args)
     if args.request_log:
         write_to_stdout()
-    install(
-        AssentPlugin(
-            proxies=proxies,
-            access=access,
-            max_body_bytes=args.max_body_bytes,
-            log_texts=args.log_texts,
-            drain_seconds=args.drain_seconds,
-            base=base,
-            proxy_root=args.proxy_root,
-            principles=principles,
-            adapters=adapters,
-            feedback=feedback,
-        )
+    plugin = AssentPlugin(
+        proxies=proxies,
+        access=access,
+        max_body_bytes=args.max_body_bytes,
+        log_texts=args.log_texts,
+        drain_seconds=args.drain_seconds,
+        base=base,
+        proxy_root=args.proxy_root,
+        principles=principles,
+        adapters=adapters,
+        feedback=feedback,
     )
+    install(plugin)
     uvloop.run(run_server(args))
+    if plugin.engine_died:  # vLLM ends as if all were well, and no supervisor would start it again
+        raise SystemExit(1)
 
 
 async def run_server(args: Namespace) -> None:

@@ -60,6 +60,8 @@ class AssentPlugin:
         self.principles = principles
         self.adapters = adapters or {}
         self.feedback = feedback
+        self.engine_died = False
+        """Known when the server has stopped."""
 
     def attach_router(self, app: FastAPI) -> None:
         for module in (chat, completions, feedback, judging, listing, managing):
@@ -100,7 +102,20 @@ class AssentPlugin:
             counts=WorkerReader(engine_client, "take_alignment_counts"),
             traces=WorkerReader(engine_client, "take_traces"),
         )
+        self._notice_its_death(engine_client)
         guard(engine_client, models, prompt_logprobs_refused=_why_no_prompt_logprobs(engine_client))
+
+    def _notice_its_death(self, engine: EngineClient) -> None:
+        """An engine that is to be shut down and runs no longer has died."""
+        shutdown, asked = engine.shutdown, False
+
+        def noticed(*args: Any, **options: Any) -> Any:
+            nonlocal asked
+            self.engine_died |= engine.errored and not asked
+            asked = True
+            return shutdown(*args, **options)
+
+        engine.shutdown = noticed
 
 
 def install(plugin: AssentPlugin) -> None:

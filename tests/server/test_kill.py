@@ -1,0 +1,73 @@
+"""The engine's processes killed under load: whoever waits learns of it, and nothing is left behind."""
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.conftest import proxy_flags, serving
+
+WAIT_SECONDS = 60
+APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""The engine in processes of its own, as larger models have it."""
+
+
+BODY = {
+    "model": "assent-demo:aligned",
+    "messages": [{"role": "user", "content": "Hi."}],
+    "max_tokens": 900,
+    "ignore_eos": True,
+}
+
+
+def whole(running):
+    url = f"{running.url}/v1/chat/completions"
+    return httpx.post(url, json=BODY, timeout=WAIT_SECONDS)
+
+
+def streamed(running, begun):
+    """All that came, `begun` told of the first of it; None where it was cut off without a word."""
+    url, text = f"{running.url}/v1/chat/completions", ""
+    try:
+        with httpx.stream(
+            "POST", url, json=BODY | {"stream": True}, timeout=WAIT_SECONDS
+        ) as answer:
+            for line in answer.iter_lines():
+                text += line
+                begun.release()
+    except httpx.RemoteProtocolError:
+        return None
+    return text
+
+
+def find(running, name):
+    """The process of the server's that vLLM calls so."""
+    family = psutil.Process(running.process.pid).children(recursive=True)
+    (found,) = [each for each in family if name in " ".join(each.cmdline())]
+    return family, found
+
+
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+def test_the_engine_is_killed(tmp_path, name):
+    with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
+        family, victim = find(running, name)
+        begun = Semaphore(0)
+        with ThreadPoolExecutor(4) as pool:
+            answer = pool.submit(whole, running)
+            streams = [pool.submit(streamed, running, begun) for _ in range(3)]
+            for _ in streams:
+                assert begun.acquire(timeout=WAIT_SECONDS)
+            victim.send_signal(signal.SIGKILL)
+            refused = answer.result(WAIT_SECONDS)
+            assert refused.status_code >= 500 and refused.json()["error"]["message"]
+            for stream in streams:
+                text = stream.result(WAIT_SECONDS)
+                assert text is None or '"error"' in text
+        assert running.process.wait(WAIT_SECONDS) != 0  # so that a supervisor starts it again
+        _, left = psutil.wait_procs(family, timeout=WAIT_SECONDS)
+        assert left == []
+    lines = (tmp_path / "log").read_text(errors="replace").splitlines()
+    logged = [line for line in lines if line.startswith('{"time"') and "chat/completions" in line]
+    assert len(logged) == 4
