@@ -2,6 +2,7 @@
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from threading import Semaphore
 
 import httpx
 import psutil
