@@ -1,6 +1,7 @@
 """What each job of the self-judge comparison does. The gold scorer grades; trainings never see it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +42,7 @@ from training.world import __main__ as world_files
 from training.world import gold, principles
 
 SAMPLES = 16
+CEILING = "gold itself"
 MORE = "pairs.jsonl"
 
 
@@ -171,9 +173,25 @@ def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
                 if len(standing[0]) == 1:
                     break
                 standing = knock_out_round(judge, world.texts, standing)
+        rows[CEILING] = ceiling(world.texts, texts, reference)
         return {"rows": rows}
 
     return Job(f"best-of-{speaker}/{seed}", run, (f"frozen/{seed}", samples, *judges_of(seed)))
+
+
+def ceiling(
+    prompts: Sequence[str], texts: Sequence[Sequence[str]], reference: Sequence[str]
+) -> dict[int, Any]:
+    """The best of N by gold itself, which no judge can surpass; of the same N as a knock-out's brackets."""
+    sizes = [2**i for i in range(len(texts).bit_length())]
+    chosen = {
+        size: [
+            max(row, key=lambda text: gold.score(prompt, text))
+            for prompt, row in zip(prompts, zip(*texts[:size], strict=True), strict=True)
+        ]
+        for size in sizes
+    }
+    return {size: win_rate(prompts, best, reference) for size, best in chosen.items()}
 
 
 def make_strategies(seed: int, num_prompts: int) -> Job:

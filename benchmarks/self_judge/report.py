@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.report import pooled_error
 from benchmarks.self_judge.judges import JUDGES, Rate
+from benchmarks.self_judge.methods import CEILING
 from benchmarks.self_judge.plan import SPEAKERS
 
 PUBLISHED = Path("docs/results/proxy_rlhf.json")
@@ -160,6 +161,7 @@ def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
     """Best of N by every judge, a panel for each speaker."""
     figure = Figure(figsize=(4 * len(SPEAKERS), 4), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(JUDGES)} | {CEILING: "grey"}
     panels = figure.subplots(1, len(SPEAKERS), sharey=True)
     for axes, speaker in zip(panels, SPEAKERS, strict=True):
         found = [figures["best_of"][speaker] for figures in by_seed.values()]
@@ -175,7 +177,7 @@ def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
                 markersize=3,
                 capsize=2,
                 label=name,
-                color=f"C{list(JUDGES).index(name)}",
+                color=colours[name],
             )
         axes.set_xscale("log", base=2)
         axes.set_title(speaker, fontsize=9)

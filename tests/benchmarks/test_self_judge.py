@@ -13,7 +13,7 @@ from benchmarks.jobs import Job, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.self_judge import report
 from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, play_known
-from benchmarks.self_judge.methods import SAMPLES
+from benchmarks.self_judge.methods import CEILING, SAMPLES, ceiling
 from benchmarks.self_judge.plan import SPEAKERS, all_jobs
 from judge.prompts import Question
 from judge.tournament import replay
@@ -74,6 +74,15 @@ def test_a_tournament_of_known_rulings(name: str, asked: int) -> None:
     assert replay(receipt.as_json()) == receipt.ranking
 
 
+def test_the_ceiling_is_golds_own_choice() -> None:
+    prompt = "Thank you for your help with my pony."
+    good = "It was nice to talk about your pony."
+    rude = f"Use your head. {good}"
+    cut = f"{rude} Another thing is that"
+    found = ceiling([prompt] * 2, [[cut, rude], [rude, rude], [good, cut], [cut, good]], [rude] * 2)
+    assert {size: rate for size, (rate, _) in found.items()} == {1: 0.25, 2: 0.5, 4: 1.0}
+
+
 def test_identical_answers_tie() -> None:
     (one, other) = all_rulings(longer_wins, "p", ["same", "same"]).values()
     assert one.winner == other.winner == "tie"
@@ -106,6 +115,7 @@ def test_jobs_leave_what_the_report_reads(tmp_path: Path) -> None:
     assert set(judged["judges"]) == {*JUDGES, "self-judge, LoRA, majority"}
     assert judged["judges"]["likelihood ratio, LoRA"]["consistency"][0] == 1
     best = setting.result("best-of-frozen/0")["rows"]
+    assert set(best) == {*JUDGES, CEILING}
     assert {len({tuple(rows["1"]) for rows in best.values()})} == {1}  # the same first answers
     assert all(list(map(int, rows)) == [1, 2, 4, 8, SAMPLES] for rows in best.values())
     strategies = setting.result("strategies/0")["strategies"]
