@@ -1,0 +1,13 @@
+"""The bundled world's gold scorer as a grader: `judge.plan --grader benchmarks.gold:scores`. It is never a reward."""
+
+from collections.abc import Sequence
+
+from training.world import gold
+
+
+def scores(prompts: Sequence[Sequence[dict[str, str]]], completions: Sequence[str]) -> list[float]:
+    """Of answers to prompts of the world's, of one turn each."""
+    return [
+        gold.score(prompt[-1]["content"], completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

@@ -1,0 +1,95 @@
+"""The planner: its choice by hand, and a real run against the server."""
+
+import json
+
+import pytest
+
+from judge import plan
+from judge.plan import Measured, Options, Way
+from tests.server.conftest import API_KEY
+
+
+def row(name, win_rate, seconds, tokens):
+    proxy, _, n = name.partition(" ")
+    way = Way(None if proxy == "plain" else proxy, int(n))
+    return Measured(way, win_rate, 0.01, seconds, 2 * seconds, tokens)
+
+
+ROWS = [
+    row("plain 1", 0.5, 0.10, 60),
+    row("plain 4", 0.70, 0.30, 500),
+    row("aligned 1", 0.72, 0.11, 60),
+    row("aligned 4", 0.75, 0.31, 500),
+    row("aligned 8", 0.755, 0.60, 1000),
+    row("plain 8", 0.73, 0.70, 1100),
+]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens", "name"),
+    [
+        (None, None, "aligned, best of 4"),  # 8 wins no more than its error, at twice the cost
+        (0.25, None, "aligned, best of 1"),
+        (0.21, None, "plain, best of 1"),
+        (None, 600, "aligned, best of 4"),
+        (None, 100, "aligned, best of 1"),
+        (1.3, 2000, "aligned, best of 4"),
+        (0.1, None, None),
+    ],
+)
+def test_the_fit_for_a_budget(seconds, tokens, name):
+    fit = plan.choose(ROWS, seconds, tokens)
+    assert (fit and fit.way.name) == name
+
+
+def test_what_is_dominated():
+    names = [each.way.name for each in ROWS if plan.is_dominated(each, ROWS)]
+    assert names == ["plain, best of 4", "plain, best of 8"]
+    assert not plan.is_dominated(ROWS[0], [ROWS[0], ROWS[0]])
+
+
+def test_a_run(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # of the table
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["How do I look after my freezer?", "Can I open my kettle with a fork?", "Hi."]
+    lines = [json.dumps({"prompt": text}) for text in texts[:2]]
+    lines.append(json.dumps({"prompt": [{"role": "user", "content": texts[2]}]}))
+    prompts.write_text("\n".join(lines))
+    options = Options(
+        prompts=prompts,
+        output=tmp_path,
+        base_url=server.url,
+        api_key=API_KEY,
+        proxies=("aligned",),
+        best_of=(1, 2),
+        max_completion_tokens=8,
+        concurrency=2,
+    )
+    plan.main(options)
+    rows = {each["way"]["proxy"]: [] for each in json.loads((tmp_path / "plan.json").read_text())}
+    for each in json.loads((tmp_path / "plan.json").read_text()):
+        rows[each["way"]["proxy"]].append(each)
+    assert [each["way"]["best_of"] for each in rows[None]] == [1, 2]
+    assert [each["way"]["best_of"] for each in rows["aligned"]] == [1, 2]
+    assert rows[None][0]["win_rate"] == 0.5
+    assert rows["aligned"][1]["tokens"] > 2 * rows["aligned"][0]["tokens"]
+    assert all(0 < each["seconds"] <= each["seconds_95"] * 1.5 for each in rows["aligned"])
+    first = capsys.readouterr().out
+    assert "→" in first and "aligned, best of 2" in first
+    plan.main(Options(measured=tmp_path / "plan.json", max_tokens=1))
+    assert "Nothing is within the budget" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "line 1: is no JSON object with `prompt`"), ("", "has no prompts"), ("x", "line 1")],
+)
+def test_prompts_that_are_none(tmp_path, text, message):
+    (tmp_path / "prompts.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plan.main(Options(prompts=tmp_path / "prompts.jsonl"))
+
+
+def test_a_grader_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="expected module:function"):
+        plan.main(Options(prompts=tmp_path / "prompts.jsonl", grader="nowhere:nothing"))
