@@ -1,0 +1,212 @@
+"""The dashboard and the alerts: what they ask for exists, and a Prometheus answers it."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.server.conftest import DEMO, MODEL, proxy_flags, serving
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGURATION = REPOSITORY / "deploy" / "prometheus"
+DASHBOARD = json.loads((REPOSITORY / "deploy/grafana/dashboards/assent.json").read_text())
+PROVISIONING = REPOSITORY / "deploy" / "grafana" / "provisioning"
+KEY = "sk-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+QUESTION = [{"role": "user", "content": "Can I open my kettle with a fork?"}]
+WAIT_SECONDS = 240  # five scrapes, on a machine that may be busy
+
+# Neither ours nor vLLM's: Prometheus's own, and vLLM's middleware.
+OTHERS = {"up", "http_requests_total"}
+# What PromQL itself has.
+WORDS = {"sum", "rate", "increase", "by", "histogram_quantile"}
+
+
+def dashboard_queries() -> list[str]:
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert all(panel["datasource"]["uid"] == "prometheus" for panel in panels)
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [query.replace("$__rate_interval", "1m") for query in queries]
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((CONFIGURATION / "alerts.yml").read_text())["groups"]
+    return group["rules"]
+
+
+def names(query: str) -> set[str]:
+    """The metrics that a query names."""
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)", " ", query)
+    return set(re.findall(r"[a-z_][\w:]*", bare)) - WORDS
+
+
+def test_names():
+    query = 'sum by (a, b) (rate(vllm:x_y_total{c="d"}[5m])) / histogram_quantile(0.5, up) > 10'
+    assert names(query) == {"vllm:x_y_total", "up"}
+
+
+def test_every_metric_is_documented():
+    text = (REPOSITORY / "docs" / "operations.md").read_text()
+    documented = set(re.findall(r"^\| `(assent_\w+)` \|", text, re.MULTILINE))
+    asked = set().union(*map(names, [*dashboard_queries(), *(rule["expr"] for rule in alerts())]))
+    assert {name for name in asked if name.startswith("vllm:")}
+    ours = {
+        re.sub("_(bucket|sum|count)$", "", name) for name in asked if name.startswith("assent_")
+    }
+    assert ours <= documented
+    assert {name for name in asked if not name.startswith(("assent_", "vllm:"))} == OTHERS
+
+
+def test_the_dashboard():
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert rows == ["Alignment", "Judging", "Engine"]
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    source = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())
+    scrape = yaml.safe_load((CONFIGURATION / "prometheus.yml").read_text())["global"]
+    (provisioned,) = source["datasources"]
+    assert provisioned["uid"] == "prometheus"
+    assert provisioned["jsonData"]["timeInterval"] == scrape["scrape_interval"]
+    compose = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"]["grafana"]
+    provider = yaml.safe_load((PROVISIONING / "dashboards" / "assent.yml").read_text())
+    path = provider["providers"][0]["options"]["path"]
+    assert f"./deploy/grafana/dashboards:{path}:ro" in compose["volumes"]
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Our configuration in a Prometheus of this machine, watching a server that has done all it can."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("there is no `prometheus` on the PATH (Debian: apt-get install prometheus)")
+    directory = tmp_path_factory.mktemp("prometheus")
+    flags = [f"--shadow=next={DEMO / 'proxies' / 'polite'}", "--proxy-root", DEMO / "proxies"]
+    flags += ["--feedback", directory / "feedback.db"]
+    environment = {"ASSENT_API_KEYS": KEY, "ASSENT_ADMIN_KEYS": "sk-the-tests-admin"}
+    with serving(
+        directory / "server.log", *proxy_flags(), *flags, environment=environment
+    ) as server:
+        address = f"127.0.0.1:{_free_port()}"
+        configuration = _configure(directory, server.url.removeprefix("http://"))
+        with (directory / "prometheus.log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    program,
+                    f"--config.file={configuration}",
+                    f"--storage.tsdb.path={directory / 'data'}",
+                    f"--web.listen-address={address}",
+                ],
+                stderr=log,
+            )
+        try:
+            with httpx.Client(base_url=f"http://{address}", timeout=60) as client:
+                _wait(lambda: _target(client).get("health") == "up", directory)
+                # Their counters start at 0 only now: a rate needs to see that, and then a rise.
+                _use(server.url)
+                yield client
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_the_target_is_up(prometheus):
+    target = _target(prometheus)
+    assert (target["health"], target["lastError"]) == ("up", "")
+    assert target["labels"]["job"] == "assent"
+
+
+def test_every_query_of_the_dashboard_has_data(prometheus):
+    missing = dashboard_queries()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while missing and time.monotonic() < deadline:
+        missing = [query for query in missing if not _query(prometheus, query)]
+        time.sleep(2)
+    assert not missing
+
+
+def test_every_alert_is_evaluated(prometheus):
+    (group,) = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+    assert [rule["name"] for rule in group["rules"]] == [rule["alert"] for rule in alerts()]
+
+    def evaluated():
+        (group,) = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+        return all(rule["health"] == "ok" for rule in group["rules"])
+
+    _wait(evaluated, None)
+    for rule in alerts():
+        _query(prometheus, rule["expr"])
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+
+
+def _configure(directory: Path, target: str) -> Path:
+    """Our files, but for the target and the key's place."""
+    shutil.copy(CONFIGURATION / "alerts.yml", directory)
+    (directory / "key").write_text(KEY)
+    text = (CONFIGURATION / "prometheus.yml").read_text()
+    for old, new in (("/run/secrets/metrics_key", str(directory / "key")), ("assent:8000", target)):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file = directory / "prometheus.yml"
+    file.write_text(text)
+    return file
+
+
+def _use(url: str) -> None:
+    """One request of every kind that leaves a mark in a metric."""
+    with httpx.Client(base_url=url, headers=HEADERS, timeout=120) as client:
+
+        def post(route: str, key: str = KEY, **body: Any) -> None:
+            answer = client.post(route, json=body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.is_success, answer.text
+
+        chat = {"model": f"{MODEL}:aligned", "messages": QUESTION, "max_tokens": 40}
+        post("/proxies", "sk-the-tests-admin", name="more", path="aligned")
+        for seed in range(3):
+            post("/v1/chat/completions", **chat, seed=seed, alignment={"best_of": 3})
+        pair = {
+            "response_a": "To look after your freezer, pull the plug first.",
+            "response_b": "Go.",
+        }
+        post("/judge", prompt="How do I look after my freezer?", **pair)
+        post("/feedback", prompt="Hi.", better="a", **pair)
+        endless = chat | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=endless) as answer:
+            next(answer.iter_lines())  # and away
+
+
+def _query(client: httpx.Client, query: str) -> list[Any]:
+    answer = client.get("/api/v1/query", params={"query": query}).json()
+    assert answer["status"] == "success", (query, answer)
+    return answer["data"]["result"]
+
+
+def _target(client: httpx.Client) -> dict[str, Any]:
+    try:
+        (target,) = client.get("/api/v1/targets").json()["data"]["activeTargets"]
+    except (httpx.TransportError, ValueError):  # it is not there yet
+        return {}
+    return target
+
+
+def _wait(is_so, directory: Path | None) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        log = (directory / "prometheus.log").read_text() if directory else ""
+        assert time.monotonic() < deadline, f"it never came to be\n{log[-3000:]}"
+        time.sleep(0.5)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
