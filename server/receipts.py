@@ -11,6 +11,7 @@ from typing import Any
 
 from server.proxies import WorkerCalls
 
+CALL_SECONDS = 30.0
 COUNTS = ("proposed", "accepted", "rejected", "forced")
 
 BySample = dict[tuple[str, int], Any]
@@ -52,7 +53,10 @@ class WorkerReader:
             failure: Exception | None = None
             try:
                 wanted = [request_id for ids, _ in batch for request_id in ids]
-                per_rank = await self.worker.collective_rpc(self.method, args=(wanted,))
+                # An engine that is being taken down never answers.
+                per_rank = await asyncio.wait_for(
+                    self.worker.collective_rpc(self.method, args=(wanted,)), CALL_SECONDS
+                )
                 found = {_sample(key): value for key, value in per_rank[0].items()}  # all alike
             except Exception as error:  # whatever it is, those who wait must learn of it
                 failure = error

@@ -120,7 +120,7 @@ def test_nobody_is_root_and_what_is_written_can_be(steps):
 
 def test_a_rollout_leaves_time_for_what_is_under_way():
     container = POD["containers"][0]
-    (drain,) = (flag for flag in container["args"] if flag.startswith("--shutdown-timeout="))
+    (drain,) = (flag for flag in container["args"] if flag.startswith("--drain-seconds="))
     _, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
     assert POD["terminationGracePeriodSeconds"] >= int(seconds) + int(drain.split("=")[1]) + 30
     assert DEPLOYMENT["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0

@@ -3,6 +3,8 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from server.receipts import WorkerReader, sum_counts
 
 
@@ -94,6 +96,20 @@ def test_a_failure_reaches_everyone_who_waits_and_nobody_after():
     failed, after = asyncio.run(run())
     assert [str(error) for error in failed] == ["the engine is gone"] * 2
     assert after["chatcmpl-3", 0]["proposed"] == len("chatcmpl-3")
+
+
+def test_an_engine_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr("server.receipts.CALL_SECONDS", 0.05)
+
+    class Gone:
+        async def collective_rpc(self, method, *, args):
+            await asyncio.get_running_loop().create_future()
+
+    async def run():
+        return await asyncio.wait_for(reader(Gone()).take(["chatcmpl-1"]), 10)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
 
 
 def test_a_client_that_gives_up_does_not_disturb_the_others():
