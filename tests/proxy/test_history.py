@@ -246,6 +246,18 @@ def test_metrics_of_shadows(clock):
     assert value_of("shadow_tokens", **labels) == 7
 
 
+@pytest.mark.parametrize(("reports", "steps"), [(True, 2), (False, 0)])
+def test_what_the_hook_took(reports, steps):
+    before = value_of("hook_steps"), value_of("hook_seconds")
+    history = History(CPU, reports=reports, capacity=4)
+    for _ in range(2):
+        history.record_seconds(0.25)
+    history.flush_metrics()
+    history.flush_metrics()  # nothing twice
+    assert value_of("hook_steps") - before[0] == steps
+    assert value_of("hook_seconds") - before[1] == pytest.approx(0.25 * steps)
+
+
 def test_a_history_that_does_not_report_keeps_nothing():
     history = History(CPU, reports=False, capacity=4)
     rows = rows_of("silent")
@@ -299,7 +311,10 @@ class Traced:
         for _ in range(num):
             logits, hidden = torch.randn(len(rows.rows), V) * 3, torch.randn(len(rows.rows), H)
             seen: list[Any] = []
-            recorder = SimpleNamespace(record=lambda *step: seen.append(step))  # noqa: B023
+            recorder = SimpleNamespace(
+                record=lambda *step: seen.append(step),  # noqa: B023
+                record_seconds=self.history.record_seconds,
+            )
             mask = None if discarded is None else torch.tensor(discarded)
             positions = torch.randint(1000, (len(rows.rows),))
             top_k = torch.full((len(rows.rows),), 4)

@@ -35,6 +35,9 @@ class Recorder:
     def record(self, *step: Any) -> None:
         self.steps.append(step)
 
+    def record_seconds(self, seconds: float) -> None:
+        assert seconds > 0
+
     def record_shadow(self, proxy: Any, scored: torch.Tensor, changed: torch.Tensor) -> None:
         self.shadows.append((proxy.name, scored.tolist(), changed.tolist()))
 
