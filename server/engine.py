@@ -1,6 +1,6 @@
 """Every name of vLLM's that the routes use, in one place, and the engine as a reader of labels.
 
-Whoever upgrades vLLM reads this file, `cli` and `plugin`; no other file of the server imports it.
+Whoever upgrades vLLM reads this file, `cli`, `doctor` and `plugin`; no other of the server imports it.
 """
 
 from collections.abc import AsyncGenerator, Sequence

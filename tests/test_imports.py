@@ -27,6 +27,7 @@ VLLM_FILES = {
     "proxy/sampler_v2.py",
     "proxy/worker.py",
     "server/cli.py",
+    "server/doctor.py",
     "server/engine.py",
     "server/plugin.py",
     "training/rollout_vllm.py",

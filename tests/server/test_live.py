@@ -107,6 +107,7 @@ def test_load_use_unload(live, client, proxy_root):
     assert loaded["directory"] == str(proxy_root / "v2")
     assert loaded["num_bytes"] > 4 * loaded["num_parameters"] > 0
     assert loaded["training"]
+    assert loaded.pop("remembered") is True
     assert loaded in live.get("/proxies").json()["data"]
     assert "assent-demo:live" in {model.id for model in client.models.list().data}
 
