@@ -109,7 +109,7 @@ class RequestLog:
             line |= await _of_plan(plan, scope["app"].state.assent)
         if BODY in scope:
             line["request"] = json.loads(scope[BODY])
-        logger.info(json.dumps(line, ensure_ascii=False))
+        logger.info(json.dumps(line))
 
 
 async def _of_plan(plan: Plan, state: Served) -> dict[str, Any]:

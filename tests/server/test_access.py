@@ -331,6 +331,9 @@ def test_where_keys_come_from(tmp_path):
     assert all(caller.limits.max_samples == 8 for caller in found)
     assert [caller.limits.trace for caller in found] == [False, True, True, True, True]
     assert access.find(Headers({})) is None
+    other = read_access(None, ["ключ"], {})  # a header's bytes are read as Latin-1
+    sent = Headers(raw=[(b"authorization", "Bearer ключ".encode())])
+    assert other.find(sent) is not None
     nobody = read_access(None, [], {})
     assert nobody.find(Headers({})) is nobody.anybody
     assert nobody.anybody.admin
