@@ -232,11 +232,6 @@ def check_server(args: Namespace) -> None:
         )
     if args.prefill_context_parallel_size > 1:
         raise Refused("--prefill-context-parallel-size: proxies do not work with it yet")
-    if args.data_parallel_size > 1:
-        raise Refused(
-            "--data-parallel-size: what proxies did could be read from the first engine only; "
-            "start several servers behind a load balancer"
-        )
 
 
 def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseModelId | None:
@@ -300,7 +295,8 @@ def prefer_settings(args: Namespace) -> None:
     weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
     if not 0 < weights <= SMALL_MODEL_BYTES:
         return
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if args.data_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):

@@ -5,6 +5,7 @@ Whoever upgrades vLLM reads this file, `cli`, `doctor` and `plugin`; no other of
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -57,6 +58,7 @@ __all__ = [
     "UsageInfo",
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400
+    "Workers",
     "create_error_response",
     "decode_token_ids",
     "load_aware_call",
@@ -73,6 +75,23 @@ __all__ = [
 
 PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
 """Of a request to the engine that no proxy may act on or score, whatever its HTTP request says."""
+
+
+class Workers:
+    """The workers of all data-parallel engines; vLLM's own call hands out the first engine's answers."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine: Any = engine
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a method of every worker between two steps: a list of answers, one a rank.
+
+        An engine's error is raised at once, while the others still work on the call; whatever they
+        are asked next they do after it.
+        """
+        core = self._engine.engine_core
+        answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return list(chain.from_iterable(answers))
 
 
 def prompt_length(prompt: Any) -> int:

@@ -187,7 +187,7 @@ async def _counted(outputs: AsyncGenerator[Any, None], plan: Plan) -> AsyncGener
 async def _bring_up_to_date(state: Served) -> None:
     """Have the worker write its counters down, which it otherwise does every now and then."""
     with suppress(Exception):  # the engine may be dead; its last counters are worth a look then
-        await asyncio.wait_for(state.engine.collective_rpc("flush_metrics"), _FLUSH_SECONDS)
+        await asyncio.wait_for(state.workers.collective_rpc("flush_metrics"), _FLUSH_SECONDS)
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from server import chat, completions, feedback, judging, listing, managing
 from server.access import Access, AccessGuard
 from server.adapters import Adapter, JudgeKind
 from server.drain import Drain
+from server.engine import Workers
 from server.gate import Gate, guard
 from server.judges import Judges
 from server.keeper import Keeper
@@ -79,7 +80,8 @@ class AssentPlugin:
     ) -> None:
         assert engine_client is not None, "only vLLM's render server has no engine"
         models = state.openai_serving_models
-        proxies = Proxies(engine_client, base=self.base, root=self.proxy_root)
+        workers = Workers(engine_client)
+        proxies = Proxies(workers, base=self.base, root=self.proxy_root)
         for each in self.proxies:
             await proxies.load(each.name, each.directory, shadow=each.shadow)
         remembered = None
@@ -90,6 +92,7 @@ class AssentPlugin:
         keeper = Keeper(self.feedback) if self.feedback is not None else None
         state.assent = Served(
             engine=engine_client,
+            workers=workers,
             chat=state.openai_serving_chat,
             completion=state.openai_serving_completion,
             models=models,
@@ -99,8 +102,8 @@ class AssentPlugin:
                 engine_client, state.openai_serving_chat, self.principles, self.adapters, keeper
             ),
             keeper=keeper,
-            counts=WorkerReader(engine_client, "take_alignment_counts"),
-            traces=WorkerReader(engine_client, "take_traces"),
+            counts=WorkerReader(workers, "take_alignment_counts"),
+            traces=WorkerReader(workers, "take_traces"),
         )
         self._notice_its_death(engine_client)
         guard(engine_client, models, prompt_logprobs_refused=_why_no_prompt_logprobs(engine_client))

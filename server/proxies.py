@@ -213,7 +213,8 @@ class Proxies:
             )
         except EngineDeadError:
             raise
-        except Exception as error:  # the workers load on all ranks or on none
+        except Exception as error:  # an engine's ranks load it all or none; other engines may have
+            await self._unload_quietly(name, {version})
             raise Refusal(400, _worker_message(error)) from error
         found = {str(answer.get("version")) for answer in answers}
         if found != {version}:

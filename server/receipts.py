@@ -28,7 +28,7 @@ class WorkerReader:
     def __init__(self, worker: WorkerCalls, method: str) -> None:
         """
         Args:
-            worker: makes calls on every rank.
+            worker: makes calls on every rank; each request is one rank's to tell of.
             method: of the worker: request ids -> {engine's own id: anything}.
         """
         self.worker = worker
@@ -57,7 +57,7 @@ class WorkerReader:
                 per_rank = await asyncio.wait_for(
                     self.worker.collective_rpc(self.method, args=(wanted,)), CALL_SECONDS
                 )
-                found = {_sample(key): value for key, value in per_rank[0].items()}  # all alike
+                found = {_sample(key): each[key] for each in per_rank for key in each}
             except Exception as error:  # whatever it is, those who wait must learn of it
                 failure = error
             for ids, future in batch:

@@ -10,6 +10,7 @@ from server.engine import (
     OpenAIServingChat,
     OpenAIServingCompletion,
     OpenAIServingModels,
+    Workers,
 )
 from server.judges import Judges
 from server.keeper import Keeper
@@ -21,6 +22,7 @@ from server.remembered import Remembered
 @dataclass(frozen=True)
 class Served:
     engine: EngineClient
+    workers: Workers
     chat: OpenAIServingChat | None
     """vLLM's handler; None where the model cannot chat."""
     completion: OpenAIServingCompletion | None

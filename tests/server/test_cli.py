@@ -195,7 +195,6 @@ def test_no_model(cli, capsys):
         ("--api-server-count", "2"),
         ("--pipeline-parallel-size", "2"),
         ("--prefill-context-parallel-size", "2"),
-        ("--data-parallel-size", "2"),
         ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
         ("--enable-batch-sharded-sampling",),
     ],

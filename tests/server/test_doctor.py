@@ -52,11 +52,11 @@ def test_all_that_is_wrong_at_once(findings, tmp_path, monkeypatch):
         found = errors(
             findings(
                 *("--model", MODEL, "--proxy", f"cut={weights.parent}", "--shadow", "x=/nowhere"),
-                *("--port", str(taken.getsockname()[1]), "--data-parallel-size", "2"),
+                *("--port", str(taken.getsockname()[1]), "--pipeline-parallel-size", "2"),
                 *("--proxy-root", "/nowhere", "--judge", str(tmp_path)),
             )
         )
-    assert "several servers behind a load balancer" in found["flags"]
+    assert "--tensor-parallel-size" in found["flags"]
     assert "take another with --port" in found["port"]
     assert "proxy.safetensors" in found["proxy cut"]
     assert "cannot be read" in found["proxy x"]

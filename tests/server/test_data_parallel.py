@@ -1,0 +1,119 @@
+"""Two data-parallel engines behind one server: a proxy is on both or on none, and each tells of its own."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.server.conftest import proxy_flags, serving
+
+REQUESTS = 16
+MINE = {"model": "assent-demo", "alignment": {"proxy": "mine"}}
+QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
+
+
+@pytest.fixture(scope="module")
+def root(proxy_root, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("root")
+    shutil.copytree(proxy_root / "v2", directory / "v2")
+    shutil.copytree(proxy_root / "v3", directory / "poison")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(root, tmp_path_factory):
+    flags = ["--data-parallel-size", "2", "--proxy-root", root, *proxy_flags()]
+    # Kernels of bfloat16 round otherwise in another batch.
+    flags += ["--dtype", "float32", "--worker-cls", "tests.server.faulty_worker.FaultyWorker"]
+    log = tmp_path_factory.mktemp("two") / "log"
+    with (
+        serving(log, *flags, environment={"TESTS_LOADED": str(root)}) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
+        yield client
+
+
+def ask_all(client, ask, **options):
+    """As many requests at once, of which vLLM gives each engine its half."""
+
+    def one(number):
+        body = {
+            "model": "assent-demo:aligned",
+            "messages": QUESTION,
+            "seed": number % 4,
+            "max_tokens": 40,
+        }
+        answer = client.post("/v1/chat/completions", json=body | options | ask(number))
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(one, range(REQUESTS)))
+
+
+def served(client):
+    """Requests that each engine has finished, and all tokens under a proxy."""
+    text, tokens = client.get("/metrics").text, 0.0
+    engines: Counter[str] = Counter()
+    for line in text.splitlines():
+        if found := re.match(r'vllm:request_success_total\{engine="(\d)".* (\S+)$', line):
+            engines[found[1]] += int(float(found[2]))
+        if found := re.match(r'assent_tokens_aligned_total\{proxy="aligned".* (\S+)$', line):
+            tokens += float(found[1])
+    return engines, tokens
+
+
+def test_both_speak_and_both_are_counted(two):
+    engines, tokens = served(two)
+    answers = ask_all(two, lambda number: {"alignment": {"trace": number < 8}})
+    after, tokens_after = served(two)
+    assert min((after - engines)[engine] for engine in "01") >= REQUESTS // 4
+    emitted = [a["usage"]["completion_tokens"] for a in answers]
+    receipts = [a["alignment"] for a in answers]
+    assert [r["accepted"] + r["forced"] for r in receipts] == emitted
+    assert [len(r["trace"][0]) for r in receipts[:8]] == emitted[:8]
+    assert tokens_after - tokens == sum(emitted)
+    texts = [a["choices"][0]["message"]["content"] for a in answers]
+    assert len(set(texts)) == 4 and texts == texts[:4] * 4  # of any engine
+
+
+def test_samples_without_a_seed_differ(two):
+    """Engines that began with one state of the generator would say the same."""
+    answers = ask_all(two, lambda number: {"seed": None}, temperature=2.0, top_k=-1, top_p=1.0)
+    assert len({a["choices"][0]["message"]["content"] for a in answers}) == REQUESTS
+
+
+def test_best_of_several_engines(two):
+    body = {
+        "model": "assent-demo:aligned",
+        "messages": QUESTION,
+        "seed": 1,
+        "alignment": {"best_of": 4},
+    }
+    receipt = two.post("/v1/chat/completions", json=body).json()["alignment"]
+    assert len(receipt["judge"]["ranking"]) == 4 and receipt["proposed"] > 0
+
+
+def test_a_load_reaches_every_engine(two):
+    version = two.post("/proxies", json={"name": "mine", "path": "v2"}).json()["version"]
+    for answer in ask_all(two, lambda number: MINE):
+        assert (answer["alignment"]["version"], answer["alignment"]["proposed"] > 0) == (
+            version,
+            True,
+        )
+    assert two.delete("/proxies/mine").status_code == 200
+
+
+def test_a_load_that_one_engine_cannot_do_is_undone_on_the_other(two, root):
+    version = two.post("/proxies", json={"name": "mine", "path": "v2"}).json()["version"]
+    refused = two.post("/proxies", json={"name": "mine", "path": "poison"})
+    assert refused.status_code == 400 and "no room on the second engine" in refused.text
+    for answer in ask_all(two, lambda number: MINE):
+        assert answer["alignment"]["version"] == version
+    loaded = [json.loads((root / engine).read_text()) for engine in "01"]
+    assert loaded[0] == loaded[1]
+    assert [each for each in loaded[0] if each[0] == "mine"] == [["mine", version]]
