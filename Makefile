@@ -6,7 +6,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format demo lock clean
+.PHONY: help install serve test check soak format demo lock clean
 
 DEVICE ?= cpu
 VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
@@ -37,6 +37,9 @@ check: install  ## all that CI runs: formatter, linter, types, tests
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+soak: install  ## a crowd of clients for 15 minutes, on a server of its own (ARGS="--minutes 1")
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 format: install  ## format the code and mend what the linter can mend
 	$(BIN)/ruff format

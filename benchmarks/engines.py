@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,20 @@ class Server:
     """The name that requests give."""
     seconds_to_start: float
     """From the process's start to the first 200 of /health."""
+    pid: int
 
 
 @contextmanager
-def serve(model: Model, kind: ServerKind, proxies: Mapping[str, Path]) -> Iterator[Server]:
+def serve(
+    model: Model, kind: ServerKind, proxies: Mapping[str, Path], flags: Sequence[str | Path] = ()
+) -> Iterator[Server]:
     """A server of its own session on a free port of the loopback device; nothing of it outlives the block.
+
+    Args:
+        model: what it serves.
+        kind: whose server.
+        proxies: what it loads, by name.
+        flags: more of its flags.
 
     Raises:
         RuntimeError: it did not start; the message ends with the log's last lines.
@@ -76,6 +85,7 @@ def serve(model: Model, kind: ServerKind, proxies: Mapping[str, Path]) -> Iterat
             command += [f"--{flag}", str(value)]
     for name, directory in proxies.items():
         command += ["--proxy", f"{name}={directory}"]
+    command += map(str, flags)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
@@ -94,7 +104,7 @@ def serve(model: Model, kind: ServerKind, proxies: Mapping[str, Path]) -> Iterat
                     tail = log.read().decode(errors="replace").splitlines()[-30:]
                     raise RuntimeError("\n".join([f"{kind} server did not start:", *tail]))
                 time.sleep(POLL_SECONDS)
-            yield Server(url, model.name, time.perf_counter() - start)
+            yield Server(url, model.name, time.perf_counter() - start, process.pid)
         finally:
             _stop(process)
 

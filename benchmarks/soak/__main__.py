@@ -1,0 +1,212 @@
+"""The real server under a crowd for a quarter of an hour: `make soak`, or `python -m benchmarks.soak`.
+
+First the server is asked every question while it has nothing else to do. Then 64 clients ask them at once, in any
+order, among streams, judgments, feedback, requests that are given up and requests that are refused, while proxies are
+loaded, replaced and unloaded. An answer is right if it is, letter by letter, what the quiet server said with the same
+version of the proxy. The engine computes in float32: bfloat16 kernels round differently in another batch.
+"""
+
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import linear_regression, mean, median, quantiles
+from time import monotonic
+from typing import Any
+
+import aiohttp
+import psutil
+import torch
+import tyro
+from sqlalchemy import create_engine, text
+
+from benchmarks.engines import Server, serve
+from benchmarks.models import DEMO, get_model
+from benchmarks.soak.crowd import Crowd, ask_quietly
+from benchmarks.soak.requests import FIXED, MOVING, questions
+from proxy.checkpoint import load, save
+from training.world.__main__ import draw_prompts, split_combinations
+
+WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do to it."""
+
+    clients: int = 64
+    """At once."""
+    minutes: float = 15.0
+    """How long."""
+    prompts: int = 8
+    """Different ones."""
+    seeds: int = 4
+    """For each prompt of a chat."""
+    seed: int = 0
+    """Of whatever is drawn here."""
+    output: Path | None = None
+    """A JSON file for the figures."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the server's processes hold at one moment."""
+
+    minutes: float
+    megabytes: float
+    """Memory in proportion to who shares it (PSS)."""
+    files: int
+    """Descriptors."""
+    threads: int
+
+
+def look(server: Server, begin: float) -> Sample:
+    parent = psutil.Process(server.pid)
+    family = [parent, *parent.children(recursive=True)]
+    return Sample(
+        (monotonic() - begin) / 60,
+        sum(each.memory_full_info().pss for each in family) / 1e6,
+        sum(each.num_fds() for each in family),
+        sum(each.num_threads() for each in family),
+    )
+
+
+async def watch(server: Server, begin: float, until: float) -> list[Sample]:
+    samples = []
+    while monotonic() < until:
+        samples.append(look(server, begin))
+        await asyncio.sleep(WATCH_SECONDS)
+    return samples
+
+
+def make_versions(root: Path) -> dict[str, str]:
+    """Three proxies: the demo's, and two of the same network that are readier to reject. Name -> version."""
+    loaded = load(DEMO / "proxies" / "aligned", base=None)
+    for name in ("one", "two", "three"):
+        save(root / name, loaded.network, base=loaded.base, training=loaded.training)
+        with torch.no_grad():
+            loaded.network.score.bias.sub_(1.5)
+    return {name: load(root / name, base=None).version for name in ("one", "two", "three")}
+
+
+async def soak(server: Server, options: Options, root: Path, versions: dict[str, str]) -> Any:
+    """The figures of a whole run, on a server that is healthy."""
+    rng = random.Random(options.seed)
+    _, _, combinations = split_combinations(0)
+    prompts = [prompt.text for prompt in islice(draw_prompts(combinations, rng), options.prompts)]
+    asked = list(questions(prompts, options.seeds, rng))
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(300)
+    async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as http:
+        quiet = Crowd(http, asked, {})
+        for name in versions:
+            await quiet.change("post", "/proxies", name, {"name": name, "path": name})
+        await ask_quietly(quiet, versions)
+        for name in versions:
+            await quiet.change("delete", f"/proxies/{name}", name)
+        await quiet.change("post", "/proxies", MOVING, {"name": MOVING, "path": "one"})
+
+        crowd, begin = Crowd(http, asked, quiet.right), monotonic()
+        until = begin + options.minutes * 60
+        watcher = asyncio.create_task(watch(server, begin, until))
+        clients = [random.Random(f"{options.seed} {i}") for i in range(options.clients)]
+        await asyncio.gather(
+            *(crowd.client(each, until) for each in clients),
+            crowd.operator(rng, root, list(versions), until),
+        )
+        samples = await watcher
+
+        after = Crowd(http, asked, {})
+        await ask_quietly(after, {})
+        async with http.get("/proxies") as reply:
+            left = (await reply.json())["data"]
+    return {
+        "options": {key: value for key, value in asdict(options).items() if key != "output"},
+        "answers_known": len(quiet.right),
+        "requests": {kind: dict(each) for kind, each in sorted(crowd.record.outcomes.items())},
+        "details": crowd.record.details,
+        "seconds": {
+            kind: {"median": median(each), "p99": quantiles(each, n=100)[98]}
+            for kind, each in sorted(crowd.record.seconds.items())
+            if len(each) > 1
+        },
+        "changes": dict(crowd.record.changes),
+        "answers_by_version": dict(crowd.record.versions),
+        "feedback_acknowledged": crowd.record.feedback,
+        "samples": [asdict(each) for each in samples],
+        "wrong_afterwards": sum(said != quiet.right[key] for key, said in after.right.items()),
+        "proxies_afterwards": sorted([p["name"], p["state"], p["in_flight"]] for p in left),
+    }
+
+
+def trend(samples: Sequence[Sample], unit: str) -> dict[str, float]:
+    """The line through the last two thirds, when all is warm: first, last, and the slope per minute."""
+    warm = samples[len(samples) // 3 :]
+    minutes, values = [each.minutes for each in warm], [float(getattr(each, unit)) for each in warm]
+    slope, intercept = linear_regression(minutes, values)
+    residuals = [y - intercept - slope * x for x, y in zip(minutes, values, strict=True)]
+    spread = sum((x - mean(minutes)) ** 2 for x in minutes)
+    error = (sum(r * r for r in residuals) / max(1, len(warm) - 2) / spread) ** 0.5
+    return {"first": values[0], "last": values[-1], "slope": slope, "standard_error": error}
+
+
+def main(options: Options) -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        root, database = Path(directory) / "proxies", Path(directory) / "feedback.db"
+        versions = make_versions(root)
+        demo = {name: DEMO / "proxies" / name for name in FIXED}
+        flags: list[str | Path] = [
+            "--proxy-root",
+            root,
+            "--feedback",
+            database,
+            "--dtype",
+            "float32",
+        ]
+        with serve(get_model("demo"), "assent", demo, flags) as server:
+            figures = asyncio.run(soak(server, options, root, versions))
+            samples = [Sample(**each) for each in figures["samples"]]
+            for unit in ("megabytes", "files", "threads"):
+                figures[unit] = trend(samples, unit)
+        with create_engine(f"sqlite:///{database}").connect() as connection:
+            rows = connection.execute(
+                text("SELECT count(*) FROM preferences WHERE source = 'person'")
+            )
+            figures["feedback_kept"] = rows.scalar_one()
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    show(figures)
+    bad = sum(each.get("wrong", 0) + each.get("lost", 0) for each in figures["requests"].values())
+    lost = figures["feedback_acknowledged"] - figures["feedback_kept"]
+    return int(bool(bad or lost or figures["wrong_afterwards"]))
+
+
+def show(figures: Any) -> None:
+    """The table for the docs, and what it does not hold."""
+    outcomes = ("right", "refused", "cancelled", "wrong", "lost")
+    lines = [["requests", *outcomes, "median s", "p99 s"]]
+    lines.append(["---"] * len(lines[0]))
+    for kind, counts in figures["requests"].items():
+        times = figures["seconds"].get(kind, {})
+        cells = [str(counts.get(outcome, 0)) for outcome in outcomes]
+        lines.append([kind, *cells, *(f"{value:.2f}" for value in times.values())])
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    for unit in ("megabytes", "files", "threads"):
+        found = figures[unit]
+        print(
+            f"{unit}: {found['first']:.0f} to {found['last']:.0f}, "
+            f"{found['slope']:+.3f} ± {found['standard_error']:.3f} a minute"
+        )
+    for key in ("changes", "answers_by_version", "feedback_acknowledged", "feedback_kept"):
+        print(f"{key}: {figures[key]}")
+    for key in ("wrong_afterwards", "proxies_afterwards"):
+        print(f"{key}: {figures[key]}")
+    print("\n".join(figures["details"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
