@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from judge.feedback import Feedback, Preference
@@ -174,6 +175,7 @@ def test_a_choice_that_there_is_not(keeping: Keeping) -> None:
 
 
 def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None:
+    lost = keeping.metric("assent_feedback_lost_total")
     other = sqlite3.connect(keeping.path)
     other.execute("BEGIN EXCLUSIVE")
     try:
@@ -189,8 +191,30 @@ def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None
     finally:
         other.rollback()
         other.close()
-    assert keeping.metric("assent_feedback_lost_total") == 1  # the chat's choices
+    assert keeping.metric("assent_feedback_lost_total") == lost + 1  # the chat's choices
     assert keeping.http.post("/feedback", json=body).status_code == 201
+
+
+def test_a_full_disk_is_said_and_ends_nothing(keeping: Keeping) -> None:
+    """No file may grow, the server's log among them; what was acknowledged stays, and all goes on after."""
+    body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
+    before, lost = len(keeping.rows()), keeping.metric("assent_feedback_lost_total")
+    process = psutil.Process(keeping.running.process.pid)
+    usual = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, usual[1]))
+    try:
+        refused = keeping.http.post("/feedback", json=body)
+        assert refused.status_code == 503 and refused.headers["Retry-After"]
+        assert "feedback could not be kept" in refused.json()["error"]["message"]
+        chat = keeping.client.chat.completions.create(
+            model="assent-demo", messages=TURNS, max_tokens=4, n=2
+        )
+        assert chat.choices
+        wait_until(lambda: keeping.metric("assent_feedback_lost_total") == lost + 1)
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, usual)
+    assert keeping.http.post("/feedback", json=body).status_code == 201
+    assert len(keeping.rows()) == before + 1
 
 
 def test_without_a_database(http: httpx.Client) -> None:
