@@ -196,6 +196,9 @@ class Recorder:
     def record(self, rows: Any, decision: Decision, discarded: Any, tracing: Any) -> None:
         self.decision, self.tracing = decision, tracing
 
+    def record_seconds(self, seconds: float) -> None:
+        pass
+
 
 def decide_in_engine(
     llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, trace: bool, plain: bool
