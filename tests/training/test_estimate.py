@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from proxy.network import ProxyNetwork
 from tests.training.memory import TensorBytes
@@ -184,8 +186,10 @@ def test_the_peak_of_a_forward(config: Any, dtype: torch.dtype, tmp_path: Path) 
 @pytest.mark.parametrize("layers", [2, 5])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(128, 344), (128, 1032), (256, 688)])
 def test_the_peak_and_the_operations_of_a_loras_training(
-    hidden: int, intermediate: int, layers: int, tmp_path: Path
+    hidden: int, intermediate: int, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As on a GPU: what `load_model` has put in its place takes float32 copies on a CPU.
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
