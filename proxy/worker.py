@@ -29,6 +29,7 @@ from proxy.checkpoint import BaseModelId, LoadedProxy, ProxyError, identify, loa
 from proxy.hook import Step
 from proxy.ledger import Ledger
 from proxy.network import ProxyNetwork
+from proxy.orphan import end_with_server
 from proxy.registry import Registry
 
 _TABLE_CHUNK = 8192  # tokens embedded at once when a proxy is loaded
@@ -89,6 +90,7 @@ class ProxyGPUWorker(GPUWorker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         _refuse_unsupported(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
+        end_with_server()
         self._base: BaseModelId | None = None
         self._preempted: set[str] = set()  # V2 alone
 

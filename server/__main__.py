@@ -15,12 +15,15 @@ import sys
 import tempfile
 from typing import Any
 
+from proxy.orphan import SERVER_PID
+
 
 def main() -> None:
     # prometheus_client decides at its import whether metrics are shared between processes. The
     # engine and its worker live in other processes, so the directory must be there before.
     with tempfile.TemporaryDirectory(prefix="assent-metrics-") as metrics_directory:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory)
+        os.environ[SERVER_PID] = str(os.getpid())
         stop_at_once_on_sigterm(metrics_directory)
         if sys.argv[1:2] == ["doctor"]:
             from server.doctor import main as examine

@@ -100,7 +100,9 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
     _, _, combinations = split_combinations(0)
     prompts = [prompt.text for prompt in islice(draw_prompts(combinations, rng), options.prompts)]
     asked = list(questions(prompts, options.seeds, rng))
-    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(300)
+    # uvicorn closes idle connections after 5 s; whoever asks through one just then is no lost request.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    timeout = aiohttp.ClientTimeout(300)
     async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as http:
         quiet = Crowd(http, asked, {})
         for name in versions:

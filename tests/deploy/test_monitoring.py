@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.server.conftest import DEMO, MODEL, proxy_flags, serving
+from tests.server.conftest import DEMO, MODEL, free_port, proxy_flags, serving
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGURATION = REPOSITORY / "deploy" / "prometheus"
@@ -95,7 +94,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
     with serving(
         directory / "server.log", *proxy_flags(), *flags, environment=environment
     ) as server:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         configuration = _configure(directory, server.url.removeprefix("http://"))
         with (directory / "prometheus.log").open("wb") as log:
             process = subprocess.Popen(
@@ -204,9 +203,3 @@ def _wait(is_so, directory: Path | None) -> None:
         log = (directory / "prometheus.log").read_text() if directory else ""
         assert time.monotonic() < deadline, f"it never came to be\n{log[-3000:]}"
         time.sleep(0.5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -98,7 +98,7 @@ def serving(
     log: Path, *flags: str | Path, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
     """`python -m server` with the demo's LLM, from when it is healthy until it has stopped."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "server", "--model", DEMO / "model", "--port", str(port)]
     # Other tests set vLLM's variables for engines in this process; the server finds its own.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
@@ -164,7 +164,7 @@ def pytest_runtest_makereport(item):
         report.sections.append(("the server's log", running.log_tail()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

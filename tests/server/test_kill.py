@@ -50,6 +50,17 @@ def find(running, name):
     return family, found
 
 
+@pytest.mark.parametrize("environment", [{}, APART], ids=["small model", "apart"])
+def test_the_server_is_killed_and_leaves_no_engine(tmp_path, environment):
+    """It alone, as the kernel does where memory runs out: its successor needs the device."""
+    with serving(tmp_path / "log", *proxy_flags(), environment=environment) as running:
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        assert any("EngineCore" in " ".join(each.cmdline()) for each in family)
+        running.process.send_signal(signal.SIGKILL)
+        _, left = psutil.wait_procs(family, timeout=WAIT_SECONDS)
+        assert left == []
+
+
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])
 def test_the_engine_is_killed(tmp_path, name):
     with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import Server, _free_port, _stop, _wait_until_healthy
+from tests.server.conftest import Server, _stop, _wait_until_healthy, free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "align-your-model.md"
@@ -31,7 +31,7 @@ class Follower:
 
     def __init__(self, directory: Path, stack: ExitStack, mine: dict[str, str | Path]) -> None:
         self.directory, self.stack, self.mine = directory, stack, mine
-        self.port = _free_port()
+        self.port = free_port()
         # Other tests set vLLM's variables for engines in this process; the server finds its own.
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

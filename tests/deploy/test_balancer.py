@@ -1,0 +1,114 @@
+"""Our HAProxy configuration in front of two real servers: a rollout loses nothing, and a load reaches both."""
+
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Event
+
+import httpx
+import pytest
+
+from tests.server.conftest import DEMO, MODEL, Server, free_port, proxy_flags, serving
+
+CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy" / "haproxy.cfg"
+CLIENTS = 8
+WAIT_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server, Server]]:
+    """The balancer's address, and the servers behind it."""
+    program = shutil.which("haproxy")
+    if program is None:
+        pytest.skip("there is no `haproxy` on the PATH (Debian: apt-get install haproxy)")
+    directory = tmp_path_factory.mktemp("balancer")
+    root = directory / "root"
+    shutil.copytree(DEMO / "proxies", root)
+    flags = ["--proxy-root", root, *proxy_flags()]
+    with serving(directory / "a.log", *flags) as a, serving(directory / "b.log", *flags) as b:
+        address, text = f"127.0.0.1:{free_port()}", CONFIGURATION.read_text()
+        places = {"127.0.0.1:8080": address, "10.0.0.1:8000": a.url, "10.0.0.2:8000": b.url}
+        for old, new in places.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new.removeprefix("http://"))
+        file = directory / "haproxy.cfg"
+        file.write_text(text)
+        with (directory / "haproxy.log").open("wb") as log:
+            process = subprocess.Popen([program, "-f", file], stdout=log, stderr=log)
+        try:
+            wait_until(lambda: is_healthy(f"http://{address}"))
+            yield f"http://{address}", a, b
+        finally:
+            process.terminate()
+            process.wait(WAIT_SECONDS)
+
+
+def is_healthy(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    return False
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ask(url: str, proxy: str, seed: int) -> int:
+    body = {
+        "model": f"{MODEL}:{proxy}",
+        "messages": [{"role": "user", "content": "How do I look after my freezer?"}],
+        "max_tokens": 100,
+        "ignore_eos": True,
+        "seed": seed,
+    }
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS).status_code
+
+
+def served(server: Server) -> int:
+    return server.log.read_text(errors="replace").count('"path": "/v1/chat/completions"')
+
+
+def test_a_load_through_the_balancer_reaches_both(two: tuple[str, Server, Server]) -> None:
+    url, a, b = two
+    loaded = httpx.post(f"{url}/proxies", json={"name": "new", "path": "polite"}, timeout=60)
+    assert loaded.status_code == 201
+    servers = [f"{each.url}/proxies" for each in (a, b)]
+    wait_until(lambda: all("new" in httpx.get(each, timeout=60).text for each in servers))
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        assert set(pool.map(lambda seed: ask(url, "new", seed), range(2 * CLIENTS))) == {200}
+    assert min(served(a), served(b)) > 0
+
+
+def test_a_server_that_stops_costs_nobody_an_answer(two: tuple[str, Server, Server]) -> None:
+    url, a, b = two
+    over = Event()
+
+    def client(number: int) -> Counter[int]:
+        found: Counter[int] = Counter()
+        while not over.is_set():
+            found[ask(url, "aligned", number)] += 1
+        return found
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(client, number) for number in range(CLIENTS)]
+        time.sleep(2)
+        b.process.send_signal(signal.SIGTERM)
+        try:
+            ended = b.process.wait(WAIT_SECONDS)
+            before = served(a)
+            time.sleep(2)
+        finally:
+            over.set()
+        statuses = sum((each.result(WAIT_SECONDS) for each in clients), Counter())
+    assert ended == 0
+    assert set(statuses) == {200}
+    assert served(a) > before
