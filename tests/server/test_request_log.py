@@ -108,17 +108,18 @@ def test_a_client_that_goes(server, http):
         next(answer.iter_lines())
     line = line_of(server, mark)
     assert line["complete"] is False and line["tokens"]["completion"] < 900
-    mark = uuid.uuid4().hex
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            url,
-            json=body | {"stream": False},
-            headers=headers | {"X-Request-Id": mark},
-            timeout=0.3,
-        )
-    line = line_of(server, mark)
-    assert line["complete"] is False and line["status"] is None
-    assert cancelled() == before + 2
+    for samples in (1, 4):
+        mark = uuid.uuid4().hex
+        several = {"stream": False, "alignment": {"best_of": samples}}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                url, json=body | several, headers=headers | {"X-Request-Id": mark}, timeout=0.3
+            )
+        line = line_of(server, mark)
+        assert line["complete"] is False and line["status"] is None
+        tokens = line["proxy_counts"]["accepted"] + line["proxy_counts"]["forced"]
+        assert tokens < samples * 900  # none of them went on to its end
+    assert cancelled() == before + 3
 
 
 def test_health_and_metrics_leave_no_line(server, http):
