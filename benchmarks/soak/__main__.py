@@ -146,8 +146,8 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
 
 
 def trend(samples: Sequence[Sample], unit: str) -> dict[str, float]:
-    """The line through the last two thirds, when all is warm: first, last, and the slope per minute."""
-    warm = samples[len(samples) // 3 :]
+    """The line through the second half, when all is warm: first, last, and the slope per minute."""
+    warm = samples[len(samples) // 2 :]
     minutes, values = [each.minutes for each in warm], [float(getattr(each, unit)) for each in warm]
     slope, intercept = linear_regression(minutes, values)
     residuals = [y - intercept - slope * x for x, y in zip(minutes, values, strict=True)]
