@@ -5,9 +5,9 @@
         --proxy-root /shared/proxies
 
 A rollout: the weights are saved below the root and loaded by every server under the name of this run; every server
-takes as many prompts as it can, so a faster one gets more; the decisions are in the traces. Hidden states do not travel:
-the trainer computes them, by one forward of the frozen LLM over prompts and responses. They are those that the servers
-decided on up to rounding.
+takes as many prompts as it can, so a faster one gets more; the decisions are in the traces. Hidden states do not
+travel: the trainer computes them, by one forward of the frozen LLM over prompts and responses. Up to rounding they are
+those that the servers decided on.
 
 A server that fails is tried again a few times, and does without its part then; the others do it. What a server refuses
 ends the run.
