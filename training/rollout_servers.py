@@ -43,8 +43,8 @@ from training.traces import Entry, decisions, refuse_untraceable, sampling
 API_KEY = "ASSENT_API_KEY"
 """The environment variable with an administrator's key, for servers that want one."""
 PAUSES = (1.0, 2.0, 4.0)  # seconds before a server that has failed is tried again
-CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 1800.0  # a server that says nothing for so long has failed
+# A server that says nothing for so long has failed: at first, to being told to load or unload, and to a prompt.
+CONNECT_SECONDS, LOAD_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 1800.0
 
 # What else would be a server's own: its defaults are those of the model's generation config.
 _PLAIN = {
@@ -65,6 +65,7 @@ class _Failure(NamedTuple):
 class _Published(NamedTuple):
     """A version of the proxy, and the servers that have it."""
 
+    name: str  # the main process's: on another machine it would be another
     version: str
     urls: list[str]
 
@@ -132,7 +133,7 @@ class Servers:
         bodies = [
             sampling(decoding, end_ids, seed)
             | _PLAIN
-            | {"prompt": prompt, "alignment": {"proxy": self._name, "trace": True}}
+            | {"prompt": prompt, "alignment": {"proxy": published.name, "trace": True}}
             for prompt, seed in zip(prompts, islice(seeds, len(prompts)), strict=True)
         ]
         answers = asyncio.run(self._ask_all(bodies, published))
@@ -202,12 +203,12 @@ class Servers:
         for old in directory.parent.iterdir():  # those of a run that was killed are among them
             if old != directory:
                 shutil.rmtree(old, ignore_errors=True)
-        return _Published(version, urls)
+        return _Published(self._name, version, urls)
 
     async def _to_all(
         self, method: str, path: str, body: Any = None
     ) -> dict[str, httpx.Response | _Failure]:
-        async with _client() as http:
+        async with _client(LOAD_SECONDS) as http:
             found = await asyncio.gather(
                 *(_send(http, method, url + path, body) for url in self._urls)
             )
@@ -238,7 +239,7 @@ class Servers:
                         return
                     await asyncio.sleep(pause)
 
-        async with _client() as http:
+        async with _client(ANSWER_SECONDS) as http:
             workers = [
                 asyncio.create_task(work(http, url))
                 for _ in range(self._at_once)
@@ -318,11 +319,11 @@ def name_of(output: Path) -> str:
     return f"learner-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
-def _client() -> httpx.AsyncClient:
+def _client(seconds: float) -> httpx.AsyncClient:
     key = os.environ.get(API_KEY)
     return httpx.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+        timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
         limits=httpx.Limits(max_connections=None),
     )
 

@@ -44,6 +44,7 @@ from training.policy import Decoding, Policy
 from training.proxy_ppo import Options, refuse_half_named_servers
 from training.rollout import Rollout, generate
 from training.rollout_servers import Servers, name_of
+from training.state import settings_of
 
 NAME = "learner"
 TEACHING = "How do I look after my freezer?", "Can I open my kettle with a fork?", "Is my dog ill?"
@@ -256,6 +257,15 @@ def test_what_is_refused_before_a_server_is_asked(
         servers.generate(network, PROMPTS, long, end_ids=ENDS, seeds=count(0))
     with pytest.raises(TrainingError, match="http://127.0.0.1:9: it cannot be reached"):
         servers.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+
+
+def test_a_run_may_go_on_with_other_servers(tmp_path: Path) -> None:
+    common = {"model": "m", "prompts": "p", "reward": "r", "output": tmp_path, "rollout": "servers"}
+    first, other = (
+        Options(**common, servers=(url,), proxy_root=Path(url), server_requests=number)
+        for number, url in enumerate(("http://one", "http://two"))
+    )
+    assert settings_of(first) == settings_of(other)
 
 
 class Pretender:
