@@ -11,8 +11,8 @@ Where this differs from the paper: the proxy reads the hidden state *before* the
 embedding, so all candidates of a position are scored in one LLM forward; and as the LLM is frozen, its hidden states
 from the rollout are all that the update needs: PPO's epochs never run the LLM.
 
-Responses are sampled in vLLM, by the worker that serves, or in transformers (`--rollout`): for the same seed the same
-ones, as far as the rounding of the LLM's arithmetic goes.
+Responses are sampled in vLLM, by the worker that serves, in this process or on servers (`training.rollout_servers`), or
+in transformers (`--rollout`): for the same seed the same ones, as far as the rounding of the LLM's arithmetic goes.
 
 With several processes (`accelerate launch -m training.proxy_ppo ...`) each rolls out its share of the responses; the
 result is that of one process, up to rounding. A run that was killed goes on with `--resume`.
@@ -20,7 +20,9 @@ result is that of one process, up to rounding. A run that was killed goes on wit
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,6 +39,7 @@ from training.online import PATIENCE, Episodes
 from training.policy import Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Rollout, generate
+from training.rollout_servers import Servers, name_of
 from training.rollout_vllm import Engine, is_installed
 from training.updates import averaged, start, train
 
@@ -61,10 +64,19 @@ class Options(online.Options):
     """Whether the proxy sees the candidate's log-probability."""
     accept_bias: float = 2.0
     """Accept logit before training: 2 accepts 88 %."""
-    rollout: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples the responses. auto = vllm on CUDA where it is installed, else transformers, which starts faster."""
+    rollout: Literal["auto", "vllm", "servers", "transformers"] = "auto"
+    """What samples the responses; vllm is in this process. auto = vllm on CUDA where it is installed, else
+    transformers, which starts faster."""
     rollout_memory: float = 0.3
     """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
+    servers: tuple[str, ...] = ()
+    """For --rollout servers: where they are, `http://host:port` each. They run `python -m server --proxy-root` with the
+    same LLM and dtype; an administrator's key, if they want one, is read from the variable ASSENT_API_KEY."""
+    proxy_root: Path | None = None
+    """For --rollout servers: the directory that is the --proxy-root of all of them, as it is called here."""
+    server_requests: int = 64
+    """For --rollout servers: responses under way at once on each. More fill a large GPU; fewer leave more to be taken
+    by the faster of unequal servers."""
 
 
 class Trainer(online.Trainer):
@@ -73,11 +85,12 @@ class Trainer(online.Trainer):
     policy_class = Policy
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        refuse_half_named_servers(options)
         super().__init__(options, accelerator)
         self.options = options
         self.network = self.learner = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
-        self.engine = self._make_engine() if self._wants_vllm() else None
+        self.engine = self._make_engine()
         accelerator.print(
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )
@@ -95,14 +108,26 @@ class Trainer(online.Trainer):
         )
         return ProxyNetwork(config)
 
-    def _wants_vllm(self) -> bool:
-        if self.options.rollout == "auto":
-            return self.accelerator.device.type == "cuda" and is_installed()
-        return self.options.rollout == "vllm"
-
-    def _make_engine(self) -> Engine:
-        options, processes = self.options, self.accelerator.num_processes
+    def _make_engine(self) -> Engine | Servers | None:
+        """What samples in the place of transformers."""
+        options, accelerator = self.options, self.accelerator
+        if options.rollout == "servers":
+            assert options.proxy_root is not None, "refused at the start"
+            return Servers(
+                self.model,
+                options.servers,
+                options.proxy_root,
+                self.base,
+                name=name_of(options.output),
+                max_requests=options.server_requests,
+                batch_size=options.batch_size,
+                accelerator=accelerator,
+            )
+        is_default = accelerator.device.type == "cuda" and is_installed()
+        if not (options.rollout == "vllm" or (options.rollout == "auto" and is_default)):
+            return None
         longest = max(len(prompt.ids) for prompt in self.prompts)
+        processes = accelerator.num_processes
         return Engine(
             self.model,
             resolve_model_dir(options.model),
@@ -112,6 +137,11 @@ class Trainer(online.Trainer):
             memory=options.rollout_memory,
             processes=processes,
         )
+
+    def close(self) -> None:
+        """Leave nothing behind on servers."""
+        if isinstance(self.engine, Servers):
+            self.engine.close()
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
         decoding, ends = self.options.decoding, self.end_ids
@@ -195,6 +225,19 @@ class Trainer(online.Trainer):
         refuse_idle_proxy(rows[-PATIENCE:])
 
 
+def refuse_half_named_servers(options: Options) -> None:
+    """
+    Raises:
+        TrainingError: `--rollout servers` without the servers or their directory, or one of these without it.
+    """
+    wanted = options.rollout == "servers"
+    given = {"--servers": bool(options.servers), "--proxy-root": options.proxy_root is not None}
+    for name, is_given in given.items():
+        if is_given != wanted:
+            does = "needs" if wanted else f"is {options.rollout} and has no use for"
+            raise TrainingError(f"--rollout {'servers ' if wanted else ''}{does} {name}")
+
+
 def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
     """Stop a run whose proxy has nothing to decide, or has stopped deciding.
 
@@ -219,7 +262,8 @@ def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> None:
-    train(Trainer(options, start()))
+    with closing(Trainer(options, start())) as trainer:
+        train(trainer)
 
 
 if __name__ == "__main__":

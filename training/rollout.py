@@ -223,7 +223,17 @@ def _step(
 class HeadInput:
     """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, logits_of_last: bool = False) -> None:
+        """
+        Args:
+            model: any with a head and a key-value cache.
+            logits_of_last: have the head compute the last position's logits alone, whatever goes into it; those of all
+                positions would be the largest thing in memory by far.
+
+        Raises:
+            TrainingError: it lacks one of the two.
+        """
+        self._logits_of_last = logits_of_last
         self._head = model.get_output_embeddings()
         has_cache = "past_key_values" in inspect.signature(model.forward).parameters
         if self._head is None or not has_cache:
@@ -240,7 +250,7 @@ class HeadInput:
     def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Of rows that lie apart torch would make a batch, with a copy of the head's weights for each.
         self.states = inputs[0].contiguous()  # [N, T, H]
-        return (self.states,)
+        return (self.states[:, -1:].contiguous() if self._logits_of_last else self.states,)
 
     @property
     def rows(self) -> Tensor:

@@ -1,9 +1,7 @@
 """Rollouts in vLLM, through the worker that serves: the same law and, for the same seeds, the same noise as `generate`.
 
 The engine runs in this process: its proxy is replaced between two rollouts by a call, traces and hidden states are
-handed over as they are, and nothing of it outlives the training. What the proxy was asked comes from the traces, for
-that is what the engine decided on, rounding included; from hidden states alone it would take the head's logits of every
-token to know it.
+handed over as they are, and nothing of it outlives the training.
 """
 
 import importlib.util
@@ -21,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
-from proxy.history import TRACE_TOKENS, TRACED_REQUESTS
+from proxy.history import TRACED_REQUESTS
 from proxy.network import ProxyNetwork
 from proxy.request import WorkerAlignment
 from training.console import TrainingError
 from training.policy import Decoding
-from training.rollout import Counts, Decisions, Rollout, joined
+from training.rollout import Counts, Rollout, joined
+from training.traces import decisions, refuse_untraceable, sampling
 
 if TYPE_CHECKING:
     from training.rollout_worker import Read
@@ -36,8 +35,6 @@ CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
 
 Place = tuple[str, int]
 """The engine's id of a request, and the index of a token in it."""
-Asked = tuple[int, float, bool]
-"""A candidate's token id, its probability within the nucleus, and whether it was accepted."""
 
 
 def is_installed() -> bool:
@@ -121,11 +118,7 @@ class Engine:
         Raises:
             TrainingError: responses may be longer than traces are.
         """
-        if decoding.max_new_tokens > TRACE_TOKENS:
-            raise TrainingError(
-                f"--rollout vllm: --decoding.max-new-tokens {decoding.max_new_tokens} is over {TRACE_TOKENS}, which is "
-                "all that is traced of a response; --rollout transformers has no such limit"
-            )
+        refuse_untraceable(decoding, "vllm")
         self._publish(network)
         # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
         self._llm.reset_prefix_cache()
@@ -150,14 +143,8 @@ class Engine:
 
         alignment = WorkerAlignment(proxy=NAME, version=self._version, trace=True)
         return SamplingParams(
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            max_tokens=decoding.max_new_tokens,
-            stop_token_ids=sorted(end_ids),
-            ignore_eos=True,  # the end is among `end_ids`, or it is none
+            **sampling(decoding, end_ids, seed),
             detokenize=False,
-            seed=_as_int64(seed),
             extra_args=alignment.to_extra_args(),
         )
 
@@ -169,40 +156,26 @@ class Engine:
         traces = self._call("take_traces", ids)
         counts = self._call("take_alignment_counts", ids).values()
         reads = self._call("take_reads")
-        responses, found = [], []
         by_callers_id = {_callers_id(req_id): req_id for req_id in traces}
-        for episode, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-            req_id = by_callers_id[output.request_id]
-            response = list(output.outputs[0].token_ids)
-            assert [entry["token_id"] for entry in traces[req_id]] == response
-            responses.append(response)
-            for position, entry in enumerate(traces[req_id], len(prompt)):
-                found += [((req_id, position), episode, *one) for one in asked(entry)]
-        places, episodes, token_ids, probabilities, accepted = (
-            zip(*found, strict=True) if found else ([],) * 5
-        )
-        device = self._frozen.device
-        decisions = Decisions(
-            _hidden_at(reads, places),
-            torch.tensor(token_ids, dtype=torch.long, device=device),
-            torch.tensor([math.log(p) for p in probabilities], device=device),
-            torch.tensor(accepted, dtype=torch.bool, device=device),
-            torch.tensor(episodes, dtype=torch.long, device=device),
-        )
+        req_ids = [by_callers_id[one] for one in ids]
+        responses = [list(output.outputs[0].token_ids) for output in outputs]
+        in_order = [traces[req_id] for req_id in req_ids]
+        assert [[entry["token_id"] for entry in trace] for trace in in_order] == responses
+
+        def hidden_at(episodes: Sequence[int], indices: Sequence[int]) -> Tensor:
+            places = [
+                (req_ids[episode], len(prompts[episode]) + index)
+                for episode, index in zip(episodes, indices, strict=True)
+            ]
+            return _hidden_at(reads, places)
+
+        decided = decisions(in_order, hidden_at, self._frozen.device)
         of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
-        return Rollout(responses, decisions, Counts(sum(map(len, responses)), *of_all), None)
+        return Rollout(responses, decided, Counts(sum(map(len, responses)), *of_all), None)
 
     def _call(self, method: str, *args: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=args)
         return answer
-
-
-def asked(entry: dict[str, Any]) -> list[Asked]:
-    """The candidates that the proxy was asked about at a position, from the trace; the most probable first."""
-    found = [(each["token_id"], each["probability"], False) for each in entry["rejected"]]
-    if not entry["forced"] and entry["accept_probability"] is not None:
-        found.append((entry["token_id"], entry["probability"], True))
-    return sorted(found, key=lambda one: (-one[1], one[0]))
 
 
 def _start(settings: dict[str, Any]) -> Any:
@@ -230,11 +203,6 @@ def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> i
     blocks = 1 + requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
     tokens = blocks * CPU_BLOCK_TOKENS
     return 2 * config.num_hidden_layers * heads * head_size * tokens * model.dtype.itemsize
-
-
-def _as_int64(seed: int) -> int:
-    """What vLLM takes for a seed; the noise of both is the same."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _callers_id(req_id: str) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 from training.console import TrainingError
 
 STATE_FILE = "training_state.safetensors"
-_FREE = ("output", "resume", "save_every")  # what a run that goes on may have otherwise
+# What a run that goes on may have otherwise: it changes no result.
+_FREE = ("output", "resume", "save_every", "servers", "proxy_root", "server_requests")
 
 
 def settings_of(options: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
 from training.console import TrainingError
 from training.policy import Decoding, Policy, default_config
 from training.rollout import Rollout, generate
-from training.rollout_vllm import Engine, asked
+from training.rollout_vllm import Engine
+from training.traces import asked
 
 PROMPTS = [[i % 250 + 5, *range(20, 20 + i % 7)] for i in range(24)]
 ENDS = {1, *range(100, 120)}  # so many that responses differ in length

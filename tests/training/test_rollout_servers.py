@@ -1,0 +1,397 @@
+"""Rollouts on servers: those of transformers, decision by decision, from two real ones that share a directory.
+
+In float32, where what is left of rounding decides nothing here: the responses must be the same ones, whichever server
+gave them. The last test kills both.
+"""
+
+import asyncio
+import copy
+import json
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import training.rollout_servers
+from proxy.checkpoint import BaseModelId, identify, load
+from proxy.network import ProxyNetwork
+from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, Server, serving
+from tests.training.conftest import run
+from tests.training.test_proxy_ppo import assert_trained_alike
+from tests.training.test_rollout_vllm import (
+    DECODING,
+    ENDS,
+    PROMPTS,
+    assert_same,
+    make_network,
+)
+from training.console import TrainingError
+from training.policy import Decoding, Policy
+from training.proxy_ppo import Options, refuse_half_named_servers
+from training.rollout import Rollout, generate
+from training.rollout_servers import Servers, name_of
+from training.state import settings_of
+
+NAME = "learner"
+TEACHING = "How do I look after my freezer?", "Can I open my kettle with a fork?", "Is my dog ill?"
+
+
+@pytest.fixture(scope="module")
+def frozen() -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModelId:
+    return identify(str(DEMO / "model"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """They want a key, an administrator's for proxies."""
+    logs = [tmp_path_factory.mktemp("server") / "log" for _ in range(2)]
+    flags = ("--dtype", "float32", "--proxy-root", root, "--api-key", API_KEY)
+    keys = {"ASSENT_ADMIN_KEYS": ADMIN_KEY}
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+
+        def start(log: Path) -> Server:
+            return stack.enter_context(serving(log, *flags, environment=keys))
+
+        yield list(pool.map(start, logs))
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(training.rollout_servers.API_KEY, ADMIN_KEY)
+
+
+@pytest.fixture(scope="module")
+def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., Servers]:
+    def servers(urls: list[str], root: Path, base: BaseModelId = base) -> Servers:
+        return Servers(
+            frozen,
+            urls,
+            root,
+            base,
+            name=NAME,
+            max_requests=4,
+            batch_size=10,
+            accelerator=Accelerator(cpu=True),
+        )
+
+    return servers
+
+
+@pytest.fixture
+def servers(make: Callable[..., Servers], two: list[Server], root: Path) -> Iterator[Servers]:
+    with closing(make([server.url for server in two], root)) as servers:
+        yield servers
+
+
+def both(
+    servers: Servers, network: ProxyNetwork, decoding: Decoding = DECODING
+) -> tuple[Rollout, Rollout]:
+    """From servers, and from transformers."""
+    policy = Policy(servers._frozen, copy.deepcopy(network))
+    rollouts = (
+        each(PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+        for each in (
+            lambda *args, **more: servers.generate(network, *args, **more),
+            lambda *args, **more: generate(policy, *args, **more),
+        )
+    )
+    ours, theirs = rollouts
+    return ours, theirs
+
+
+HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
+
+
+def num_answered(server: Server) -> int:
+    text = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
+    found = re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.MULTILINE)
+    return int(sum(map(float, found)))
+
+
+def loaded_on(server: Server) -> list[tuple[str, str]]:
+    found = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=60).json()["data"]
+    return [(proxy["name"], proxy["version"]) for proxy in found]
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DECODING,
+        replace(DECODING, temperature=1.5, top_k=0, top_p=1.0),
+        replace(DECODING, temperature=0),
+    ],
+    ids=["default", "wide", "greedy"],
+)
+def test_a_rollout_is_that_of_transformers(
+    servers: Servers, two: list[Server], frozen: PreTrainedModel, decoding: Decoding
+) -> None:
+    before = [num_answered(server) for server in two]
+    ours, theirs = both(servers, make_network(frozen, 0, max_rejections=4), decoding)
+    assert_same(ours, theirs)
+    assert len({len(response) for response in ours.responses}) > 1
+    assert ours.counts.rejected > 50 and ours.counts.forced > 5
+    shares = [num_answered(server) - first for server, first in zip(two, before, strict=True)]
+    assert min(shares) >= 4 and sum(shares) == len(PROMPTS)
+
+
+def test_every_rollout_has_the_weights_of_its_moment_and_nothing_is_left(
+    make: Callable[..., Servers], two: list[Server], root: Path, frozen: PreTrainedModel
+) -> None:
+    network, said = make_network(frozen, 1, max_rejections=2, max_candidates=6), []
+    (root / NAME / "killed").mkdir(parents=True)  # of this run, before it went on
+    with closing(make([server.url + "/" for server in two], root)) as servers:
+        for step in range(4):
+            if step in (1, 3):  # not in 2: the same version once more
+                with torch.no_grad():
+                    network.score.weight.add_(torch.randn_like(network.score.weight))
+            ours, theirs = both(servers, network)
+            assert_same(ours, theirs)
+            said.append(ours.responses)
+            (directory,) = (root / NAME).iterdir()
+            version = load(directory, base=None).version
+            assert [loaded_on(server) for server in two] == [[(NAME, version)]] * 2
+        assert said[0] != said[1] == said[2] != said[3]
+    assert [loaded_on(server) for server in two] == [[], []]
+    assert json.loads((root / "proxies.json").read_text()) == {"proxies": {}}
+    assert not (root / NAME).exists()
+
+
+def test_training_in_two_processes_gives_what_transformers_give_in_one(
+    two: list[Server], root: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in TEACHING]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        "training.proxy_ppo", "--model", DEMO / "model", "--reward", "tests.training.models:length",
+        "--prompts", prompts, "--steps", "2", "--episodes", "7", "--decoding.max-new-tokens", "12",
+        "--dtype", "float32", "--accept-bias", "0",
+    ]  # fmt: skip
+    one = run(*common, "--output", tmp_path / "one", "--rollout", "transformers")
+    assert one.returncode == 0, one.stderr
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    where = ["--servers", *(server.url for server in two), "--proxy-root", root]
+    result = run(*launch, *common, "--output", tmp_path / "two", "--rollout", "servers", *where)
+    assert result.returncode == 0, result.stderr
+    assert_trained_alike(tmp_path / "two", tmp_path / "one")
+    assert [loaded_on(server) for server in two] == [[], []]
+    assert not (root / name_of(tmp_path / "two")).exists()
+
+
+def test_what_servers_refuse(
+    make: Callable[..., Servers],
+    two: list[Server],
+    root: Path,
+    base: BaseModelId,
+    frozen: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In their own words; and nothing stays behind."""
+    urls, network = [server.url for server in two], make_network(frozen, 0)
+
+    def refused(match: str, root: Path = root, base: BaseModelId = base) -> None:
+        with (
+            pytest.raises(TrainingError, match=match),
+            closing(make(urls, root, base)) as servers,
+        ):
+            servers.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+        assert not (root / NAME).exists()
+
+    another = base.model_copy(update={"fingerprint": "0" * 64})
+    refused(f"{urls[0]} refuses: 400 .* fingerprint 0000", base=another)
+    refused(f"{urls[0]} refuses: 400 path '{NAME}/.*' does not exist below", root=tmp_path)
+    monkeypatch.setenv(training.rollout_servers.API_KEY, API_KEY)
+    refused("refuses: 403 .* an administrator's key")
+    monkeypatch.delenv(training.rollout_servers.API_KEY)
+    refused("refuses: 401 .* needs an API key")
+    assert [loaded_on(server) for server in two] == [[], []]
+
+
+def test_what_is_refused_before_a_server_is_asked(
+    make: Callable[..., Servers], frozen: PreTrainedModel, tmp_path: Path
+) -> None:
+    def options(**more: Any) -> Options:
+        return Options(model="m", prompts="p", reward="r", output=tmp_path, **more)
+
+    for chosen, message in (
+        ({"rollout": "servers", "proxy_root": tmp_path}, "--rollout servers needs --servers"),
+        ({"rollout": "servers", "servers": ("http://a",)}, "--rollout servers needs --proxy-root"),
+        ({"servers": ("http://a",)}, "--rollout is auto and has no use for --servers"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            refuse_half_named_servers(options(**chosen))
+    with pytest.raises(TrainingError, match="nowhere: there is no such directory"):
+        make(["http://a"], tmp_path / "nowhere")
+    for url in ("one:8000", "localhost", "http://", "http://one:port"):
+        with pytest.raises(TrainingError, match=f"--servers {url}: "):
+            make([url], tmp_path)
+    long, network = replace(DECODING, max_new_tokens=5000), make_network(frozen, 0)
+    servers = make(["http://127.0.0.1:9"], tmp_path)  # the port of `discard`, where nobody listens
+    with pytest.raises(TrainingError, match="--rollout servers: .* 5000 is over 4096"):
+        servers.generate(network, PROMPTS, long, end_ids=ENDS, seeds=count(0))
+    with pytest.raises(TrainingError, match="http://127.0.0.1:9: it cannot be reached"):
+        servers.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+
+
+def test_a_run_may_go_on_with_other_servers(tmp_path: Path) -> None:
+    common = {"model": "m", "prompts": "p", "reward": "r", "output": tmp_path, "rollout": "servers"}
+    first, other = (
+        Options(**common, servers=(url,), proxy_root=Path(url), server_requests=number)
+        for number, url in enumerate(("http://one", "http://two"))
+    )
+    assert settings_of(first) == settings_of(other)
+
+
+class Pretender:
+    """Stands in for all servers, and answers what it is told to."""
+
+    def __init__(self, root: Path, change: dict[str, Any]) -> None:
+        self.root, self.change, self.num_asked = root, change, 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        change, body = dict(self.change), json.loads(request.content)
+        if request.url.path == "/proxies":
+            self.version = load(self.root / body["path"], base=None).version
+            return httpx.Response(201, json={"version": change.get("loaded", self.version)})
+        self.num_asked += 1
+        failures = change.pop("failures", 0)
+        if self.num_asked <= failures:
+            return httpx.Response(500, json={"error": {"message": "out of order"}})
+        if "status" in change:
+            return httpx.Response(change["status"], text="no such page")
+        entry = {"token_id": 1, "probability": 0.5, "accept_probability": 0.5}
+        alignment = {
+            "version": self.version,
+            "trace": [[entry | {"forced": False, "rejected": []}]],
+            "trace_truncated": False,
+            **{"proposed": 1, "rejected": 0, "forced": 0},
+        }
+        choice = {"token_ids": change.pop("token_ids", [1])}
+        return httpx.Response(200, json={"alignment": alignment | change, "choices": [choice]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"failures": 3}, None),
+        ({"failures": 1000}, "no server is left: http://one: 500 out of order; http://two: 500"),
+        ({"version": "0" * 12}, "no server is left: .* answers with version 000000000000, and not"),
+        ({"loaded": "0" * 12}, "http://one has loaded version 000000000000, but .* must be the"),
+        ({"status": 404}, "http://(one|two) refuses: 404 no such page"),
+        ({"trace_truncated": True}, "has dropped a part of a trace"),
+        ({"token_ids": [2]}, "has dropped a part of a trace"),
+        ({"ends": {5}}, "has ended a response after 1 tokens: .* in the way of 24 tokens"),
+    ],
+)
+def test_what_is_made_of_odd_answers(
+    make: Callable[..., Servers],
+    frozen: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str | None,
+) -> None:
+    change = dict(change)
+    ends = change.pop("ends", ENDS)
+    pretender, client = Pretender(tmp_path, change), httpx.AsyncClient
+    transport = httpx.MockTransport(pretender)
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **more: client(**more, transport=transport))
+    monkeypatch.setattr(training.rollout_servers, "PAUSES", (0.01, 0.01))
+    servers, network = make(["http://one", "http://two"], tmp_path), make_network(frozen, 0)
+    told = {"end_ids": ends, "seeds": count(0)}
+    if message is None:
+        rollout = servers.generate(network, PROMPTS, DECODING, **told)
+        assert rollout.responses == [[1]] * len(PROMPTS)
+        assert pretender.num_asked == len(PROMPTS) + 3
+        return
+    with pytest.raises(TrainingError, match=message):
+        servers.generate(network, PROMPTS, DECODING, **told)
+    if change.get("failures"):  # four at once on either server, each tried twice again
+        assert pretender.num_asked == 2 * 4 * 3
+
+
+def test_a_faster_server_gets_more(
+    make: Callable[..., Servers],
+    frozen: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretender, client, shares = Pretender(tmp_path, {}), httpx.AsyncClient, Counter[str]()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/proxies":
+            shares[request.url.host] += 1
+            await asyncio.sleep(0.5 if request.url.host == "slow" else 0.001)
+        return pretender(request)
+
+    transport = httpx.MockTransport(answer)
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **more: client(**more, transport=transport))
+    servers = make(["http://slow", "http://fast"], tmp_path)
+    told = {"end_ids": ENDS, "seeds": count(0)}
+    servers.generate(make_network(frozen, 0), PROMPTS, DECODING, **told)
+    assert shares == {"slow": 4, "fast": 20}
+
+
+def test_servers_that_die_are_done_without_until_none_is_left(
+    servers: Servers,
+    two: list[Server],
+    root: Path,
+    frozen: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(training.rollout_servers, "PAUSES", (0.1, 0.2))
+    network, ask = make_network(frozen, 0, max_rejections=4), Servers._ask
+    state = SimpleNamespace(victim=None, answers=0)
+
+    async def ask_and_kill(*arguments: Any) -> Any:
+        found = await ask(*arguments)
+        state.answers += 1
+        if state.victim is not None and state.answers == 6:
+            os.killpg(state.victim.process.pid, signal.SIGKILL)
+            state.victim.process.wait()
+        return found
+
+    monkeypatch.setattr(Servers, "_ask", ask_and_kill)
+    state.victim, (first, second) = two[0], two
+    assert_same(*both(servers, network))
+    assert first.process.returncode == -signal.SIGKILL
+    state.victim, state.answers = None, 0
+    with torch.no_grad():
+        network.score.weight.add_(torch.randn_like(network.score.weight))
+    assert_same(*both(servers, network))
+    assert f"left out of this rollout: {first.url}: it cannot be reached" in capsys.readouterr().err
+    state.victim, state.answers = second, 0
+    with pytest.raises(TrainingError, match=f"no server is left: {second.url}: it cannot be"):
+        both(servers, network)
+    with pytest.raises(TrainingError, match=f"{first.url}: it cannot be .*; {second.url}: it"):
+        both(servers, network)
+    servers.close()
+    assert f"{second.url} still has the proxy 'learner'" in capsys.readouterr().err
+    assert not (root / NAME).exists()
