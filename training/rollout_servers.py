@@ -15,13 +15,13 @@ ends the run.
 
 import asyncio
 import hashlib
-import os
 import shutil
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,13 +38,18 @@ from proxy.network import ProxyNetwork
 from training.console import TrainingError
 from training.policy import Decoding
 from training.rollout import Counts, HeadInput, Rollout, pad_responses
+from training.servers import (
+    PAUSES,
+    Failure,
+    ask_every,
+    checked,
+    content,
+    listed,
+    message_of,
+    send,
+    share_out,
+)
 from training.traces import Entry, decisions, refuse_untraceable, sampling
-
-API_KEY = "ASSENT_API_KEY"
-"""The environment variable with an administrator's key, for servers that want one."""
-PAUSES = (1.0, 2.0, 4.0)  # seconds before a server that has failed is tried again
-# A server that says nothing for so long has failed: at first, to being told to load or unload, and to a prompt.
-CONNECT_SECONDS, LOAD_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 1800.0
 
 # What else would be a server's own: its defaults are those of the model's generation config.
 _PLAIN = {
@@ -54,12 +59,6 @@ _PLAIN = {
     "frequency_penalty": 0.0,
     "return_token_ids": True,
 }
-
-
-class _Failure(NamedTuple):
-    """A server that is not to be reached, or that says that the fault is its own. It may mend."""
-
-    message: str
 
 
 class _Published(NamedTuple):
@@ -108,7 +107,7 @@ class Servers:
         if not root.is_dir():
             raise TrainingError(f"--proxy-root {root}: there is no such directory")
         self._frozen, self._base, self._accelerator = frozen, base, accelerator
-        self._urls = [_checked(url) for url in urls]
+        self._urls = [checked(url) for url in urls]
         self._root, self._name = root, name
         self._at_once = max(1, max_requests // accelerator.num_processes)
         self._batch_size = batch_size
@@ -136,7 +135,8 @@ class Servers:
             | {"prompt": prompt, "alignment": {"proxy": published.name, "trace": True}}
             for prompt, seed in zip(prompts, islice(seeds, len(prompts)), strict=True)
         ]
-        answers = asyncio.run(self._ask_all(bodies, published))
+        ask = partial(self._ask, published.version)
+        answers = asyncio.run(share_out(published.urls, bodies, ask, self._at_once))
         responses = [answer.response for answer in answers]
 
         def hidden_at(episodes: Sequence[int], indices: Sequence[int]) -> Tensor:
@@ -153,10 +153,12 @@ class Servers:
         directory = self._root / self._name
         if not self._accelerator.is_main_process or not directory.exists():
             return
-        for url, found in asyncio.run(self._to_all("DELETE", f"/proxies/{self._name}")).items():
+        for url, found in asyncio.run(
+            ask_every(self._urls, "DELETE", f"/proxies/{self._name}")
+        ).items():
             # 404: it was never there, or has gone already, for servers of one root keep in step.
-            if isinstance(found, _Failure) or not (found.is_success or found.status_code == 404):
-                message = found.message if isinstance(found, _Failure) else _message(found)
+            if isinstance(found, Failure) or not (found.is_success or found.status_code == 404):
+                message = found.message if isinstance(found, Failure) else message_of(found)
                 _say(f"{url} still has the proxy {self._name!r}: {message}")
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -183,17 +185,17 @@ class Servers:
         body = {"name": self._name, "path": f"{self._name}/{directory.name}"}
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
-            found = asyncio.run(self._to_all("POST", "/proxies", body))
-            lost = {url: one.message for url, one in found.items() if isinstance(one, _Failure)}
+            found = asyncio.run(ask_every(self._urls, "POST", "/proxies", body))
+            lost = {url: one.message for url, one in found.items() if isinstance(one, Failure)}
             if self._is_first or len(lost) < len(found):
                 break
         if lost and (self._is_first or len(lost) == len(found)):
-            raise TrainingError(f"--servers: {_listed(lost)}")
+            raise TrainingError(f"--servers: {listed(lost)}")
         if lost:
-            _say(f"left out of this rollout: {_listed(lost)}")
+            _say(f"left out of this rollout: {listed(lost)}")
         urls = [url for url in self._urls if url not in lost]
         for url in urls:
-            loaded = _content(found[url], url)
+            loaded = content(found[url], url)
             if loaded["version"] != version:
                 raise TrainingError(
                     f"{url} has loaded version {loaded['version']}, but {directory} holds {version}: "
@@ -205,75 +207,20 @@ class Servers:
                 shutil.rmtree(old, ignore_errors=True)
         return _Published(self._name, version, urls)
 
-    async def _to_all(
-        self, method: str, path: str, body: Any = None
-    ) -> dict[str, httpx.Response | _Failure]:
-        async with _client(LOAD_SECONDS) as http:
-            found = await asyncio.gather(
-                *(_send(http, method, url + path, body) for url in self._urls)
-            )
-        return dict(zip(self._urls, found, strict=True))
-
-    async def _ask_all(self, bodies: Sequence[Any], published: _Published) -> list[_Answer]:
-        """One answer to each. Each server takes from the same queue; what it fails at goes back there."""
-        answers: dict[int, _Answer] = {}
-        waiting: asyncio.Queue[int] = asyncio.Queue()
-        lost: dict[str, str] = {}
-        for number in range(len(bodies)):
-            waiting.put_nowait(number)
-
-        async def work(http: httpx.AsyncClient, url: str) -> None:
-            """One request after the other, until it has failed too often in a row."""
-            pauses = iter(PAUSES)
-            while True:
-                number = await waiting.get()
-                found = await self._ask(http, url, bodies[number], published.version)
-                if isinstance(found, _Answer):
-                    answers[number], pauses = found, iter(PAUSES)
-                else:
-                    waiting.put_nowait(number)
-                waiting.task_done()
-                if isinstance(found, _Failure):
-                    lost[url] = found.message
-                    if (pause := next(pauses, None)) is None:
-                        return
-                    await asyncio.sleep(pause)
-
-        async with _client(ANSWER_SECONDS) as http:
-            workers = [
-                asyncio.create_task(work(http, url))
-                for _ in range(self._at_once)
-                for url in published.urls
-            ]
-            all_done = asyncio.create_task(waiting.join())
-            try:
-                running = {all_done, *workers}
-                while not all_done.done() and running != {all_done}:
-                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()  # a refusal
-            finally:
-                for task in (all_done, *workers):
-                    task.cancel()
-                await asyncio.gather(all_done, *workers, return_exceptions=True)
-        if len(answers) < len(bodies):
-            raise TrainingError(f"no server is left: {_listed(lost)}")
-        return [answers[number] for number in range(len(bodies))]
-
     async def _ask(
-        self, http: httpx.AsyncClient, url: str, body: dict[str, Any], version: str
-    ) -> _Answer | _Failure:
+        self, version: str, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+    ) -> _Answer | Failure:
         """
         Raises:
             TrainingError: the server refuses, or its answer does not tell all that was decided.
         """
-        answer = await _send(http, "POST", f"{url}/v1/completions", body)
-        if isinstance(answer, _Failure):
+        answer = await send(http, "POST", f"{url}/v1/completions", body)
+        if isinstance(answer, Failure):
             return answer
-        found = _content(answer, url)
+        found = content(answer, url)
         receipt, response = found["alignment"], found["choices"][0]["token_ids"]
         if receipt["version"] != version:  # which servers that keep in step may mend
-            return _Failure(f"it answers with version {receipt['version']}, and not {version}")
+            return Failure(f"it answers with version {receipt['version']}, and not {version}")
         (trace,) = receipt["trace"]
         if receipt["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
             raise TrainingError(
@@ -317,62 +264,6 @@ def name_of(output: Path) -> str:
     """A name for the proxy of a run: its own, and that of the run that goes on after a kill."""
     run = f"{socket.gethostname()} {output.resolve()}"
     return f"learner-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
-
-
-def _client(seconds: float) -> httpx.AsyncClient:
-    key = os.environ.get(API_KEY)
-    return httpx.AsyncClient(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-        limits=httpx.Limits(max_connections=None),
-    )
-
-
-async def _send(
-    http: httpx.AsyncClient, method: str, url: str, body: Any
-) -> httpx.Response | _Failure:
-    try:
-        response = await http.request(method, url, json=body)
-    except httpx.TransportError as error:
-        return _Failure(f"it cannot be reached ({error or type(error).__name__})")
-    return _Failure(_message(response)) if response.is_server_error else response
-
-
-def _content(response: Any, url: str) -> dict[str, Any]:
-    """
-    Raises:
-        TrainingError: the server refuses.
-    """
-    if not response.is_success:
-        raise TrainingError(f"{url} refuses: {_message(response)}")
-    return response.json()
-
-
-def _message(response: httpx.Response) -> str:
-    """The server's own words, where it has any."""
-    try:
-        said = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        said = response.text[:200]
-    return f"{response.status_code} {said}"
-
-
-def _checked(url: str) -> str:
-    """
-    Raises:
-        TrainingError: it is no address of a server.
-    """
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise TrainingError(f"--servers {url}: {error}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise TrainingError(f"--servers {url}: an address is http://host:port")
-    return url.rstrip("/")
-
-
-def _listed(lost: dict[str, str]) -> str:
-    return "; ".join(f"{url}: {message}" for url, message in lost.items())
 
 
 def _say(message: str) -> None:

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import training.rollout_servers
+import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
 from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, Server, serving
@@ -82,7 +83,7 @@ def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[S
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(training.rollout_servers.API_KEY, ADMIN_KEY)
+    monkeypatch.setenv(training.servers.API_KEY, ADMIN_KEY)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,9 @@ def test_what_servers_refuse(
     another = base.model_copy(update={"fingerprint": "0" * 64})
     refused(f"{urls[0]} refuses: 400 .* fingerprint 0000", base=another)
     refused(f"{urls[0]} refuses: 400 path '{NAME}/.*' does not exist below", root=tmp_path)
-    monkeypatch.setenv(training.rollout_servers.API_KEY, API_KEY)
+    monkeypatch.setenv(training.servers.API_KEY, API_KEY)
     refused("refuses: 403 .* an administrator's key")
-    monkeypatch.delenv(training.rollout_servers.API_KEY)
+    monkeypatch.delenv(training.servers.API_KEY)
     refused("refuses: 401 .* needs an API key")
     assert [loaded_on(server) for server in two] == [[], []]
 
@@ -322,7 +323,8 @@ def test_what_is_made_of_odd_answers(
     pretender, client = Pretender(tmp_path, change), httpx.AsyncClient
     transport = httpx.MockTransport(pretender)
     monkeypatch.setattr(httpx, "AsyncClient", lambda **more: client(**more, transport=transport))
-    monkeypatch.setattr(training.rollout_servers, "PAUSES", (0.01, 0.01))
+    for module in (training.rollout_servers, training.servers):
+        monkeypatch.setattr(module, "PAUSES", (0.01, 0.01))
     servers, network = make(["http://one", "http://two"], tmp_path), make_network(frozen, 0)
     told = {"end_ids": ends, "seeds": count(0)}
     if message is None:
@@ -366,7 +368,8 @@ def test_servers_that_die_are_done_without_until_none_is_left(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(training.rollout_servers, "PAUSES", (0.1, 0.2))
+    for module in (training.rollout_servers, training.servers):
+        monkeypatch.setattr(module, "PAUSES", (0.1, 0.2))
     network, ask = make_network(frozen, 0, max_rejections=4), Servers._ask
     state = SimpleNamespace(victim=None, answers=0)
 

@@ -1,0 +1,151 @@
+"""Several of Assent's servers asked at once over HTTP, some of which may fail.
+
+A server that fails (`Failure`) is tried again a few times, and then the others do without it. What a server refuses is
+a `TrainingError` with its own words.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+
+from training.console import TrainingError
+
+API_KEY = "ASSENT_API_KEY"
+"""The environment variable with an administrator's key, for servers that want one."""
+PAUSES = (1.0, 2.0, 4.0)  # seconds before a server that has failed is tried again
+# A server that says nothing for so long has failed: at first, to being told to load or unload, and to a prompt.
+CONNECT_SECONDS, LOAD_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 1800.0
+
+_T = TypeVar("_T")
+
+
+class Failure(NamedTuple):
+    """A server that is not to be reached, or that says that the fault is its own. It may mend."""
+
+    message: str
+
+
+async def ask_every(
+    urls: Sequence[str], method: str, path: str, body: Any = None
+) -> dict[str, httpx.Response | Failure]:
+    """The same of all of them, to load or to unload something: what each says."""
+    async with _client(LOAD_SECONDS) as http:
+        found = await asyncio.gather(*(send(http, method, url + path, body) for url in urls))
+    return dict(zip(urls, found, strict=True))
+
+
+async def share_out(
+    urls: Sequence[str],
+    bodies: Sequence[Any],
+    ask: Callable[[httpx.AsyncClient, str, Any], Awaitable[_T | Failure]],
+    at_once: int,
+) -> list[_T]:
+    """One answer to each body. All servers take from one queue; what one fails at goes back there.
+
+    Args:
+        urls: the servers.
+        bodies: what is asked.
+        ask: asks one server for one of them.
+        at_once: requests under way on each server.
+
+    Raises:
+        TrainingError: no server is left; or whatever `ask` raises.
+    """
+    answers: dict[int, _T] = {}
+    waiting: asyncio.Queue[int] = asyncio.Queue()
+    lost: dict[str, str] = {}
+    for number in range(len(bodies)):
+        waiting.put_nowait(number)
+
+    async def work(http: httpx.AsyncClient, url: str) -> None:
+        """One request after the other, until it has failed too often in a row."""
+        pauses = iter(PAUSES)
+        while True:
+            number = await waiting.get()
+            found = await ask(http, url, bodies[number])
+            if not isinstance(found, Failure):
+                answers[number], pauses = found, iter(PAUSES)
+                waiting.task_done()
+                continue
+            waiting.put_nowait(number)
+            waiting.task_done()
+            lost[url] = found.message
+            if (pause := next(pauses, None)) is None:
+                return
+            await asyncio.sleep(pause)
+
+    async with _client(ANSWER_SECONDS) as http:
+        workers = [asyncio.create_task(work(http, url)) for _ in range(at_once) for url in urls]
+        all_done = asyncio.create_task(waiting.join())
+        try:
+            running = {all_done, *workers}
+            while not all_done.done() and running != {all_done}:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a refusal
+        finally:
+            for task in (all_done, *workers):
+                task.cancel()
+            await asyncio.gather(all_done, *workers, return_exceptions=True)
+    if len(answers) < len(bodies):
+        raise TrainingError(f"no server is left: {listed(lost)}")
+    return [answers[number] for number in range(len(bodies))]
+
+
+def _client(seconds: float) -> httpx.AsyncClient:
+    key = os.environ.get(API_KEY)
+    return httpx.AsyncClient(
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
+        limits=httpx.Limits(max_connections=None),
+    )
+
+
+async def send(
+    http: httpx.AsyncClient, method: str, url: str, body: Any
+) -> httpx.Response | Failure:
+    try:
+        response = await http.request(method, url, json=body)
+    except httpx.TransportError as error:
+        return Failure(f"it cannot be reached ({error or type(error).__name__})")
+    return Failure(message_of(response)) if response.is_server_error else response
+
+
+def content(response: Any, url: str) -> dict[str, Any]:
+    """
+    Raises:
+        TrainingError: the server refuses.
+    """
+    if not response.is_success:
+        raise TrainingError(f"{url} refuses: {message_of(response)}")
+    return response.json()
+
+
+def message_of(response: httpx.Response) -> str:
+    """The server's own words, where it has any."""
+    try:
+        said = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        said = response.text[:200]
+    return f"{response.status_code} {said}"
+
+
+def checked(url: str) -> str:
+    """
+    Raises:
+        TrainingError: it is no address of a server.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise TrainingError(f"--servers {url}: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise TrainingError(f"--servers {url}: an address is http://host:port")
+    return url.rstrip("/")
+
+
+def listed(lost: dict[str, str]) -> str:
+    return "; ".join(f"{url}: {message}" for url, message in lost.items())
