@@ -1,6 +1,7 @@
 """GET, POST and DELETE /proxies: what is loaded, and changing it while serving."""
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,15 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
         models = {base.name for base in state.models.base_model_paths}
         check_name(request.name, models | set(state.models.lora_requests))
         directory = find_below(state.proxies.root, request.path)
-        proxy, is_new = await state.proxies.load(request.name, directory, shadow=request.shadow)
+        assert state.remembered is not None, "it comes with the root"
+        async with state.remembered.changing:
+            proxy, is_new = await state.proxies.load(request.name, directory, shadow=request.shadow)
+            entry = Entry(path=request.path, version=proxy.version, shadow=request.shadow)
+            remembered = await asyncio.to_thread(state.remembered.change, request.name, entry)
     except Refusal as refusal:
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal, state.proxies.root) from None
     metrics.PROXY_CHANGES.labels("loaded").inc()
-    assert state.remembered is not None, "it comes with the root"
-    entry = Entry(path=request.path, version=proxy.version, shadow=request.shadow)
-    remembered = await asyncio.to_thread(state.remembered.change, request.name, entry)
     answer = proxy.as_json() | {"remembered": remembered}
     return JSONResponse(answer, status_code=201 if is_new else 200)
 
@@ -77,14 +79,16 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
 async def unload_proxy(name: str, raw_request: Request, version: str | None = None) -> Response:
     """Unload what the name stands for, or another version of it that still drains."""
     state = served(raw_request)
+    remembered = state.remembered
     try:
-        proxy = await state.proxies.unload(name, version)
+        async with remembered.changing if remembered is not None else nullcontext():
+            proxy = await state.proxies.unload(name, version)
+            if remembered is not None and state.proxies.bound(name) is None:
+                await asyncio.to_thread(remembered.change, name, None)
     except Refusal as refusal:
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(refusal) from None
     metrics.PROXY_CHANGES.labels("unloaded").inc()
-    if state.remembered is not None and state.proxies.bound(name) is None:
-        await asyncio.to_thread(state.remembered.change, name, None)
     return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
 
 

@@ -52,6 +52,8 @@ class Remembered:
         self.root, self.file, self.proxies = root, root / FILE_NAME, proxies
         self.entries: dict[str, Entry] = {}
         """What this server has last seen, and tried to load."""
+        self.changing = asyncio.Lock()
+        """Held from a load or unload to its `change`, so that what the file said before does not come back."""
         self._seen: tuple[int, int] | None = None
         self._failed: set[tuple[str, Entry]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -89,6 +91,10 @@ class Remembered:
 
     async def keep_up(self) -> None:
         """Load and unload what the file has changed since the last time; what fails is tried again."""
+        async with self.changing:
+            await self._keep_up()
+
+    async def _keep_up(self) -> None:
         if (stamp := self._stamp()) == self._seen and not self._failed:
             return
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,32 @@ def test_it_is_written_whole_and_read_again(root):
         assert names(other) == {"a": first.version}
         left = {path.name for path in root.iterdir()}
         assert left == {"v1", "v2", "proxies.json", ".proxies.lock"}
+
+    asyncio.run(run())
+
+
+def test_a_load_is_not_undone_by_what_the_file_said_before_it(root):
+    """Another server has written the name's older version, and this one looks while it loads the newer."""
+    from server.managing import load_proxy
+    from server.schemas import LoadRequest
+
+    async def run():
+        found, older, newer = remembered(root), entry(root, "v1"), entry(root, "v2")
+        found.proxies.root = root
+        assent = SimpleNamespace(
+            proxies=found.proxies,
+            remembered=found,
+            models=SimpleNamespace(base_model_paths=[], lora_requests={}),
+        )
+        request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(assent=assent)))
+        load = asyncio.create_task(load_proxy(LoadRequest(name="a", path="v2"), request))
+        await asyncio.sleep(0)
+        assert remembered(root).change("a", older)
+        await asyncio.gather(load, found.keep_up())
+        for _ in range(3):
+            await found.keep_up()
+        assert json.loads((root / "proxies.json").read_text())["proxies"]["a"]["path"] == "v2"
+        assert found.proxies.bound("a").version == newer.version
 
     asyncio.run(run())
 
