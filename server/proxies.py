@@ -17,10 +17,10 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, BaseModelId, ProxyError, load
-from server.engine import EngineDeadError
+from server.engine import EngineDeadError, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,6 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-class WorkerCalls(Protocol):
-    """The one call of vLLM's engine client that is needed here: a list, one answer a rank."""
-
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...]) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -76,17 +70,17 @@ class Proxies:
     """All calls run on the event loop; loads and unloads go one after another."""
 
     def __init__(
-        self, worker: WorkerCalls, *, base: BaseModelId | None = None, root: Path | None = None
+        self, workers: Workers, *, base: BaseModelId | None = None, root: Path | None = None
     ) -> None:
         """
         Args:
-            worker: makes calls on every rank.
+            workers: makes calls on every rank.
             base: the LLM that proxies must have been made for; None skips the check here, the
                 worker's remains.
             root: the directory below which proxies may be loaded over HTTP; None for nowhere.
         """
         self.root = root
-        self._worker = worker
+        self._workers = workers
         self._base = base
         self._loaded: dict[tuple[str, str], LoadedProxy] = {}  # draining ones included
         self._bound: dict[str, LoadedProxy] = {}  # what each name stands for, shadows included
@@ -197,7 +191,7 @@ class Proxies:
         idle = [p for p in self if p.state == "draining" and p.in_flight == 0]
         for proxy in idle:
             try:
-                await self._worker.collective_rpc("unload_proxy", args=(proxy.name, proxy.version))
+                await self._workers.collective_rpc("unload_proxy", args=(proxy.name, proxy.version))
             except Exception:  # it stays listed as draining, and the next call tries again
                 logger.exception("Proxy %s %s was not unloaded.", proxy.name, proxy.version)
             else:
@@ -208,7 +202,7 @@ class Proxies:
         self, name: str, directory: Path, version: str, shadow: bool
     ) -> dict[str, Any]:
         try:
-            answers = await self._worker.collective_rpc(
+            answers = await self._workers.collective_rpc(
                 "load_proxy", args=(name, str(directory), shadow)
             )
         except EngineDeadError:
@@ -229,7 +223,7 @@ class Proxies:
     async def _unload_quietly(self, name: str, versions: set[str]) -> None:
         for version in versions:
             try:
-                await self._worker.collective_rpc("unload_proxy", args=(name, version))
+                await self._workers.collective_rpc("unload_proxy", args=(name, version))
             except Exception as error:  # where it was not loaded, there is nothing to undo
                 logger.info("Nothing to undo: %s", error)
 

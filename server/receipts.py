@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from server.proxies import WorkerCalls
+from server.engine import Workers
 
 CALL_SECONDS = 30.0
 COUNTS = ("proposed", "accepted", "rejected", "forced")
@@ -25,13 +25,13 @@ _ENGINE_ID = re.compile(r"(?:(\d+)_)?(\D.*?)(?:-[0-9a-f]{8})?", re.DOTALL)
 class WorkerReader:
     """Takes what the worker has for requests; what was taken is gone from there."""
 
-    def __init__(self, worker: WorkerCalls, method: str) -> None:
+    def __init__(self, workers: Workers, method: str) -> None:
         """
         Args:
-            worker: makes calls on every rank; each request is one rank's to tell of.
+            workers: makes calls on every rank; each request is one rank's to tell of.
             method: of the worker: request ids -> {engine's own id: anything}.
         """
-        self.worker = worker
+        self.workers = workers
         self.method = method
         self.waiting: list[tuple[set[str], asyncio.Future[BySample]]] = []
         self.reader: asyncio.Task[None] | None = None
@@ -55,7 +55,7 @@ class WorkerReader:
                 wanted = [request_id for ids, _ in batch for request_id in ids]
                 # An engine that is being taken down never answers.
                 per_rank = await asyncio.wait_for(
-                    self.worker.collective_rpc(self.method, args=(wanted,)), CALL_SECONDS
+                    self.workers.collective_rpc(self.method, args=(wanted,)), CALL_SECONDS
                 )
                 found = {_sample(key): each[key] for each in per_rank for key in each}
             except Exception as error:  # whatever it is, those who wait must learn of it
