@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +14,19 @@ from threading import Event
 import httpx
 import pytest
 
-from tests.server.conftest import DEMO, MODEL, Server, free_port, proxy_flags, serving
+from tests.server.conftest import (
+    DEMO,
+    MODEL,
+    WAIT_SECONDS,
+    Server,
+    free_port,
+    proxy_flags,
+    serving,
+    wait_until,
+)
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy" / "haproxy.cfg"
 CLIENTS = 8
-WAIT_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +63,6 @@ def is_healthy(url: str) -> bool:
     return False
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def ask(url: str, proxy: str, seed: int) -> int:
     body = {
         "model": f"{MODEL}:{proxy}",
@@ -73,6 +74,11 @@ def ask(url: str, proxy: str, seed: int) -> int:
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS).status_code
 
 
+def proxies_of(server: Server) -> set[str]:
+    answer = httpx.get(f"{server.url}/proxies", timeout=WAIT_SECONDS).json()
+    return {each["name"] for each in answer["data"]}
+
+
 def served(server: Server) -> int:
     return server.log.read_text(errors="replace").count('"path": "/v1/chat/completions"')
 
@@ -81,8 +87,7 @@ def test_a_load_through_the_balancer_reaches_both(two: tuple[str, Server, Server
     url, a, b = two
     loaded = httpx.post(f"{url}/proxies", json={"name": "new", "path": "polite"}, timeout=60)
     assert loaded.status_code == 201
-    servers = [f"{each.url}/proxies" for each in (a, b)]
-    wait_until(lambda: all("new" in httpx.get(each, timeout=60).text for each in servers))
+    wait_until(lambda: all("new" in proxies_of(each) for each in (a, b)))
     with ThreadPoolExecutor(CLIENTS) as pool:
         assert set(pool.map(lambda seed: ask(url, "new", seed), range(2 * CLIENTS))) == {200}
     assert min(served(a), served(b)) > 0

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ trace = false
 
 START_SECONDS = 300  # a busy machine that must compile the bytecode of all it imports first
 STOP_SECONDS = 20
+WAIT_SECONDS = 60  # for what a server does soon, on a machine that may be busy
 LOG_LINES = 60
 
 
@@ -162,6 +163,22 @@ def pytest_runtest_makereport(item):
     running = getattr(item, "funcargs", {}).get("server")
     if report.failed and running is not None:
         report.sections.append(("the server's log", running.log_tail()))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.05)
+
+
+def metric(url: str, series: str) -> float:
+    """The sum of all series of /metrics whose name and labels begin so."""
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    lines = httpx.get(f"{url}/metrics", headers=headers, timeout=60).text.splitlines()
+    values = [float(line.split()[-1]) for line in lines if line.startswith(series)]
+    assert values, f"{series} is not among the metrics"
+    return sum(values)
 
 
 def free_port() -> int:

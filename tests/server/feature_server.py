@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import torch
 import torch.nn.functional as F
@@ -85,13 +84,6 @@ class Served:
             extra_body={"return_token_ids": True} | extra,
             **options,
         )
-
-    def metric(self, name: str) -> float:
-        """A counter of vLLM's."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        values = [float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")]
-        assert values, f"{name} is not among the metrics"
-        return sum(values)
 
 
 def tokens(answer: Any) -> list[list[int]]:

@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 
-from tests.server.conftest import MODEL
+from tests.server.conftest import MODEL, metric
 from tests.server.feature_server import (
     ALIGNED,
     BLOCK,
@@ -305,9 +305,9 @@ def ask_alone(served, i, choice, max_tokens):
 
 
 def test_a_seed_says_the_same_alone_and_in_a_batch_of_64(served):
-    steps = served.metric("vllm:iteration_tokens_total_count")
+    steps = metric(served.url, "vllm:iteration_tokens_total_count{")
     batch = ask_crowd(served, 48, together=True)
-    steps = served.metric("vllm:iteration_tokens_total_count") - steps
+    steps = metric(served.url, "vllm:iteration_tokens_total_count{") - steps
     assert steps < 3 * 48  # four requests one after the other would take 4 x 48
     for i in range(4):
         assert len({str(said) for said in batch[i]}) == 16
@@ -317,11 +317,11 @@ def test_a_seed_says_the_same_alone_and_in_a_batch_of_64(served):
 
 def test_a_seed_says_the_same_after_preemption(served):
     """64 answers of 110 tokens need 256 blocks, and there are 160: some are thrown out and resumed."""
-    before = served.metric("vllm:num_preemptions_total")
+    before = metric(served.url, "vllm:num_preemptions_total{")
     undisturbed = ask_crowd(served, 110, together=False)
-    assert served.metric("vllm:num_preemptions_total") == before
+    assert metric(served.url, "vllm:num_preemptions_total{") == before
     crowded = ask_crowd(served, 110, together=True)
-    assert served.metric("vllm:num_preemptions_total") > before
+    assert metric(served.url, "vllm:num_preemptions_total{") > before
     assert crowded == undisturbed
 
 
@@ -330,11 +330,11 @@ def test_a_seed_says_the_same_in_chunks_and_from_the_prefix_cache(served, model)
     """A long prompt is computed in chunks unless the prefix cache knows most of it."""
 
     def ask(salt):
-        hits = served.metric("vllm:prefix_cache_hits_total")
+        hits = metric(served.url, "vllm:prefix_cache_hits_total{")
         answer = served.ask(
             LONG, model, n=2, seed=3, max_tokens=24, ignore_eos=True, cache_salt=f"{model} {salt}"
         )
-        return answer, served.metric("vllm:prefix_cache_hits_total") - hits
+        return answer, metric(served.url, "vllm:prefix_cache_hits_total{") - hits
 
     first, _ = ask("first")
     length = len(first.prompt_token_ids)

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from judge.feedback import Feedback, Preference
-from tests.server.conftest import DEMO, REPOSITORY, Server, serving
+from tests.server.conftest import DEMO, REPOSITORY, Server, metric, serving, wait_until
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]
@@ -38,10 +38,6 @@ class Keeping:
         finally:
             feedback.close()
 
-    def metric(self, name: str) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
 
 @contextmanager
 def keeping_feedback(directory: Path) -> Iterator[Keeping]:
@@ -56,13 +52,6 @@ def keeping_feedback(directory: Path) -> Iterator[Keeping]:
 def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
     with keeping_feedback(tmp_path_factory.mktemp("feedback")) as found:
         yield found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_choice_between_two_responses(keeping: Keeping) -> None:
@@ -105,7 +94,7 @@ def test_verdicts_are_kept(keeping: Keeping) -> None:
         "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence
     )
     assert row.confidence == pytest.approx(1 - verdict["probability"])
-    assert keeping.metric('assent_feedback_rows_total{source="judge"}') >= 1
+    assert metric(keeping.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1
 
 
 def test_the_tournaments_verdicts_are_kept_too(keeping: Keeping) -> None:
@@ -175,7 +164,7 @@ def test_a_choice_that_there_is_not(keeping: Keeping) -> None:
 
 
 def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None:
-    lost = keeping.metric("assent_feedback_lost_total")
+    lost = metric(keeping.running.url, "assent_feedback_lost_total")
     other = sqlite3.connect(keeping.path)
     other.execute("BEGIN EXCLUSIVE")
     try:
@@ -191,14 +180,16 @@ def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None
     finally:
         other.rollback()
         other.close()
-    assert keeping.metric("assent_feedback_lost_total") == lost + 1  # the chat's choices
+    assert (
+        metric(keeping.running.url, "assent_feedback_lost_total") == lost + 1
+    )  # the chat's choices
     assert keeping.http.post("/feedback", json=body).status_code == 201
 
 
 def test_a_full_disk_is_said_and_ends_nothing(keeping: Keeping) -> None:
     """No file may grow, the server's log among them; what was acknowledged stays, and all goes on after."""
     body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
-    before, lost = len(keeping.rows()), keeping.metric("assent_feedback_lost_total")
+    before, lost = len(keeping.rows()), metric(keeping.running.url, "assent_feedback_lost_total")
     process = psutil.Process(keeping.running.process.pid)
     usual = process.rlimit(psutil.RLIMIT_FSIZE)
     process.rlimit(psutil.RLIMIT_FSIZE, (0, usual[1]))
@@ -210,7 +201,7 @@ def test_a_full_disk_is_said_and_ends_nothing(keeping: Keeping) -> None:
             model="assent-demo", messages=TURNS, max_tokens=4, n=2
         )
         assert chat.choices
-        wait_until(lambda: keeping.metric("assent_feedback_lost_total") == lost + 1)
+        wait_until(lambda: metric(keeping.running.url, "assent_feedback_lost_total") == lost + 1)
     finally:
         process.rlimit(psutil.RLIMIT_FSIZE, usual)
     assert keeping.http.post("/feedback", json=body).status_code == 201

@@ -2,15 +2,14 @@
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from threading import Semaphore
+from threading import Event
 
 import httpx
 import psutil
 import pytest
 
-from tests.server.conftest import proxy_flags, serving
+from tests.server.conftest import WAIT_SECONDS, proxy_flags, serving, wait_until
 
-WAIT_SECONDS = 60
 APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 """The engine in processes of its own, as larger models have it."""
 
@@ -37,7 +36,7 @@ def streamed(running, begun):
         ) as answer:
             for line in answer.iter_lines():
                 text += line
-                begun.release()
+                begun.set()
     except httpx.RemoteProtocolError:
         return None
     return text
@@ -48,6 +47,11 @@ def find(running, name):
     family = psutil.Process(running.process.pid).children(recursive=True)
     (found,) = [each for each in family if name in " ".join(each.cmdline())]
     return family, found
+
+
+def in_flight(running):
+    found = httpx.get(f"{running.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
+    return sum(proxy["in_flight"] for proxy in found)
 
 
 @pytest.mark.parametrize("environment", [{}, APART], ids=["small model", "apart"])
@@ -65,12 +69,14 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path, environment):
 def test_the_engine_is_killed(tmp_path, name):
     with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
         family, victim = find(running, name)
-        begun = Semaphore(0)
+        begun = [Event() for _ in range(3)]
         with ThreadPoolExecutor(4) as pool:
+            victim.send_signal(signal.SIGSTOP)  # nobody's answer ends before all are under way
             answer = pool.submit(whole, running)
-            streams = [pool.submit(streamed, running, begun) for _ in range(3)]
-            for _ in streams:
-                assert begun.acquire(timeout=WAIT_SECONDS)
+            streams = [pool.submit(streamed, running, each) for each in begun]
+            wait_until(lambda: in_flight(running) == 4)
+            victim.send_signal(signal.SIGCONT)
+            assert all(each.wait(WAIT_SECONDS) for each in begun)
             victim.send_signal(signal.SIGKILL)
             refused = answer.result(WAIT_SECONDS)
             assert refused.status_code >= 500 and refused.json()["error"]["message"]

@@ -4,15 +4,16 @@ import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event
 
 import pytest
 
 from proxy.checkpoint import load
+from tests.server.conftest import wait_until
 from tests.server.test_bad_requests import refused
 
 QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
-WAIT_SECONDS = 30  # for what the server does soon, on a machine that may be busy
 
 
 @pytest.fixture
@@ -41,13 +42,6 @@ def states(http, name):
         for proxy in http.get("/proxies").json()["data"]
         if proxy["name"] == name
     ]
-
-
-def wait_until(is_so):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.02)
 
 
 def long_chat(model="assent-demo:live", **more):
@@ -309,13 +303,16 @@ def test_traffic_while_versions_change(live):
     def num_answers(version):
         return sum(answer["alignment"]["version"] == version for answer in answers)
 
+    def has_answered(version, times):
+        return num_answers(version) >= times
+
     with ThreadPoolExecutor(8) as pool:
         asking = [pool.submit(ask) for _ in range(8)]
         try:
             for path in ["v1", "v2", "v3"] * 3:
                 version = load_as(live, "live", path).json()["version"]
                 before = num_answers(version)
-                wait_until(lambda v=version, n=before: num_answers(v) >= n + 3)
+                wait_until(partial(has_answered, version, before + 3))
         finally:
             all_loaded.set()
         for each in asking:

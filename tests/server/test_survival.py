@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.server.conftest import DEMO, serving
+from tests.server.conftest import DEMO, WAIT_SECONDS, serving, wait_until
 
 QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
-WAIT_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +69,6 @@ def say(running, proxy):
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
-
-
-def wait_until(is_so):
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.05)
 
 
 def test_a_killed_server_comes_back_with_its_proxies(killed, pair):

@@ -8,7 +8,6 @@ import asyncio
 import copy
 import json
 import os
-import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ import training.rollout_servers
 import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
-from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, Server, serving
+from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, Server, metric, serving
 from tests.training.conftest import run
 from tests.training.test_proxy_ppo import assert_trained_alike
 from tests.training.test_rollout_vllm import (
@@ -126,12 +125,7 @@ def both(
 
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
-
-
-def num_answered(server: Server) -> int:
-    text = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
-    found = re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.MULTILINE)
-    return int(sum(map(float, found)))
+ANSWERED = "vllm:request_success_total{"
 
 
 def loaded_on(server: Server) -> list[tuple[str, str]]:
@@ -151,12 +145,14 @@ def loaded_on(server: Server) -> list[tuple[str, str]]:
 def test_a_rollout_is_that_of_transformers(
     servers: Servers, two: list[Server], frozen: PreTrainedModel, decoding: Decoding
 ) -> None:
-    before = [num_answered(server) for server in two]
+    before = [metric(server.url, ANSWERED) for server in two]
     ours, theirs = both(servers, make_network(frozen, 0, max_rejections=4), decoding)
     assert_same(ours, theirs)
     assert len({len(response) for response in ours.responses}) > 1
     assert ours.counts.rejected > 50 and ours.counts.forced > 5
-    shares = [num_answered(server) - first for server, first in zip(two, before, strict=True)]
+    shares = [
+        metric(server.url, ANSWERED) - first for server, first in zip(two, before, strict=True)
+    ]
     assert min(shares) >= 4 and sum(shares) == len(PROMPTS)
 
 
