@@ -140,6 +140,7 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
         "answers_by_version": dict(crowd.record.versions),
         "feedback_acknowledged": crowd.record.feedback,
         "samples": [asdict(each) for each in samples],
+        **{unit: trend(samples, unit) for unit in ("megabytes", "files", "threads")},
         "wrong_afterwards": sum(said != quiet.right[key] for key, said in after.right.items()),
         "proxies_afterwards": sorted([p["name"], p["state"], p["in_flight"]] for p in left),
     }
@@ -161,19 +162,10 @@ def main(options: Options) -> int:
         root, database = Path(directory) / "proxies", Path(directory) / "feedback.db"
         versions = make_versions(root)
         demo = {name: DEMO / "proxies" / name for name in FIXED}
-        flags: list[str | Path] = [
-            "--proxy-root",
-            root,
-            "--feedback",
-            database,
-            "--dtype",
-            "float32",
-        ]
+        flags: list[str | Path] = ["--proxy-root", root, "--feedback", database]
+        flags += ["--dtype", "float32"]
         with serve(get_model("demo"), "assent", demo, flags) as server:
             figures = asyncio.run(soak(server, options, root, versions))
-            samples = [Sample(**each) for each in figures["samples"]]
-            for unit in ("megabytes", "files", "threads"):
-                figures[unit] = trend(samples, unit)
         with create_engine(f"sqlite:///{database}").connect() as connection:
             rows = connection.execute(
                 text("SELECT count(*) FROM preferences WHERE source = 'person'")
