@@ -8,6 +8,10 @@ vllm. One line a module:
 - `prompts`       - the chat that asks for a judgment, and how it is cut where it is too long.
 - `verdict`       - what the answers in both orders, and by several principles, say about a pair.
 - `judge`         - questions in, rulings out, over any engine.
+- `likelihood`    - the second kind of judge: a response's score is a ratio of two likelihoods.
 - `tournament`    - strategies that rank N samples, with a receipt that replays.
 - `bradley_terry` - scores from probabilities of winning.
+- `feedback`      - preferences that are kept, in any database.
+- `evaluate`      - `python -m judge.evaluate`: how good is a judge?
+- `plan`          - `python -m judge.plan`: proxy, best of N, or both?
 """

@@ -2,6 +2,7 @@
 
 - `__main__`    - `python -m server`: prepares the process before vLLM is imported.
 - `cli`         - vLLM's flags and our own; everything that can be refused before the engine starts.
+- `adapters`    - judges that are LoRAs, and what vLLM must be told to serve them.
 - `doctor`      - `python -m server doctor`: what a start would meet.
 - `plugin`      - the endpoint plugin that hangs our routes and gates into vLLM's server.
 - `engine`      - every name of vLLM's that the routes use.
@@ -18,7 +19,11 @@
 - `receipts`    - what the worker counted and traced.
 - `traces`      - a trace's entries, each with its token.
 - `streams`     - server-sent events with our fields in them.
-- `judging`     - POST /judge, and the judge as a client of the engine.
+- `judging`     - POST /judge and /judge/rank.
+- `judges`      - the judges as clients of the engine that answers.
+- `calibration` - how far the judge can be trusted, watched.
+- `feedback`    - POST /feedback: what people chose.
+- `keeper`      - keeps it in the database behind the server's back.
 - `listing`     - GET /v1/models.
 - `managing`    - GET, POST and DELETE /proxies.
 - `remembered`  - what was loaded over HTTP, for a restart and for other servers.

@@ -1,10 +1,11 @@
-"""The import arrows of the design, read from the syntax tree of every source file.
+"""The import arrows of the design, and what packages say of their modules, read from the sources.
 
 `server` and `training` may import `proxy` and `judge`, and nothing points back or across. Only the
 files named below import vllm. Imports inside functions and under `if TYPE_CHECKING` count as well.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def source_files() -> list[str]:
         for package in FORBIDDEN
         for path in (ROOT / package).rglob("*.py")
     )
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_names_all_its_modules(package: str) -> None:
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    named = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert sorted(named) == sorted(modules)
 
 
 def test_every_package_is_read() -> None:

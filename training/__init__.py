@@ -1,1 +1,49 @@
-"""Offline commands that make what the server loads: base models, reward models, proxies."""
+"""Offline commands that make what the server loads, and what they are made of. One line a module.
+
+Commands, `python -m training.NAME`, in the order of a project:
+
+- `demo`            - the bundled demo, from nothing: all the others in their order.
+- `base_model`      - a small untrained Llama, where no model can be downloaded.
+- `prepare`         - checks preference pairs and sets some aside.
+- `export`          - kept feedback as preference data.
+- `sft`             - supervised fine-tuning.
+- `jsft`            - the same with judgments: one model learns to answer and to judge.
+- `reward_model`    - a scalar reward from preference pairs.
+- `dpo`             - a baseline, or the LoRA of a likelihood-ratio judge.
+- `estimate`        - what training a proxy will take in memory and time.
+- `proxy_ppo`       - the proxy (Proxy-RLHF).
+- `rlhf_ppo`        - full RLHF, a baseline.
+- `self_judge`      - self-training by the model's own judgment (SELF-JUDGE).
+- `evaluate`        - a proxy beside the frozen LLM, on held-out prompts.
+
+Rollouts and learning from them:
+
+- `policy`          - who decides what is said.
+- `rollout`         - responses from transformers, every decision of the proxy recorded.
+- `rollout_vllm`    - the same from vLLM, in this process.
+- `rollout_worker`  - vLLM's workers that keep what the proxy reads.
+- `rollout_servers` - the same from running servers.
+- `servers`         - several servers asked at once, some of which may fail.
+- `traces`          - what rollouts in vLLM have in common.
+- `rewards`         - scores of finished responses.
+- `judging`         - the judge on a model in this process.
+- `judges`          - who says which of two responses is better.
+- `ppo`             - the pieces of PPO, as pure functions.
+- `online`          - what the PPO commands share.
+- `updates`         - the loop around updates from own samples.
+
+Data, models, runs:
+
+- `data`            - rows in TRL's formats.
+- `layouts`         - public preference data as these.
+- `judgments`       - judgments to learn, from preference pairs.
+- `models`          - models, tokenizers, chats as they read them.
+- `supervised`      - training on sequences with a weight per token.
+- `checkpoints`     - a killed run of transformers' trainer goes on.
+- `state`           - and so does one of ours.
+- `saving`          - a directory is saved whole.
+- `metrics`         - a run's figures and curves.
+- `console`         - errors of the user's: one line, exit code 2.
+
+`world` is the bundled world: prompts, answers, preferences, and the gold scorer that grades them.
+"""
