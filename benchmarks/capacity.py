@@ -15,11 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, quantiles, stdev
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
+import psutil
 import tyro
 
+from benchmarks.engines import Server, serve
+from benchmarks.models import get_model
+
+PROXY = "aligned"
 RATES = (1.0, 100.0, 10_000.0)
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9)
 BATCHES = 20
@@ -63,26 +68,14 @@ class Work:
         return self.prompt + self.judged
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """Of one engine at one rate."""
-
-    load: float
-    """Share of the highest rate that it could bear."""
-    rows: float
-    """In the batch or before it, on average."""
-    seconds: float
-    """From arrival to the last token, on average."""
-
-
 def highest_rate(engine: Engine, work: Work) -> float:
     """Requests a second beyond which the queue grows for ever."""
     decode = work.samples * work.answer * engine.step(engine.max_rows) / engine.max_rows
     return 1 / (decode + work.read * engine.prompt_token)
 
 
-def outlook(engine: Engine, work: Work, rate: float) -> Outlook:
-    """The stationary mean: p(n) ∝ ∏ λ/μ(i), with λ rows a second that come and μ(i) of i rows that end.
+def mean_seconds(engine: Engine, work: Work, rate: float) -> float:
+    """From arrival to the last token, on average, where p(n) ∝ ∏ λ/μ(i): λ rows a second come, μ(i) of i rows end.
 
     Reading takes a share of the time, and the rest is left for steps. With processor sharing an answer takes a time in
     proportion to its length, and the longest of N geometric ones has 1 + 1/2 + ... + 1/N times the mean length. Who
@@ -91,8 +84,7 @@ def outlook(engine: Engine, work: Work, rate: float) -> Outlook:
     Raises:
         ValueError: the rate is beyond what the engine bears.
     """
-    load = rate / highest_rate(engine, work)
-    if load >= 1:
+    if rate >= highest_rate(engine, work):
         raise ValueError(f"one engine bears {highest_rate(engine, work):.3g} requests a second")
     arriving = rate * work.samples
     left = 1 - rate * work.read * engine.prompt_token
@@ -107,24 +99,12 @@ def outlook(engine: Engine, work: Work, rate: float) -> Outlook:
     longest = sum(1 / i for i in range(1, work.samples + 1))
     reading = work.read * engine.prompt_token / left
     waiting = engine.step(min(math.ceil(rows_there), engine.max_rows)) / 2
-    return Outlook(load, rows_there, rows_there / arriving * longest + reading + waiting)
+    return rows_there / arriving * longest + reading + waiting
 
 
-def engines_needed(engine: Engine, work: Work, rate: float, *, seconds: float, load: float) -> int:
-    """The fewest that keep the mean below `seconds` and each one's load below `load`; requests go to any at random.
-
-    Raises:
-        ValueError: one request alone takes longer.
-    """
-    alone = outlook(engine, work, 1e-9).seconds
-    if alone > seconds:
-        raise ValueError(
-            f"a request alone takes {alone:.3g} seconds, and {seconds:g} are asked for"
-        )
-    count = math.ceil(rate / (load * highest_rate(engine, work)))
-    while outlook(engine, work, rate / count).seconds > seconds:
-        count += math.ceil(count / 100)
-    return count
+def engines_needed(engine: Engine, work: Work, rate: float, load: float) -> int:
+    """The fewest of which each bears its share at this load or below."""
+    return math.ceil(rate / (load * highest_rate(engine, work)))
 
 
 @dataclass
@@ -210,21 +190,20 @@ def summarise(seconds: Sequence[float]) -> tuple[float, float, float]:
     return fmean(seconds), stdev(means) / BATCHES**0.5, quantiles(seconds, n=20)[18]
 
 
-async def observe(url: str, work: Work, rate: float, requests: int, seed: int) -> list[float]:
-    """Seconds that requests to a server with a proxy take which come as in `simulate`; all answers are of one length.
+async def observe(
+    server: Server, work: Work, rate: float, duration: float, seed: int
+) -> list[float]:
+    """Seconds that requests to the demo with its proxy take which come as in `simulate`; all answers are of one length.
 
     The mean does not depend on the lengths' distribution; the tail does.
     """
     rng, timeout = random.Random(seed), aiohttp.ClientTimeout(600)
-    async with aiohttp.ClientSession(url, timeout=timeout, raise_for_status=True) as http:
-        async with http.get("/v1/models") as reply:
-            models = [each["id"] for each in (await reply.json())["data"]]
-        model = next(name for name in models if name.endswith(":aligned"))
+    async with aiohttp.ClientSession(server.url, timeout=timeout, raise_for_status=True) as http:
 
         async def ask(number: int) -> float:
             words = rng.choices(("kettle", "freezer", "open", "fork"), k=int(work.prompt) - 9)
             body: dict[str, Any] = {
-                "model": model,
+                "model": f"{server.model}:{PROXY}",
                 "messages": [{"role": "user", "content": " ".join(words)}],
                 "seed": number,
                 "max_tokens": round(work.answer),
@@ -236,25 +215,39 @@ async def observe(url: str, work: Work, rate: float, requests: int, seed: int) -
                 await reply.read()
             return monotonic() - start
 
-        tasks = []
-        for number in range(requests):
-            tasks.append(asyncio.create_task(ask(number)))
+        tasks: list[asyncio.Task[float]] = []
+        begin = monotonic()
+        while monotonic() < begin + duration:
+            tasks.append(asyncio.create_task(ask(len(tasks))))
             await asyncio.sleep(rng.expovariate(rate))
-        return (await asyncio.gather(*tasks))[requests // 10 :]
+        return await asyncio.gather(*tasks)
 
 
+def cpu_seconds(server: Server) -> float:
+    """Of the process that speaks HTTP, since its start; its engine is another process."""
+    times = psutil.Process(server.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+H100_BYTES, H100_FLOPS = 0.4 * 3.35e12, 0.4 * 989e12
+"""Of the data sheet's 40 %, in a second, as in docs/seven-b.md."""
 ENGINES = {
     # Fitted to docs/performance.md: with 1, 8 and 64 clients 349, 2301 and 8134 tokens a second, and 41 prompts of 613.
     "demo": Engine(base=2.79e-3, row=0.079e-3, prompt_token=0.034e-3, max_rows=64),
-    # Computed as in docs/seven-b.md, 40 % of an H100's data sheet, 57 kB of keys and values a token, 640 tokens a row.
+    # Qwen2.5-7B: 7.6e9 weights of 2 bytes; keys and values of 57,344 bytes a token, 640 tokens in a row.
     "7b": Engine(
-        base=11.4e-3, row=0.027e-3, prompt_token=0.038e-3, max_rows=256, max_step_tokens=8192
+        base=2 * 7.6e9 / H100_BYTES,
+        row=640 * 57_344 / H100_BYTES,
+        prompt_token=2 * 7.6e9 / H100_FLOPS,
+        max_rows=256,
+        max_step_tokens=8192,
     ),
 }
 WORK = {
     "demo": {
         "proxy": Work(prompt=22, answer=15),
-        "proxy, best of 8": Work(prompt=22, answer=15, samples=8, judged=1500),
+        "proxy, long answers": Work(prompt=22, answer=128),
+        "proxy, best of 8": Work(prompt=22, answer=15, samples=8, judged=1320),
     },
     "7b": {
         "proxy": Work(prompt=300, answer=250),
@@ -272,8 +265,8 @@ def shown(seconds: Sequence[float]) -> list[str]:
 class Options:
     """Which engine, and what is asked of it."""
 
-    engine: str = "7b"
-    """Of `ENGINES`: demo, 7b."""
+    engine: Literal["demo", "7b"] = "7b"
+    """demo: the bundled demo on the machine of docs/performance.md; 7b: Qwen2.5-7B on an H100, computed."""
     base: float | None = None
     """Seconds of a step, instead of that engine's; likewise the next ones."""
     row: float | None = None
@@ -284,42 +277,46 @@ class Options:
     """Rows at once."""
     load: float = 0.8
     """The highest load of an engine that is planned with."""
-    seconds: float = 60.0
-    """The longest mean latency that is planned with."""
     requests: int = 20_000
     """Of each simulation."""
-    base_url: str | None = None
-    """A server of such an engine to compare with; it is asked a tenth as many requests."""
+    observe: float = 0.0
+    """Seconds for which a real server of the demo is asked at every load, to compare with; 0 for none."""
     seed: int = 0
     """Of the simulations."""
+
+
+def compare(engine: Engine, options: Options, server: Server | None) -> None:
+    """The table of formula, simulation and, where there is one, server."""
+    head = ["", "load", "requests a second", "mean s, formula", "simulated", "95 % within"]
+    head += ["mean s, observed", "95 % within", "CPU ms of HTTP a request"] if server else []
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for name, work in WORK[options.engine].items():
+        for load in LOADS:
+            rate = load * highest_rate(engine, work)
+            cells = [name, f"{load:.0%}", f"{rate:.3g}", f"{mean_seconds(engine, work, rate):.3g}"]
+            cells += shown(simulate(engine, work, rate, options.requests, options.seed))
+            if server:
+                before = cpu_seconds(server)
+                found = asyncio.run(observe(server, work, rate, options.observe, options.seed))
+                cpu = (cpu_seconds(server) - before) / len(found)
+                cells += [*shown(found[len(found) // 10 :]), f"{1e3 * cpu:.1f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(options: Options) -> None:
     given = {key: getattr(options, key) for key in ("base", "row", "prompt_token", "max_rows")}
     engine = replace(ENGINES[options.engine], **{k: v for k, v in given.items() if v is not None})
-    head = ["", "load", "requests a second", "mean s, formula", "simulated", "95 % within"]
-    head += ["mean s, observed", "95 % within"] if options.base_url else []
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    for name, work in WORK[options.engine].items():
-        most = highest_rate(engine, work)
-        for load in LOADS:
-            expected = outlook(engine, work, load * most)
-            found = simulate(engine, work, load * most, options.requests, options.seed)
-            cells = [name, f"{load:.0%}", f"{load * most:.3g}", f"{expected.seconds:.3g}"]
-            cells += shown(found)
-            if options.base_url:
-                few, seed = options.requests // 10, options.seed
-                cells += shown(asyncio.run(observe(options.base_url, work, load * most, few, seed)))
-            print(f"| {' | '.join(cells)} |", flush=True)
+    if options.observe:
+        model = get_model("demo")
+        with serve(model, "assent", {PROXY: model.proxy}) as server:
+            compare(engine, options, server)
+    else:
+        compare(engine, options, None)
     print("\n| | most of one engine | " + " | ".join(f"{rate:g} a second" for rate in RATES) + " |")
     print("|---" * (2 + len(RATES)) + "|")
     for name, work in WORK[options.engine].items():
-        counts = [
-            engines_needed(engine, work, rate, seconds=options.seconds, load=options.load)
-            for rate in RATES
-        ]
-        cells = [name, f"{highest_rate(engine, work):.3g} a second", *map(str, counts)]
-        print(f"| {' | '.join(cells)} |")
+        counts = [str(engines_needed(engine, work, rate, options.load)) for rate in RATES]
+        print(f"| {name} | {highest_rate(engine, work):.3g} a second | {' | '.join(counts)} |")
 
 
 if __name__ == "__main__":
