@@ -21,6 +21,9 @@ Entry = dict[str, Any]
 Asked = tuple[int, float, bool]
 """A candidate's token id, its probability within the nucleus, and whether it was accepted."""
 
+TINIEST = 2.0**-149
+"""The smallest float32 above 0: what a traced probability of 0 is at most."""
+
 
 def refuse_untraceable(decoding: Decoding, rollout: str) -> None:
     """
@@ -80,7 +83,7 @@ def decisions(
     return Decisions(
         hidden_at(episodes, indices),
         torch.tensor(token_ids, dtype=torch.long, device=device),
-        torch.tensor([math.log(p) for p in probabilities], device=device),
+        torch.tensor([math.log(p or TINIEST) for p in probabilities], device=device),
         torch.tensor(accepted, dtype=torch.bool, device=device),
         torch.tensor(episodes, dtype=torch.long, device=device),
     )
