@@ -82,11 +82,14 @@ def source_files() -> list[str]:
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_a_package_names_all_its_modules(package: str) -> None:
+def test_a_package_and_the_readme_name_all_modules(package: str) -> None:
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
     named = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
     modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
     assert sorted(named) == sorted(modules)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = {f"{module}.py" for module in modules - {"__main__"}}
+    assert files <= set(re.findall(r"\w+\.py", readme))
 
 
 def test_every_package_is_read() -> None:
