@@ -2,14 +2,14 @@
 
 Commands, `python -m training.NAME`, in the order of a project:
 
-- `demo`            - the bundled demo, from nothing: all the others in their order.
+- `demo`            - the bundled demo, from nothing.
 - `base_model`      - a small untrained Llama, where no model can be downloaded.
 - `prepare`         - checks preference pairs and sets some aside.
 - `export`          - kept feedback as preference data.
 - `sft`             - supervised fine-tuning.
 - `jsft`            - the same with judgments: one model learns to answer and to judge.
-- `reward_model`    - a scalar reward from preference pairs.
-- `dpo`             - a baseline, or the LoRA of a likelihood-ratio judge.
+- `reward_model`    - a reward from preference pairs: scalar, or implicit, whose LoRA is a judge too.
+- `dpo`             - direct preference optimisation, a baseline.
 - `estimate`        - what training a proxy will take in memory and time.
 - `proxy_ppo`       - the proxy (Proxy-RLHF).
 - `rlhf_ppo`        - full RLHF, a baseline.
