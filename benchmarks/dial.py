@@ -1,23 +1,26 @@
-"""The dial: what a stricter proxy buys and what it costs, in a plot: `python -m benchmarks.dial`.
+"""Strength and temperature: what each of them changes, in two plots: `python -m benchmarks.dial`.
 
-On held-out prompts of the bundled world, for strengths from 0 (the frozen LLM) upwards: the gold score of the answers
-against KL(proxied ‖ frozen) in nats a response, exact at every position of the answers sampled. The trainer's rollout
-answers, in transformers, by the same law as the server. All strengths of a proxy share one seed; the frozen answers
-that they are compared with have another.
+On held-out prompts of the bundled world, for strengths from 0 (the frozen LLM) and temperatures from 0 (greedy): how
+often an answer wins by the gold scorer over the frozen LLM's at the same temperature; and at the temperature of the
+training the gold score against KL(proxied ‖ frozen) in nats a response, exact at every position of the answers sampled.
+The trainer's rollout answers, in transformers, by the same law as the server. All answers of the proxies share one
+seed; the frozen answers that they are compared with have another.
 """
 
 import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count, islice, zip_longest
+from dataclasses import dataclass, field, replace
+from itertools import count, islice, product, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import matplotlib
 import torch
 import tyro
+from matplotlib import pyplot
 from tqdm import tqdm
 
 from benchmarks.models import DEMO, REPOSITORY
@@ -28,6 +31,8 @@ from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
 from training.world import gold
 from training.world.__main__ import draw_prompts, split_combinations
+
+matplotlib.use("Agg")
 
 LABEL_DISTANCE = 0.11  # nats
 WORLD_SEED = 0  # of the demo's data, by which the held-out combinations are known
@@ -43,16 +48,18 @@ class Options:
     """Proxies for it, a curve each."""
     strengths: tuple[float, ...] = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
     """The points of a curve."""
+    temperatures: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 1.3)
+    """Of all answers; at that of a proxy's training there is a curve of KL."""
     num_prompts: int = 500
     """Of held-out combinations of topic and intent."""
     decoding: Decoding = field(default_factory=Decoding)
-    """Of all answers."""
+    """Of all answers, but for the temperature."""
     seed: int = 1
     """Of prompts and noise."""
     threads: int = 1
     """Of the CPU; more than there are free cores are much slower than one."""
     output: Path = REPOSITORY / "docs"
-    """Directory for dial.png and dial.json."""
+    """Directory for dial.png, temperature.png and dial.json."""
 
 
 def held_out_prompts(count: int, seed: int) -> list[str]:
@@ -77,11 +84,13 @@ class Speaker:
         chats = Conversations(self.tokenizer)
         self.prompts = [chats.prompt_ids([{"role": "user", "content": t}]) for t in self.texts]
 
-    def answer(self, policy: Policy, seed: int, *, measure_kl: bool) -> tuple[Rollout, list[str]]:
+    def answer(
+        self, policy: Policy, temperature: float, seed: int, *, measure_kl: bool
+    ) -> tuple[Rollout, list[str]]:
         rollout = generate(
             policy,
             self.prompts,
-            self.options.decoding,
+            replace(self.options.decoding, temperature=temperature),
             end_ids=end_ids(self.model, self.tokenizer),
             seeds=count(seed << 32),
             measure_kl=measure_kl,
@@ -93,46 +102,72 @@ def measure(options: Options) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     speaker = Speaker(options)
     base: BaseModelId = identify(str(options.model))
-    _, frozen = speaker.answer(Policy(speaker.model), options.seed + 1_000_000, measure_kl=False)
+    seed_of_frozen = options.seed + 1_000_000
+    frozen = {
+        temperature: speaker.answer(
+            Policy(speaker.model), temperature, seed_of_frozen, measure_kl=False
+        )[1]
+        for temperature in options.temperatures
+    }
     points = []
-    cases = [(path, strength) for path in options.proxies for strength in options.strengths]
-    for path, strength in tqdm(cases, desc="strengths"):
+    cases = list(product(options.proxies, options.temperatures, options.strengths))
+    for path, temperature, strength in tqdm(cases, desc="points"):
         proxy = load(path, base=base)
         policy = Policy(speaker.model, proxy.network, strength)
-        rollout, texts = speaker.answer(policy, options.seed, measure_kl=True)
-        assert rollout.kl is not None, "asked for above"
+        is_trained = temperature == proxy.config.temperature
+        rollout, texts = speaker.answer(policy, temperature, options.seed, measure_kl=is_trained)
         golds = [gold.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
+        rate = win_rate(speaker.texts, texts, frozen[temperature])
         counts = rollout.counts
-        points.append(
-            {"proxy": path.name, "version": proxy.version, "strength": strength}
-            | dict(zip(("gold", "gold_se"), mean(golds), strict=True))
-            | dict(
-                zip(
-                    ("win_rate", "win_rate_se"), win_rate(speaker.texts, texts, frozen), strict=True
-                )
-            )
-            | dict(zip(("kl", "kl_se"), mean(rollout.kl.tolist()), strict=True))
-            | {"acceptance_rate": 1 - counts.rejected / counts.proposed}
-            | {"forced_rate": counts.forced / counts.tokens}
-        )
-    golds = [gold.score(*pair) for pair in zip(speaker.texts, frozen, strict=True)]
+        point = {
+            "proxy": path.name,
+            "version": proxy.version,
+            "temperature": temperature,
+            "strength": strength,
+            **dict(zip(("gold", "gold_se"), mean(golds), strict=True)),
+            **dict(zip(("win_rate", "win_rate_se"), rate, strict=True)),
+            "acceptance_rate": 1 - counts.rejected / counts.proposed,
+            "forced_rate": counts.forced / counts.tokens,
+        }
+        if rollout.kl is not None:
+            point |= dict(zip(("kl", "kl_se"), mean(rollout.kl.tolist()), strict=True))
+        points.append(point)
     figures: dict[str, Any] = {"prompts": len(speaker.texts), "seed": options.seed}
-    figures |= dict(zip(("frozen_gold", "frozen_gold_se"), mean(golds), strict=True))
+    for temperature, texts in frozen.items():
+        golds = [gold.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
+        values = dict(zip(("gold", "gold_se"), mean(golds), strict=True))
+        figures.setdefault("frozen", []).append({"temperature": temperature} | values)
     return figures | {"points": points}
 
 
+def of_each_proxy(figures: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Name and points."""
+    for name in dict.fromkeys(point["proxy"] for point in figures["points"]):
+        yield name, [point for point in figures["points"] if point["proxy"] == name]
+
+
 def markdown(figures: dict[str, Any]) -> str:
-    """The table for the docs."""
+    """The tables for the docs."""
     lines = [
         "| proxy | strength | KL, nats a response | gold score | gold win rate | accepted |",
         "|---|---|---|---|---|---|",
     ]
     for p in figures["points"]:
-        lines.append(
-            f"| `{p['proxy']}` | {p['strength']:g} | {max(p['kl'], 0):.2f} ± {p['kl_se']:.2f} "
-            f"| {p['gold']:.2f} ± {p['gold_se']:.2f} "
-            f"| {p['win_rate']:.1%} ± {p['win_rate_se']:.1%} | {p['acceptance_rate']:.1%} |"
-        )
+        if "kl" in p:
+            lines.append(
+                f"| `{p['proxy']}` | {p['strength']:g} | {max(p['kl'], 0):.2f} ± {p['kl_se']:.2f} "
+                f"| {p['gold']:.2f} ± {p['gold_se']:.2f} "
+                f"| {p['win_rate']:.1%} ± {p['win_rate_se']:.1%} | {p['acceptance_rate']:.1%} |"
+            )
+    temperatures = list(dict.fromkeys(p["temperature"] for p in figures["points"]))
+    columns = " | ".join(f"T {temperature:g}" for temperature in temperatures)
+    lines += ["", f"| proxy | strength | {columns} |", "|---" * (2 + len(temperatures)) + "|"]
+    for name, points in of_each_proxy(figures):
+        for strength in dict.fromkeys(point["strength"] for point in points):
+            rates = [f"{p['win_rate']:.1%}" for p in points if p["strength"] == strength]
+            lines.append(f"| `{name}` | {strength:g} | {' | '.join(rates)} |")
+    worst = max(point["win_rate_se"] for point in figures["points"])
+    lines.append(f"\nStandard errors: at most {worst:.1%}.")
     return "\n".join(lines) + "\n"
 
 
@@ -146,19 +181,11 @@ def labels(points: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, An
             together = []
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
+def plot_divergence(figures: dict[str, Any], path: Path) -> None:
     """Gold score against KL, a curve for each proxy, strengths at the points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.axhline(
-        figures["frozen_gold"], color="grey", linestyle=":", label="frozen LLM, other seed"
-    )
-    for name in dict.fromkeys(point["proxy"] for point in figures["points"]):
-        points = [point for point in figures["points"] if point["proxy"] == name]
+    for name, all_points in of_each_proxy(figures):
+        points = [point for point in all_points if "kl" in point]
         x, y, x_error, y_error = (
             [point[key] for point in points] for key in ("kl", "gold", "kl_se", "gold_se")
         )
@@ -181,13 +208,39 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_win_rates(figures: dict[str, Any], path: Path) -> None:
+    """Gold win rate by strength and temperature, a map for each proxy."""
+    proxies = list(of_each_proxy(figures))
+    figure, all_axes = pyplot.subplots(
+        1, len(proxies), figsize=(5.5 * len(proxies), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, (name, points) in zip(all_axes[0], proxies, strict=True):
+        temperatures = list(dict.fromkeys(point["temperature"] for point in points))
+        strengths = list(dict.fromkeys(point["strength"] for point in points))
+        rate_of = {(p["strength"], p["temperature"]): p["win_rate"] for p in points}
+        rates = [[100 * rate_of[s, t] for t in temperatures] for s in strengths]
+        image = axes.imshow(rates, cmap="RdYlGn", vmin=15, vmax=85, origin="lower", aspect="auto")
+        for row, values in enumerate(rates):
+            for column, value in enumerate(values):
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+        axes.set_yticks(range(len(strengths)), [f"{s:g}" for s in strengths])
+        axes.set_xlabel("temperature (0 = greedy)")
+        axes.set_ylabel("strength (0 = frozen LLM)")
+        axes.set_title(f"proxy {name}")
+    figure.colorbar(image, ax=all_axes[0], label="% won over the frozen LLM, same temperature")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main(options: Options) -> None:
     figures = measure(options)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "dial.json").write_text(
         json.dumps(figures, indent=2) + "\n", encoding="utf-8"
     )
-    plot(figures, options.output / "dial.png")
+    plot_divergence(figures, options.output / "dial.png")
+    plot_win_rates(figures, options.output / "temperature.png")
     print(markdown(figures))
 
 

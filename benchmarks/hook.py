@@ -40,11 +40,15 @@ HOOK_PARTS = (*LAW, "rest")
 PARTS = (*HOOK_PARTS, "hook", "plain")
 SYNC_CHECK_STEPS = 70  # counts are folded every 64
 
-SamplingName = Literal["top_p 1", "top_p 0.95", "top_k 20, top_p 0.95"]
-SAMPLINGS: dict[SamplingName, tuple[int | None, float | None]] = {
-    "top_p 1": (None, None),
-    "top_p 0.95": (None, 0.95),
-    "top_k 20, top_p 0.95": (20, 0.95),
+SamplingName = Literal[
+    "top_p 1", "top_p 0.95", "top_k 20, top_p 0.95", "T 0.3, top_p 0.95", "greedy"
+]
+SAMPLINGS: dict[SamplingName, dict[str, Any]] = {
+    "top_p 1": {},
+    "top_p 0.95": {"top_p": 0.95},
+    "top_k 20, top_p 0.95": {"top_k": 20, "top_p": 0.95},
+    "T 0.3, top_p 0.95": {"temperature": 0.3, "top_p": 0.95},
+    "greedy": {"temperature": 0.0},
 }
 
 
@@ -69,7 +73,7 @@ class Options:
     seeded: bool = False
     """Every row has a seed; matters on CUDA only."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
-    """Temperature 1 in each."""
+    """Temperature 1 where it is not said."""
     seconds: float = 1.0
     """Each case is repeated about so long, and at least five times."""
     output: Path | None = None
@@ -100,7 +104,7 @@ def bandwidth(clock: Clock, options: Options) -> float:
     return tensor.numel() * tensor.element_size() / seconds
 
 
-def load_proxies(options: Options, vocab_size: int) -> Callable[[int], Plan]:
+def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingName], Plan]:
     """Makes the proxies; returns what plans a batch of R rows for them."""
     device = torch.device(options.device)
     config = ProxyConfig(
@@ -115,7 +119,7 @@ def load_proxies(options: Options, vocab_size: int) -> Callable[[int], Plan]:
         table = torch.randn(vocab_size, 2 * options.width, device=device)
         pool.add(ServedProxy(f"proxy{number}", "0", config), network.weights(), table)
 
-    def plan(count: int) -> Plan:
+    def plan(count: int, sampling: SamplingName) -> Plan:
         assignments = [
             Assignment(
                 f"request{row}",
@@ -124,11 +128,12 @@ def load_proxies(options: Options, vocab_size: int) -> Callable[[int], Plan]:
                 key=noise_key(row),
                 is_seeded=options.seeded,
                 slot=row + 1,
+                **SAMPLINGS[sampling],
             )
             for row in range(count)
         ]
         ids = [assignment.req_id for assignment in assignments]
-        return make_plan(ids, assignments, pool, device, has_shadows=False)
+        return make_plan(ids, assignments, pool, device, shadows=())
 
     return plan
 
@@ -161,20 +166,27 @@ def measure_case(
     logits = torch.randn(count, vocab_size, device=device) * 2.5
     hidden = torch.randn(count, options.hidden_size, device=device, dtype=torch.bfloat16)
     positions = torch.arange(count, device=device, dtype=torch.int32)
-    k, p = SAMPLINGS[sampling]
+    settings = SAMPLINGS[sampling]
+    k, p = settings.get("top_k"), settings.get("top_p")
     top_k = None if k is None else torch.full((count,), k, device=device, dtype=torch.int32)
     top_p = None if p is None else torch.full((count,), p, device=device)
     history = History(device, reports=True, capacity=count)
-    step = Step(plan, hidden, positions, None, (), history)
+    step = Step(plan, hidden, positions, None, history)
 
     def hook() -> Tensor:
-        return align(step, logits, top_k, top_p, tempered=False)
+        return align(step, logits, tempered=False)
 
     if options.device == "cuda":
         refuse_syncs(hook)
         clock.take()
     scratch = torch.empty_like(logits)
-    calls = {"rest": hook, "plain": lambda: plain_draw(logits, top_k, top_p, scratch)}
+
+    def plain() -> Tensor:
+        if sampling == "greedy":
+            return logits.argmax(-1)
+        return plain_draw(logits, top_k, top_p, scratch)
+
+    calls = {"rest": hook, "plain": plain}
     seconds = medians(calls, clock, options)
     milliseconds = {part: seconds.get(part, 0.0) * 1e3 for part in (*HOOK_PARTS, "plain")}
     milliseconds["hook"] = sum(milliseconds[part] for part in HOOK_PARTS)
@@ -209,7 +221,7 @@ def measure(options: Options) -> dict[str, Any]:
             plan = load_proxies(options, vocab_size)
         for count, sampling in product(options.rows, options.samplings):
             with wrapped_law(clock, options.device):
-                figures = measure_case(options, clock, plan(count), vocab_size, sampling)
+                figures = measure_case(options, clock, plan(count, sampling), vocab_size, sampling)
             share = figures["hook_ms"] / (figures["hook_ms"] + weights_ms)
             case = {"vocab_size": vocab_size, "rows": count, "sampling": sampling}
             cases.append(case | figures | {"share_of_step": share})

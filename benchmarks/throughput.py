@@ -32,7 +32,9 @@ from benchmarks.models import Model, ModelName, get_model
 
 Kind = Literal["stock", "plain", "aligned"]
 ShapeName = Literal["prompt-heavy", "decode-heavy"]
-SamplingName = Literal["top_p 1", "top_p 0.95", "top_k 20, top_p 0.95"]
+SamplingName = Literal[
+    "top_p 1", "top_p 0.95", "top_k 20, top_p 0.95", "T 0.3, top_p 0.95", "greedy"
+]
 
 PROXY = "proxy"
 
@@ -48,7 +50,7 @@ class Options:
     shapes: tuple[ShapeName, ...] = ("prompt-heavy", "decode-heavy")
     """Which of prompt and answer is long; `SHAPES` has the lengths."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
-    """Temperature 1 in each."""
+    """Temperature 1 where it is not said."""
     rounds: int = 5
     """Each with one run of every kind."""
     seconds: float = 2.0
@@ -79,6 +81,8 @@ SAMPLINGS: dict[SamplingName, dict[str, Any]] = {  # 0: a model's own generation
     "top_p 1": {"top_p": 1.0, "top_k": 0},
     "top_p 0.95": {"top_p": 0.95, "top_k": 0},
     "top_k 20, top_p 0.95": {"top_p": 0.95, "top_k": 20},
+    "T 0.3, top_p 0.95": {"temperature": 0.3, "top_p": 0.95, "top_k": 0},
+    "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": 0},
 }
 
 

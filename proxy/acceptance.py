@@ -10,6 +10,11 @@ the order of all proposals; one coin per candidate settles every answer; the fir
 that order whose coin came up is emitted. One LLM forward per emitted token instead of one per
 candidate. `decide` is the whole of it; the server's samplers and the trainer's rollout all call it.
 
+Temperature. A proxy is trained at one temperature T0 and asked at any other T. The nucleus, and with
+it p and what the proxy sees, is always that of T0. Proposals are drawn by p^(T0 / T): temperature
+sharpens what is proposed, strength (a^strength) what is accepted. At T = 0 nothing is drawn: the
+candidate of largest log p + strength log a is taken.
+
 R = logits rows, V = vocabulary, K = candidates. Nothing here synchronises with the device.
 """
 
@@ -83,11 +88,14 @@ def nucleus(
 ) -> Candidates:
     """The candidates of each row: temperature, top-k, top-p, then at most `max_candidates` of them.
 
+    For a proxy the temperature is the one that it was trained at, whatever the request asks for.
+
     As in vLLM, top-p counts probabilities renormalised after top-k and keeps a token while the
     mass before it is below p, and tokens that tie with the k-th are all kept (as far as K goes).
     The most probable token always stays. Tokens whose probability underflows are out: the LLM
     would never say them, but a proxy that rejects all others would get to them, and so to tokens
-    that a logit_bias of -100 bans.
+    that a logit_bias of -100 bans. A row in which nothing is allowed has one candidate, token 0:
+    it is what vLLM samples there.
 
     The vocabulary is never sorted: one topk(K), and one logsumexp if there is a top-p. One
     approximation follows: where K < top_k < V, the mass is counted over the whole vocabulary
@@ -98,6 +106,7 @@ def nucleus(
     values = values.float()
     if temperature is not None:
         values = values / temperature.unsqueeze(-1)
+    values[:, :1].clamp_(min=torch.finfo(torch.float32).min)  # where nothing is allowed: no NaN
     most: int | Tensor = num_slots
     if sizes is not None:  # before all else: a row must not depend on its neighbours' sizes
         most = sizes.unsqueeze(-1)
@@ -127,11 +136,14 @@ def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Of equal ones the first tokens come first, as argmax has it: what topk makes of them depends
     on how many it is asked for. (It is asked for a few more, so that ties at the end are whole.)
+    Where all are -inf, token 0 comes first.
     """
     values, token_ids = logits.topk(min(count + _SPARE, logits.shape[-1]), dim=-1)
     token_ids, order = token_ids.sort(-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values[:, :count], token_ids.gather(-1, order)[:, :count]
+    token_ids = token_ids.gather(-1, order)
+    token_ids[:, :1].masked_fill_(values[:, :1] == -math.inf, 0)
+    return values[:, :count], token_ids[:, :count]
 
 
 def draw_noise(rows: int, max_candidates: int, device: torch.device | str) -> Tensor:
@@ -180,15 +192,20 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 def proposal_times(
     candidates: Candidates,
     race: Tensor,  # [R, K] standard exponentials
+    *,
+    sharpness: Tensor | None = None,  # [R] float, T0 / T; None = 1 everywhere
     greedy: Tensor | None = None,  # [R] bool; None = no row
 ) -> Tensor:
     """When each candidate is proposed: [R, K], lower = earlier, +inf = never (not in the nucleus).
 
-    A clock of rate p rings at race / p; the order in which the clocks ring is that of sampling
-    without replacement. Its logarithm is returned, which orders alike and cannot overflow.
-    Greedy rows propose by probability: 0, 1, 2...
+    A clock of rate p^sharpness rings at race / p^sharpness; the order in which the clocks ring is
+    that of sampling without replacement. Its logarithm is returned, which orders alike and cannot
+    overflow. Greedy rows propose by probability: 0, 1, 2...
     """
-    times = race.log() - candidates.logprobs
+    rates = candidates.logprobs
+    if sharpness is not None:
+        rates = rates * sharpness.unsqueeze(-1)
+    times = race.log() - rates
     if greedy is None:
         return times
     ranks = torch.arange(times.shape[-1], device=times.device, dtype=times.dtype)
@@ -202,23 +219,42 @@ def accept_mask(
     coins: Tensor,  # [R, K] standard exponentials
     *,
     strength: Tensor | None,  # [R] float, >= 0; None = 1 everywhere
+    max_rejections: Tensor,  # [R] int
     greedy: Tensor | None = None,  # [R] bool; None = no row
 ) -> Tensor:
     """What the proxy answers if it is asked: [R, K] bool, True = accept.
 
     It accepts with probability a^strength, a = sigmoid(accept_logit). An exponential coin E comes
     up so, for P(E >= x) = exp(-x) and -log a = softplus(-accept_logit). Greedy rows flip no coin:
-    they accept where a^strength >= 1/2. A row with one candidate accepts it: there is no choice.
-    What it says of slots outside the nucleus means nothing.
+    the one candidate of `greedy_slots` is accepted. A row with one candidate accepts it: there is
+    no choice. What it says of slots outside the nucleus means nothing.
     """
     cost = F.softplus(-accept_logits)
     if strength is not None:
         cost = cost * strength.unsqueeze(-1)
     has_one = (candidates.logprobs[:, 1:] == -math.inf).all(-1, keepdim=True)
     cost = cost.masked_fill(has_one, 0.0)
-    if greedy is not None:
-        coins = coins.masked_fill(greedy.unsqueeze(-1), math.log(2))
-    return coins >= cost
+    accepts = coins >= cost
+    if greedy is None:
+        return accepts
+    best = greedy_slots(candidates, cost, max_rejections)
+    slots = torch.arange(cost.shape[-1], device=cost.device)
+    return torch.where(greedy.unsqueeze(-1), slots == best.unsqueeze(-1), accepts)
+
+
+def greedy_slots(
+    candidates: Candidates,
+    cost: Tensor,  # [R, K] -log of the probability that the proxy accepts, strength included
+    max_rejections: Tensor,  # [R] int
+) -> Tensor:
+    """The candidate that a greedy row takes: [R], the slot of largest log p - cost.
+
+    At most `max_rejections` candidates are put to the proxy, at temperature 0 as at any other: it
+    is asked about the most probable ones. Of equal ones the most probable is taken.
+    """
+    ranks = torch.arange(cost.shape[-1], device=cost.device)
+    score = candidates.logprobs - cost
+    return score.masked_fill(ranks >= max_rejections.unsqueeze(-1), -math.inf).argmax(-1)
 
 
 def settle(
@@ -247,12 +283,20 @@ def decide(
     *,
     strength: Tensor | None,  # [R] float, 0 = accept everything, 1 = as trained, more = stricter
     max_rejections: Tensor,  # [R] int
+    sharpness: Tensor | None = None,  # [R] float, T0 / T
     greedy: Tensor | None = None,  # [R] bool
 ) -> Decision:
     """The whole law: order of proposal, answers, decision. None as in the parts above."""
     race, coins = noise.unbind(1)
-    times = proposal_times(candidates, race, greedy)
-    accepts = accept_mask(candidates, accept_logits, coins, strength=strength, greedy=greedy)
+    times = proposal_times(candidates, race, sharpness=sharpness, greedy=greedy)
+    accepts = accept_mask(
+        candidates,
+        accept_logits,
+        coins,
+        strength=strength,
+        max_rejections=max_rejections,
+        greedy=greedy,
+    )
     return settle(candidates, times, accepts, max_rejections)
 
 

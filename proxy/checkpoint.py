@@ -131,7 +131,7 @@ def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> Load
             f"{base.fingerprint}. Serve the LLM that it was trained for, or train a proxy for "
             f"this one."
         )
-    network = ProxyNetwork(config.network)
+    network = ProxyNetwork(_with_decoding(config))
     try:
         network.load_state_dict(safetensors.torch.load(weights))
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -141,7 +141,24 @@ def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> Load
         ) from error
     network.eval().requires_grad_(False)
     version = _version(weights, text)
-    return LoadedProxy(network, config.network, version, config.training, config.base)
+    return LoadedProxy(network, network.config, version, config.training, config.base)
+
+
+def _with_decoding(config: _ConfigFile) -> ProxyConfig:
+    """The network's configuration; of an older one the training's options say with which decoding."""
+    network = config.network
+    names = ("temperature", "top_k", "top_p")
+    if network.model_fields_set.intersection(names):
+        return network
+    options = config.training.get("options")
+    decoding = options.get("decoding") if isinstance(options, dict) else None
+    if not isinstance(decoding, dict):
+        return network
+    recorded = {name: decoding[name] for name in names if name in decoding}
+    try:
+        return ProxyConfig.model_validate(network.model_dump() | recorded)
+    except ValidationError:
+        return network
 
 
 def identify(

@@ -226,7 +226,9 @@ def _trace_entries(record: _Record, rows: Tensor) -> list[dict[str, Any]]:
     decision, settings = record.decision, record.rows.settings
     assert decision is not None and record.tracing is not None
     candidates, accept_logits, noise = record.tracing
-    times = proposal_times(candidates, noise[:, 0], settings.greedy)
+    times = proposal_times(
+        candidates, noise[:, 0], sharpness=settings.sharpness, greedy=settings.greedy
+    )
     strength = 1.0 if settings.strength is None else settings.strength.unsqueeze(-1)
     accept_probs = (-strength * F.softplus(-accept_logits)).exp()
     proposed = proposed_mask(times, decision)

@@ -59,14 +59,14 @@ class Ledger:
         self._free = list(range(capacity, DISCARD_SLOT, -1))
         self._plan: Plan | None = None
 
-    def plan(self, batch: Batch, pool: ProxyPool, find: FindProxy, *, has_shadows: bool) -> Plan:
+    def plan(
+        self, batch: Batch, pool: ProxyPool, find: FindProxy, *, shadows: Sequence[ServedProxy]
+    ) -> Plan:
         """A new plan, of a batch that `plan_of` has none for."""
         self._set_finished_aside(batch.live)
         live, params_of = self._live, batch.params_of
         assignments = [live.get(i) or self._assignment(i, params_of, find) for i in batch.req_ids]
-        self._plan = make_plan(
-            batch.req_ids, assignments, pool, self._device, has_shadows=has_shadows
-        )
+        self._plan = make_plan(batch.req_ids, assignments, pool, self._device, shadows=shadows)
         return self._plan
 
     def plan_of(self, req_ids: Sequence[str]) -> Plan | None:
@@ -149,6 +149,8 @@ class Ledger:
         plain = Assignment(
             req_id,
             temperature=getattr(params, "temperature", 1.0),
+            top_k=max(0, getattr(params, "top_k", 0)),
+            top_p=getattr(params, "top_p", 1.0),
             shadowed=alignment.shadow,
         )
         if alignment.proxy is None or not alignment.acts:

@@ -28,7 +28,7 @@ _MASK = 2**64 - 1
 _GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
 _MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
 _UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
-_LOG_2, _SQRT_HALF = math.log(2), math.sqrt(0.5)
+_SQRT_HALF = math.sqrt(0.5)
 
 _BLOCK, _MANY_BLOCKS = 16, 128  # logits; blocks for each that is sought
 _GREATEST_GAP, _BISECTIONS = 2**16, 4
@@ -307,7 +307,7 @@ def _accept_cost(
 def _propose(
     request: Any,  # LOOP_REQUEST
     position: Any,
-    values: Any,  # [n] tempered logits of the nucleus, largest first
+    values: Any,  # [n] logits of the nucleus at its temperature, largest first
     ids: Any,  # [n or more] their tokens
     features: Any,  # [2W]
     table: Any,  # [V, 2W]
@@ -318,7 +318,10 @@ def _propose(
     times: Any,  # [n or more], scratch
     mixed: Any,  # [W], scratch
 ) -> Any:
-    """The paper's loop for one row: the emitted candidate, how many were proposed, and forced."""
+    """The paper's loop for one row: the emitted candidate, how many were proposed, and forced.
+
+    A greedy row asks about the most probable ones in turn and takes the best of them.
+    """
     count, key = len(values), np.uint64(request.key)
     total = 0.0
     for value in values:
@@ -329,7 +332,8 @@ def _propose(
             times[i] = i
         else:
             race = _exponential(key, position, 2 * ids[i] + 1)
-            times[i] = math.log(race) - (values[i] - log_total)
+            times[i] = math.log(race) - request.sharpness * (values[i] - log_total)
+    best, best_score = 0, -np.inf
     proposed = 0
     while proposed < min(request.max_rejections, count):
         first = 0
@@ -338,16 +342,20 @@ def _propose(
                 first = i
         times[first] = np.inf
         proposed += 1
+        logprob = np.float32(values[first] - log_total)
         cost = 0.0  # a single candidate is accepted: there is no choice
         if count > 1:
-            logprob = np.float32(values[first] - log_total)
             candidate = table[ids[first]]
             cost = request.strength * _accept_cost(
                 features, candidate, logprob, product, of_logprob, score, bias, mixed
             )
-        coin = _LOG_2 if request.greedy else _exponential(key, position, 2 * ids[first] + 2)
-        if coin >= cost:
+        if request.greedy:
+            if logprob - cost > best_score:
+                best, best_score = first, logprob - cost
+        elif _exponential(key, position, 2 * ids[first] + 2) >= cost:
             return first, proposed, False
+    if request.greedy and proposed > 0:
+        return best, best + 1, False
     return 0, proposed, True
 
 
@@ -372,8 +380,6 @@ def _propose(
         float32[:, :, ::1],
         float32[:, :, ::1],
         int64,
-        int64,
-        int64,
         int64[:, ::1],
     ),
     cache=True,
@@ -384,7 +390,7 @@ def decide_rows(
     logits: Any,  # address of [R, V], float32 or bfloat16
     stride: Any,  # from row to row; the head may have padded the vocabulary
     logits_are_halves: Any,
-    tempered: Any,  # whether they have been divided by the temperature
+    tempered: Any,  # whether they have been divided by the temperature of the nucleus
     finds_all: Any,  # whether the next two and mass are still to be found
     all_values: Any,  # [A, K] logits, largest first; changed
     all_ids: Any,  # [A, K] their tokens
@@ -399,8 +405,6 @@ def decide_rows(
     of_logprob: Any,  # [P, 1, W]
     score: Any,  # [P, W, 1]
     bias: Any,  # [P, 1, 1]
-    top_k: Any,  # address of [R] int32, or nowhere
-    top_p: Any,  # address of [R] float32, or nowhere
     positions: Any,  # address of [R] int32
     decided: Any,  # [4, A] out: the columns of Decision
 ) -> None:
@@ -411,8 +415,6 @@ def decide_rows(
     num_rows, vocab_size = requests[-1].row + 1, tables.shape[1]  # those that are looked at
     all_logits = carray(_pointer(logits), (num_rows, stride), np.float32)
     all_halves = carray(_pointer(logits), (num_rows, stride), np.int16)
-    all_top_k = carray(_pointer(top_k), num_rows, np.int32)
-    all_top_p = carray(_pointer(top_p), num_rows, np.float32)
     all_positions = carray(_pointer(positions), num_rows, np.int32)
     words, floats = np.empty(vocab_size, np.uint32), np.empty(vocab_size, np.float32)
     fractions = np.empty(vocab_size, np.float32)
@@ -433,9 +435,10 @@ def decide_rows(
         top, temperature = values[0], np.float32(1.0) if tempered else request.temperature
         for i in range(len(values)):
             values[i] /= temperature
-        row_k = all_top_k[row] if top_k != NOWHERE else vocab_size
-        row_p = all_top_p[row] if top_p != NOWHERE else 1.0
-        total = 1.0
+        row_k = request.top_k if request.top_k > 0 else vocab_size
+        row_p, total = request.top_p, 1.0
+        if top == -np.inf:  # nothing is allowed
+            values[0], ids[0], row_p = np.float32(0.0), 0, np.float32(1.0)
         if row_p < 1 and row_k > len(values):
             if finds_all:
                 total = _total(row_logits, top, temperature, words, fractions)

@@ -48,6 +48,7 @@ class LoopRows:
         most = max(sizes)
         self._values = np.empty((len(rows), most), np.float32)
         self._token_ids = np.empty((len(rows), most), np.int64)
+        self._any_top_p = any(assignment.truncation[1] < 1 for assignment in assignments)
         # With threads to share the rows out to, torch is sooner through the vocabulary than one loop.
         self._shares_rows_out = len(rows) > 1 and torch.get_num_threads() > 1
         self._mass = np.zeros(len(rows), np.float32)
@@ -59,8 +60,6 @@ class LoopRows:
         logits: Tensor,  # [R, V]
         hidden: Tensor,  # [A, H], the lm_head's input
         positions: Tensor,  # [R or more] int32
-        top_k: Tensor | None,  # [R] int32
-        top_p: Tensor | None,  # [R] float32
         *,
         tempered: bool,
     ) -> Decision:
@@ -69,7 +68,7 @@ class LoopRows:
         The next call writes over what this one returns.
         """
         if self._shares_rows_out:
-            self._share_out(logits, top_p, tempered=tempered)
+            self._share_out(logits, tempered=tempered)
         hidden = hidden.contiguous()
         states, projected = self._states, self._projected
         projects = self._multiplies and hidden.dtype == torch.bfloat16
@@ -93,19 +92,17 @@ class LoopRows:
             states,
             projected,
             *self._proxies,
-            NOWHERE if top_k is None else _address(top_k, torch.int32),
-            NOWHERE if top_p is None else _address(top_p, torch.float32),
             _address(positions, torch.int32),
             self._decided,
         )
         return self._decision
 
-    def _share_out(self, logits: Tensor, top_p: Tensor | None, *, tempered: bool) -> None:
+    def _share_out(self, logits: Tensor, *, tempered: bool) -> None:
         """What is wanted of the whole vocabulary, by torch and its threads."""
         chosen = logits[self._requests["row"]].float()
         top = most_probable(chosen, self._values.shape[1])
         self._values[:], self._token_ids[:] = (x.numpy() for x in top)
-        if top_p is not None:
+        if self._any_top_p:
             if not tempered:
                 chosen /= torch.from_numpy(self._requests["temperature"]).unsqueeze(-1)
             self._mass[:] = chosen.logsumexp(-1).numpy()

@@ -4,12 +4,13 @@ R = logits rows, P = rows that no proxy decides.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from proxy.pool import ProxyPool
+from proxy.pool import ProxyPool, ServedProxy
 from proxy.rows import AlignedRows, Assignment, to_device
 
 
@@ -17,14 +18,14 @@ class Plan(NamedTuple):
     """How the rows of a batch are sampled; a row is a request, in the order of `req_ids`."""
 
     req_ids: list[str]
-    aligned: AlignedRows | None  # None, and no row shadowed: all is vLLM's
+    aligned: AlignedRows | None  # None, and no shadows: all is vLLM's
     plain_rows: list[int]
     plain_index: Tensor  # [P] int64, `plain_rows` on the device
-    shadowed: Tensor | None  # [R] bool, rows that shadow proxies may score; None = no row
-    greedy: Tensor | None  # [R] bool, for the shadows; None = no row
+    divisors: Tensor | None  # [R] float32, what logits are divided by; None = 1 everywhere
+    shadows: list[AlignedRows]  # by shadow proxy: the rows that it scores, as it would decide them
 
 
-_NOTHING_TO_DO = Plan([], None, [], torch.empty(0, dtype=torch.int64), None, None)
+_NOTHING_TO_DO = Plan([], None, [], torch.empty(0, dtype=torch.int64), None, [])
 
 
 def make_plan(
@@ -33,10 +34,10 @@ def make_plan(
     pool: ProxyPool,
     device: torch.device,
     *,
-    has_shadows: bool,
+    shadows: Sequence[ServedProxy],
 ) -> Plan:
     """Sort the rows of a batch; nothing here waits for the device."""
-    if not has_shadows and not any(a.proxy for a in assignments):
+    if not shadows and not any(a.proxy for a in assignments):
         return _NOTHING_TO_DO._replace(req_ids=list(req_ids))
     rows = [row for row, a in enumerate(assignments) if a.proxy is not None]
     plain = [row for row, a in enumerate(assignments) if a.proxy is None]
@@ -44,13 +45,39 @@ def make_plan(
     if rows:
         chosen = [assignments[row] for row in rows]
         aligned = AlignedRows(rows, chosen, pool, device, covers_batch=not plain)
-    shadowed = [a.shadowed for a in assignments] if has_shadows else []
-    greedy = [a.is_greedy for a in assignments] if has_shadows else []
+    divisors = [a.divisor for a in assignments]
+    is_divided = any(divisor != 1 for divisor in divisors)
     return Plan(
         req_ids=list(req_ids),
         aligned=aligned,
         plain_rows=plain,
         plain_index=to_device(plain, torch.int64, device),
-        shadowed=to_device(shadowed, torch.bool, device) if any(shadowed) else None,
-        greedy=to_device(greedy, torch.bool, device) if any(greedy) else None,
+        divisors=to_device(divisors, torch.float32, device) if is_divided else None,
+        shadows=_rows_of_shadows(assignments, shadows, pool, device),
     )
+
+
+def _rows_of_shadows(
+    assignments: Sequence[Assignment],
+    shadows: Sequence[ServedProxy],
+    pool: ProxyPool,
+    device: torch.device,
+) -> list[AlignedRows]:
+    rows = [row for row, a in enumerate(assignments) if a.shadowed]
+    if not rows:
+        return []
+
+    def followed(assignment: Assignment, shadow: ServedProxy) -> Assignment:
+        limit = shadow.config.max_rejections
+        return replace(assignment, proxy=shadow, strength=1.0, max_rejections=limit, traced=False)
+
+    return [
+        AlignedRows(
+            rows,
+            [followed(assignments[row], shadow) for row in rows],
+            pool,
+            device,
+            covers_batch=len(rows) == len(assignments),
+        )
+        for shadow in shadows
+    ]

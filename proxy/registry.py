@@ -4,26 +4,22 @@ A version once loaded never changes. A name is bound to one version at a time, f
 not ask for another; a version that is unloaded while requests still use it stays until they end.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from proxy.checkpoint import LoadedProxy, ProxyError
 from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import Shadow
 
 
 class Registry:
     """Who is in the pool, and why."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.pool = ProxyPool()
-        self.shadows: list[Shadow] = []
         self.retired: set[ServedProxy] = set()  # unloaded, and perhaps still in use
-        self._device = device
         self._loaded: dict[tuple[str, str], ServedProxy] = {}  # by name and version
         self._bound: dict[str, ServedProxy] = {}  # by name: what requests get without a version
         self._descriptions: dict[ServedProxy, dict[str, Any]] = {}
@@ -56,7 +52,6 @@ class Registry:
                 together(lambda: self.pool.add(proxy, loaded.network.weights(), make_table()))
             except ProxyError:
                 self.pool.retain({*self._loaded.values(), *self.retired})
-                self._renew_shadows()
                 raise
             self._loaded[name, loaded.version] = proxy
             self._descriptions[proxy] = {
@@ -66,13 +61,13 @@ class Registry:
                 "shadow": shadow,
                 "max_candidates": loaded.config.max_candidates,
                 "max_rejections": loaded.config.max_rejections,
+                "temperature": loaded.config.temperature,
                 "num_parameters": loaded.network.num_parameters(),
                 "base": loaded.base.model_dump(),
                 "training": loaded.training,
             }
         if not shadow:
             self._bound[name] = proxy
-        self._renew_shadows()
         return self._describe(proxy)
 
     def unload(self, name: str, version: str | None) -> dict[str, Any]:
@@ -95,19 +90,21 @@ class Registry:
         self.retired.add(proxy)
         description = self._describe(proxy)
         del self._descriptions[proxy]
-        self._renew_shadows()
         return description
 
     def free(self, in_use: Collection[ServedProxy]) -> None:
         """Give back what retired proxies occupy that no request uses."""
         self.retired &= {*in_use}
         self.pool.retain({*self._loaded.values(), *self.retired})
-        self._renew_shadows()
 
     def find(self, name: str, version: str | None) -> ServedProxy | None:
         """The proxy that a request asks for; None if there is none that may act."""
         proxy = self._bound.get(name) if version is None else self._loaded.get((name, version))
         return None if proxy is None or self._descriptions[proxy]["shadow"] else proxy
+
+    def shadows(self) -> Sequence[ServedProxy]:
+        """Those that only score, the first loaded first."""
+        return [proxy for proxy in self._loaded.values() if self._descriptions[proxy]["shadow"]]
 
     def list(self) -> list[dict[str, Any]]:
         """The descriptions of all that is loaded."""
@@ -115,11 +112,3 @@ class Registry:
 
     def _describe(self, proxy: ServedProxy) -> dict[str, Any]:
         return self._descriptions[proxy] | {"num_bytes": self.pool.num_bytes(proxy)}
-
-    def _renew_shadows(self) -> None:
-        """Slots and tensors of the pool have changed."""
-        self.shadows = [
-            Shadow(proxy, self.pool, self._device)
-            for proxy in self._loaded.values()
-            if self._descriptions[proxy]["shadow"]
-        ]

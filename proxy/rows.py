@@ -27,7 +27,10 @@ LOOP_REQUEST = np.dtype(
         ("size", np.int64),  # candidates at most
         ("max_rejections", np.int64),
         ("key", np.int64),
-        ("temperature", np.float32),
+        ("top_k", np.int64),  # 0 = off
+        ("top_p", np.float32),  # 1 = off
+        ("temperature", np.float32),  # of the nucleus
+        ("sharpness", np.float32),
         ("strength", np.float32),
         ("greedy", np.bool_),
     ],
@@ -45,6 +48,8 @@ class Assignment:
     strength: float = 1.0
     max_rejections: int = 0
     temperature: float = 1.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
     key: int = 0  # of its noise, from its seed; a random one where it has none
     is_seeded: bool = False
     stop_ids: tuple[int, ...] = ()  # tokens that end the request
@@ -58,14 +63,29 @@ class Assignment:
 
     @property
     def divisor(self) -> float:
-        """What the logits are divided by."""
+        """What the logits are divided by: for a proxy the temperature that it was trained at."""
+        if self.proxy is not None:
+            return self.proxy.config.temperature
         return 1.0 if self.is_greedy else self.temperature
+
+    @property
+    def sharpness(self) -> float:
+        """The power of the nucleus' probabilities that candidates are proposed by."""
+        return 1.0 if self.is_greedy else self.divisor / self.temperature
+
+    @property
+    def truncation(self) -> tuple[int, float]:
+        """Top-k and top-p; vLLM switches those of greedy requests off, and the proxy's take their place."""
+        if self.is_greedy and self.proxy is not None:
+            return self.proxy.config.top_k, self.proxy.config.top_p
+        return self.top_k, self.top_p
 
     @cached_property
     def packed(self) -> bytes:
         """A LOOP_REQUEST but for its first three fields, which the batch and the pool settle."""
-        settings = self.max_rejections, self.key, self.divisor, self.strength, self.is_greedy
-        return np.array((0, 0, 0, *settings), LOOP_REQUEST).tobytes()
+        limits = self.max_rejections, self.key, *self.truncation
+        settings = self.divisor, self.sharpness, self.strength, self.is_greedy
+        return np.array((0, 0, 0, *limits, *settings), LOOP_REQUEST).tobytes()
 
 
 class Settings(NamedTuple):
@@ -75,7 +95,10 @@ class Settings(NamedTuple):
     strength: Tensor | None  # [A] float32
     max_rejections: Tensor  # [A] int64
     greedy: Tensor | None  # [A] bool
-    temperature: Tensor | None  # [A] float32
+    temperature: Tensor | None  # [A] float32, of the nucleus
+    sharpness: Tensor | None  # [A] float32
+    top_k: Tensor | None  # [A] int64, V = off
+    top_p: Tensor | None  # [A] float32
     keys: Tensor  # [A] int64
     is_seeded: Tensor  # [A] bool
 
@@ -172,8 +195,8 @@ class AlignedRows:
         self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
         self._pool = pool
         self._device = device
-        vocab_size = pool.tables.shape[1]
-        size_of = {p: min(p.config.max_candidates, vocab_size) for p in set(self.proxies)}
+        self._vocab_size = pool.tables.shape[1]
+        size_of = {p: min(p.config.max_candidates, self._vocab_size) for p in set(self.proxies)}
         self._sizes = [size_of[proxy] for proxy in self.proxies]
         self._most = max(size_of.values())
         if len(size_of) > 1:
@@ -191,27 +214,16 @@ class AlignedRows:
         logits: Tensor,  # [R, V] of any floating type
         hidden: Tensor,  # [R, H]
         positions: Tensor,  # [R or more] int, index of the token to be drawn
-        top_k: Tensor | None,  # [R] int, V = off
-        top_p: Tensor | None,  # [R] float, 1 = off
         *,
-        tempered: bool,  # the logits have been divided by the temperature
+        tempered: bool,  # the logits have been divided by the temperature of the nucleus
     ) -> tuple[Decision, Tracing | None]:
         """The law for these rows, and all that entered it where a request wants a trace."""
         if self._device.type == "cpu" and not self.any_traced:
             hidden = self.pick(hidden)
-            return self._loop.decide(
-                logits, hidden, positions, top_k, top_p, tempered=tempered
-            ), None
+            return self._loop.decide(logits, hidden, positions, tempered=tempered), None
         settings = self.settings
-        candidates = nucleus(
-            self.pick(logits),
-            self._most,
-            None if top_k is None else self.pick(top_k),
-            None if top_p is None else self.pick(top_p),
-            temperature=None if tempered else settings.temperature,
-            sizes=settings.sizes,
-        )
-        scores = self._mixture.accept_logits(self.pick(hidden), candidates)
+        candidates = self.candidates(logits, None if tempered else settings.temperature)
+        scores = self.accept_logits(hidden, candidates)
         noise = self.noise(self.pick(positions[: len(logits)]), candidates.token_ids)
         decision = decide(
             candidates,
@@ -219,9 +231,26 @@ class AlignedRows:
             noise,
             strength=settings.strength,
             max_rejections=settings.max_rejections,
+            sharpness=settings.sharpness,
             greedy=settings.greedy,
         )
         return decision, (candidates, scores, noise) if self.any_traced else None
+
+    def candidates(self, logits: Tensor, temperature: Tensor | None) -> Candidates:
+        """The nuclei of these rows, of [R, V] logits that are still to be divided by a temperature [A]."""
+        settings = self.settings
+        return nucleus(
+            self.pick(logits),
+            self._most,
+            settings.top_k,
+            settings.top_p,
+            temperature=temperature,
+            sizes=settings.sizes,
+        )
+
+    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """[R, H] and A rows of candidates -> [A, K]."""
+        return self._mixture.accept_logits(self.pick(hidden), candidates)
 
     def noise(self, positions: Tensor, token_ids: Tensor) -> Tensor:
         """[A] positions and [A, K] candidates -> [A, 2, K]; seeded rows draw from their seed alone."""
@@ -248,12 +277,18 @@ class AlignedRows:
             return to_device(data, dtype, self._device)
 
         asked = self.assignments
+        truncations = [a.truncation for a in asked]
         return Settings(
             sizes=unless(self._most, self._sizes, torch.int64),
             strength=unless(1.0, [a.strength for a in asked], torch.float32),
             max_rejections=to_device([a.max_rejections for a in asked], torch.int64, self._device),
             greedy=unless(False, [a.is_greedy for a in asked], torch.bool),
             temperature=unless(1.0, [a.divisor for a in asked], torch.float32),
+            sharpness=unless(1.0, [a.sharpness for a in asked], torch.float32),
+            top_k=unless(
+                self._vocab_size, [k or self._vocab_size for k, _ in truncations], torch.int64
+            ),
+            top_p=unless(1.0, [p for _, p in truncations], torch.float32),
             keys=to_device([a.key for a in asked], torch.int64, self._device),
             is_seeded=to_device([a.is_seeded for a in asked], torch.bool, self._device),
         )
@@ -263,18 +298,6 @@ class AlignedRows:
         from proxy.loop_rows import LoopRows  # compiles at its import; only a CPU needs it
 
         return LoopRows(self.rows, self.assignments, self._sizes, self._pool, self._mixture)
-
-
-class Shadow:
-    """A proxy that scores what is said and decides nothing."""
-
-    def __init__(self, proxy: ServedProxy, pool: ProxyPool, device: torch.device) -> None:
-        self.proxy = proxy
-        self._mixture = Mixture([proxy], pool, device)
-
-    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """[R, H] and R rows of candidates -> [R, K]."""
-        return self._mixture.accept_logits(hidden, candidates)
 
 
 def to_device(data: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,9 +7,11 @@ Where it runs: `Sampler.forward` has taken raw logprobs and applied every constr
                          -> rows without:       vLLM's own top-k, top-p and draw
 
 Rows without a proxy get, bit for bit, what vLLM would draw from their generators; a batch without
-any goes to vLLM's own `sample` untouched. A greedy row that has a proxy is decided by the law as
-well, without dice: proposals by probability, accepted where a^strength >= 1/2. vLLM switches top-k,
-top-p and min-p off for greedy requests, so its nucleus is the K most probable tokens.
+any goes to vLLM's own `sample` untouched. Rows with a proxy are divided by the temperature that it
+was trained at, and so min-p, and plug-ins after the temperature, see them; what the request's own
+temperature does is in `proxy.acceptance`. A greedy row that has a proxy is decided by the law as
+well, without dice. vLLM switches top-k, top-p and min-p off for greedy requests: the nucleus of
+such a row is that of the proxy's training.
 """
 
 from typing import Any
@@ -64,7 +66,7 @@ class ProxySampler(Sampler):
             is_all_law = settled[2] and logits.shape[0] == len(plan.req_ids)
         if step is None or not is_all_law:
             return super().forward(logits, md, predict_bonus_token, logprobs_mode_override)
-        token_ids = align(step, logits, md.top_k, md.top_p, tempered=False)
+        token_ids = align(step, logits, tempered=False)
         return SamplerOutput(token_ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
 
     def sample(
@@ -89,8 +91,8 @@ class ProxySampler(Sampler):
         greedy_sampled = None
         if plan.plain_rows and not md.all_random:
             greedy_sampled = self.greedy_sample(logits[plan.plain_index])
-        if md.temperature is not None:
-            logits = self.apply_temperature(logits, md.temperature, md.all_random)
+        if plan.divisors is not None:
+            logits = self.apply_temperature(logits, plan.divisors, all_random=True)
         for processor in md.logitsprocs.argmax_invariant:
             logits = processor.apply(logits)
         if wants_processed and not md.all_greedy:
@@ -98,12 +100,12 @@ class ProxySampler(Sampler):
 
         sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         if plan.aligned is not None:
-            aligned = align(step, logits, md.top_k, md.top_p, tempered=True)
+            aligned = align(step, logits, tempered=True)
             sampled[... if plan.aligned.index is None else plan.aligned.index] = aligned
         if plan.plain_rows:
             drawn = self._draw_plain(logits[plan.plain_index], md, plan, greedy_sampled)
             sampled[plan.plain_index] = drawn
-        score_shadows(step, logits, md.top_k, md.top_p, sampled)
+        score_shadows(step, logits, sampled, tempered=True)
         return sampled, processed
 
     def _draw_plain(
@@ -132,7 +134,7 @@ class ProxySampler(Sampler):
         return drawn.long()
 
     def _processed(self, logits: Tensor, md: SamplingMetadata, mode: LogprobsMode) -> Tensor:
-        """What vLLM returns in its processed_* modes, of all rows alike: before the proxy."""
+        """What vLLM returns in its processed_* modes: before the proxy, at the nucleus' temperature."""
         logits = logits.clone()
         if not md.all_greedy:
             logits = apply_top_k_top_p(logits, md.top_k, md.top_p)
@@ -155,7 +157,7 @@ def _is_all_law(plan: Plan, md: SamplingMetadata) -> bool:
     holder = md.thinking_budget_state_holder
     return (
         not plan.plain_rows
-        and plan.shadowed is None
+        and not plan.shadows
         and md.max_num_logprobs is None
         and not md.logprob_token_ids
         and md.no_penalties

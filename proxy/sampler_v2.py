@@ -15,10 +15,13 @@ from torch import Tensor
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.gpu.sample import states
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from proxy.hook import Step, align, score_shadows
 from proxy.ledger import Batch
+from proxy.plan import Plan
 
 
 class ProxySamplerV2(Sampler):
@@ -28,6 +31,7 @@ class ProxySamplerV2(Sampler):
     """
 
     step: Step | None = None
+    sampling_states: "ProxySamplingStates"
     params: dict[int, SamplingParams]
     """By the request's slot in the runner's state, which vLLM gives to the next one when it is free."""
 
@@ -35,6 +39,16 @@ class ProxySamplerV2(Sampler):
         """Note what the request asks for; V2 keeps no SamplingParams itself."""
         super().add_request(req_idx, sampling_params)
         self.params[req_idx] = sampling_params
+
+    def sample(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """vLLM's, with each row divided by what the plan says: [R] tokens, [R, V] processed logits."""
+        step = self.step
+        if step is not None and len(logits) == len(step.plan.req_ids):
+            self.sampling_states.plan = step.plan
+        try:
+            return super().sample(logits, *args, **kwargs)
+        finally:
+            self.sampling_states.plan = None
 
     def _sample_random(
         self,
@@ -62,8 +76,10 @@ class ProxySamplerV2(Sampler):
         sampled = torch.empty(
             len(processed_logits), dtype=torch.int64, device=processed_logits.device
         )
+        # Where no request of the batch needs it, vLLM leaves out the temperature with all the rest.
+        tempered = bool(self.needs_logits_processing[idx_mapping_np].any())
         if plan.aligned is not None:
-            aligned = align(step, processed_logits, top_k, top_p, tempered=True)
+            aligned = align(step, processed_logits, tempered=tempered)
             sampled[... if plan.aligned.index is None else plan.aligned.index] = aligned
         if plan.plain_rows:
             index = plan.plain_index
@@ -77,7 +93,7 @@ class ProxySamplerV2(Sampler):
                 use_fused_sampler,
             )
             sampled[index] = drawn.long()
-        score_shadows(step, processed_logits, top_k, top_p, sampled)
+        score_shadows(step, processed_logits, sampled, tempered=tempered)
         if self._shows_processed_logits(idx_mapping_np):
             processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
         return sampled, processed_logits
@@ -88,6 +104,28 @@ class ProxySamplerV2(Sampler):
             self.logprobs_mode in PROCESSED_LOGPROBS_MODES
             and self.get_logprobs_dims(idx_mapping_np) is not None
         )
+
+
+class ProxySamplingStates(SamplingStates):
+    """What requests ask for; a row with a proxy is divided by the temperature that it was trained at.
+
+    The worker turns the sampler's states into this class. `plan` is set while `sample` runs.
+    """
+
+    plan: Plan | None = None
+
+    def apply_temperature(
+        self,
+        logits: Tensor,  # [R, V] float32, changed in place
+        expanded_idx_mapping: Tensor,  # [R] int, row -> slot
+        idx_mapping_np: np.ndarray,
+    ) -> None:
+        """By vLLM's own kernel, so that rows without a proxy are what they are in vLLM, to the bit."""
+        if self.plan is None:
+            super().apply_temperature(logits, expanded_idx_mapping, idx_mapping_np)
+        elif self.plan.divisors is not None:
+            rows = torch.arange(len(logits), device=logits.device)
+            states.apply_temperature(logits, rows, self.plan.divisors)
 
 
 def read_ids(runner: Any) -> list[str]:

@@ -116,7 +116,9 @@ class ProxyGPUWorker(GPUWorker):
             )
         sampler.__class__ = ours
         sampler.params = {}  # V2's reads them
-        self._registry = Registry(self.device)
+        if self.use_v2_model_runner:
+            sampler.sampling_states.__class__ = sampler_v2.ProxySamplingStates
+        self._registry = Registry()
         self._ledger = Ledger(self.device, reports=get_tp_group().rank_in_group == 0)
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -161,7 +163,7 @@ class ProxyGPUWorker(GPUWorker):
 
         Returns:
             The proxy's entry in `list_proxies`: name, version, directory, shadow, max_candidates,
-            max_rejections, num_parameters, num_bytes, base (name, fingerprint), training.
+            max_rejections, temperature, num_parameters, num_bytes, base (name, fingerprint), training.
 
         Raises:
             ProxyError: the checkpoint cannot be read, or belongs to another LLM.
@@ -256,17 +258,19 @@ class ProxyGPUWorker(GPUWorker):
         registry = self._registry
         if not registry.pool.proxies:
             return None
-        runner, shadows = self.model_runner, registry.shadows
+        runner = self.model_runner
         plan = self._ledger.plan_of(self._read.read_ids(runner))
         if plan is None:
             batch = self._read.read_batch(runner)
             if self._preempted:
                 batch = batch._replace(live=self._live_requests())
-            plan = self._ledger.plan(batch, registry.pool, registry.find, has_shadows=bool(shadows))
-        if plan.aligned is None and plan.shadowed is None:
+            plan = self._ledger.plan(
+                batch, registry.pool, registry.find, shadows=registry.shadows()
+            )
+        if plan.aligned is None and not plan.shadows:
             return None
         hidden, positions, discarded = self._read.read_rows(runner)
-        return Step(plan, hidden, positions, discarded, shadows, self._ledger.history)
+        return Step(plan, hidden, positions, discarded, self._ledger.history)
 
     def _read_checkpoint(self, name: str, directory: str) -> LoadedProxy:
         """What `load` says, if it says the same on every rank. Raises ProxyError."""

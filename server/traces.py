@@ -2,8 +2,9 @@
 
     {"token", "token_id", "probability", "accept_probability", "forced", "rejected": [...]}
 
-A rejected candidate has the first four. Probabilities are the LLM's, after temperature, top-k and
-the like; accept probabilities are after the strength, and None where nobody asked.
+A rejected candidate has the first four. Probabilities are the LLM's within the nucleus, at the
+temperature that the proxy was trained at; accept probabilities are after the strength, and None
+where nobody asked.
 """
 
 from collections import defaultdict

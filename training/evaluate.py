@@ -118,9 +118,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     first = options.seed * 2**32
     _, theirs = answer(Policy(model), count(first + 2**31), measure_kl=False)
     policy = Policy(model, proxy.network, options.strength)
-    rollout, ours = answer(policy, count(first), measure_kl=True)
+    # Two greedy policies have no divergence: it is 0 or infinite.
+    rollout, ours = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
     counts, kl = rollout.counts, rollout.kl
-    assert kl is not None, "measured above"
     figures = {
         "prompts": len(chosen),
         "seed": options.seed,
@@ -129,11 +129,12 @@ def evaluate(options: Options) -> dict[str, Any]:
         "acceptance_rate": 1 - counts.rejected / counts.proposed,
         "rejections_per_token": counts.rejected / counts.tokens,
         "forced_rate": counts.forced / counts.tokens,
-        "kl_nats_per_response": kl.mean().item(),
-        "kl_nats_per_response_se": (kl.std() / len(kl) ** 0.5).item(),
         "tokens_per_response": counts.tokens / len(chosen),
         "tokens_per_response_frozen": fmean(len(sample.response_ids) for sample in theirs),
     }
+    if kl is not None:
+        figures["kl_nats_per_response"] = kl.mean().item()
+        figures["kl_nats_per_response_se"] = (kl.std() / len(kl) ** 0.5).item()
     if not rewards:
         return figures | _graded_by_gold(ours, theirs)
     by_reward = {name: compare(reward(ours), reward(theirs)) for name, reward in rewards.items()}

@@ -1,5 +1,6 @@
 """Who decides what is said: the frozen LLM under a decoding, with or without a proxy."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from proxy.acceptance import (
     proposal_times,
     proposed_mask,
 )
-from proxy.exact import emission_probabilities
+from proxy.exact import emission_probabilities, sharpened
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
 
 _MAX_TIES = 16  # with the k-th candidate, all of which vLLM keeps
@@ -27,7 +28,7 @@ class Decoding:
     """How tokens are drawn. The nucleus is all that the proxy may choose from."""
 
     temperature: float = 1.0
-    """0 = greedy."""
+    """0 = greedy. With a proxy that was trained at another one, its nucleus is that of the training."""
     top_k: int = 16
     """Candidates considered; 0 = all."""
     top_p: float = 0.95
@@ -69,23 +70,36 @@ class Policy:
     def candidates(self, logits: Tensor, decoding: Decoding) -> Candidates:
         """The nucleus of [N, V] logits: at most the proxy's K; without a proxy all that `decoding` leaves.
 
-        As in vLLM, greedy rows have no top-k and no top-p.
+        A proxy's is that of the temperature it was trained at. As in vLLM, greedy rows have no top-k and no top-p of
+        their own: a proxy's are those of its training.
         """
         rows, vocab_size = logits.shape
-        if decoding.temperature == 0:
-            return nucleus(logits, self.config.max_candidates if self.network else 1)
-        if self.network is None and not decoding.top_k and decoding.top_p == 1:
+        is_greedy, temperature = decoding.temperature == 0, decoding.temperature
+        top_k, top_p = decoding.top_k, decoding.top_p
+        if self.network is not None:
+            temperature = self.config.temperature
+            if is_greedy:
+                top_k, top_p = self.config.top_k, self.config.top_p
+        elif is_greedy:
+            return nucleus(logits, 1)
+        elif not top_k and top_p == 1:
             # Nobody asks which of them is the most probable.
             tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
-            return Candidates(tokens, (logits.float() / decoding.temperature).log_softmax(-1))
-        top_k = decoding.top_k or vocab_size
+            return Candidates(tokens, (logits.float() / temperature).log_softmax(-1))
+        top_k = top_k or vocab_size
         most = self.config.max_candidates if self.network else top_k + _MAX_TIES
         return nucleus(
-            logits.float() / decoding.temperature,
+            logits.float() / temperature,
             min(most, vocab_size),
             torch.full((rows,), top_k, device=logits.device),
-            torch.full((rows,), decoding.top_p, device=logits.device),
+            torch.full((rows,), top_p, device=logits.device),
         )
+
+    def sharpness(self, decoding: Decoding) -> float:
+        """The power of the nucleus' probabilities that candidates are proposed by; inf = greedy."""
+        if self.network is None:
+            return 1.0
+        return self.config.temperature / decoding.temperature if decoding.temperature else math.inf
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
         """[R, K]; without a network the strength is 0, and they do not matter."""
@@ -99,30 +113,38 @@ class Policy:
         candidates: Candidates,
         accept_logits: Tensor,  # [R, K]
         draw: Draw,
-        *,
-        is_greedy: bool,
+        decoding: Decoding,
     ) -> tuple[Decision, Proposals]:
         """The law, and what was proposed on the way."""
         rows, device = len(accept_logits), accept_logits.device
         noise = draw(candidates.token_ids)
+        is_greedy = decoding.temperature == 0
         greedy = torch.full((rows,), is_greedy, device=device)
+        power = 1.0 if is_greedy else self.sharpness(decoding)
+        sharpness = torch.full((rows,), power, device=device)
         decision = decide(
             candidates,
             accept_logits,
             noise,
             strength=torch.full((rows,), self.strength, device=device),
             max_rejections=torch.full((rows,), self.config.max_rejections, device=device),
+            sharpness=sharpness,
             greedy=greedy,
         )
         if self.network is None:  # nobody was asked
             nothing = torch.empty(0, dtype=torch.long, device=device)
             return decision, Proposals(nothing, nothing, nothing.bool())
-        proposed = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+        times = proposal_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
+        proposed = proposed_mask(times, decision)
         of, slots = torch.nonzero(proposed, as_tuple=True)
         return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
 
-    def emission(self, candidates: Candidates, accept_logits: Tensor) -> Tensor:
-        """P(token of each slot is said), in closed form, of rows that sample: [R, K] float64."""
+    def frozen(self, candidates: Candidates, decoding: Decoding) -> Candidates:
+        """What the LLM alone would draw from, within the same nucleus."""
+        return sharpened(candidates, self.sharpness(decoding))
+
+    def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:
+        """P(token of each slot is said), in closed form: [R, K] float64."""
         if self.network is None:
             return candidates.logprobs.double().exp()
         return emission_probabilities(
@@ -130,6 +152,7 @@ class Policy:
             accept_logits,
             strength=self.strength,
             max_rejections=self.config.max_rejections,
+            sharpness=self.sharpness(decoding),
         )
 
 

@@ -98,8 +98,17 @@ class Trainer(online.Trainer):
     def make_network(self) -> ProxyNetwork:
         """An untrained proxy."""
         options = self.options
+        decoding = options.decoding
+        if decoding.temperature == 0:
+            raise TrainingError(
+                "--decoding.temperature 0 draws nothing, so that there is nothing to learn from: train above 0; "
+                "the proxy may be asked at any temperature"
+            )
         config = default_config(
             self.model,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
             width=options.width,
             max_candidates=options.max_candidates,
             max_rejections=options.max_rejections,

@@ -210,12 +210,12 @@ def _step(
     """One position of every response: nucleus, accept logits, decision, record."""
     candidates = policy.candidates(logits, decoding)
     accept_logits = policy.accept_logits(hidden, candidates)
-    is_greedy = decoding.temperature == 0
-    decision, proposals = policy.decide(candidates, accept_logits, draw, is_greedy=is_greedy)
+    decision, proposals = policy.decide(candidates, accept_logits, draw, decoding)
     records.add(hidden, candidates, decision, proposals, alive)
     if records.kl is not None:
         some = Candidates(*(tensor[alive] for tensor in candidates))
-        kl = divergence(policy.emission(some, accept_logits[alive]), some)
+        emission = policy.emission(some, accept_logits[alive], decoding)
+        kl = divergence(emission, policy.frozen(some, decoding))
         records.kl[alive] += kl.float()
     return decision
 

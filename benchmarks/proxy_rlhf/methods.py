@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from training import dpo, online, proxy_ppo, reward_model, rlhf_ppo
 from training.data import read_rows
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
-from training.rewards import Frozen, Sample, load_reward
+from training.rewards import Frozen, Reward, Sample, load_reward
 from training.updates import start
 from training.world import __main__ as world_files
 from training.world import gold
@@ -80,7 +80,7 @@ def noise(row: str, seed: int) -> int:
 
 NOISE = (
     *("frozen", "frozen, again", "top-p 0.8", "top-p 0.6", "greedy"),
-    *("tuned", "proxy", "threshold", "best of", "proxy best of"),
+    *("tuned", "proxy", "threshold", "best of", "proxy best of", "decodings"),
 )
 
 
@@ -300,36 +300,63 @@ def make_rlhf(
     return Job(name, run, (*_needs(reward, seed), *needs))
 
 
+class Ranked(NamedTuple):
+    """N samples of each of P prompts."""
+
+    answers: list[Answers]  # N of them
+    scores: Tensor  # [N, P], by the reward
+    cpu_seconds: float
+
+
+def reward_of(setting: Setting, seed: int, world: World) -> Reward:
+    """The implicit reward model of a seed."""
+    base = identify(str(setting.model))
+    frozen = Frozen(world.model, world.tokenizer, base, DECODING, world.end_ids, 64)
+    return load_reward(_reward(setting, "implicit", seed), frozen)
+
+
+def ranked_samples(
+    world: World, policy: Policy, decoding: Decoding, reward: Reward, count: int, key: int
+) -> Ranked:
+    """`count` samples of each prompt, scored; `key` and every tenth number after it seed their noise."""
+    all_answers, scores, cpu = [], [], 0.0
+    for number in range(count):
+        answers = answer(world, key + 10 * number, by_policy(world, policy, decoding))
+        rows = zip(world.texts, world.prompts, answers.texts, answers.responses, strict=True)
+        samples = [
+            Sample([{"role": "user", "content": text}], reply, ids, response)
+            for text, ids, reply, response in rows
+        ]
+        start = time.process_time()
+        scores.append(reward(samples))
+        cpu += answers.cpu_seconds + time.process_time() - start
+        all_answers.append(answers)
+    return Ranked(all_answers, torch.stack(scores), cpu)
+
+
+def best_of(ranked: Ranked, size: int) -> Answers:
+    """The best of the first `size` samples of each prompt."""
+    best = ranked.scores[:size].argmax(0).tolist()
+    last = ranked.answers[-1]
+    return replace(
+        last,
+        texts=[ranked.answers[sample].texts[i] for i, sample in enumerate(best)],
+        cpu_seconds=ranked.cpu_seconds * size / len(ranked.answers),
+    )
+
+
 def make_best_of(name: str, seed: int, proxy: str | None, sizes: tuple[int, ...]) -> Job:
     """The best of N by the implicit reward model; the smaller N take the first of the same samples."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         world = open_world(setting, "test")
         base = identify(str(setting.model))
-        frozen = Frozen(world.model, world.tokenizer, base, DECODING, world.end_ids, 64)
-        reward = load_reward(_reward(setting, "implicit", seed), frozen)
         network = load(setting.directory(proxy), base=base).network if proxy else None
-        policy = Policy(world.model, network)
-        texts, scores, cpu = [], [], 0.0
-        for sample in range(max(sizes)):
-            key = noise("proxy best of" if proxy else "best of", seed) + 10 * sample
-            answers = answer(world, key, by_policy(world, policy, DECODING))
-            rows = zip(world.texts, world.prompts, answers.texts, answers.responses, strict=True)
-            samples = [
-                Sample([{"role": "user", "content": text}], reply, ids, response)
-                for text, ids, reply, response in rows
-            ]
-            start = time.process_time()
-            scores.append(reward(samples))
-            cpu += answers.cpu_seconds + time.process_time() - start
-            texts.append(answers.texts)
-        result = {}
-        for size in sizes:
-            best = torch.stack(scores[:size]).argmax(0).tolist()
-            chosen = [texts[sample][i] for i, sample in enumerate(best)]
-            one = replace(answers, texts=chosen, cpu_seconds=cpu * size / max(sizes))
-            result[f"best of {size}"] = grade(world, one, frozen_texts(setting, "test", seed))
-        return {"rows": result}
+        policy, reward = Policy(world.model, network), reward_of(setting, seed, world)
+        key = noise("proxy best of" if proxy else "best of", seed)
+        ranked = ranked_samples(world, policy, DECODING, reward, max(sizes), key)
+        frozen = frozen_texts(setting, "test", seed)
+        return {"rows": {f"best of {n}": grade(world, best_of(ranked, n), frozen) for n in sizes}}
 
     needs = (*_needs("implicit", seed), *((proxy,) if proxy else ()))
     return Job(f"{name}/{seed}", run, needs)

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.jobs import Job, Setting
+from benchmarks.proxy_rlhf.decodings import decoding_jobs
 from benchmarks.proxy_rlhf.literal import LiteralTrainer
 from benchmarks.proxy_rlhf.methods import (
     RepeatingTrainer,
@@ -83,7 +84,7 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             trainer = RepeatingTrainer if part == "with repeats" else FORMS["proxy"]
             name = f"skam-{part.replace(' ', '-')}/{seed}"
             jobs.append(make_proxy(name, "implicit", seed, trainer, *tuned["proxy"], **settings))
-    return jobs
+    return jobs + decoding_jobs(seeds)
 
 
 def fixed(value: Any) -> Callable[[Setting], Any]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from benchmarks.jobs import Setting
+from benchmarks.proxy_rlhf.decodings import GRID, METHODS, best_job, search_job
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
     PROXY_SEARCH,
@@ -20,6 +21,7 @@ from benchmarks.proxy_rlhf.plan import (
     SKAM,
     searches,
 )
+from training.policy import Decoding
 
 NAMES = {"dpo": "DPO", "rlhf": "full RLHF", "literal": "literal proxy", "proxy": "one-pass proxy"}
 COSTS = ("updates", "train_cpu_seconds", "train_wall_seconds")
@@ -133,6 +135,37 @@ def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def decodings_table(setting: Setting, seeds: tuple[int, ...]) -> str:
+    """Each method at its best decoding, and what that was chosen from."""
+    lines = ["| method | decoding | gold win rate | by seed | KL, nats |", "|---|---|---|---|---|"]
+    tried = [
+        f"| method, validation prompts | {' | '.join(map(_named, GRID))} |",
+        "|---" * (1 + len(GRID)) + "|",
+    ]
+    for method in METHODS:
+        results = [setting.result(best_job(method, seed)) for seed in seeds]
+        row = pooled([result["row"] for result in results])
+        cells = [
+            method,
+            _named(Decoding(**results[0]["decoding"])),
+            f"{row['win_rate']:.1%} ± {row['win_rate_se']:.1%}",
+            " ".join(f"{100 * rate:.1f}" for rate in row["win_rates"]),
+            f"{row['kl']:.2f}" if "kl" in row else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        searched = [setting.result(search_job(method, seed))["rows"] for seed in seeds]
+        rates = [fmean(row["win_rate"] for row in same) for same in zip(*searched, strict=True)]
+        blank = [""] * (len(GRID) - len(rates))
+        tried.append("| " + " | ".join([method, *blank, *(f"{x:.1%}" for x in rates)]) + " |")
+    return "\n".join([*lines, "", *tried]) + "\n"
+
+
+def _named(decoding: Decoding) -> str:
+    if decoding.temperature == 0:
+        return "greedy"
+    return f"T {decoding.temperature:g}, top-p {decoding.top_p:g}"
+
+
 def draw_wins(rows: dict[str, Row], path: Path) -> None:
     figure = Figure(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")
     axes = figure.subplots()
@@ -199,6 +232,7 @@ def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
     (output / "proxy_rlhf_table.md").write_text(
         table(rows, full) + "\n" + search_table(setting, seeds)
     )
+    (output / "proxy_rlhf_decodings.md").write_text(decodings_table(setting, seeds))
     (output / "proxy_rlhf.json").write_text(json.dumps({"by_seed": by_seed}, indent=1) + "\n")
     draw_wins(rows, output / "proxy_rlhf.png")
     draw_hacking(setting, seeds, output / "reward_hacking.png")

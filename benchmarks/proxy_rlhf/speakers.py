@@ -33,9 +33,9 @@ class RepeatingPolicy(Policy):
     """SKAM without its second part: a rejected candidate may be proposed again."""
 
     def decide(
-        self, candidates: Candidates, accept_logits: Tensor, draw: Draw, *, is_greedy: bool
+        self, candidates: Candidates, accept_logits: Tensor, draw: Draw, decoding: Decoding
     ) -> tuple[Decision, Proposals]:
-        assert not is_greedy
+        assert decoding.temperature == self.config.temperature
         probabilities, limit = candidates.logprobs.exp(), self.config.max_rejections
         # The clocks' noise, which nobody else needs here, seeds as many draws as there may be.
         noise = draw(candidates.token_ids)
@@ -53,7 +53,7 @@ class RepeatingPolicy(Policy):
         rows, turns = torch.nonzero(torch.arange(limit) < asked[:, None], as_tuple=True)
         return decision, Proposals(rows, slots[rows, turns], accepted[rows, turns])
 
-    def emission(self, candidates: Candidates, accept_logits: Tensor) -> Tensor:
+    def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:
         """P(token of each slot is emitted): p a (1 − r^M) / (1 − r), and r^M for the most probable; r = 1 − Σ p a."""
         taken = candidates.logprobs.double().exp() * accept_logits.double().sigmoid()
         rejected = 1 - taken.sum(-1, keepdim=True)
@@ -133,7 +133,7 @@ def divergence(
             logits = policy.model(ids).logits[:, :-1][drawn]
         candidates = policy.candidates(logits, decoding)
         accept_logits = policy.accept_logits(head.states[:, :-1][drawn], candidates)
-        probabilities = policy.emission(candidates, accept_logits)
+        probabilities = policy.emission(candidates, accept_logits, decoding)
         frozen = logits if policy.model is world.model else world.model(ids).logits[:, :-1][drawn]
         reference = frozen.double().log_softmax(-1).gather(-1, candidates.token_ids)
         ratios = probabilities.clamp(min=1e-300).log() - reference

@@ -26,11 +26,11 @@ def test_hook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hook.main(
         hook.Options(
             rows=(1, 5), vocab_sizes=(40, 300), hidden_size=16, max_candidates=4, width=8,
-            proxies=2, seeded=True, seconds=0.01, output=output,
+            proxies=2, seeded=True, seconds=0.01, output=output, samplings=tuple(hook.SAMPLINGS),
         )
     )  # fmt: skip
     cases = json.loads(output.read_text())["cases"]
-    assert len(cases) == 2 * 2 * 3
+    assert len(cases) == 2 * 2 * 5
     assert {(case["vocab_size"], case["rows"]) for case in cases} == {
         (40, 1), (40, 5), (300, 1), (300, 5)
     }  # fmt: skip
@@ -67,17 +67,21 @@ def test_dial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         dial.Options(
             proxies=(proxy,),
             strengths=(0.0, 1.0),
+            temperatures=(0.0, 1.0),
             num_prompts=3,
             decoding=Decoding(max_new_tokens=4),
             output=tmp_path,
         )
     )
     figures = json.loads((tmp_path / "dial.json").read_text())
-    frozen, aligned = figures["points"]
+    *greedy, frozen, aligned = figures["points"]
+    assert [point["temperature"] for point in (*greedy, frozen, aligned)] == [0, 0, 1, 1]
+    assert not any("kl" in point for point in greedy)
     assert frozen["kl"] == pytest.approx(0.0, abs=1e-5)
     assert aligned["kl"] > 0.01
-    assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 2
-    assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+    assert len(capsys.readouterr().out.strip().splitlines()) == (2 + 2) + 1 + (2 + 2) + 2
+    for name in ("dial", "temperature"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rollout(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from benchmarks.jobs import Job, run_all, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
+from benchmarks.proxy_rlhf.decodings import GRID
 from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
 from benchmarks.proxy_rlhf.speakers import (
     RepeatingPolicy,
@@ -119,7 +120,7 @@ def test_the_law_with_repeats(world: World) -> None:
     candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.5, 0.5]]).log())
     policy = repeating_policy(world, logits, limit=2)
     expected = torch.tensor([[6 / 16, 10 / 16]], dtype=torch.float64)
-    torch.testing.assert_close(policy.emission(candidates, logits), expected)
+    torch.testing.assert_close(policy.emission(candidates, logits, Decoding()), expected)
     rows = 40_000
     many = Candidates(*(column.expand(rows, -1) for column in candidates))
     torch.manual_seed(0)
@@ -127,7 +128,7 @@ def test_the_law_with_repeats(world: World) -> None:
         many,
         logits.expand(rows, -1),
         lambda ids: torch.rand(ids.shape[0], 2, ids.shape[1]),
-        is_greedy=False,
+        Decoding(),
     )
     frequency = (decision.token_ids == 7).float().mean().item()
     assert abs(frequency - 6 / 16) < 5 * math.sqrt(6 / 16 * 10 / 16 / rows)
@@ -142,7 +143,7 @@ def test_the_law_with_repeats(world: World) -> None:
 def test_a_single_candidate_is_taken_without_asking(world: World) -> None:
     policy = repeating_policy(world, torch.tensor([[-80.0, -80.0]]), limit=2)
     candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.0, -torch.inf]]))
-    emission = policy.emission(candidates, torch.tensor([[-80.0, -80.0]]))
+    emission = policy.emission(candidates, torch.tensor([[-80.0, -80.0]]), Decoding())
     assert emission.tolist() == [[1.0, 0.0]]
 
 
@@ -194,6 +195,13 @@ def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
     assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
     rows = setting.result("frozen/0")["rows"]
     assert set(rows) == {"frozen, again", "top-p 0.8", "top-p 0.6", "greedy"}
+    for name in ("decoding-search/frozen-LLM/0", "decoding/frozen-LLM/0"):
+        run_job(scaled, jobs[name])
+    tried = setting.result("decoding-search/frozen-LLM/0")["rows"]
+    assert [row["temperature"] for row in tried] == [decoding.temperature for decoding in GRID]
+    chosen = setting.result("decoding/frozen-LLM/0")["decoding"]
+    best = max(tried, key=lambda row: row["win_rate"])
+    assert chosen == {name: best[name] for name in chosen}
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -217,9 +225,12 @@ def test_the_report(tmp_path: Path) -> None:
             "greedy",
             *map("best of {}".format, BEST_OF),
         )
+        searched = [row | {"win_rate": 0.1 * (i == 3)} for i in range(len(GRID))]
+        is_search = job.name.startswith("decoding-search")
         result = {
             "row": row,
-            "rows": dict.fromkeys(names, row),
+            "rows": searched if is_search else dict.fromkeys(names, row),
+            "decoding": {"temperature": 0.3, "top_p": 0.8},
             "curve": curve,
             "parameters": 70_000,
             "updates": 60,
@@ -240,6 +251,9 @@ def test_the_report(tmp_path: Path) -> None:
     assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(
         "65.0%"
     )
+    best, _, tried = (output / "proxy_rlhf_decodings.md").read_text().partition("\n\n")
+    assert "| full RLHF | T 0.3, top-p 0.8 | 65.0% ± 2.1% | 60.0 70.0 | 2.00 |" in best
+    assert "| DPO | 0.0% | 0.0% | 0.0% | 10.0% | 0.0% |" in tried
     for plot in ("proxy_rlhf.png", "reward_hacking.png"):
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
 

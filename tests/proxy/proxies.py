@@ -50,7 +50,17 @@ def unlike_proxies(pool: ProxyPool) -> list[Proxy]:
     """Four proxies that differ in everything that may differ."""
     return [
         put_into(pool, "a", opinionated(1, width=6, max_candidates=5, max_rejections=3)),
-        put_into(pool, "b", opinionated(2, width=16, max_candidates=12, max_rejections=1)),
-        put_into(pool, "c", opinionated(3, width=2, max_candidates=9, use_logprob=False)),
+        put_into(
+            pool,
+            "b",
+            opinionated(
+                2, width=16, max_candidates=12, max_rejections=1, temperature=0.7, top_p=0.9
+            ),
+        ),
+        put_into(
+            pool,
+            "c",
+            opinionated(3, width=2, max_candidates=9, use_logprob=False, temperature=1.3, top_k=4),
+        ),
         put_into(pool, "d", opinionated(4, width=9, max_candidates=64)),  # more than V
     ]

@@ -35,6 +35,10 @@ class Setting(NamedTuple):
     strength: float = 1.0
     max_rejections: int = 8
     max_candidates: int = 16
+    # What the proxy was trained with: greedy rows have these top-k and top-p.
+    trained_temperature: float = 1.0
+    trained_top_k: int = 0
+    trained_top_p: float = 1.0
 
 
 def enumerate_law(
@@ -68,16 +72,15 @@ def enumerate_law(
     return dict(law)
 
 
-def greedy_outcome(a: Sequence[float], max_rejections: int) -> Outcome:
-    """What a greedy row does: the first of the candidates, in their order, with a >= 1/2."""
-    if max_rejections > 0 and len(a) == 1:
-        return 0, 1, False
-    for slot, accept in enumerate(a[:max_rejections]):
-        if abs(accept - 0.5) < 1e-4:
-            raise AmbiguousError
-        if accept > 0.5:
-            return slot, slot + 1, False
-    return 0, min(len(a), max_rejections), True
+def greedy_outcome(p: Sequence[float], a: Sequence[float], max_rejections: int) -> Outcome:
+    """What a greedy row does: of the first `max_rejections` candidates that of the largest p a."""
+    if max_rejections == 0:
+        return 0, 0, True
+    scores = [x * y for x, y in zip(p, a, strict=True)][:max_rejections] if len(p) > 1 else [1.0]
+    best = scores.index(max(scores))
+    if any(x > scores[best] * (1 - 1e-4) for slot, x in enumerate(scores) if slot != best):
+        raise AmbiguousError
+    return best, best + 1, False
 
 
 def loop_law(
@@ -109,24 +112,26 @@ def sorted_nucleus(logits: np.ndarray, setting: Setting) -> tuple[list[int], lis
             ties, or a token is on the edge of min-p or top-p.
     """
     is_greedy = setting.temperature == 0
-    scaled = logits.astype(np.float64) / (1.0 if is_greedy else setting.temperature)
+    if is_greedy:
+        limits = {"top_k": setting.trained_top_k, "top_p": setting.trained_top_p, "min_p": 0.0}
+        setting = setting._replace(**limits)
+    scaled = logits.astype(np.float64) / setting.trained_temperature
     probs = np.exp(scaled - scaled.max())
     order = np.argsort(-scaled, kind="stable")
     order = order[np.isfinite(scaled[order])]
-    if not is_greedy:
-        if np.isclose(probs[order], setting.min_p, rtol=1e-4, atol=0).any():
-            raise AmbiguousError
-        order = order[probs[order] >= setting.min_p]
+    if np.isclose(probs[order], setting.min_p, rtol=1e-4, atol=0).any():
+        raise AmbiguousError
+    order = order[probs[order] >= setting.min_p]
+    mass = probs[order].sum()
+    if 0 < setting.top_k <= setting.max_candidates:
+        last = scaled[order[: setting.top_k]][-1]
+        order = _cut(order[scaled[order] >= last], setting.max_candidates, scaled)
         mass = probs[order].sum()
-        if 0 < setting.top_k <= setting.max_candidates:
-            last = scaled[order[: setting.top_k]][-1]
-            order = _cut(order[scaled[order] >= last], setting.max_candidates, scaled)
-            mass = probs[order].sum()
-        if setting.top_p < 1:
-            before = (np.cumsum(probs[order]) - probs[order]) / mass
-            if np.isclose(before[1:], setting.top_p, atol=1e-4).any():
-                raise AmbiguousError
-            order = _cut(order, max(1, int((before < setting.top_p).sum())), scaled)
+    if setting.top_p < 1:
+        before = (np.cumsum(probs[order]) - probs[order]) / mass
+        if np.isclose(before[1:], setting.top_p, atol=1e-4).any():
+            raise AmbiguousError
+        order = _cut(order, max(1, int((before < setting.top_p).sum())), scaled)
     order = _cut(order, setting.max_candidates, scaled)
     if is_greedy and len({*scaled[order]}) < len(order):
         raise AmbiguousError
@@ -153,9 +158,10 @@ def token_law(
     scores = accept_logits(token_ids, [math.log(x) for x in p])
     a = [math.exp(-setting.strength * _softplus(-score)) for score in scores]
     if setting.temperature == 0:
-        law = {greedy_outcome(a, setting.max_rejections): 1.0}
+        law = {greedy_outcome(p, a, setting.max_rejections): 1.0}
     else:
-        law = enumerate_law(p, a, setting.max_rejections)
+        powers = [x ** (setting.trained_temperature / setting.temperature) for x in p]
+        law = enumerate_law([x / sum(powers) for x in powers], a, setting.max_rejections)
     return {
         (token_ids[slot], proposed, forced): prob for (slot, proposed, forced), prob in law.items()
     }

@@ -52,6 +52,7 @@ def decide_often(
     rows: int,
     strength: float = 1.0,
     max_rejections: int = 8,
+    sharpness: float = 1.0,
     greedy: bool = False,
     seed: int = 0,
 ) -> Decision:
@@ -63,6 +64,7 @@ def decide_often(
         draw_noise(rows, num_candidates, "cpu"),
         strength=torch.full((rows,), strength),
         max_rejections=torch.full((rows,), max_rejections),
+        sharpness=torch.full((rows,), sharpness),
         greedy=torch.full((rows,), greedy),
     )
 
@@ -161,6 +163,34 @@ def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
         assert fisher_exact(table).pvalue > FALSE_ALARM / len(seen), (outcome, table)
 
 
+@pytest.mark.parametrize("sharpness", [0.5, 1 / 0.7, 10.0])
+@pytest.mark.parametrize(("logits", "accept_logits", "strength", "max_rejections"), CASES[4:])
+def test_temperature_sharpens_what_is_proposed_and_not_what_is_accepted(
+    logits, accept_logits, strength, max_rejections, sharpness
+):
+    decision = decide_often(
+        candidates_of(logits),
+        torch.tensor(accept_logits),
+        rows=20_000,
+        strength=strength,
+        max_rejections=max_rejections,
+        sharpness=sharpness,
+    )
+    p, a = probabilities(logits, accept_logits, strength)
+    powers = [x**sharpness for x in p]
+    law = enumerate_law([x / sum(powers) for x in powers], a, max_rejections)
+    assert_follows(outcomes(decision), law, tests=3 * len(CASES))
+
+
+def test_the_temperature_of_the_training_changes_no_bit():
+    torch.manual_seed(8)
+    candidates = nucleus(torch.randn(300, 50) * 2, 8, top_p=torch.rand(300))
+    args = candidates, torch.randn(300, 8), draw_noise(300, 8, "cpu")
+    settings = {"strength": None, "max_rejections": torch.full((300,), 4)}
+    at_one = decide(*args, **settings, sharpness=torch.ones(300))
+    assert torch.equal(at_one.columns, decide(*args, **settings).columns)
+
+
 def test_strength_zero_is_the_frozen_llm():
     decision = decide_often(
         candidates_of([2.0, 1.0, 0.0]), torch.full((3,), -50.0), rows=50_000, strength=0.0
@@ -173,18 +203,23 @@ def test_strength_zero_is_the_frozen_llm():
 @pytest.mark.parametrize(
     ("accept_logits", "strength", "max_rejections", "expected"),
     [
+        # log p less the first's: 0, -1, -2; log a: -0.31 at 1, -1.31 at -1, -0.05 at 3
         ([1.0, 1.0, 1.0], 1.0, 8, (0, 1, False)),
-        ([-1.0, 1.0, 1.0], 1.0, 8, (1, 2, False)),
-        ([-1.0, -1.0, 0.0], 1.0, 8, (2, 3, False)),  # a = 1/2 is accepted
-        ([-1.0, -1.0, -1.0], 1.0, 8, (0, 3, True)),
-        ([-1.0, -1.0, 1.0], 1.0, 2, (0, 2, True)),  # the third would have been accepted
-        ([-1.0, 1.0, 1.0], 1.0, 1, (0, 1, True)),
-        ([1.0, 1.0, 1.0], 1.0, 0, (0, 0, True)),
-        ([-1.0, 1.0, 1.0], 0.0, 8, (0, 1, False)),  # strength 0 accepts the first
-        ([1.0, 3.0, 1.0], 3.0, 8, (1, 2, False)),  # sigmoid(1)^3 = 0.39, sigmoid(3)^3 = 0.86
+        ([-0.5, 1.0, 1.0], 1.0, 8, (0, 1, False)),  # -0.97 > -1.31
+        ([-1.5, 1.0, 1.0], 1.0, 8, (1, 2, False)),  # -1.70 < -1.31
+        ([-4.0, -4.0, 3.0], 1.0, 8, (2, 3, False)),  # -4.02, -5.02, -2.05
+        ([-4.0, -4.0, 3.0], 1.0, 2, (0, 1, False)),  # only two are asked about
+        ([-9.0, -9.0, -9.0], 1.0, 8, (0, 1, False)),
+        ([-4.0, 3.0, 3.0], 1.0, 1, (0, 1, False)),
+        ([-4.0, 3.0, 3.0], 1.0, 0, (0, 0, True)),
+        ([-4.0, 3.0, 3.0], 0.0, 8, (0, 1, False)),  # strength 0 is the frozen LLM
+        ([-1.0, 3.0, 1.0], 0.5, 8, (0, 1, False)),  # -0.66 > -1.02
+        ([-1.0, 3.0, 1.0], 3.0, 8, (1, 2, False)),  # -3.94 < -1.15
     ],
 )
-def test_greedy_rows_flip_no_coin(accept_logits, strength, max_rejections, expected):
+def test_greedy_rows_take_the_best_of_probability_and_acceptance(
+    accept_logits, strength, max_rejections, expected
+):
     for seed in range(3):
         decision = decide_often(
             candidates_of([3.0, 2.0, 1.0]),
@@ -208,6 +243,7 @@ def test_rows_are_independent_of_their_neighbours():
     noise = draw_noise(32, 8, "cpu")
     settings = {
         "strength": torch.rand(32) * 2,
+        "sharpness": torch.rand(32) * 2,
         "max_rejections": torch.randint(0, 9, (32,)),
         "greedy": torch.rand(32) < 0.3,
     }
@@ -229,17 +265,13 @@ def test_proposed_mask_marks_what_the_counts_count():
     accept_logits = torch.randn(500, 8) - 1
     noise = draw_noise(500, 8, "cpu")
     greedy = torch.rand(500) < 0.3
-    strength = torch.ones(500)
-    decision = decide(
-        candidates,
-        accept_logits,
-        noise,
-        strength=strength,
-        max_rejections=torch.randint(0, 6, (500,)),
-        greedy=greedy,
-    )
-    mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
-    accepts = accept_mask(candidates, accept_logits, noise[:, 1], strength=strength, greedy=greedy)
+    strength, sharpness = torch.ones(500), torch.rand(500) * 3
+    limits = torch.randint(0, 6, (500,))
+    answers = {"strength": strength, "max_rejections": limits, "greedy": greedy}
+    decision = decide(candidates, accept_logits, noise, sharpness=sharpness, **answers)
+    times = proposal_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
+    mask = proposed_mask(times, decision)
+    accepts = accept_mask(candidates, accept_logits, noise[:, 1], **answers)
     emitted = torch.nn.functional.one_hot(decision.slots, 8).bool()
     assert torch.equal(mask.sum(-1), decision.num_proposed)
     assert not (mask & (candidates.logprobs == -math.inf)).any()
@@ -327,6 +359,22 @@ def test_nucleus_by_hand():
     assert (banned > -math.inf).tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("top_p", [None, 0.5])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_row_where_nothing_is_allowed_has_one_candidate(top_k, top_p):
+    logits = torch.full((2, 40), -math.inf)
+    logits[1, 7] = 1.0
+    candidates = nucleus(
+        logits,
+        4,
+        None if top_k is None else torch.full((2,), top_k),
+        None if top_p is None else torch.full((2,), top_p),
+        temperature=torch.tensor([0.5, 0.5]),
+    )
+    assert candidates.token_ids[:, 0].tolist() == [0, 7]
+    assert candidates.logprobs.tolist() == [[0.0] + [-math.inf] * 3] * 2
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_nucleus_is_vllms(tied):
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
@@ -386,10 +434,11 @@ def test_nothing_reads_a_tensor_on_the_host():
             noise,
             strength=torch.empty(4),
             max_rejections=torch.empty(4, dtype=torch.int64),
+            sharpness=torch.empty(4),
             greedy=greedy,
         )
         keys, positions = torch.empty(2, 4, dtype=torch.int64)
         seeded_noise(keys, positions, candidates.token_ids)
-        mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy), decision)
+        mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy=greedy), decision)
     assert [tuple(x.shape) for x in (decision.columns, mask)] == [(4, 4), (4, 8)]
     assert decision.token_ids.dtype == decision.slots.dtype == torch.int64

@@ -1,9 +1,11 @@
 """The closed form against the sequential loop's probabilities, computed by recursion over its every branch."""
 
+from itertools import product
+
 import torch
 
 from proxy.acceptance import Candidates
-from proxy.exact import divergence, emission_probabilities
+from proxy.exact import divergence, emission_probabilities, sharpened
 
 
 def by_recursion(p: list[float], accept: list[float], max_rejections: int) -> list[float]:
@@ -36,16 +38,53 @@ def test_matches_the_recursion_for_every_limit_and_strength() -> None:
         candidates = Candidates(
             torch.arange(size + 1)[None], torch.cat([p.log(), p.new_tensor([-torch.inf])])[None]
         )
-        for strength in (0.0, 0.5, 1.0, 3.0):
+        for strength, sharpness in product((0.0, 0.5, 1.0, 3.0), (1.0, 0.4, 10.0)):
             accept = (torch.sigmoid(logits[0].double()) ** strength).tolist()
             for max_rejections in range(7):
                 got = emission_probabilities(
-                    candidates, logits, strength=strength, max_rejections=max_rejections
+                    candidates,
+                    logits,
+                    strength=strength,
+                    max_rejections=max_rejections,
+                    sharpness=sharpness,
                 )
-                expected = by_recursion(p.tolist(), accept[:size], max_rejections)
+                powers = (p**sharpness).tolist()
+                expected = by_recursion(powers, accept[:size], max_rejections)
                 torch.testing.assert_close(
-                    got[0], torch.tensor([*expected, 0.0]).double(), atol=2e-6, rtol=0
+                    got[0], torch.tensor([*expected, 0.0]).double(), atol=1e-6, rtol=0
                 )
+
+
+def test_candidates_of_any_distance() -> None:
+    """At temperature 0.01 the second is proposed after the first's rejection alone, however far apart they are."""
+    logprobs = torch.tensor([[0.7, 0.2999, 1e-4]]).log()
+    accept_logits = torch.tensor([[-2.0, 0.0, 1.0]])
+    for sharpness in (100.0, 1e4):
+        candidates = Candidates(torch.arange(3)[None], logprobs)
+        got = emission_probabilities(
+            candidates, accept_logits, strength=1.0, max_rejections=8, sharpness=sharpness
+        )
+        first, second, third = accept_logits[0].double().sigmoid().tolist()
+        after = (1 - first) * second, (1 - first) * (1 - second) * third
+        expected = torch.tensor([[1 - sum(after), *after]]).double()
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+def test_greedy_is_certain() -> None:
+    candidates = Candidates(torch.arange(3)[None], torch.tensor([[0.6, 0.3, 0.1]]).log())
+    accept_logits = torch.tensor([[-3.0, 0.0, 3.0]])  # p a: 0.028, 0.15, 0.095
+    for max_rejections, expected in ((8, 1), (1, 0), (0, 0)):
+        got = emission_probabilities(
+            candidates,
+            accept_logits,
+            strength=1.0,
+            max_rejections=max_rejections,
+            sharpness=torch.inf,
+        )
+        assert got.tolist() == [[float(slot == expected) for slot in range(3)]]
+    assert sharpened(candidates, torch.inf).logprobs.exp().tolist() == [[1, 0, 0]]
+    at_half = sharpened(candidates, 2.0).logprobs.exp()  # 0.36, 0.09, 0.01 of 0.46
+    torch.testing.assert_close(at_half, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
 
 
 def test_two_candidates_by_hand() -> None:

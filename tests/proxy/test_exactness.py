@@ -35,7 +35,7 @@ Law = dict[Outcome, float]
 def random_setting(rng: np.random.Generator) -> Setting:
     """Everything at once; an option that is off here is on there."""
     chosen = {
-        "temperature": rng.choice([0.7, 1.0, 1.4, 2.0]),
+        "temperature": rng.choice([0.3, 0.7, 1.0, 1.0, 1.4, 2.0]),
         "top_k": rng.choice([0, 0, 0, 0, 1, 4, 6, 40]),
         "top_p": rng.choice([1.0, 1.0, 0.95, 0.8, 0.5]),
         "min_p": rng.choice([0.0, 0.0, 0.0, 0.05, 0.2]),
@@ -70,11 +70,14 @@ def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
             best, second, third, fourth, *_ = np.argsort(-logits)
             logits[second], logits[fourth] = logits[best], logits[third]
         scores = rng.normal(0, 1.5, vocab_size) - (40.0 if i % 8 == 5 else 0.0)
-        setting = random_setting(rng)._replace(max_candidates=int(rng.choice([1, 3, 5, 6, 8])))
+        setting = random_setting(rng)._replace(
+            max_candidates=int(rng.choice([1, 3, 5, 6, 8])),
+            trained_temperature=float(rng.choice([0.7, 1.0, 1.0, 1.3])),
+        )
         if i % 7 == 0:
             setting = setting._replace(temperature=0.0)
         elif setting.min_p:  # vLLM applies it before the law
-            floor = logits.max() + setting.temperature * np.log(setting.min_p)
+            floor = logits.max() + setting.trained_temperature * np.log(setting.min_p)
             logits = np.where(logits >= floor, logits, -np.inf)
 
         def accept_logits(ids: list[int], _: list[float], scores=scores) -> list[float]:
@@ -107,7 +110,7 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
         int(sizes.max()),
         torch.where((top_k == 0) | greedy, off, top_k),
         top_p.masked_fill(greedy, 1.0),
-        temperature=column("temperature").masked_fill(greedy, 1.0),
+        temperature=column("trained_temperature"),
         sizes=sizes,
     )
     torch.manual_seed(12)
@@ -121,6 +124,7 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
         torch.where(is_seeded.view(-1, 1, 1), seeded, noise),
         strength=column("strength"),
         max_rejections=column("max_rejections"),
+        sharpness=column("trained_temperature") / column("temperature").masked_fill(greedy, 1.0),
         greedy=greedy,
     )
     outcomes = zip(*decision.columns[1:].tolist(), strict=True)
@@ -144,12 +148,19 @@ def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
 VOCAB_SIZE = 288
 PROMPTS = ((5,), (7, 80, 9), (200, 11, 40, 41), (33, 34))
 REQUESTS_AT_ONCE = 4000  # the worker keeps the counts of 4096
-# Widths and K differ; "never" rejects everything.
+# Widths, K and the decodings of their training differ; "never" rejects everything.
 PROXIES: dict[str, dict[str, Any]] = {
-    "wide": {"width": 64, "max_candidates": 8},
-    "narrow": {"width": 16, "max_candidates": 5, "use_logprob": False},
+    "wide": {"width": 64, "max_candidates": 8, "temperature": 0.8, "top_k": 6, "top_p": 0.9},
+    "narrow": {"width": 16, "max_candidates": 5, "use_logprob": False, "temperature": 1.3},
     "never": {"width": 8, "max_candidates": 6, "accept_bias": -60.0},
 }
+
+
+def trained_with(name: str) -> dict[str, Any]:
+    """What a `Setting` has to know of a proxy."""
+    config = PROXIES[name]
+    decoding = {f"trained_{x}": config[x] for x in ("temperature", "top_k", "top_p") if x in config}
+    return decoding | {"max_candidates": config["max_candidates"]}
 
 
 class Asked(NamedTuple):
@@ -247,18 +258,23 @@ def frozen(model_dir) -> Any:
 
 def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Asked]:
     """Of every sort. `mixed`: some without a proxy, some with a min-p; these take another path."""
-    rng = np.random.default_rng(13)
+    rng = np.random.default_rng(75)
     asked = []
     for i in range(28):
         name = ("wide", "narrow", "wide", "narrow", "never")[i % 5]
-        setting = random_setting(rng)._replace(max_candidates=PROXIES[name]["max_candidates"])
+        setting = random_setting(rng)._replace(**trained_with(name))
         proxy: str | None = name
         if i % 7 == 0:
             setting = setting._replace(temperature=0.0)
         if not mixed:
             setting = setting._replace(min_p=0.0)
         elif i % 9 == 1:  # the frozen LLM: all of its tokens, and the first proposal stands
-            setting = setting._replace(strength=0.0, max_rejections=1, max_candidates=VOCAB_SIZE)
+            setting = setting._replace(
+                strength=0.0,
+                max_rejections=1,
+                max_candidates=VOCAB_SIZE,
+                trained_temperature=setting.temperature or 1.0,
+            )
             proxy = None if i % 2 else proxy
         asked.append(Asked(PROMPTS[i % len(PROMPTS)], proxy, setting, trace))
     return asked
@@ -360,6 +376,8 @@ def test_the_engine_follows_the_enumerated_law(
         "strength": lambda x: x * 2 + 1,
         "max_rejections": lambda x: x + 1,
         "max_candidates": lambda x: 4,
+        "trained_temperature": lambda x: x / 2,
+        "trained_top_k": lambda x: 1,
         **({"min_p": lambda x: 0.5} if path.get("mixed") else {}),
     }
     for option, change in changes.items():

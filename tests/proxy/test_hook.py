@@ -18,9 +18,15 @@ from proxy.history import History
 from proxy.hook import Step, align, score_shadows
 from proxy.plan import make_plan
 from proxy.pool import ProxyPool
-from proxy.rows import Assignment, Shadow
+from proxy.rows import Assignment
 from tests.proxy.proxies import EMBEDDINGS, H, Proxy, V, biased, put_into, unlike_proxies
-from tests.proxy.references import Outcome, Setting, accept_logits_of, sorted_nucleus
+from tests.proxy.references import (
+    Outcome,
+    Setting,
+    accept_logits_of,
+    greedy_outcome,
+    sorted_nucleus,
+)
 
 CPU = torch.device("cpu")
 
@@ -55,11 +61,10 @@ def step_of(
     rows = len(assignments)
     ids = [f"r{row}" for row in range(rows)]
     return Step(
-        plan=make_plan(ids, assignments, pool, CPU, has_shadows=bool(shadows)),
+        plan=make_plan(ids, assignments, pool, CPU, shadows=[shadow.served for shadow in shadows]),
         hidden=torch.randn(rows, H) if hidden is None else hidden,
         positions=torch.arange(rows, dtype=torch.int32) if positions is None else positions,
         discarded=None if discarded is None else torch.tensor(discarded),
-        shadows=[Shadow(shadow.served, pool, CPU) for shadow in shadows],
         history=history,
     )
 
@@ -72,31 +77,31 @@ def replay(
     scores = accept_logits_of(
         proxy.network, hidden, EMBEDDINGS, token_ids, [math.log(x) for x in p]
     )
+    accept = [(1 + math.exp(-score)) ** -setting.strength for score in scores]
+    if setting.temperature == 0:
+        slot, proposed, forced = greedy_outcome(p, accept, setting.max_rejections)
+        return token_ids[slot], proposed, forced
     race, coins = noise[:, token_ids].double().tolist()
-    order = list(range(len(p)))
-    if setting.temperature > 0:
-        order.sort(key=lambda slot: race[slot] / p[slot])
-    for proposed, slot in enumerate(order):
-        if proposed >= setting.max_rejections:
-            break
-        accept = (1 + math.exp(-scores[slot])) ** -setting.strength
-        if setting.temperature == 0:
-            is_accepted = accept >= 0.5
-        else:
-            is_accepted = math.exp(-coins[slot]) <= accept
-        if is_accepted or len(p) == 1:
+    power = setting.trained_temperature / setting.temperature
+    order = sorted(range(len(p)), key=lambda slot: race[slot] / p[slot] ** power)
+    for proposed, slot in enumerate(order[: setting.max_rejections]):
+        if math.exp(-coins[slot]) <= accept[slot] or len(p) == 1:
             return token_ids[slot], proposed + 1, False
     return token_ids[0], min(len(p), setting.max_rejections), True
 
 
 def random_setting(rng: np.random.Generator, proxy: Proxy) -> Setting:
+    config = proxy.served.config
     return Setting(
+        trained_temperature=config.temperature,
+        trained_top_k=config.top_k,
+        trained_top_p=config.top_p,
         temperature=float(rng.choice([0.0, 1.0, 0.6, 1.7])),
         top_k=int(rng.choice([0, 1, 3, 7])),
         top_p=float(rng.choice([1.0, 0.9, 0.5])),
         strength=float(rng.choice([1.0, 0.3, 4.0])),
         max_rejections=int(rng.choice([0, 1, 2, 8])),
-        max_candidates=min(proxy.served.config.max_candidates, V),
+        max_candidates=min(config.max_candidates, V),
     )
 
 
@@ -122,6 +127,9 @@ def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
                 strength=setting.strength,
                 max_rejections=setting.max_rejections,
                 temperature=setting.temperature,
+                # vLLM switches top-k and top-p off for greedy rows.
+                top_k=setting.top_k if setting.temperature else 0,
+                top_p=setting.top_p if setting.temperature else 1.0,
                 key=noise_key(100 + row),
                 is_seeded=True,
                 traced=traced,
@@ -132,18 +140,9 @@ def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
         positions = torch.from_numpy(rng.integers(1, 500, size=17, dtype=np.int32))
         step = step_of(pool, assignments, history, positions=positions)
         logits = torch.randn(17, V) * 2
-        # vLLM switches top-k and top-p off for greedy rows.
-        is_greedy = torch.tensor([s.temperature == 0 for s in settings])
-        top_k = torch.tensor([s.top_k or V for s in settings], dtype=torch.int32)
-        top_p = torch.tensor([s.top_p for s in settings])
-        scale = torch.tensor([s.temperature or 1.0 for s in settings])
-        align(
-            step,
-            logits / scale.unsqueeze(-1) if tempered else logits,
-            top_k.masked_fill(is_greedy, V),
-            top_p.masked_fill(is_greedy, 1.0),
-            tempered=tempered,
-        )
+        scale = torch.tensor([a.divisor for a in assignments])
+        scaled = logits / scale.unsqueeze(-1) if tempered else logits
+        align(step, scaled, tempered=tempered)
         ((rows, decision, _, _),) = history.steps
         actual = zip(*decision.columns[1:].tolist(), strict=True)
         for row, outcome in zip(rows.rows, actual, strict=True):
@@ -168,7 +167,7 @@ def test_the_answer_is_what_is_recorded():
     ]
     history = Recorder()
     step = step_of(pool, assignments, history, discarded=[False, False, True])
-    token_ids = align(step, torch.randn(3, V), None, None, tempered=False)
+    token_ids = align(step, torch.randn(3, V), tempered=False)
     ((rows, decision, discarded, tracing),) = history.steps
     assert rows is step.plan.aligned
     assert torch.equal(token_ids, decision.token_ids) and token_ids.shape == (2,)
@@ -181,7 +180,7 @@ def test_a_trace_is_kept_only_where_one_is_wanted():
     a, *_ = unlike_proxies(pool)
     assignments = [Assignment("r0", a.served), Assignment("r1", a.served, traced=True)]
     history = Recorder()
-    align(step_of(pool, assignments, history), torch.randn(2, V), None, None, tempered=False)
+    align(step_of(pool, assignments, history), torch.randn(2, V), tempered=False)
     ((_, _, discarded, tracing),) = history.steps
     assert discarded is None
     candidates, accept_logits, noise = tracing
@@ -220,7 +219,7 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
         Assignment("r", proxies[row % 4].served, traced=traced) for row in range(num_rows)
     ]
     step = step_of(pool, assignments, Recorder())
-    align(step, torch.randn(num_rows, V), None, None, tempered=False)
+    align(step, torch.randn(num_rows, V), tempered=False)
     assert calls == ({"state_features": 1, "accept_logits": 1} if traced else {"project": 1})
 
 
@@ -239,7 +238,7 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
     pool.weights = type(pool.weights)(*(x.to(meta) for x in pool.weights or ()))  # type: ignore[misc]
     pool.tables = pool.tables.to(meta) if pool.tables is not None else None
     assignments = [
-        Assignment("r0", a.served, 0.5, temperature=0.7, is_seeded=True, traced=True),
+        Assignment("r0", a.served, 0.5, temperature=0.7, top_k=3, is_seeded=True, traced=True),
         Assignment("r1"),
         Assignment("r2", b.served, temperature=0.0),
         Assignment("r3", c.served),
@@ -248,19 +247,17 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
     for chosen in (assignments, assignments[:1], assignments[2:3] * 4):
         rows = len(chosen)
         step = Step(
-            plan=make_plan([a.req_id for a in chosen], chosen, pool, meta, has_shadows=True),
+            plan=make_plan([a.req_id for a in chosen], chosen, pool, meta, shadows=[d.served]),
             hidden=torch.empty(rows, H, device=meta),
             positions=torch.empty(rows, dtype=torch.int32, device=meta),
             discarded=torch.empty(rows, dtype=torch.bool, device=meta),
-            shadows=[Shadow(d.served, pool, meta)],
             history=history,
         )
         logits = torch.empty(rows, V, device=meta)
-        top_k = torch.empty(rows, dtype=torch.int32, device=meta)
-        top_p = torch.empty(rows, device=meta)
-        token_ids = align(step, logits, top_k, top_p, tempered=False)
+        token_ids = align(step, logits, tempered=False)
         assert token_ids.shape == (sum(a.proxy is not None for a in chosen),)
-        score_shadows(step, logits, top_k, top_p, torch.empty(rows, dtype=torch.int64, device=meta))
+        sampled = torch.empty(rows, dtype=torch.int64, device=meta)
+        score_shadows(step, logits, sampled, tempered=True)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the control
         token_ids.tolist()
 
@@ -278,7 +275,6 @@ def score(
     *,
     logits: torch.Tensor = LOGITS,
     discarded: list[bool] | None = None,
-    top_k: int = V,
     **config: Any,
 ) -> tuple[list[bool], list[bool]]:
     """(scored, changed) of plain rows with these logits and tokens, and a shadow of one mind."""
@@ -289,8 +285,7 @@ def score(
     history = Recorder()
     step = step_of(pool, assignments, history, discarded=discarded, shadows=[shadow])
     rows = len(sampled)
-    top_ks = torch.full((rows,), top_k, dtype=torch.int32)
-    score_shadows(step, logits.expand(rows, -1), top_ks, torch.ones(rows), torch.tensor(sampled))
+    score_shadows(step, logits.expand(rows, -1), torch.tensor(sampled), tempered=True)
     ((name, scored, changed),) = history.shadows
     assert name == "shadow"
     return scored, changed
@@ -315,14 +310,21 @@ def test_a_shadow_is_asked_about_what_is_said_first():
 
 
 def test_a_single_candidate_is_nobodys_choice():
-    assert score(-1e4, [0], top_k=1) == ([True], [False])
+    assert score(-1e4, [0], [Assignment("r0", top_k=1)]) == ([True], [False])
 
 
-@pytest.mark.parametrize(("bias", "changed"), [(0.01, False), (-0.01, True)])
-def test_a_shadow_of_a_greedy_row_throws_no_dice(bias, changed):
-    """It accepts from one half on: accept logit 0."""
+@pytest.mark.parametrize(("said", "changed"), [(0, False), (SAID, True)])
+def test_a_shadow_of_a_greedy_row_throws_no_dice(said, changed):
+    """It accepts all alike, so that the most probable one is the best."""
     greedy = [Assignment(f"r{row}", temperature=0.0) for row in range(60)]
-    assert score(bias, [SAID] * 60, greedy) == ([True] * 60, [changed] * 60)
+    assert score(-0.01, [said] * 60, greedy) == ([True] * 60, [changed] * 60)
+
+
+def test_a_shadow_has_the_nucleus_of_its_own_temperature():
+    """The rows were divided by 0.25, which left the third token 2e-4; the shadow's top-p lets it in, at 0.09."""
+    rows = [Assignment("r0", temperature=0.25, top_p=0.95)]
+    assert score(1e4, [SAID], rows, logits=LOGITS / 0.25) == ([True], [False])
+    assert score(1e4, [SAID], rows, logits=LOGITS / 0.25, temperature=0.25)[0] == [False]
 
 
 def test_a_shadow_of_other_rows_throws_a_coin():
@@ -340,7 +342,7 @@ def test_rows_that_no_shadow_scores():
     """Unfinished prefills, requests that are exempt, and tokens that it does not know as candidates."""
     assignments = [Assignment("r0"), Assignment("r1", shadowed=False), Assignment("r2")]
     scored, _ = score(-1e4, [1, 1, 1], assignments, discarded=[True, False, False])
-    assert scored == [False, False, True]
+    assert scored == [False, True]  # of the first and the last
     scored, _ = score(-1e4, [0, 1, 2, 30], max_candidates=2)
     assert scored == [True, True, False, False]
 
@@ -350,7 +352,7 @@ def test_no_shadow_is_asked_where_all_rows_are_exempt():
     shadow = put_into(pool, "shadow", biased(0.0))
     history = Recorder()
     step = step_of(pool, [Assignment("r0", shadowed=False)], history, shadows=[shadow])
-    score_shadows(step, LOGITS[None], None, None, torch.tensor([0]))
+    score_shadows(step, LOGITS[None], torch.tensor([0]), tempered=True)
     assert history.shadows == []
 
 
@@ -361,7 +363,7 @@ def test_every_shadow_scores_every_row():
     history = Recorder()
     assignments = [Assignment("r0"), Assignment("r1", acting.served, max_rejections=4)]
     step = step_of(pool, assignments, history, shadows=shadows)
-    score_shadows(step, LOGITS.expand(2, -1), None, None, torch.tensor([1, 0]))
+    score_shadows(step, LOGITS.expand(2, -1), torch.tensor([1, 0]), tempered=True)
     assert history.shadows == [
         ("yes", [True, True], [False, False]),
         ("no", [True, True], [True, False]),

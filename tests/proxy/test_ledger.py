@@ -1,6 +1,7 @@
 """Assignments and counts, without an engine."""
 
 import logging
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ class Worker:
         self.proxies[name, None] = self.proxies[name, version] = proxy
         return proxy
 
-    def plan(self, batch: list[str] | None = None, *, has_shadows: bool = False) -> Plan:
+    def plan(self, batch: list[str] | None = None, *, shadows: Sequence[ServedProxy] = ()) -> Plan:
         chosen = Batch(
             req_ids=list(self.requests) if batch is None else batch,
             params_of=self.requests.__getitem__,
@@ -54,7 +55,7 @@ class Worker:
         )
         find = self.proxies.get
         return self.ledger.plan_of(chosen.req_ids) or self.ledger.plan(
-            chosen, self.pool, lambda *key: find(key), has_shadows=has_shadows
+            chosen, self.pool, lambda *key: find(key), shadows=shadows
         )
 
     def assignments(self) -> list[Assignment]:
@@ -96,10 +97,11 @@ def test_what_each_request_gets():
         "r6": params("a", version="v1"),
         "r7": params("a", version="v2"),
     }
-    plan = worker.plan(has_shadows=True)
-    assert plan.aligned is not None and plan.shadowed is not None
+    plan = worker.plan(shadows=[worker.proxies["b", None]])
+    assert plan.aligned is not None
     assert plan.plain_rows == [1, 4, 5, 7]
-    assert plan.shadowed.tolist() == [True, True, True, False, True, True, True, True]
+    assert plan.shadows[0].rows == [0, 1, 2, 4, 5, 6, 7]
+    assert [a.temperature for a in plan.shadows[0].assignments[:2]] == [0.0, 1.0]
     r0, r2, r3, r6 = plan.aligned.assignments
     assert [proxy.name for proxy in plan.aligned.proxies] == ["a", "b", "a", "a"]
     assert [a.strength for a in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]
@@ -345,7 +347,7 @@ def test_traces_by_the_callers_id():
     assert plan.aligned is not None
 
     def step() -> None:
-        args = torch.randn(3, 40), torch.randn(3, 12), torch.zeros(3), None, None
+        args = torch.randn(3, 40), torch.randn(3, 12), torch.zeros(3)
         assert plan.aligned is not None
         decision, tracing = plan.aligned.decide(*args, tempered=False)
         worker.ledger.history.record(plan.aligned, decision, None, tracing)

@@ -1,12 +1,13 @@
 """How the rows of a batch are sorted: who is decided by a proxy, who is not, whom shadows score."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from proxy.plan import Plan, make_plan
-from proxy.pool import ProxyPool
+from proxy.pool import ProxyPool, ServedProxy
 from proxy.rows import Assignment
 from tests.proxy.proxies import Proxy, unlike_proxies
 
@@ -25,9 +26,11 @@ def assign(proxies: dict[str, Proxy], name: str | None, **settings: Any) -> Assi
     return Assignment("r", None if name is None else proxies[name].served, **settings)
 
 
-def plan_of(pool: ProxyPool, assignments: list[Assignment], *, has_shadows: bool = False) -> Plan:
+def plan_of(
+    pool: ProxyPool, assignments: list[Assignment], shadows: Sequence[ServedProxy] = ()
+) -> Plan:
     req_ids = [f"r{row}" for row in range(len(assignments))]
-    return make_plan(req_ids, assignments, pool, torch.device("cpu"), has_shadows=has_shadows)
+    return make_plan(req_ids, assignments, pool, torch.device("cpu"), shadows=shadows)
 
 
 def test_rows_with_a_proxy_among_plain_ones(pool, proxies):
@@ -54,16 +57,37 @@ def test_a_batch_of_one_kind(pool, proxies):
 
 
 def test_what_shadows_may_score(pool, proxies):
+    """As they would decide: at strength 1, within their own limits, traced by nobody."""
     assignments = [
-        assign(proxies, "a", temperature=0.0),
+        assign(proxies, "a", temperature=0.0, strength=2.0, max_rejections=7, traced=True),
         assign(proxies, None, shadowed=False),
-        assign(proxies, None),
+        assign(proxies, None, temperature=0.5),
     ]
-    plan = plan_of(pool, assignments, has_shadows=True)
-    assert plan.shadowed is not None and plan.greedy is not None
+    shadows = [proxies[name].served for name in "bd"]
+    plan = plan_of(pool, assignments, shadows)
     assert plan.plain_rows == [1, 2]
-    assert plan.shadowed.tolist() == [True, False, True]
-    assert plan.greedy.tolist() == [True, False, False]
-    assert plan_of(pool, assignments[1:2], has_shadows=True).shadowed is None
-    without = plan_of(pool, assignments)
-    assert (without.shadowed, without.greedy) == (None, None)
+    assert [rows.proxies for rows in plan.shadows] == [[shadow] * 2 for shadow in shadows]
+    for rows, limit in zip(plan.shadows, (1, 8), strict=True):
+        assert rows.rows == [0, 2] and not rows.any_traced
+        assert rows.settings.strength is None
+        assert rows.settings.max_rejections.tolist() == [limit] * 2
+        assert rows.settings.greedy is not None
+        assert rows.settings.greedy.tolist() == [True, False]
+    assert plan_of(pool, assignments[1:2], shadows).shadows == []
+    assert plan_of(pool, assignments).shadows == []
+
+
+def test_what_the_logits_of_a_row_are_divided_by(pool, proxies):
+    """A proxy's by the temperature of its training, others by their own; nothing where all are 1."""
+    plan = plan_of(
+        pool,
+        [
+            assign(proxies, "b", temperature=0.2),
+            assign(proxies, None, temperature=0.2),
+            assign(proxies, "c", temperature=0.0),
+            assign(proxies, None, temperature=0.0),
+        ],
+    )
+    assert plan.divisors is not None
+    assert plan.divisors.tolist() == pytest.approx([0.7, 0.2, 1.3, 1.0])
+    assert plan_of(pool, [assign(proxies, "a", temperature=0.2)]).divisors is None

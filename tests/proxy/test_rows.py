@@ -101,16 +101,21 @@ def test_settings_of_each_row(pool, proxies):
     settings = aligned_of(
         pool,
         [
-            assign(proxies, "a", strength=2.0, max_rejections=7, temperature=0.5),
+            assign(proxies, "a", strength=2.0, max_rejections=7, temperature=0.5, top_k=3),
             assign(proxies, "b", temperature=0.0, seed=3),
-            assign(proxies, "d", strength=0.25, max_rejections=1),
+            assign(proxies, "d", strength=0.25, max_rejections=1, temperature=0.25, top_p=0.8),
         ],
     ).settings
     assert settings.strength is not None and settings.temperature is not None
     assert settings.greedy is not None and settings.sizes is not None
     assert settings.strength.tolist() == [2.0, 1.0, 0.25]
     assert settings.max_rejections.tolist() == [7, 0, 1]
-    assert settings.temperature.tolist() == [0.5, 1.0, 1.0]
+    assert settings.sharpness is not None
+    assert settings.top_k is not None and settings.top_p is not None
+    assert settings.temperature.tolist() == pytest.approx([1.0, 0.7, 1.0])  # of the training
+    assert settings.sharpness.tolist() == pytest.approx([2.0, 1.0, 4.0])
+    assert settings.top_k.tolist() == [3, V, V]
+    assert settings.top_p.tolist() == pytest.approx([1.0, 0.9, 0.8])  # b's own: greedy has none
     assert settings.greedy.tolist() == [False, True, False]
     assert settings.sizes.tolist() == [5, 12, 40]  # as many as there are tokens, at most
     assert settings.is_seeded.tolist() == [False, True, False]
@@ -118,8 +123,9 @@ def test_settings_of_each_row(pool, proxies):
 
 def test_what_is_usual_takes_no_tensor(pool, proxies):
     settings = aligned_of(pool, [assign(proxies, "a"), assign(proxies, "a")]).settings
-    assert (settings.strength, settings.temperature) == (None, None)
+    assert (settings.strength, settings.temperature, settings.sharpness) == (None, None, None)
     assert (settings.greedy, settings.sizes) == (None, None)
+    assert (settings.top_k, settings.top_p) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +173,16 @@ def test_an_accelerator_draws_afresh_for_rows_without_a_seed(pool, proxies, monk
 def test_neighbours_change_nothing(pool, proxies, traced):
     """K is that of the row's own proxy, also where top-p counts the mass of more than K tokens."""
     torch.manual_seed(0)
-    top_k, top_p = torch.tensor([7, 7, 7, V], dtype=torch.int32), torch.tensor([0.5, 0.7, 0.9, 0.8])
     assignments = [
-        assign(proxies, name, seed=seed, max_rejections=8, traced=traced)
+        assign(
+            proxies,
+            name,
+            seed=seed,
+            max_rejections=8,
+            traced=traced,
+            top_k=(7, 7, 7, 0)[seed],
+            top_p=(0.5, 0.7, 0.9, 0.8)[seed],
+        )
         for seed, name in enumerate("abca")
     ]
     together = aligned_of(pool, assignments)
@@ -177,7 +190,7 @@ def test_neighbours_change_nothing(pool, proxies, traced):
     for position in range(100):
         logits, hidden = torch.randn(4, V), torch.randn(4, H)
         positions = torch.full((4,), position, dtype=torch.int32)
-        args = logits, hidden, positions, top_k, top_p
+        args = logits, hidden, positions
         decision, _ = together.decide(*args, tempered=False)
         for row, rows in enumerate(alone):
             one, _ = rows.decide(*(x[row : row + 1] for x in args), tempered=False)

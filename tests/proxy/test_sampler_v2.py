@@ -26,11 +26,11 @@ from tests.proxy.proxies import EMBEDDINGS, H, V, opinionated
 # vLLM is imported inside the tests: it changes torch for the whole process.
 
 CPU = torch.device("cpu")
-SLOTS, MAX_TOKENS = 12, 96
+SLOTS, MAX_TOKENS = 14, 96
 HEAD = torch.randn(V, H, generator=torch.Generator().manual_seed(1)) * 0.7  # logits like an LLM's
 NETWORKS = {
     "one": opinionated(1, max_candidates=7, max_rejections=3),
-    "two": opinionated(2, width=10, max_candidates=12),
+    "two": opinionated(2, width=10, max_candidates=12, temperature=0.8, top_p=0.9),
 }
 BASE = BaseModelId(name="constructed", fingerprint="0")
 
@@ -246,6 +246,8 @@ MIXED: dict[str, Any] = {
     "g": (None, {"seed": 5, "temperature": 0.6, "top_k": 9}),
     "h": ("one", {"seed": 6, "min_p": 0.05, "max_rejections": 0}),
     "i": ("two", {"seed": 7, "min_p": 0.1, "temperature": 0.8, "strength": 0.3}),
+    "j": ("two", {"temperature": 0.0}),
+    "k": ("one", {"seed": 8, "temperature": 0.3, "min_p": 0.02}),
 }
 PROMPT_LEN = {name: 3 + row for row, name in enumerate(MIXED)}  # of each its own
 ALIGNED = [name for name, (proxy, _) in MIXED.items() if proxy is not None]
@@ -261,8 +263,11 @@ def by_the_law(
 ) -> Decision:
     """What one row gets, alone: the law's tensor functions, without plan, pool and sampler."""
     network, config = NETWORKS[proxy], NETWORKS[proxy].config
-    is_greedy = kwargs.get("temperature") == 0
-    logits = logits.unsqueeze(0) / (kwargs.get("temperature") or 1.0)
+    temperature = kwargs.get("temperature", 1.0)
+    is_greedy = temperature == 0
+    if is_greedy:
+        kwargs = kwargs | {"top_p": config.top_p}
+    logits = logits.unsqueeze(0) / config.temperature
     if min_p := kwargs.get("min_p"):
         logits = logits.masked_fill(logits.softmax(-1) < min_p * logits.softmax(-1).max(), -np.inf)
     candidates = nucleus(
@@ -279,6 +284,7 @@ def by_the_law(
         seeded_noise(key, torch.tensor([seq_len]), candidates.token_ids),
         strength=torch.tensor([kwargs.get("strength", 1.0)]),
         max_rejections=torch.tensor([kwargs.get("max_rejections", config.max_rejections)]),
+        sharpness=torch.tensor([1.0 if is_greedy else config.temperature / temperature]),
         greedy=torch.tensor([is_greedy]),
     )
 
@@ -315,7 +321,7 @@ def by_v1(
     sampler = Sampler()
     sampler.__class__ = ProxySampler
     history = History(CPU, reports=False, capacity=1)
-    sampler.step = Step(worker._ledger._plan, hidden, positions, None, (), history)
+    sampler.step = Step(worker._ledger._plan, hidden, positions, None, history)
     return sampler.sample(logits.clone(), metadata)[0].tolist()
 
 
@@ -462,7 +468,7 @@ def test_a_shadow_scores_and_changes_nothing(make_worker, tmp_path):
     "settings", [{"logprobs_mode": "processed_logits"}, {"return_sampling_mask": True}]
 )
 def test_what_is_shown_of_the_nucleus_is_vllms(make_worker, monkeypatch, settings):
-    """Processed logits and sampling masks are of the LLM's nucleus, for all rows alike."""
+    """Processed logits and sampling masks are of the LLM's nucleus: a proxy's at its own temperature."""
     from vllm.v1.worker.gpu.sample import sampler
 
     shown: list[Tensor] = []
@@ -480,6 +486,8 @@ def test_what_is_shown_of_the_nucleus_is_vllms(make_worker, monkeypatch, setting
     for worker in (ours, stock):
         for name in ("a", "b", "c", "f"):
             proxy, kwargs = MIXED[name]
+            if worker is stock and proxy is not None:
+                kwargs = kwargs | {"temperature": NETWORKS[proxy].config.temperature}
             worker.model_runner.add(name, params(proxy, **kwargs, **logprobs))
         step(worker, a=3, b=3, c=3, f=3)
     assert torch.equal(shown[0], shown[1])
@@ -647,7 +655,7 @@ def test_the_law_is_all_only_where_nothing_else_has_work(changed, expected):
     fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(SamplingMetadata)}
     fields |= {"no_penalties": True, "logitsprocs": LogitsProcessors(processors)}
     fields |= {name: value for name, value in changed.items() if name in fields}
-    plan = make_plan([], [], ProxyPool(), CPU, has_shadows=False)
+    plan = make_plan([], [], ProxyPool(), CPU, shadows=())
     assert _is_all_law(plan, SamplingMetadata(**fields)) is expected
     assert not _is_all_law(plan._replace(plain_rows=[0]), SamplingMetadata(**fields))
 

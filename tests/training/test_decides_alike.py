@@ -35,7 +35,10 @@ from training.rollout import Rollout, generate
 
 # Of different widths, K and limits, so that a pool of them has to pad.
 PROXIES: dict[str, dict[str, Any]] = {
-    "wide": {"width": 64, "max_candidates": 8, "max_rejections": 8},
+    "wide": {
+        **{"width": 64, "max_candidates": 8, "max_rejections": 8},
+        **{"temperature": 0.8, "top_k": 6, "top_p": 0.85},
+    },
     "narrow": {"width": 16, "max_candidates": 5, "max_rejections": 2, "use_logprob": False},
     "never": {"width": 8, "max_candidates": 6, "max_rejections": 3, "accept_bias": -60.0},
     "silent": {"width": 8, "max_candidates": 6, "max_rejections": 0},
@@ -68,8 +71,15 @@ class Asked(NamedTuple):
 
     @property
     def setting(self) -> Setting:
-        limits = {key: PROXIES[self.proxy][key] for key in ("max_candidates", "max_rejections")}
+        config = PROXIES[self.proxy]
+        limits = {key: config[key] for key in ("max_candidates", "max_rejections")}
+        trained = {
+            f"trained_{key}": config[key]
+            for key in ("temperature", "top_k", "top_p")
+            if key in config
+        }
         return Setting(
+            **trained,
             temperature=self.decoding.temperature,
             top_k=self.decoding.top_k,
             top_p=self.decoding.top_p,
@@ -85,11 +95,12 @@ def ask(proxy: str, strength: float, temperature: float, top_k: int, top_p: floa
 
 ASKED = [
     ask("wide", 1.0, 1.0, 0, 1.0),
-    ask("wide", 0.5, 0.7, 0, 0.95),
+    ask("wide", 0.5, 0.7, 0, 0.93),
     ask("wide", 3.0, 1.4, 6, 1.0),
     ask("wide", 1.0, 2.0, 40, 0.75),
     ask("wide", 1.0, 1.0, 1, 1.0),  # a single candidate
-    ask("wide", 1.0, 0.0, 1, 0.1),  # greedy: neither top-k nor top-p
+    ask("wide", 1.0, 0.0, 1, 0.1),  # greedy: the top-k and top-p of the training
+    ask("wide", 1.0, 0.2, 0, 0.93),
     ask("wide", 3.0, 0.0, 0, 1.0),
     ask("narrow", 1.0, 1.0, 0, 1.0),
     ask("narrow", 3.0, 1.4, 4, 0.9),

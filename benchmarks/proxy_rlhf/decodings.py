@@ -1,0 +1,124 @@
+"""Every method at its own best decoding: temperature and top-p, searched alike on validation prompts.
+
+A method gains from a lower temperature as much as from training, and each from another one: a comparison at
+temperature 1 alone says which method needs it least.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.jobs import Job, Setting
+from benchmarks.proxy_rlhf.methods import (
+    best_of,
+    frozen_texts,
+    graded,
+    noise,
+    open_world,
+    ranked_samples,
+    reward_of,
+)
+from benchmarks.proxy_rlhf.speakers import World, answer, by_policy, grade
+from proxy.checkpoint import identify, load
+from training.models import load_model
+from training.policy import Decoding, Policy
+
+GRID = [
+    Decoding(temperature=0.0),
+    *(
+        Decoding(temperature=temperature, top_p=top_p)
+        for temperature, top_p in product((0.3, 0.5, 0.7, 1.0), (0.8, 0.95, 1.0))
+    ),
+]
+"""What is tried; the best of N needs samples that differ, and leaves out the first."""
+SIZE = 8
+BEST_OF = f"best of {SIZE}"
+TRAINED = {"DPO": "dpo", "full RLHF": "rlhf-implicit", "one-pass proxy": "proxy-implicit"}
+"""The jobs that train the methods."""
+METHODS = ("frozen LLM", BEST_OF, *TRAINED)
+
+
+def grid_of(method: str) -> list[Decoding]:
+    return GRID[1:] if method == BEST_OF else GRID
+
+
+def needs_of(method: str, seed: int) -> tuple[str, ...]:
+    trained = f"{TRAINED[method]}/{seed}" if method in TRAINED else f"reward-implicit/{seed}"
+    return (f"frozen/{seed}", *(() if method == "frozen LLM" else (trained,)))
+
+
+def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
+    if method not in TRAINED:
+        return Policy(world.model)
+    directory = setting.directory(f"{TRAINED[method]}/{seed}")
+    if method == "one-pass proxy":
+        return Policy(world.model, load(directory, base=identify(str(setting.model))).network)
+    return Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
+
+
+def figures_of(
+    setting: Setting, method: str, seed: int, world: World, decoding: Decoding, split: str
+) -> dict[str, Any]:
+    """The figures of a method's answers; no divergence where answers are chosen among samples."""
+    policy, key = policy_of(setting, method, seed, world), noise("decodings", seed)
+    if method == BEST_OF:
+        reward = reward_of(setting, seed, world)
+        samples = ranked_samples(world, policy, decoding, reward, SIZE, key)
+        return grade(world, best_of(samples, SIZE), frozen_texts(setting, split, seed))
+    answers = answer(world, key, by_policy(world, policy, decoding))
+    return graded(setting, world, answers, seed, policy, decoding, split)
+
+
+def search_job(method: str, seed: int) -> str:
+    return f"decoding-search/{method.replace(' ', '-')}/{seed}"
+
+
+def best_job(method: str, seed: int) -> str:
+    return f"decoding/{method.replace(' ', '-')}/{seed}"
+
+
+def make_search(method: str, seed: int) -> Job:
+    """Every decoding of the grid, on validation prompts."""
+
+    def run(setting: Setting, _: Any) -> dict[str, Any]:
+        world = open_world(setting, "validation")
+        rows = [
+            asdict(decoding) | figures_of(setting, method, seed, world, decoding, "validation")
+            for decoding in grid_of(method)
+        ]
+        return {"rows": rows}
+
+    return Job(search_job(method, seed), run, needs_of(method, seed))
+
+
+def chosen_decoding(method: str, seeds: tuple[int, ...]) -> Callable[[Setting], Decoding]:
+    """The one that won most over all seeds."""
+
+    def choose(setting: Setting) -> Decoding:
+        rows = [setting.result(search_job(method, seed))["rows"] for seed in seeds]
+        rates = [fmean(row["win_rate"] for row in same) for same in zip(*rows, strict=True)]
+        return grid_of(method)[rates.index(max(rates))]
+
+    return choose
+
+
+def make_best(method: str, seed: int, seeds: tuple[int, ...]) -> Job:
+    """The method at the decoding that was chosen, on test prompts."""
+
+    def run(setting: Setting, _: Any) -> dict[str, Any]:
+        decoding = chosen_decoding(method, seeds)(setting)
+        world = open_world(setting, "test")
+        row = figures_of(setting, method, seed, world, decoding, "test")
+        return {"decoding": asdict(decoding), "row": row}
+
+    needs = tuple(search_job(method, each) for each in seeds)
+    return Job(best_job(method, seed), run, needs)
+
+
+def decoding_jobs(seeds: tuple[int, ...]) -> list[Job]:
+    searches = [make_search(method, seed) for method in METHODS for seed in seeds]
+    return searches + [make_best(method, seed, seeds) for method in METHODS for seed in seeds]
