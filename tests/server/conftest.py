@@ -1,4 +1,8 @@
-"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port."""
+"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port.
+
+In float32: on many processors a kernel of bfloat16 rounds otherwise in another batch, and a text would depend on who
+else asks. Of float32's rounding a decision depends with a probability of about 1e-6 a token.
+"""
 
 import hashlib
 import json
@@ -44,6 +48,7 @@ START_SECONDS = 300  # a busy machine that must compile the bytecode of all it i
 STOP_SECONDS = 20
 WAIT_SECONDS = 60  # for what a server does soon, on a machine that may be busy
 LOG_LINES = 60
+ROUNDING = 1e-4  # of probabilities from float32 logits of size 10, in batches of other shapes
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     access.write_text(ACCESS)
     flags = [
         *("--api-key", API_KEY, "--access", access, "--proxy-root", proxy_root),
-        *("--enable-scale-out", *proxy_flags()),
+        *("--dtype", "float32", "--enable-scale-out", *proxy_flags()),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}) as running:
