@@ -19,7 +19,7 @@ SHARED = {"tests/server", "tests/training"}
 # Of these directories, the files that take long and need nothing that the others have.
 APART = {
     *(f"tests/server/test_{name}.py" for name in (
-        "adapters", "data_parallel", "features", "feedback", "kill", "survival",
+        "adapters", "data_parallel", "features", "kill", "survival",
     )),
     *(f"tests/training/test_{name}.py" for name in (
         "align_your_model", "architectures", "decides_alike", "estimate", "rollout_servers", "rollout_vllm",

@@ -145,6 +145,22 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
+@dataclass(frozen=True)
+class Keeping(Server):
+    """A server that keeps what is said."""
+
+    feedback: Path
+
+
+@pytest.fixture(scope="session")
+def keeping_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
+    """Without keys or proxies: feedback goes into a database, texts go into the log."""
+    directory = tmp_path_factory.mktemp("keeping")
+    feedback = directory / "feedback.db"
+    with serving(directory / "server.log", "--feedback", feedback, "--log-texts") as running:
+        yield Keeping(running.url, running.log, running.process, feedback)
+
+
 @pytest.fixture(scope="session")
 def http(server: Server) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}

@@ -210,6 +210,17 @@ def test_an_unknown_flag(cli, capsys):
     assert "--prox" in capsys.readouterr().err
 
 
+def test_a_judge_that_cannot_be(cli, capsys, tmp_path):
+    line = refused(cli, capsys, "--model", MODEL, "--judge", str(tmp_path))
+    assert f"{tmp_path} has no reward.json" in line
+
+
+def test_a_database_that_cannot_be(cli, capsys, tmp_path):
+    (tmp_path / "x").write_text("no database " * 99)
+    line = refused(cli, capsys, "--model", MODEL, "--feedback", str(tmp_path / "x"))
+    assert "cannot open" in line and "not a database" in line
+
+
 def test_the_command_itself():
     """As a person types it; the rest of this file calls the same function in this process."""
     command = [sys.executable, "-m", "server", "--model", MODEL, "--proxy", "a=/no/such/directory"]

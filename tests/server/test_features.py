@@ -198,28 +198,6 @@ def test_logprobs_are_the_frozen_llms(served, llm, options):
         assert {*row.topk(4).indices.tolist()} <= {*top}  # the token said takes the fifth place
 
 
-def test_prompt_logprobs_are_the_frozen_llms(client):
-    """On the other server: this one has LoRA, where vLLM's CPU engine cannot give them."""
-
-    def prompt_logprobs(model):
-        answer = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "Can I lock my pony in a hot car?"}],
-            max_tokens=8,
-            seed=1,
-            extra_body={"prompt_logprobs": 2},
-        )
-        return answer.prompt_logprobs, answer.choices[0].message.content
-
-    (aligned, said), (plain, plainly_said) = prompt_logprobs(ALIGNED), prompt_logprobs(MODEL)
-    assert said != plainly_said
-    assert aligned[0] is None and len(aligned) > 10
-    for ours, theirs in zip(aligned[1:], plain[1:], strict=True):
-        assert {token: entry["logprob"] for token, entry in ours.items()} == pytest.approx(
-            {token: entry["logprob"] for token, entry in theirs.items()}, abs=1e-3
-        )
-
-
 SCHEMA = {
     "type": "object",
     "properties": {"safe": {"type": "boolean"}, "times": {"enum": [1, 2, 3]}},

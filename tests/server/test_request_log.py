@@ -7,7 +7,7 @@ import uuid
 import httpx
 import pytest
 
-from tests.server.conftest import API_KEY, LIMITED_KEY, serving
+from tests.server.conftest import API_KEY, LIMITED_KEY
 
 SECRET = "Can I open my kettle with a fork?"
 WAIT_SECONDS = 20
@@ -129,10 +129,9 @@ def test_health_and_metrics_leave_no_line(server, http):
     assert not {each["path"] for each in lines_of(server)} & {"/metrics", "/health"}
 
 
-def test_texts_where_they_are_asked_for(tmp_path):
-    with serving(tmp_path / "log", "--log-texts") as running:
-        answer, line = send(running, {"model": "assent-demo", "n": 2, "seed": 3})
-        texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
-        assert line["completions"] == texts
-        assert line["request"]["messages"][0]["content"] == SECRET
-        assert line["caller"] == "anybody"
+def test_texts_where_they_are_asked_for(keeping_server):
+    answer, line = send(keeping_server, {"model": "assent-demo", "n": 2, "seed": 3})
+    texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+    assert line["completions"] == texts
+    assert line["request"]["messages"][0]["content"] == SECRET
+    assert line["caller"] == "anybody"
