@@ -14,6 +14,8 @@ import pytest
 # One thread for one engine: with more of them than free cores, vLLM's CPU build collapses at random. Before torch is
 # imported, and for all processes that tests start. The tests pass with any number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is not on this machine is an error, and not a download.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = {"tests/server", "tests/training"}
 # Of these directories, the files that take long and need nothing that the others have.
