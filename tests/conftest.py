@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = {"tests/server", "tests/training"}
-# Of these directories, the files that take long and need nothing that the others have.
+# Of these directories, the files that take long and use none of it.
 APART = {
     *(f"tests/server/test_{name}.py" for name in (
         "adapters", "data_parallel", "features", "kill", "survival",
     )),
     *(f"tests/training/test_{name}.py" for name in (
-        "align_your_model", "architectures", "decides_alike", "estimate", "rollout_servers", "rollout_vllm",
+        "architectures", "decides_alike", "estimate", "rollout_servers", "rollout_vllm", "supervised",
     )),
 }  # fmt: skip
 
