@@ -1,8 +1,6 @@
 """People's choices and the judge's verdicts over HTTP, kept in SQLite, and exported."""
 
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import psutil
 import pytest
 
 from judge.feedback import Feedback, Preference
-from tests.server.conftest import REPOSITORY, Keeping, metric, wait_until
+from tests.server.conftest import Keeping, metric, wait_until
+from training import export
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]
@@ -104,16 +103,9 @@ def test_the_tournaments_verdicts_are_kept_too(keeping: Clients) -> None:
 
 
 def test_export(keeping: Clients, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training.export", "--feedback", str(keeping.running.feedback)]
     output = tmp_path / "preferences.jsonl"
-    done = subprocess.run(
-        [*command, "--output", str(output)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "written" in done.stdout and output.read_text().count("\n") >= 3
+    export.main(export.Options(feedback=str(keeping.running.feedback), output=output))
+    assert output.read_text().count("\n") >= 3
 
 
 @pytest.mark.parametrize(
