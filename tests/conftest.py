@@ -24,7 +24,8 @@ APART = {
         "adapters", "data_parallel", "features", "kill", "survival",
     )),
     *(f"tests/training/test_{name}.py" for name in (
-        "architectures", "decides_alike", "estimate", "rollout_servers", "rollout_vllm", "supervised",
+        "architectures", "decides_alike", "estimate", "judges", "judgments", "rewards", "rollout_servers",
+        "rollout_vllm", "self_judge", "supervised",
     )),
 }  # fmt: skip
 
