@@ -6,7 +6,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check soak format demo lock clean
+.PHONY: help install serve test test-all lint check soak format demo lock clean
 
 DEVICE ?= cpu
 VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
@@ -19,8 +19,11 @@ MODEL ?= deploy/demo/model
 NAME ?= assent-demo
 PROXIES ?= aligned=deploy/demo/proxies/aligned polite=deploy/demo/proxies/polite
 
+# Two workers (tests/conftest.py says who gets what).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 help:  ## list these targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 install:  ## install everything into .venv (DEVICE=cuda: into .venv-cuda)
 	@deploy/install/install.sh $(DEVICE)
@@ -29,14 +32,18 @@ serve: install  ## serve the demo model and its proxies (MODEL, NAME, PROXIES, H
 	@exec $(BIN)/python -m server --model $(MODEL) --served-model-name $(NAME) \
 		$(addprefix --proxy ,$(PROXIES)) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: install  ## run the tests (ARGS="tests/proxy -x")
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## run the tests, but for the slow ones (ARGS="tests/proxy -x")
+	$(PYTEST) -m "not slow" $(ARGS)
 
-check: install  ## all that CI runs: formatter, linter, types, tests
+test-all: install  ## run all tests: before a release, and after a change to what the slow ones are about
+	$(PYTEST) $(ARGS)
+
+lint: install  ## formatter, linter and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test  ## all that CI runs
 
 soak: install  ## a crowd of clients for 15 minutes, on a server of its own (ARGS="--minutes 1")
 	$(BIN)/python -m benchmarks.soak $(ARGS)

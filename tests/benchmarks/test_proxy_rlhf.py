@@ -177,6 +177,7 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world
     assert 0 < frozen[0] < 0.06 * 12  # at most −log 0.95 a position, with top-k a little more
 
 
+@pytest.mark.slow  # trains
 def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
     """Three of them, at the smallest size."""
     setting = setting_of(DEMO / "model", tmp_path, scale=0.005)

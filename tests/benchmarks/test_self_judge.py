@@ -96,6 +96,7 @@ def test_the_plan_holds_what_its_jobs_need() -> None:
         assert set(job.needs) <= set(names[:place]), job.name
 
 
+@pytest.mark.slow  # every judge is trained and asked
 def test_jobs_leave_what_the_report_reads(tmp_path: Path) -> None:
     """From the data to judges, the best of the frozen LLM's answers and strategies, at the smallest size."""
     setting = replace(setting_of(DEMO / "model", tmp_path, scale=0.005), num_pairs=16)

@@ -63,7 +63,7 @@ def test_nobody_answers() -> None:
     async def run() -> Any:
         nobody: Any = Nobody()
         crowd = Crowd(nobody, [Question("chat", "Why?")], {})
-        await crowd.client(random.Random(0), monotonic() + 0.05)
+        await crowd.client(random.Random(0), monotonic() + 1)
         return crowd.record
 
     record = asyncio.run(run())

@@ -3,7 +3,6 @@
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,15 +104,15 @@ def test_a_server_that_stops_costs_nobody_an_answer(two: tuple[str, Server, Serv
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, number) for number in range(CLIENTS)]
-        time.sleep(2)
-        b.process.send_signal(signal.SIGTERM)
         try:
+            before = served(b)
+            wait_until(lambda: served(b) > before)
+            b.process.send_signal(signal.SIGTERM)
             ended = b.process.wait(WAIT_SECONDS)
             before = served(a)
-            time.sleep(2)
+            wait_until(lambda: served(a) > before + CLIENTS)
         finally:
             over.set()
         statuses = sum((each.result(WAIT_SECONDS) for each in clients), Counter())
     assert ended == 0
     assert set(statuses) == {200}
-    assert served(a) > before

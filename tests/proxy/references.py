@@ -180,6 +180,15 @@ def canonical(outcome: Outcome, logits: np.ndarray) -> Outcome:
     return token_id, proposed, forced
 
 
+def tied(logits: Tensor) -> Tensor:
+    """Logits [R, V] with the second made equal to the best and the fourth to the third, in every row.
+
+    Ties of a model's own bf16 logits are up to the processor's rounding.
+    """
+    order = logits.topk(4).indices
+    return logits.scatter(-1, order[:, 1::2], logits.gather(-1, order[:, ::2]))
+
+
 def accept_logits_of(
     network: ProxyNetwork,
     hidden: Tensor,  # [H]

@@ -26,6 +26,7 @@ from tests.proxy.references import (
     assert_follows,
     canonical,
     least_p_value,
+    tied,
     token_law,
 )
 
@@ -281,14 +282,18 @@ def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Asked]:
 
 
 def ask_often(
-    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, record: bool = False
+    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, tie: bool = False
 ) -> list[list[Seen]]:
-    """Every request many times, shuffled into common batches; every other one has a seed."""
+    """Every request many times, shuffled into common batches; every other one has a seed.
+
+    `tie`: logits are tied before the sampler has them, and recorded.
+    """
     recorded: dict[str, tuple[Tensor, Tensor]] = {}
     original = ProxySampler.forward
 
     def forward(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if record and self.step is not None:
+        if tie and self.step is not None:
+            logits = tied(logits)
             rows = zip(logits.float().clone(), self.step.hidden.clone(), strict=True)
             ids = [req_id.rsplit("-", 1)[0] for req_id in self.step.plan.req_ids]
             recorded.update(zip(ids, rows, strict=True))
@@ -394,13 +399,13 @@ def test_the_engine_follows_the_enumerated_law(
 def test_the_engine_follows_the_law_of_tied_bf16_logits(
     make_aligned, networks, model_dir, monkeypatch
 ):
-    """Of the very logits and hidden states that the hook saw; some of the nuclei have ties."""
+    """Of the very logits and hidden states that the hook saw."""
     from safetensors.torch import load_file
 
     embeddings = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
     asked = random_requests(mixed=True)
     groups: dict[tuple[int, bytes], list[Seen]] = defaultdict(list)
-    for i, same in enumerate(ask_often(make_aligned("bfloat16"), asked, monkeypatch, record=True)):
+    for i, same in enumerate(ask_often(make_aligned("bfloat16"), asked, monkeypatch, tie=True)):
         for one in same:
             groups[i, one.logits.numpy().tobytes()].append(one)
     num_tied, num_followed = 0, 0

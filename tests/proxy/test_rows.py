@@ -1,5 +1,6 @@
 """Rows of any mix of proxies, each decided as if it were alone."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def some_candidates(rows: int) -> Candidates:
         "abcd" * 4,
         "abbbbbbbbbbbbbbbbbbbbbbb",
         "cacacaddc",
-        *("".join("abcd"[i] for i in torch.randint(4, (n,)).tolist()) for n in (3, 11, 64)),
+        *("".join(Random(n).choices("abcd", k=n)) for n in (3, 11, 64)),
     ],
 )
 def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, shares, monkeypatch):

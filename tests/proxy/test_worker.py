@@ -245,7 +245,7 @@ def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
         for ours, theirs in zip(mixed, plain, strict=True):
             (a,), (b,) = ours.outputs[0].logprobs, theirs.outputs[0].logprobs
             top = {t: e.logprob for t, e in b.items() if e.rank <= 4 and math.isfinite(e.logprob)}
-            assert {t: a[t].logprob for t in top} == pytest.approx(top, abs=1e-5)
+            assert {t: a[t].logprob for t in top} == pytest.approx(top, rel=1e-5, abs=1e-5)
 
 
 def test_constraints_bind_the_proxy_too(aligned):

@@ -1,8 +1,13 @@
-"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port."""
+"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port.
+
+In float32: on many processors a kernel of bfloat16 rounds otherwise in another batch, and a text would depend on who
+else asks. Of float32's rounding a decision depends with a probability of about 1e-6 a token.
+"""
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -44,6 +49,7 @@ START_SECONDS = 300  # a busy machine that must compile the bytecode of all it i
 STOP_SECONDS = 20
 WAIT_SECONDS = 60  # for what a server does soon, on a machine that may be busy
 LOG_LINES = 60
+ROUNDING = 1e-4  # of probabilities from float32 logits of size 10, in batches of other shapes
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,27 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     access.write_text(ACCESS)
     flags = [
         *("--api-key", API_KEY, "--access", access, "--proxy-root", proxy_root),
-        *("--enable-scale-out", *proxy_flags()),
+        *("--dtype", "float32", "--enable-scale-out", *proxy_flags()),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}) as running:
         yield running
+
+
+@dataclass(frozen=True)
+class Keeping(Server):
+    """A server that keeps what is said."""
+
+    feedback: Path
+
+
+@pytest.fixture(scope="session")
+def keeping_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
+    """Without keys or proxies: feedback goes into a database, texts go into the log."""
+    directory = tmp_path_factory.mktemp("keeping")
+    feedback = directory / "feedback.db"
+    with serving(directory / "server.log", "--feedback", feedback, "--log-texts") as running:
+        yield Keeping(running.url, running.log, running.process, feedback)
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +204,12 @@ def metric(url: str, series: str) -> float:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the kernel gives to clients: no other test has it before the server does."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], running: Server) -> None:

@@ -1,8 +1,6 @@
 """Judges that are LoRAs: what may be one, and what a real server makes of them, against transformers."""
 
 import json
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
 from judge.tournament import replay
 from proxy.checkpoint import BaseModelId, identify
 from server.adapters import AdapterError, enable_adapters, read_adapters
-from tests.server.conftest import DEMO, REPOSITORY, proxy_flags, serving
+from tests.server.conftest import DEMO, proxy_flags, serving
 
 BASE = identify(str(DEMO / "model"))
 MANNERS = Principle(system="Choose the more polite.")
@@ -97,21 +95,6 @@ def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(lora | change))
         with pytest.raises(AdapterError, match=message):
             read_adapters([tmp_path], BASE)
-
-
-def test_the_server_refuses_before_it_starts(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "server",
-        "--model",
-        str(DEMO / "model"),
-        "--judge",
-        str(tmp_path),
-    ]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"python -m server: error: {tmp_path} has no reward.json")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from judge.tournament import replay
+from tests.server.conftest import ROUNDING
 
 QUESTION = [{"role": "user", "content": "How do I look after my puzzle?"}]
 
@@ -90,7 +91,7 @@ def test_judging_does_not_pass_through_the_proxy(client, http):
         "/judge",
         json={"messages": QUESTION, "response_a": texts[first], "response_b": texts[second]},
     ).json()
-    assert comparison["orders"]["overall"] == pytest.approx(found["orders"], abs=1e-6)
+    assert comparison["orders"]["overall"] == pytest.approx(found["orders"], abs=ROUNDING)
 
 
 def test_without_a_proxy(client):

@@ -237,3 +237,25 @@ def test_the_openai_client_may_name_the_request(client):
     )
     assert answer.id == "chatcmpl-0_a-12345678"
     assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
+
+
+def test_prompt_logprobs_are_the_frozen_llms(client):
+    def prompt_logprobs(model):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Can I lock my pony in a hot car?"}],
+            max_tokens=8,
+            seed=1,
+            extra_body={"prompt_logprobs": 2},
+        )
+        return answer.prompt_logprobs, answer.choices[0].message.content
+
+    (aligned, said), (plain, plainly_said) = (
+        prompt_logprobs(model) for model in ("assent-demo:aligned", "assent-demo")
+    )
+    assert said != plainly_said
+    assert aligned[0] is None and len(aligned) > 10
+    for ours, theirs in zip(aligned[1:], plain[1:], strict=True):
+        assert {token: entry["logprob"] for token, entry in ours.items()} == pytest.approx(
+            {token: entry["logprob"] for token, entry in theirs.items()}, abs=1e-3
+        )

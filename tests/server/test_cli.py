@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.server.conftest import DEMO, REPOSITORY, START_SECONDS
+from tests.server.conftest import DEMO, REPOSITORY
 
 MODEL = str(DEMO / "model")
 ALIGNED = DEMO / "proxies" / "aligned"
@@ -210,12 +210,21 @@ def test_an_unknown_flag(cli, capsys):
     assert "--prox" in capsys.readouterr().err
 
 
+def test_a_judge_that_cannot_be(cli, capsys, tmp_path):
+    line = refused(cli, capsys, "--model", MODEL, "--judge", str(tmp_path))
+    assert f"{tmp_path} has no reward.json" in line
+
+
+def test_a_database_that_cannot_be(cli, capsys, tmp_path):
+    (tmp_path / "x").write_text("no database " * 99)
+    line = refused(cli, capsys, "--model", MODEL, "--feedback", str(tmp_path / "x"))
+    assert "cannot open" in line and "not a database" in line
+
+
 def test_the_command_itself():
     """As a person types it; the rest of this file calls the same function in this process."""
     command = [sys.executable, "-m", "server", "--model", MODEL, "--proxy", "a=/no/such/directory"]
-    ended = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=START_SECONDS
-    )
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
         "python -m server: error: --proxy a=/no/such/directory: there is no such directory"

@@ -35,7 +35,7 @@ def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> lis
         )
         return answer.choices[0].message.content or ""
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(64) as pool:
         return list(pool.map(one, range(len(prompts))))
 
 
@@ -65,14 +65,18 @@ def test_judge_agrees_with_gold_where_answers_differ_clearly(
     http: httpx.Client, held_out: Iterator[Prompt]
 ) -> None:
     rng = random.Random(54321)
-    agreements = []
-    while len(agreements) < NUM_PAIRS:
+    pairs, better = [], []
+    while len(pairs) < NUM_PAIRS:
         prompt = next(held_out)
         a, b = draw_pair(prompt, rng)
         difference = gold.score(prompt.text, a) - gold.score(prompt.text, b)
         if abs(difference) >= 2:
-            body = {"prompt": prompt.text, "response_a": a, "response_b": b}
-            verdict = http.post("/judge", json=body).raise_for_status().json()
-            agreements.append((verdict["probability"] > 0.5) == (difference > 0))
+            pairs.append({"prompt": prompt.text, "response_a": a, "response_b": b})
+            better.append(difference > 0)
+    verdicts = http.post("/judge", json={"pairs": pairs}).raise_for_status().json()["verdicts"]
+    agreements = [
+        (verdict["probability"] > 0.5) == is_first
+        for verdict, is_first in zip(verdicts, better, strict=True)
+    ]
     # The card says 0.89: 0.74 or less of 150 has probability 2.4e-7 (binomial).
     assert sum(agreements) / NUM_PAIRS > 0.74

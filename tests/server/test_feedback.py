@@ -1,12 +1,7 @@
 """People's choices and the judge's verdicts over HTTP, kept in SQLite, and exported."""
 
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +11,37 @@ import psutil
 import pytest
 
 from judge.feedback import Feedback, Preference
-from tests.server.conftest import DEMO, REPOSITORY, Server, metric, serving, wait_until
+from tests.server.conftest import Keeping, metric, wait_until
+from training import export
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]
 
 
-class Keeping:
-    """A server that keeps feedback in a file, and its clients."""
+class Clients:
+    """Of a server that keeps feedback in a file."""
 
-    def __init__(self, running: Server, path: Path) -> None:
-        self.running, self.path = running, path
+    def __init__(self, running: Keeping) -> None:
+        self.running = running
         self.http = httpx.Client(base_url=running.url, timeout=60)
         self.client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
 
     def rows(self) -> list[Preference]:
-        feedback = Feedback(str(self.path), create=False)
+        feedback = Feedback(str(self.running.feedback), create=False)
         try:
             return list(feedback.rows())
         finally:
             feedback.close()
 
 
-@contextmanager
-def keeping_feedback(directory: Path) -> Iterator[Keeping]:
-    path = directory / "feedback.db"
-    with serving(directory / "server.log", "--feedback", path) as running:
-        keeping = Keeping(running, path)
-        with keeping.http, keeping.client:
-            yield keeping
-
-
 @pytest.fixture(scope="module")
-def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
-    with keeping_feedback(tmp_path_factory.mktemp("feedback")) as found:
-        yield found
+def keeping(keeping_server: Keeping) -> Iterator[Clients]:
+    clients = Clients(keeping_server)
+    with clients.http, clients.client:
+        yield clients
 
 
-def test_a_choice_between_two_responses(keeping: Keeping) -> None:
+def test_a_choice_between_two_responses(keeping: Clients) -> None:
     before = len(keeping.rows())
     body = {"messages": TURNS, "response_a": "x", "response_b": "y", "better": "b"}
     answer = keeping.http.post("/feedback", json=body)
@@ -62,7 +50,7 @@ def test_a_choice_between_two_responses(keeping: Keeping) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_choice_among_the_answers_to_a_request(keeping: Keeping, stream: bool) -> None:
+def test_a_choice_among_the_answers_to_a_request(keeping: Clients, stream: bool) -> None:
     answer: Any = keeping.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=24, n=3, seed=1, stream=stream
     )
@@ -82,7 +70,7 @@ def test_a_choice_among_the_answers_to_a_request(keeping: Keeping, stream: bool)
     assert keeping.rows()[before:] == [Preference("person", TURNS, texts[1], t) for t in others]
 
 
-def test_verdicts_are_kept(keeping: Keeping) -> None:
+def test_verdicts_are_kept(keeping: Clients) -> None:
     before = len(keeping.rows())
     pair = {"response_a": "Go.", "response_b": "To look after your freezer, pull the plug first."}
     verdict = keeping.http.post("/judge", json={"prompt": QUESTION, **pair}).json()
@@ -96,7 +84,7 @@ def test_verdicts_are_kept(keeping: Keeping) -> None:
     assert metric(keeping.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1
 
 
-def test_the_tournaments_verdicts_are_kept_too(keeping: Keeping) -> None:
+def test_the_tournaments_verdicts_are_kept_too(keeping: Clients) -> None:
     before = len(keeping.rows())
     body = {"prompt": QUESTION, "seed": 1, "strategy": "round-robin"}
     body["responses"] = [
@@ -114,17 +102,10 @@ def test_the_tournaments_verdicts_are_kept_too(keeping: Keeping) -> None:
     wait_until(lambda: len(keeping.rows()) == before + decided)
 
 
-def test_export(keeping: Keeping, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training.export", "--feedback", str(keeping.path)]
+def test_export(keeping: Clients, tmp_path: Path) -> None:
     output = tmp_path / "preferences.jsonl"
-    done = subprocess.run(
-        [*command, "--output", str(output)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "written" in done.stdout and output.read_text().count("\n") >= 3
+    export.main(export.Options(feedback=str(keeping.running.feedback), output=output))
+    assert output.read_text().count("\n") >= 3
 
 
 @pytest.mark.parametrize(
@@ -145,7 +126,7 @@ def test_export(keeping: Keeping, tmp_path: Path) -> None:
         ({"prompt": "x", "response_a": "a", "response_b": "b", "better": "c"}, 400, "better"),
     ],
 )
-def test_bad_feedback(keeping: Keeping, body: dict[str, object], code: int, said: str) -> None:
+def test_bad_feedback(keeping: Clients, body: dict[str, object], code: int, said: str) -> None:
     before = keeping.rows()
     answer = keeping.http.post("/feedback", json=body)
     assert answer.status_code == answer.json()["error"]["code"] == code
@@ -153,7 +134,7 @@ def test_bad_feedback(keeping: Keeping, body: dict[str, object], code: int, said
     assert keeping.rows() == before
 
 
-def test_a_choice_that_there_is_not(keeping: Keeping) -> None:
+def test_a_choice_that_there_is_not(keeping: Clients) -> None:
     answer = keeping.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=4, n=2
     )
@@ -162,12 +143,12 @@ def test_a_choice_that_there_is_not(keeping: Keeping) -> None:
     assert "choice 2 is not one of the 2" in given.json()["error"]["message"]
 
 
-def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None:
+def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Clients) -> None:
     def lost() -> float:
         return metric(keeping.running.url, "assent_feedback_lost_total")
 
     before = lost()
-    other = sqlite3.connect(keeping.path)
+    other = sqlite3.connect(keeping.running.feedback)
     other.execute("BEGIN EXCLUSIVE")
     try:
         body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
@@ -187,7 +168,7 @@ def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Keeping) -> None
     assert keeping.http.post("/feedback", json=body).status_code == 201
 
 
-def test_a_full_disk_is_said_and_ends_nothing(keeping: Keeping) -> None:
+def test_a_full_disk_is_said_and_ends_nothing(keeping: Clients) -> None:
     """No file may grow, the server's log among them; what was acknowledged stays, and all goes on after."""
     body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
     before, lost = len(keeping.rows()), metric(keeping.running.url, "assent_feedback_lost_total")
@@ -214,27 +195,3 @@ def test_without_a_database(http: httpx.Client) -> None:
     answer = http.post("/feedback", json=body)
     assert answer.status_code == 403
     assert "start it with --feedback" in answer.json()["error"]["message"]
-
-
-def test_what_was_answered_is_on_the_disk(tmp_path: Path) -> None:
-    """SIGKILL right after the answer, the whole group, loses nothing."""
-    with keeping_feedback(tmp_path) as keeping:
-        for i in range(5):
-            body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
-            assert keeping.http.post("/feedback", json=body).status_code == 201
-        os.killpg(keeping.running.process.pid, signal.SIGKILL)
-    assert [row.chosen for row in keeping.rows()] == [f"a{i}" for i in range(5)]
-
-
-def test_a_database_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("no database " * 99)
-    command = [sys.executable, "-m", "server", "--model", str(DEMO / "model")]
-    result = subprocess.run(
-        [*command, "--feedback", str(tmp_path / "x")],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert (
-        result.stderr.startswith("python -m server: error: cannot open")
-        and "not a database" in result.stderr
-    )

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from judge.tournament import replay
+from tests.server.conftest import ROUNDING
 
 
 def judge(http, **body):
@@ -44,14 +45,14 @@ def test_a_verdict_in_both_orders(http):
 
 def test_swapping_the_responses_swaps_the_verdict(http):
     found, swapped = judge(http, prompt=QUESTION, **PAIR), judge(http, prompt=QUESTION, **SWAPPED)
-    assert swapped["probability"] == pytest.approx(1 - found["probability"], abs=1e-6)
+    assert swapped["probability"] == pytest.approx(1 - found["probability"], abs=ROUNDING)
     assert swapped["winner"] == {"a": "b", "b": "a", "tie": "tie"}[found["winner"]]
 
 
 def test_messages_and_prompt_mean_the_same(http):
     by_prompt = judge(http, prompt=QUESTION, **PAIR)
     by_messages = judge(http, messages=[{"role": "user", "content": QUESTION}], **PAIR)
-    assert by_messages["orders"] == pytest.approx(by_prompt["orders"], abs=1e-6)
+    assert by_messages["orders"] == pytest.approx(by_prompt["orders"], abs=ROUNDING)
 
 
 def test_the_conversation_is_read(http):
@@ -122,7 +123,7 @@ def test_many_pairs_at_once(http):
     found = judge(http, pairs=pairs)
     alone = [judge(http, **pair) for pair in pairs]
     for together, single in zip(found["verdicts"], alone, strict=True):
-        assert together["orders"] == pytest.approx(single["orders"], abs=1e-6)
+        assert together["orders"] == pytest.approx(single["orders"], abs=ROUNDING)
         assert together["winner"] == single["winner"]
     total = sum(single["usage"]["total_tokens"] for single in alone)
     assert found["usage"]["total_tokens"] == total
@@ -142,7 +143,7 @@ def test_a_rationale_whole_and_streamed(http):
     text = whole["principles"]["overall"]["rationale"]
     assert text
     plain = judge(http, prompt=QUESTION, **PAIR)
-    assert whole["orders"] == pytest.approx(plain["orders"], abs=1e-6)
+    assert whole["orders"] == pytest.approx(plain["orders"], abs=ROUNDING)
     # The rationale reads the first prompt again with the label, and writes 20 tokens at most.
     written = whole["usage"]["completion_tokens"] - plain["usage"]["completion_tokens"]
     assert 0 < written <= 20
@@ -181,7 +182,7 @@ def test_rank(http, strategy, comparisons):
     first = receipt["rounds"][0][0]
     a, b = (RESPONSES[i] for i in first["pair"])
     found = judge(http, prompt=QUESTION, response_a=a, response_b=b)
-    assert first["orders"]["overall"] == pytest.approx(found["orders"], abs=1e-6)
+    assert first["orders"]["overall"] == pytest.approx(found["orders"], abs=ROUNDING)
 
 
 @pytest.mark.parametrize(

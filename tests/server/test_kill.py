@@ -54,10 +54,9 @@ def in_flight(running):
     return sum(proxy["in_flight"] for proxy in found)
 
 
-@pytest.mark.parametrize("environment", [{}, APART], ids=["small model", "apart"])
-def test_the_server_is_killed_and_leaves_no_engine(tmp_path, environment):
+def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """It alone, as the kernel does where memory runs out: its successor needs the device."""
-    with serving(tmp_path / "log", *proxy_flags(), environment=environment) as running:
+    with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
         family = psutil.Process(running.process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(each.cmdline()) for each in family)
         running.process.send_signal(signal.SIGKILL)

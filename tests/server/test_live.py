@@ -133,10 +133,7 @@ def interleaved(attempt):
 
 
 def test_a_stream_keeps_the_version_it_began_with(live):
-    """Replaced under way, the old version finishes its answer as on a server that is left alone.
-
-    Nothing else may run meanwhile: in bfloat16 a row's logits depend on the rows beside it.
-    """
+    """Replaced under way, the old version finishes its answer as on a server that is left alone."""
     v1 = load_as(live, "live", "v1").json()["version"]
     quiet_v1 = text_of(say(live))
     v2 = load_as(live, "live", "v2").json()["version"]
@@ -273,8 +270,7 @@ def test_loads_at_the_same_time_go_one_after_another(live):
 def test_traffic_while_versions_change(live):
     """Every answer is of the version that its receipt names, told by what its proxy says first.
 
-    The versions' accept logits for the same candidate are 2 and 3 below the first one's; in a batch
-    of another size bfloat16 moves them by a few hundredths.
+    The versions' accept logits for the same candidate are 2 and 3 below the first one's.
     """
 
     def first_accept_logit(answer):

@@ -1,14 +1,15 @@
 """A server that was killed comes back with what it had; servers of one root keep in step; SIGTERM waits."""
 
 import json
-import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
+from judge.feedback import Feedback
 from tests.server.conftest import DEMO, WAIT_SECONDS, serving, wait_until
 
 QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
@@ -24,9 +25,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(root, tmp_path_factory):
-    """What a server said and had loaded over HTTP before it was killed."""
-    log = tmp_path_factory.mktemp("killed") / "log"
-    with serving(log, "--proxy-root", root) as running:
+    """What a server said, had loaded over HTTP and had kept before it was killed."""
+    directory = tmp_path_factory.mktemp("killed")
+    feedback = directory / "feedback.db"
+    with serving(directory / "log", "--proxy-root", root, "--feedback", feedback) as running:
         with ThreadPoolExecutor(4) as pool:  # what is acknowledged is kept, whatever the order
             names = ["mine", "other", "gone", "dark"]
             loaded = dict(
@@ -35,9 +37,15 @@ def killed(root, tmp_path_factory):
         assert all(answer["remembered"] for answer in loaded.values())
         assert httpx.delete(f"{running.url}/proxies/gone", timeout=60).status_code == 200
         text = say(running, "mine")
-        os.killpg(running.process.pid, signal.SIGKILL)
+        for i in range(5):
+            body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
+            assert httpx.post(f"{running.url}/feedback", json=body, timeout=60).status_code == 201
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        running.process.send_signal(signal.SIGKILL)  # it alone, as the kernel does
         running.process.wait()
-    return loaded, text
+        _, left = psutil.wait_procs(family, timeout=WAIT_SECONDS)
+        assert left == []  # whoever comes next needs the device
+    return loaded, text, feedback
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +80,20 @@ def say(running, proxy):
 
 
 def test_a_killed_server_comes_back_with_its_proxies(killed, pair):
-    loaded, text = killed
+    loaded, text, _ = killed
     kept = {name: (loaded[name]["version"], "serving") for name in ("mine", "other")}
     kept["dark"] = loaded["dark"]["version"], "shadow"
     a, b = pair
     assert listed(a) == kept
     assert {name: entry for name, entry in listed(b).items() if name != "polite"} == kept
     assert say(a, "mine") == say(b, "mine") == text
+
+
+def test_feedback_that_was_acknowledged_is_on_the_disk(killed):
+    *_, path = killed
+    feedback = Feedback(str(path), create=False)
+    assert [row.chosen for row in feedback.rows()] == [f"a{i}" for i in range(5)]
+    feedback.close()
 
 
 def test_servers_of_one_root_keep_in_step(pair, root):

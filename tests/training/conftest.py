@@ -10,7 +10,7 @@ import pytest
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A training command as a user runs it."""
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")

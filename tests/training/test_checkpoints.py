@@ -67,7 +67,7 @@ def test_the_newest_whole_one_of_the_same_run(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path, {"learning_rate": 0.1, "epochs": 3.0, "seed": 1})
 
 
-@pytest.mark.parametrize("kind", ["implicit", "scalar"])
+@pytest.mark.parametrize("kind", ["implicit", pytest.param("scalar", marks=pytest.mark.slow)])
 def test_reward_model(
     work: Path, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -1,7 +1,6 @@
 """Every training command, run as a user runs it, at a tiny size; and its errors."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ from safetensors import safe_open
 
 from proxy.checkpoint import identify, load
 from tests.training.conftest import done, run
+from training import proxy_ppo
+from training.console import TrainingError
 from training.evaluate import compare
 from training.metrics import read_metrics
 
@@ -116,30 +117,18 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     fine = tmp_path / "fine.jsonl"
     fine.write_text(good)
     common = ("--model", work / "base", "--output", tmp_path / "out")
-    cases: dict[str, tuple[str | Path, ...]] = {
-        "line 2: not JSON": ("--prompts", prompts, "--reward", work / "reward-aligned", *common),
-        "no such file": (
-            "--prompts",
-            tmp_path / "none",
-            "--reward",
-            work / "reward-aligned",
-            *common,
-        ),
-        "is no reward": ("--prompts", fine, "--reward", tmp_path, *common),
-        "neither a directory": (
-            "--prompts",
-            prompts,
-            "--reward",
-            tmp_path,
-            "--model",
-            tmp_path / "no",
-            *common[2:],
-        ),
-    }
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for message, arguments in cases.items():
-        result = run("training.proxy_ppo", *arguments)
-        assert result.returncode == 2, (message, result.stderr)
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+    reward = ("--reward", work / "reward-aligned")
+    result = run("training.proxy_ppo", "--prompts", prompts, *reward, *common)
+    assert result.returncode == 2
+    assert "line 2: not JSON" in result.stderr
+    assert "Traceback" not in result.stderr
+    for change, message in (
+        ({"prompts": str(tmp_path / "none")}, "no such file"),
+        ({"reward": str(tmp_path)}, "is no reward"),
+        ({"model": str(tmp_path / "no")}, "neither a directory"),
+    ):
+        usual = {"model": str(work / "base"), "prompts": str(fine), "output": tmp_path / "out"}
+        options = proxy_ppo.Options(**{"reward": str(work / "reward-aligned")} | usual | change)
+        with pytest.raises(TrainingError, match=message):
+            proxy_ppo.main(options)
     assert not (tmp_path / "out").exists()

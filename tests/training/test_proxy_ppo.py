@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import run
+from tests.training.conftest import done, run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
 from training.online import PATIENCE, refuse_constant_reward
-from training.proxy_ppo import refuse_idle_proxy
+from training.policy import Decoding
+from training.proxy_ppo import Options, main, refuse_idle_proxy
 from training.state import STATE_FILE
+
+
+def arguments_of(work: Path, output: Path, *more: str | Path) -> list[str]:
+    """Of a short run on the tiny base model."""
+    common = (
+        "--model", work / "base", "--reward", work / "reward-aligned", "--prompts", work / "world/prompts.jsonl",
+        "--episodes", "8", "--decoding.max-new-tokens", "12", "--output", output, *more,
+    )  # fmt: skip
+    return ["training.proxy_ppo", *map(str, common)]
 
 
 @pytest.fixture
 def arguments(work: Path) -> Callable[..., list[str]]:
-    """Of a short run on the tiny base model."""
+    return partial(arguments_of, work)
 
-    def make(output: Path, *more: str | Path) -> list[str]:
-        common = (
-            "--model", work / "base", "--reward", work / "reward-aligned", "--prompts", work / "world/prompts.jsonl",
-            "--episodes", "8", "--decoding.max-new-tokens", "12", "--output", output, *more,
-        )  # fmt: skip
-        return ["training.proxy_ppo", *map(str, common)]
 
-    return make
+@pytest.fixture
+def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
+    """The same run, in this process."""
+    usual = {
+        "model": str(work / "base"),
+        "reward": str(work / "reward-aligned"),
+        "prompts": str(work / "world/prompts.jsonl"),
+        "output": tmp_path / "proxy",
+        "episodes": 8,
+        "decoding": Decoding(max_new_tokens=12),
+    }
+    return lambda **more: Options(**usual | more)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
@@ -76,19 +92,26 @@ def test_a_damaged_state_is_named(arguments: Callable[..., list[str]], tmp_path:
     assert f"{STATE_FILE} is damaged" in result.stderr
 
 
+# In float32, where no decision hangs on the batch that a response was in. 7 responses cannot be halved.
+ALIKE = ("--steps", "3", "--dtype", "float32", "--episodes", "7")
+
+
+@pytest.fixture(scope="module")
+def one(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of these options, with transformers."""
+    output = tmp_path_factory.mktemp("one")
+    done(*arguments_of(work, output, *ALIKE))
+    return output
+
+
 @pytest.mark.parametrize("rollout", ["transformers", "vllm"])
 def test_two_processes_give_the_result_of_one(
-    arguments: Callable[..., list[str]], tmp_path: Path, rollout: str
+    arguments: Callable[..., list[str]], one: Path, tmp_path: Path, rollout: str
 ) -> None:
-    """In float32, where no decision hangs on the batch that a response was in. 7 responses cannot be halved."""
-    options = ("--steps", "3", "--dtype", "float32", "--episodes", "7")
-    one = run(*arguments(tmp_path / "one", *options))
-    assert one.returncode == 0, one.stderr
     # On a CPU `accelerate launch` starts one process, whatever it is asked for.
     launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    two = run(*launch, *arguments(tmp_path / "two", *options, "--rollout", rollout))
-    assert two.returncode == 0, two.stderr
-    assert_trained_alike(tmp_path / "two", tmp_path / "one")
+    done(*launch, *arguments(tmp_path, *ALIKE, "--rollout", rollout))
+    assert_trained_alike(tmp_path, one)
 
 
 def assert_trained_alike(one: Path, other: Path) -> None:
@@ -103,14 +126,11 @@ def assert_trained_alike(one: Path, other: Path) -> None:
 
 
 def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
-    arguments: Callable[..., list[str]], tmp_path: Path
+    arguments: Callable[..., list[str]], one: Path, tmp_path: Path
 ) -> None:
-    """In float32; the run is killed after its first update, and goes on."""
-    options = ("--steps", "3", "--save-every", "1", "--dtype", "float32")
-    result = run(*arguments(tmp_path / "transformers", *options))
-    assert result.returncode == 0, result.stderr
+    """The run is killed after its first update, and goes on."""
     output = tmp_path / "vllm"
-    command = arguments(output, *options, "--resume", "--rollout", "vllm")
+    command = arguments(output, *ALIKE, "--save-every", "1", "--resume", "--rollout", "vllm")
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=subprocess.DEVNULL,
@@ -126,7 +146,7 @@ def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after update" in resumed.stdout
-    assert_trained_alike(output, tmp_path / "transformers")
+    assert_trained_alike(output, one)
     with pytest.raises(ProcessLookupError):  # its helpers are gone, too
         os.killpg(process.pid, 0)
 
@@ -147,11 +167,25 @@ def same(prompts, completions):
 """
 
 
+@pytest.mark.parametrize("reward", ["my_reward:short", "self-judge"])
+def test_rewards(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reward: str,
+) -> None:
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # In bfloat16 an LLM that has learned so little may judge all answers alike.
+    output = tmp_path / "proxy"
+    done(*arguments(output, "--steps", "1", "--reward", reward, "--dtype", "float32"))
+    (row,) = read_metrics(output)
+    assert row["reward_std"] > 0
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("my_reward:short", None),
-        ("self-judge", None),
         ("my_reward:broken", "8 of 8 responses is not a finite number"),
         ("my_reward:few", "returned 1 scores for 8 completions"),
         ("my_reward:same", "every response the same score"),
@@ -159,44 +193,32 @@ def same(prompts, completions):
         ("no_such_model", "is no reward"),
     ],
 )
-def test_rewards(
-    arguments: Callable[..., list[str]],
+def test_rewards_that_cannot_be_learned_from(
+    options: Callable[..., Options],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     reward: str,
-    message: str | None,
+    message: str,
 ) -> None:
     (tmp_path / "my_reward.py").write_text(REWARD)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    output = tmp_path / "proxy"
-    # In bfloat16 an LLM that has learned so little may judge all answers alike.
-    options = ("--steps", "1", "--reward", reward, "--dtype", "float32")
-    result = run(*arguments(output, *options))
-    if message is None:
-        assert result.returncode == 0, result.stderr
-        (row,) = read_metrics(output)
-        assert row["reward_std"] > 0
-    else:
-        assert result.returncode == 2, result.stderr
-        assert message in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TrainingError, match=message):
+        main(options(steps=1, reward=reward))
 
 
 def test_long_prompts_are_left_out_and_counted(
-    arguments: Callable[..., list[str]], tmp_path: Path
+    options: Callable[..., Options], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     texts = ("is my dog worth keeping", "is my dog " * 200)
     rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in texts]
     prompts.write_text("\n".join(rows))
-    options = ("--steps", "1", "--prompts", prompts, "--max-prompt-tokens", "100")
-    result = run(*arguments(tmp_path / "proxy", *options))
-    assert result.returncode == 0, result.stderr
-    assert "left out 1 of 2 prompts of over 100 tokens" in result.stdout
+    left_out = options(steps=1, prompts=str(prompts), max_prompt_tokens=100)
+    main(left_out)
+    assert "left out 1 of 2 prompts of over 100 tokens" in capsys.readouterr().out
     prompts.write_text(rows[1])
-    result = run(*arguments(tmp_path / "proxy", *options))
-    assert result.returncode == 2
-    assert "no prompt is within" in result.stderr
+    with pytest.raises(TrainingError, match="no prompt is within"):
+        main(left_out)
 
 
 def rows_with(**values: list[float]) -> list[dict[str, Any]]:

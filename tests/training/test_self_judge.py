@@ -23,6 +23,8 @@ from training.policy import Decoding
 from training.self_judge import Options, Trainer, preference_losses
 from training.updates import start, train
 
+ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of float32 logits of size 10, through other kernels
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -116,7 +118,7 @@ def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, ran
     with torch.no_grad():
         expected, found = plain(ids).logits, trainer.initial(input_ids=ids).logits
         learned = trainer.policy(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, **ROUNDING)
     assert (learned - expected).abs().max() > 0.05
 
 
@@ -129,7 +131,7 @@ def test_a_lora_is_saved_and_says_what_the_policy_says(work: Path, tmp_path: Pat
     loaded = PeftModel.from_pretrained(other, tmp_path).eval()
     ids = torch.tensor([trainer.prompts[0].ids])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits)
+        torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits, **ROUNDING)
 
 
 def test_a_whole_model_is_saved(work: Path, tmp_path: Path) -> None:

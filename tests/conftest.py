@@ -1,0 +1,68 @@
+"""How the tests run: one thread a process, every test with the same random numbers, and what is started is shared.
+
+Under pytest-xdist (`make test`) the tests of a file stay on one worker. So do those of a directory whose files share a
+server or a training run, which is then started once.
+"""
+
+import os
+import random
+import sys
+from typing import Any
+
+import pytest
+
+# One thread for one engine: with more of them than free cores, vLLM's CPU build collapses at random. Before torch is
+# imported, and for all processes that tests start. The tests pass with any number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is not on this machine is an error, and not a download.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SHARED = {"tests/server", "tests/training"}
+# Of these directories, the files that take long and use none of it.
+APART = {
+    *(f"tests/server/test_{name}.py" for name in (
+        "adapters", "data_parallel", "features", "kill", "survival",
+    )),
+    *(f"tests/training/test_{name}.py" for name in (
+        "architectures", "decides_alike", "estimate", "judges", "judgments", "rewards", "rollout_servers",
+        "rollout_vllm", "self_judge", "supervised",
+    )),
+}  # fmt: skip
+
+
+def group_of(nodeid: str) -> str:
+    """What stays on one worker: a directory or a file."""
+    file = nodeid.partition("::")[0]
+    directory = file.rpartition("/")[0]
+    return directory if directory in SHARED and file not in APART else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups first, so that the workers end at about the same time."""
+
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return 0 if group in SHARED else 1 if group in APART else 2
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on those before it."""
+    random.seed(0)
+    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            getattr(sys.modules[name], seed)(0)
