@@ -14,6 +14,7 @@ well, without dice. vLLM switches top-k, top-p and min-p off for greedy requests
 such a row is that of the proxy's training.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ class ProxySampler(Sampler):
             is_greedy = md.temperature[index] < GREEDY_TEMPERATURE
             drawn = torch.where(is_greedy, greedy_sampled, drawn)
         return drawn.long()
+
+    @staticmethod
+    def compute_logprobs(logits: Tensor) -> Tensor:
+        """vLLM's, [R, V]; where no token is allowed -inf in the place of NaN, which no JSON can hold."""
+        return Sampler.compute_logprobs(logits).nan_to_num_(nan=-math.inf, neginf=-math.inf)
 
     def _processed(self, logits: Tensor, md: SamplingMetadata, mode: LogprobsMode) -> Tensor:
         """What vLLM returns in its processed_* modes: before the proxy, at the nucleus' temperature."""

@@ -706,3 +706,12 @@ def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypat
     worker.execute_model(dataclasses.replace(scheduled, finished_req_ids={"a"}))
     step(worker, b=1)
     assert worker._registry.pool.proxies == []
+
+
+def test_logprobs_are_numbers_where_no_token_is_allowed():
+    from proxy.sampler import ProxySampler
+
+    logits = torch.tensor([[-torch.inf] * 3, [0.0, 0.0, -torch.inf]])
+    logprobs = ProxySampler.compute_logprobs(logits)
+    assert logprobs[0].tolist() == [-torch.inf] * 3
+    assert logprobs[1].exp().tolist() == [0.5, 0.5, 0.0]
