@@ -58,7 +58,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server,
 
 def is_healthy(url: str) -> bool:
     with suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+        return httpx.get(f"{url}/health", timeout=WAIT_SECONDS).status_code == 200
     return False
 
 
@@ -84,7 +84,9 @@ def served(server: Server) -> int:
 
 def test_a_load_through_the_balancer_reaches_both(two: tuple[str, Server, Server]) -> None:
     url, a, b = two
-    loaded = httpx.post(f"{url}/proxies", json={"name": "new", "path": "polite"}, timeout=60)
+    loaded = httpx.post(
+        f"{url}/proxies", json={"name": "new", "path": "polite"}, timeout=WAIT_SECONDS
+    )
     assert loaded.status_code == 201
     wait_until(lambda: all("new" in proxies_of(each) for each in (a, b)))
     with ThreadPoolExecutor(CLIENTS) as pool:

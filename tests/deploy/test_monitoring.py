@@ -107,7 +107,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
                 stderr=log,
             )
         try:
-            with httpx.Client(base_url=f"http://{address}", timeout=60) as client:
+            with httpx.Client(base_url=f"http://{address}", timeout=WAIT_SECONDS) as client:
                 _wait(lambda: _target(client).get("health") == "up", directory)
                 # Their counters start at 0 only now: a rate needs to see that, and then a rise.
                 _use(server.url)
@@ -162,7 +162,7 @@ def _configure(directory: Path, target: str) -> Path:
 
 def _use(url: str) -> None:
     """One request of every kind that leaves a mark in a metric."""
-    with httpx.Client(base_url=url, headers=HEADERS, timeout=120) as client:
+    with httpx.Client(base_url=url, headers=HEADERS, timeout=WAIT_SECONDS) as client:
 
         def post(route: str, key: str = KEY, **body: Any) -> None:
             answer = client.post(route, json=body, headers={"Authorization": f"Bearer {key}"})

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import ADMIN_KEY, API_KEY, LIMITED_KEY
+from tests.server.conftest import ADMIN_KEY, API_KEY, LIMITED_KEY, WAIT_SECONDS
 
 GUARDED = [
     ("GET", "/v1/models"),
@@ -139,7 +139,9 @@ def test_the_limits_of_a_key(server, route, body, message):
         body = {key: value for key, value in body.items() if key not in ("model", "max_tokens")}
     for key, status in ((LIMITED_KEY, 400), (API_KEY, 200)):
         headers = {"Authorization": f"Bearer {key}"}
-        answer = httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=60)
+        answer = httpx.post(
+            f"{server.url}/{route}", json=body, headers=headers, timeout=WAIT_SECONDS
+        )
         assert answer.status_code == status, answer.text
         if status == 400:
             assert re.search(message, answer.json()["error"]["message"])
@@ -154,7 +156,7 @@ def test_within_its_limits_a_key_may_do_all(server):
     }
     headers = {"Authorization": f"Bearer {LIMITED_KEY}"}
     url = f"{server.url}/v1/chat/completions"
-    answer = httpx.post(url, json=body, headers=headers, timeout=60)
+    answer = httpx.post(url, json=body, headers=headers, timeout=WAIT_SECONDS)
     assert len(answer.json()["alignment"]["judge"]["rounds"]) == 1
 
 

@@ -16,7 +16,7 @@ from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
 from judge.tournament import replay
 from proxy.checkpoint import BaseModelId, identify
 from server.adapters import AdapterError, enable_adapters, read_adapters
-from tests.server.conftest import DEMO, proxy_flags, serving
+from tests.server.conftest import DEMO, WAIT_SECONDS, proxy_flags, serving
 
 BASE = identify(str(DEMO / "model"))
 MANNERS = Principle(system="Choose the more polite.")
@@ -106,7 +106,7 @@ def http(
     log = tmp_path_factory.mktemp("server") / "server.log"
     with (
         serving(log, *flags) as running,
-        httpx.Client(base_url=running.url, timeout=60) as client,
+        httpx.Client(base_url=running.url, timeout=WAIT_SECONDS) as client,
     ):
         yield client
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.server.conftest import proxy_flags, serving
+from tests.server.conftest import WAIT_SECONDS, proxy_flags, serving
 
 REQUESTS = 16
 MINE = {"model": "assent-demo", "alignment": {"proxy": "mine"}}
@@ -32,7 +32,7 @@ def two(root, tmp_path_factory):
     log = tmp_path_factory.mktemp("two") / "log"
     with (
         serving(log, *flags, environment={"TESTS_LOADED": str(root)}) as running,
-        httpx.Client(base_url=running.url, timeout=60) as client,
+        httpx.Client(base_url=running.url, timeout=WAIT_SECONDS) as client,
     ):
         yield client
 

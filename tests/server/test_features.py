@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 
-from tests.server.conftest import MODEL, metric
+from tests.server.conftest import MODEL, WAIT_SECONDS, metric
 from tests.server.feature_server import (
     ALIGNED,
     BLOCK,
@@ -55,7 +55,7 @@ def served(llm, adapter):
     with (
         feature_server(adapter, adapter / "server.log") as running,
         openai.OpenAI(
-            base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS
         ) as client,
     ):
         yield Served(client, running.url)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from judge.feedback import Feedback, Preference
-from tests.server.conftest import Keeping, metric, wait_until
+from tests.server.conftest import WAIT_SECONDS, Keeping, metric, wait_until
 from training import export
 
 QUESTION = "How do I look after my freezer?"
@@ -23,7 +23,7 @@ class Clients:
 
     def __init__(self, running: Keeping) -> None:
         self.running = running
-        self.http = httpx.Client(base_url=running.url, timeout=60)
+        self.http = httpx.Client(base_url=running.url, timeout=WAIT_SECONDS)
         self.client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
 
     def rows(self) -> list[Preference]:

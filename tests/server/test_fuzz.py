@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.server.conftest import ADMIN_KEY
+from tests.server.conftest import ADMIN_KEY, WAIT_SECONDS
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
 TURN = [{"role": "user", "content": "How do I look after my freezer?"}]
@@ -106,7 +106,9 @@ def test_alignment_fields(server, http):
 
     async def send_all():
         waiting, statuses, failed = list(enumerate(bodies)), Counter(), []
-        async with httpx.AsyncClient(base_url=server.url, headers=HEADERS, timeout=60) as client:
+        async with httpx.AsyncClient(
+            base_url=server.url, headers=HEADERS, timeout=WAIT_SECONDS
+        ) as client:
 
             async def work():
                 while waiting:

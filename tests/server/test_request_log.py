@@ -9,10 +9,9 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from tests.server.conftest import API_KEY, LIMITED_KEY
+from tests.server.conftest import API_KEY, LIMITED_KEY, WAIT_SECONDS
 
 SECRET = "Can I open my kettle with a fork?"
-WAIT_SECONDS = 20
 
 
 def lines_of(server, mark=None):
@@ -40,7 +39,9 @@ def send(server, body, *, route="/v1/chat/completions", key=API_KEY, mark=None, 
     mark = mark or uuid.uuid4().hex
     headers = {"Authorization": f"Bearer {key}", "X-Request-Id": mark}
     body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 8} | body
-    answer = httpx.post(server.url + route, json=body, headers=headers, timeout=60, **options)
+    answer = httpx.post(
+        server.url + route, json=body, headers=headers, timeout=WAIT_SECONDS, **options
+    )
     return answer, line_of(server, mark)
 
 
@@ -93,7 +94,7 @@ def test_who_is_turned_away(server):
 async def ask_and_go(url, body, headers):
     """Hang up as soon as the request is under way."""
     proxies = url.replace("/v1/chat/completions", "/proxies")
-    async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+    async with httpx.AsyncClient(headers=headers, timeout=WAIT_SECONDS) as client:
         asking = asyncio.create_task(client.post(url, json=body))
         in_flight = 0
         while not in_flight:

@@ -35,11 +35,14 @@ def killed(root, tmp_path_factory):
                 zip(names, pool.map(lambda name: load(running, name), names), strict=True)
             )
         assert all(answer["remembered"] for answer in loaded.values())
-        assert httpx.delete(f"{running.url}/proxies/gone", timeout=60).status_code == 200
+        assert httpx.delete(f"{running.url}/proxies/gone", timeout=WAIT_SECONDS).status_code == 200
         text = say(running, "mine")
         for i in range(5):
             body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
-            assert httpx.post(f"{running.url}/feedback", json=body, timeout=60).status_code == 201
+            assert (
+                httpx.post(f"{running.url}/feedback", json=body, timeout=WAIT_SECONDS).status_code
+                == 201
+            )
         family = psutil.Process(running.process.pid).children(recursive=True)
         running.process.send_signal(signal.SIGKILL)  # it alone, as the kernel does
         running.process.wait()
@@ -62,19 +65,19 @@ def pair(killed, root, tmp_path_factory):
 def load(running, name):
     body = {"name": name, "path": "polite" if name == "other" else "aligned"}
     body["shadow"] = name == "dark"
-    answer = httpx.post(f"{running.url}/proxies", json=body, timeout=60)
+    answer = httpx.post(f"{running.url}/proxies", json=body, timeout=WAIT_SECONDS)
     assert answer.status_code == 201, answer.text
     return answer.json()
 
 
 def listed(running):
-    data = httpx.get(f"{running.url}/proxies", timeout=60).json()["data"]
+    data = httpx.get(f"{running.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
     return {each["name"]: (each["version"], each["state"]) for each in data}
 
 
 def say(running, proxy):
     body = {"model": f"assent-demo:{proxy}", "messages": QUESTION, "seed": 5, "max_tokens": 30}
-    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
 
@@ -101,10 +104,12 @@ def test_servers_of_one_root_keep_in_step(pair, root):
     load(a, "new")
     wait_until(lambda: "new" in listed(b))
     assert listed(a)["new"] == listed(b)["new"]
-    answer = httpx.post(f"{b.url}/proxies", json={"name": "new", "path": "polite"}, timeout=60)
+    answer = httpx.post(
+        f"{b.url}/proxies", json={"name": "new", "path": "polite"}, timeout=WAIT_SECONDS
+    )
     assert answer.status_code == 201
     wait_until(lambda: listed(a)["new"] == (answer.json()["version"], "serving"))
-    assert httpx.delete(f"{a.url}/proxies/new", timeout=60).status_code == 200
+    assert httpx.delete(f"{a.url}/proxies/new", timeout=WAIT_SECONDS).status_code == 200
     wait_until(lambda: "new" not in listed(b))
     assert "polite" in listed(b)  # the command line's own is no business of theirs
     names = json.loads((root / "proxies.json").read_text())["proxies"].keys()
@@ -121,15 +126,15 @@ def test_sigterm_waits_for_what_is_under_way(pair):
         "stream": True,
     }
     url = f"{b.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+    with httpx.stream("POST", url, json=body, timeout=WAIT_SECONDS) as answer:
         lines = answer.iter_lines()
         next(lines)
         b.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{b.url}/health", timeout=60).status_code == 503)
-        refused = httpx.post(url, json=body | {"stream": False}, timeout=60)
+        wait_until(lambda: httpx.get(f"{b.url}/health", timeout=WAIT_SECONDS).status_code == 503)
+        refused = httpx.post(url, json=body | {"stream": False}, timeout=WAIT_SECONDS)
         assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
         assert "stopping" in refused.json()["error"]["message"]
-        assert httpx.get(f"{b.url}/metrics", timeout=60).status_code == 200
+        assert httpx.get(f"{b.url}/metrics", timeout=WAIT_SECONDS).status_code == 200
         events = [line for line in lines if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"
     last = json.loads(events[-2].removeprefix("data: "))

@@ -29,7 +29,7 @@ import training.rollout_servers
 import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
-from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, Server, metric, serving
+from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, WAIT_SECONDS, Server, metric, serving
 from tests.training.conftest import run
 from tests.training.test_proxy_ppo import assert_trained_alike
 from tests.training.test_rollout_vllm import (
@@ -129,7 +129,7 @@ ANSWERED = "vllm:request_success_total{"
 
 
 def loaded_on(server: Server) -> list[tuple[str, str]]:
-    found = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=60).json()["data"]
+    found = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=WAIT_SECONDS).json()["data"]
     return [(proxy["name"], proxy["version"]) for proxy in found]
 
 
