@@ -45,7 +45,7 @@ max_prompt_tokens = 40
 trace = false
 """
 
-START_SECONDS = 300  # a busy machine that must compile the bytecode of all it imports first
+START_SECONDS = 900  # a busy machine that must compile the bytecode of all it imports first
 STOP_SECONDS = 20
 WAIT_SECONDS = 300  # for what a server does soon, on a machine that may be very busy
 LOG_LINES = 60

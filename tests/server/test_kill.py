@@ -64,7 +64,7 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
         assert left == []
 
 
-@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+@pytest.mark.parametrize("name", ["EngineCore", pytest.param("Worker", marks=pytest.mark.slow)])
 def test_the_engine_is_killed(tmp_path, name):
     with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
         family, victim = find(running, name)

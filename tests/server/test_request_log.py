@@ -91,11 +91,12 @@ def test_who_is_turned_away(server):
     assert (line["status"], line["caller"]) == (403, "limited")
 
 
-async def ask_and_go(url, body, headers):
+async def ask_and_go(url, body, mark):
     """Hang up as soon as the request is under way."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
     proxies = url.replace("/v1/chat/completions", "/proxies")
     async with httpx.AsyncClient(headers=headers, timeout=WAIT_SECONDS) as client:
-        asking = asyncio.create_task(client.post(url, json=body))
+        asking = asyncio.create_task(client.post(url, json=body, headers={"X-Request-Id": mark}))
         in_flight = 0
         while not in_flight:
             data = (await client.get(proxies)).json()["data"]
@@ -128,7 +129,7 @@ def test_a_client_that_goes(server, http):
     for samples in (1, 4):
         mark = uuid.uuid4().hex
         several = {"stream": False, "alignment": {"best_of": samples}}
-        asyncio.run(ask_and_go(url, body | several, headers | {"X-Request-Id": mark}))
+        asyncio.run(ask_and_go(url, body | several, mark))
         line = line_of(server, mark)
         assert line["complete"] is False and line["status"] is None
         tokens = line["proxy_counts"]["accepted"] + line["proxy_counts"]["forced"]
