@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from judge.prompts import Message
+from judge.messages import Message
 
 Source = Literal["person", "judge"]
 SOURCES: tuple[Source, ...] = ("person", "judge")

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from judge.judge import Usage
+from judge.messages import Message
 from judge.principles import Principle
-from judge.prompts import ChatTokenizer, Message, Question, response_ids, shorten
+from judge.prompts import ChatTokenizer, Question, response_ids, shorten
 from judge.verdict import Ruling, Verdict
 
 

@@ -6,8 +6,9 @@ from typing import Any, NoReturn, get_args
 
 from judge.judge import Judge
 from judge.likelihood import LikelihoodJudge, Reading
+from judge.messages import Message
 from judge.principles import Principle
-from judge.prompts import Message, Question
+from judge.prompts import Question
 from judge.verdict import Ruling
 from server import metrics
 from server.adapters import Adapter, JudgeKind

@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from judge.feedback import Feedback, Preference
+from judge.messages import Message
 from judge.principles import Principle
-from judge.prompts import Message, Question
+from judge.prompts import Question
 from judge.verdict import Ruling
 from server import metrics
 from server.engine import ChatCompletionResponse

@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from judge.prompts import Message, Question
+from judge.messages import Message
+from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
 from server.adapters import JudgeKind
 from server.engine import ChatCompletionRequest, CompletionRequest

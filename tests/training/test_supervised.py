@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from judge.messages import Message
 from proxy.checkpoint import identify, load, resolve_model_dir
 from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
@@ -113,8 +114,8 @@ def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: 
 
 def test_a_chat_template_that_refuses_a_conversation(saved: Path) -> None:
     chats = Conversations(load_model(str(saved / "gemma2"))[1])
-    system = {"role": "system", "content": "Be brief."}
-    with pytest.raises(TrainingError, match="roles system, user: System role not supported"):
+    system = Message(role="system", content="Be brief.")
+    with pytest.raises(TrainingError, match="refuses the conversation: System role not supported"):
         chats.prompt_ids([system, *chat(PROMPTS[0])])
 
 
