@@ -90,6 +90,8 @@ def _read_calls(calls: Any) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments or "{}")
             except ValueError:
                 raise Unusable("the arguments of a tool call are not JSON") from None
+        if not isinstance(arguments, Mapping | None):
+            raise Unusable("the arguments of a tool call are no object")
         named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         read.append({**identity, "type": "function", "function": named})
@@ -116,9 +118,11 @@ def prompt_key(messages: Iterable[Message]) -> str:
 def check_text(value: Any) -> None:
     """
     Raises:
-        Unusable: a string in it is no text: neither a file nor a tokenizer can hold half of a surrogate pair.
+        Unusable: it cannot be written as JSON. Neither a file nor a tokenizer can hold half of a surrogate pair.
     """
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         raise Unusable("a text is not Unicode: it has half of a surrogate pair") from None
+    except RecursionError:
+        raise Unusable("nested too deeply") from None

@@ -279,6 +279,15 @@ def show(measured: Sequence[Measured], fit: Measured | None) -> None:
         console.print("Nothing is within the budget: raise it, or take a shorter answer.")
 
 
+def read_prompts(options: Options) -> list[list[Message]]:
+    """Raises SourceError as `judge.rows.read_rows`."""
+    assert options.prompts is not None
+    read = read_rows(
+        options.prompts, ("prompt",), options, lambda row: row["prompt"], options.num_prompts
+    )
+    return [prompt for _, prompt in read]
+
+
 def main(options: Options) -> None:
     if options.measured is not None:
         rows = json.loads(options.measured.read_text())
@@ -286,8 +295,7 @@ def main(options: Options) -> None:
     elif options.prompts is not None:
         if options.grader is not None:
             load_grader(options.grader)  # before the server is asked for anything
-        rows = read_rows(options.prompts, ("prompt",), options, dict, options.num_prompts)
-        prompts: list[list[Message]] = [row["prompt"] for _, row in rows]
+        prompts = read_prompts(options)
         measured = asyncio.run(measure(options, prompts))
         options.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(each) for each in measured], indent=1) + "\n"

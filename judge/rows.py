@@ -112,7 +112,7 @@ def _check_prompt(prompt: list[Message]) -> None:
         raise Unusable("there is no prompt: the dialogues differ from their first turn on")
     if prompt[-1]["role"] == "assistant":
         raise Unusable("the prompt ends with the assistant's turn: nothing is to be answered")
-    if not prompt[-1]["content"].strip():
+    if prompt[-1]["role"] != "tool" and not prompt[-1]["content"].strip():
         raise Unusable("the prompt is empty")
 
 
@@ -165,10 +165,11 @@ class _Tally:
         self.skipped: dict[str, _Skipped] = {}
 
     def skip(self, where: str, raw: Any, error: ValueError) -> None:
+        example = f"{where}: {' '.join(str(error).split())}"
         if self.options.strict:
-            raise SourceError(f"{where}: {error}")
+            raise SourceError(example)
         reason = error.reason if isinstance(error, Unusable) else str(error)
-        before = self.skipped.get(reason, _Skipped(0, f"{where}: {error}", _excerpt(raw)))
+        before = self.skipped.get(reason, _Skipped(0, example, _excerpt(raw)))
         self.skipped[reason] = before._replace(rows=before.rows + 1)
 
     def finish(self, kept: int) -> None:

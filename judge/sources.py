@@ -14,9 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from judge.messages import Unusable
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
@@ -109,6 +106,9 @@ def _array(text: str) -> list[Any] | None:
 
 
 def _rows_of_parquet(source: str, path: Path) -> Iterator[Any]:
+    import pyarrow as pa  # here, for the server needs none of it
+    import pyarrow.parquet as pq
+
     try:
         for batch in pq.ParquetFile(path).iter_batches():
             yield from map(_without_nulls, batch.to_pylist())

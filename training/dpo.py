@@ -33,7 +33,7 @@ class Options(RowOptions):
     """The LLM to start from: a directory or a hub id."""
     preferences: str
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `training.layouts` too."""
+    `judge.layouts` too."""
     output: Path
     """Directory for what is trained, its metrics and their curves."""
     held_out: str | None = None

@@ -73,26 +73,23 @@ class Conversations:
         """
         if not self._writes_calls and any("tool_calls" in message for message in messages):
             messages = as_texts(messages)
-        roles = [message["role"] for message in messages]
+        roles = {message["role"] for message in messages}
         if "developer" not in roles or "developer" in str(self.tokenizer.chat_template):
             return list(messages)
-        instructs = [role in ("system", "developer") for role in roles]
-        instructions = [
-            m["content"] for m, is_one in zip(messages, instructs, strict=True) if is_one
-        ]
-        others = [m for m, is_one in zip(messages, instructs, strict=True) if not is_one]
-        return [Message(role="system", content="\n\n".join(filter(None, instructions))), *others]
+        instructing = ("system", "developer")
+        instructions = [m["content"] for m in messages if m["role"] in instructing and m["content"]]
+        others = [message for message in messages if message["role"] not in instructing]
+        return [Message(role="system", content="\n\n".join(instructions)), *others]
 
     @cached_property
     def _writes_calls(self) -> bool:
         """Whether the chat template writes tool calls."""
-        call = {"id": "123456789", "type": "function"}
-        call["function"] = {"name": "name_of_a_probe", "arguments": {}}  # type: ignore[assignment]
-        asked, called = {"role": "user", "content": "x"}, {"role": "assistant", "content": ""}
+        function = {"name": "name_of_a_probe", "arguments": {}}
+        call = {"id": "123456789", "type": "function", "function": function}
+        asked = Message(role="user", content="x")
+        called = Message(role="assistant", content="", tool_calls=[call])
         try:
-            text = self.tokenizer.apply_chat_template(
-                [asked, {**called, "tool_calls": [call]}], tokenize=False
-            )
+            text = self.tokenizer.apply_chat_template([asked, called], tokenize=False)
         except TemplateError:
             return False
         return "name_of_a_probe" in text
@@ -105,7 +102,8 @@ class Conversations:
                 tokenize=True,
                 return_dict=False,
             )
-        except TemplateError as error:
+        # TypeError: a template that calculates with what is not there.
+        except (TemplateError, TypeError) as error:
             raise TrainingError(
                 f"the model's chat template refuses the conversation: {error}"
             ) from None

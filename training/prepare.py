@@ -32,7 +32,7 @@ class Options(RowOptions):
     """The LLM that will be aligned, a directory or a hub id: its tokenizer counts the tokens."""
     preferences: str
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `training.layouts` too."""
+    `judge.layouts` too."""
     output: Path
     """Directory for `train.jsonl` and `held_out.jsonl`."""
     held_out: int = 200

@@ -67,6 +67,10 @@ def test_all_forms_are_read(given: dict[str, Any], read: dict[str, Any]) -> None
             "arguments of a tool call are not JSON",
         ),
         (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": "[1]"}])],
+            "arguments of a tool call are no object",
+        ),
+        (
             [message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud83d"}}])],
             "half of a surrogate pair",
         ),

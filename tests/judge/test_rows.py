@@ -130,7 +130,7 @@ PROMPT = ("prompt",)
         (PAIR, {"prompt": [{**USER, "role": "developer"}, USER], "chosen": "a", "rejected": "b"}),
         (MESSAGES, {"messages": [USER, SAYS, USER, CALLS, TOOL, SAYS]}),
         (MESSAGES, {"messages": [USER, CALLS]}),
-        (PROMPT, {"prompt": [USER, CALLS, TOOL]}),
+        (PROMPT, {"prompt": [USER, CALLS, {**TOOL, "content": ""}]}),
         (PROMPT, SEVERAL_TURNS),  # its prompt is as good as any
         (PROMPT, SILENT),
         ((), {"messages": [USER, SAYS], "chosen": 5}),
