@@ -1,8 +1,7 @@
 """How good is a judge? The figures, what is read, and a run on a real server."""
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from judge import evaluate
 from judge.evaluate import Judged, Options, figures, read_pairs
 from judge.sources import SourceError
-from tests.server.conftest import API_KEY, REPOSITORY, Server
+from tests.server.conftest import API_KEY, Server
 
 GOOD, BAD = "To look after your freezer, pull the plug first.", "Go away."
 QUESTION = "How do I look after my freezer?"
@@ -91,7 +90,9 @@ def test_a_run(
     assert "skipped 1 of 12 rows" in shown and "by row" in shown
 
 
-def test_what_fails_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
+def test_what_fails_is_said_in_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = write(tmp_path / "good.jsonl", REWARD_BENCH)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     cases: dict[str, tuple[str | Path, ...]] = {
@@ -108,18 +109,13 @@ def test_what_fails_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
         "--num-pairs 0 leaves none": ("--data", good, "--num-pairs", "0"),
         "File exists": ("--data", good, "--output", good),
     }  # fmt: skip
-    running = {
-        said: subprocess.Popen(
-            [sys.executable, "-m", "judge.evaluate", "--output", tmp_path / "out", "--base-url", server.url, *more],
-            cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
-        )
-        for said, more in cases.items()
-    }  # fmt: skip
-    for said, process in running.items():
-        _, shown = process.communicate()
-        last = shown.strip().splitlines()[-1]
-        assert process.returncode == 1 and "Traceback" not in shown, shown
-        assert last.startswith("error: ") and said in last, (said, last)
+    for said, more in cases.items():
+        arguments = ["--output", tmp_path / "out", "--base-url", server.url, *more]
+        monkeypatch.setattr("sys.argv", ["judge.evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(evaluate.__file__, run_name="__main__")
+        message = str(ended.value)
+        assert message.startswith("error: ") and said in message and "\n" not in message
 
 
 def test_a_data_set_of_another_kind(tmp_path: Path) -> None:
