@@ -4,6 +4,10 @@ Follows SELF-JUDGE (arXiv 2402.11253). Knows nothing of engines: whoever uses it
 tokenizer and a function that reads two next-token log-probabilities. Imports neither torch nor
 vllm. One line a module:
 
+- `messages`      - chat messages in all their forms.
+- `sources`       - rows of a file or a data set.
+- `layouts`       - public data in TRL's formats.
+- `rows`          - which rows can be used, and what becomes of the others.
 - `principles`    - what to judge by, from a file that anybody may write.
 - `prompts`       - the chat that asks for a judgment, and how it is cut where it is too long.
 - `verdict`       - what the answers in both orders, and by several principles, say about a pair.

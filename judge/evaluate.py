@@ -2,10 +2,12 @@
 
     python -m judge.evaluate --data rewardbench.jsonl --output runs/judged
 
-Rows are RewardBench's: `prompt` (text or chat messages), `chosen`, `rejected` and, where there is one, `subset`. Of
-each subset and of all pairs it reports:
+Rows are RewardBench's, or in any other layout of `judge.layouts`: `prompt` (text or chat messages), `chosen`,
+`rejected` and, where there is one, `subset`. RewardBench 2's lists are a pair for each chosen and each rejected
+response. Of each subset and of all pairs it reports:
 
 - accuracy: share of pairs in which the judge's probability prefers `chosen`; exactly 1/2 counts half.
+- accuracy by row, where rows have lists: share of rows whose every pair is right, as RewardBench 2 counts.
 - consistency: share of pairs in which both orders prefer the same response.
 - ties: share of pairs without a winner.
 - ECE, the expected calibration error (Guo et al., arXiv 1706.04599): Σ_b n_b / N · |accuracy_b − confidence_b| over ten
@@ -15,6 +17,8 @@ each subset and of all pairs it reports:
 import asyncio
 import json
 import math
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,28 +28,33 @@ from typing import Any
 
 import httpx
 import tyro
-from datasets import load_dataset
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from judge.layouts import PAIR, Row
+from judge.messages import as_texts, text_of
+from judge.rows import RowOptions, read_rows
+from judge.sources import SourceError
+
+API_KEY = "ASSENT_API_KEY"
 PAIRS_IN_A_REQUEST = 64
 BINS = 10
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What to ask whom."""
 
     data: str
-    """JSON lines or Parquet, or a data set's name with its split after a colon."""
+    """A file of JSON lines or Parquet, or a data set's name with its split after a colon."""
     output: Path
     """Directory for `figures.json` and `reliability.png`."""
     base_url: str = "http://127.0.0.1:8000"
     """The server."""
     api_key: str | None = None
-    """Its key, where it wants one."""
+    """Its key, where it wants one; none = that of the variable ASSENT_API_KEY, which no list of processes shows."""
     kind: str | None = None
     """Which of the server's judges; None = its usual one."""
     principles: tuple[str, ...] = ()
@@ -55,9 +64,19 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A pair as /judge takes it, and where it stands."""
+
+    row: str
+    subset: str
+    pair: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Judged:
     """What the judge said of a pair, of which the first response is known to be better."""
 
+    row: str
     subset: str
     probability: float
     consistent: bool
@@ -72,52 +91,40 @@ class Judged:
         return max(self.probability, 1 - self.probability)
 
 
-class BadRow(ValueError):
-    """A row that is no pair; the message names it."""
+class BadAnswer(ValueError):
+    """What answers is no server of Assent's."""
 
 
-def read_pairs(source: str) -> list[dict[str, Any]]:
-    """Rows as /judge takes pairs, with their subset.
-
-    Raises:
-        BadRow: naming the row and what is wrong with it.
-        OSError: no such source.
+def read_pairs(options: Options) -> list[Compared]:
     """
-    rows = []
-    for number, row in enumerate(_load(source), start=1):
-        where = f"{source}, row {number}"
-        for field in ("prompt", "chosen", "rejected"):
-            if row.get(field) is None:
-                raise BadRow(f"{where}: the field {field!r} is missing; found {sorted(row)}")
-        prompt = row["prompt"]
-        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-        responses = {"response_a": _text(row["chosen"]), "response_b": _text(row["rejected"])}
-        rows.append({"subset": str(row.get("subset", "all pairs")), "pair": asked | responses})
-    return rows
+    Raises:
+        SourceError: no such source, no rows, or too many that are no pairs.
+    """
+
+    def compared(row: Row) -> tuple[str, dict[str, Any]]:
+        responses = {
+            "response_a": text_of(row["chosen"][0]),
+            "response_b": text_of(row["rejected"][0]),
+        }
+        return str(row.get("subset", "all pairs")), {
+            "messages": as_texts(row["prompt"]),
+            **responses,
+        }
+
+    rows = read_rows(options.data, PAIR, options, compared, options.num_pairs)
+    found = [Compared(where, subset, pair) for where, (subset, pair) in rows]
+    return found[: options.num_pairs]
 
 
-def _load(source: str) -> Any:
-    path = Path(source)
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=source, split="train")
-    if path.suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=source, split="train")
-    name, _, split = source.partition(":")
-    return load_dataset(name, split=split or "train")
-
-
-def _text(response: Any) -> str:
-    """A response as text, or as the messages that end with it."""
-    return response if isinstance(response, str) else response[-1]["content"]
-
-
-async def judge(options: Options, rows: Sequence[dict[str, Any]]) -> list[Judged]:
+async def judge(options: Options, rows: Sequence[Compared]) -> list[Judged]:
     """All pairs, some requests under way at once.
 
     Raises:
         httpx.HTTPStatusError: the server refuses; its answer says why.
+        BadAnswer: it is no server of Assent's.
     """
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    key = options.api_key or os.environ.get(API_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     settings: dict[str, Any] = {"kind": options.kind} if options.kind else {}
     if options.principles:
         settings["principles"] = list(options.principles)
@@ -128,33 +135,52 @@ async def judge(options: Options, rows: Sequence[dict[str, Any]]) -> list[Judged
             base_url=options.base_url, headers=headers, timeout=None
         ) as client:
 
-            async def ask(batch: Sequence[dict[str, Any]]) -> list[Judged]:
-                body = {"pairs": [row["pair"] for row in batch]} | settings
+            async def ask(batch: Sequence[Compared]) -> list[Judged]:
+                body = {"pairs": [each.pair for each in batch]} | settings
                 async with limit:
                     answer = await client.post("/judge", json=body)
                 answer.raise_for_status()
                 bar.update(len(batch))
-                return [
-                    Judged(
-                        row["subset"],
-                        verdict["probability"],
-                        verdict["consistent"],
-                        verdict["winner"] == "tie",
-                    )
-                    for row, verdict in zip(batch, answer.json()["verdicts"], strict=True)
-                ]
+                try:
+                    verdicts = answer.json()["verdicts"]
+                    return list(map(_judged, batch, verdicts))
+                except (ValueError, KeyError, TypeError):
+                    raise BadAnswer(f"{options.base_url} answers, but it does not judge") from None
 
             return [each for found in await asyncio.gather(*map(ask, batches)) for each in found]
+
+
+def _judged(compared: Compared, verdict: dict[str, Any]) -> Judged:
+    return Judged(
+        compared.row,
+        compared.subset,
+        verdict["probability"],
+        verdict["consistent"],
+        verdict["winner"] == "tie",
+    )
+
+
+def reason_of(answer: httpx.Response) -> str:
+    """What the server says, in one line."""
+    try:
+        return str(answer.json()["error"]["message"]).replace("\n", " ")
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.status_code} {answer.reason_phrase}"
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, float]:
     """The rates of some pairs, as the module's docstring defines them."""
     n = len(judged)
     accuracy = fmean(each.correct for each in judged)
+    by_row: defaultdict[str, list[float]] = defaultdict(list)
+    for each in judged:
+        by_row[each.row].append(each.correct)
     return {
         "pairs": n,
         "accuracy": accuracy,
         "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / n),
+        "rows": len(by_row),
+        "accuracy_by_row": fmean(min(correct) for correct in by_row.values()),
         "consistency": fmean(each.consistent for each in judged),
         "ties": fmean(each.is_tie for each in judged),
         "ece": sum(
@@ -190,12 +216,15 @@ def draw_reliability(by_subset: dict[str, list[Judged]], path: Path) -> None:
 
 
 def show(by_subset: dict[str, dict[str, float]]) -> None:
-    table = Table("subset", "pairs", "accuracy", "consistency", "ties", "ECE")
+    has_lists = any(row["rows"] < row["pairs"] for row in by_subset.values())
+    by_row = ("rows", "by row") if has_lists else ()
+    table = Table("subset", "pairs", "accuracy", *by_row, "consistency", "ties", "ECE")
     for subset, row in by_subset.items():
         table.add_row(
             subset,
             f"{row['pairs']:.0f}",
             f"{row['accuracy']:.1%} ± {row['accuracy_se']:.1%}",
+            *((f"{row['rows']:.0f}", f"{row['accuracy_by_row']:.1%}") if has_lists else ()),
             f"{row['consistency']:.1%}",
             f"{row['ties']:.1%}",
             f"{row['ece']:.3f}",
@@ -204,7 +233,10 @@ def show(by_subset: dict[str, dict[str, float]]) -> None:
 
 
 def main(options: Options) -> None:
-    rows = read_pairs(options.data)[: options.num_pairs]
+    if options.num_pairs is not None and options.num_pairs < 1:
+        raise SourceError(f"--num-pairs {options.num_pairs} leaves none: it must be 1 or more")
+    rows = read_pairs(options)
+    options.output.mkdir(parents=True, exist_ok=True)
     judged = asyncio.run(judge(options, rows))
     by_subset: defaultdict[str, list[Judged]] = defaultdict(list)
     for each in judged:
@@ -212,18 +244,22 @@ def main(options: Options) -> None:
     if len(by_subset) > 1:
         by_subset["all pairs"] = judged
     found = {subset: figures(some) for subset, some in by_subset.items()}
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
     draw_reliability(by_subset, options.output / "reliability.png")
     show(found)
 
 
 if __name__ == "__main__":
-    import sys
-
     try:
         main(tyro.cli(Options, description=__doc__))
     except httpx.HTTPStatusError as error:
-        sys.exit(f"error: the server refuses: {error.response.text}")
-    except (BadRow, OSError, httpx.TransportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: the server refuses: {reason_of(error.response)}")
+    except (
+        SourceError,
+        BadAnswer,
+        OSError,
+        UnicodeError,
+        httpx.HTTPError,
+        httpx.InvalidURL,
+    ) as error:
+        sys.exit(f"error: {error or type(error).__name__}")

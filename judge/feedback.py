@@ -8,11 +8,12 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import (
+    DDL,
     JSON,
     Column,
     Float,
@@ -24,14 +25,18 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    inspect,
     select,
 )
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from judge.prompts import Message
+from judge.layouts import PAIR, Row, conversational
+from judge.messages import Message
+from judge.rows import check_row
 
 Source = Literal["person", "judge"]
+Calls = list[dict[str, Any]]
 SOURCES: tuple[Source, ...] = ("person", "judge")
 
 _metadata = MetaData()
@@ -46,15 +51,18 @@ preferences = Table(
     Column("rejected", Text, nullable=False),
     Column("principle", String(200)),  # what it was judged by
     Column("confidence", Float),  # of a judge: probability that `chosen` is better
+    Column("chosen_calls", JSON(none_as_null=True)),  # of tools
+    Column("rejected_calls", JSON(none_as_null=True)),
 )
 answers = Table(
     "answers",
     _metadata,
     Column("id", Integer, primary_key=True),
     Column("time", Float, nullable=False),
-    Column("request_id", String(200), nullable=False, index=True),
+    Column("request_id", String(200), nullable=False, index=True),  # made by the server
     Column("prompt", JSON, nullable=False),
-    Column("responses", JSON, nullable=False),  # by index
+    Column("responses", JSON, nullable=False),  # messages, by index
+    Column("caller", String(200)),  # the name of whose key it was
 )
 
 
@@ -72,6 +80,24 @@ class Preference:
     rejected: str
     principle: str | None = None
     confidence: float | None = None
+    chosen_calls: Calls | None = None
+    """Of tools, where the response is not a text alone."""
+    rejected_calls: Calls | None = None
+
+    def as_row(self) -> Row:
+        """As preference data, in the form that training reads.
+
+        Raises:
+            Unusable: training could not read it.
+            PrefersNothing: both responses are the same.
+        """
+        sides = (self.chosen, self.chosen_calls), (self.rejected, self.rejected_calls)
+        chosen, rejected = (
+            [{"role": "assistant", "content": text, "tool_calls": calls}] for text, calls in sides
+        )
+        row = {"prompt": list(self.prompt), "chosen": chosen, "rejected": rejected}
+        (read,) = conversational(row | {"principle": self.principle}, PAIR)
+        return check_row(read)
 
 
 class Feedback:
@@ -90,6 +116,7 @@ class Feedback:
             self.engine = _open(url, create)
             if create:
                 _metadata.create_all(self.engine)
+            _add_columns(self.engine)
         except (SQLAlchemyError, ArgumentError, ImportError, OSError) as error:
             raise FeedbackError(f"cannot open {_without_password(url)}: {_cause(error)}") from None
 
@@ -109,38 +136,53 @@ class Feedback:
                 "rejected": row.rejected,
                 "principle": row.principle,
                 "confidence": row.confidence,
+                "chosen_calls": row.chosen_calls,
+                "rejected_calls": row.rejected_calls,
             }
             for row in rows
         ]
         self._write(preferences, values)
 
     def add_answer(
-        self, request_id: str, prompt: Sequence[Message], responses: Sequence[str]
+        self, request_id: str, caller: str, prompt: Sequence[Message], responses: Sequence[Message]
     ) -> None:
-        """Remember what a request was answered, so that people may choose by its id.
+        """Remember what a caller was answered, so that they may choose by its id.
 
         Raises:
             FeedbackError: it could not be written.
         """
-        row = {"request_id": request_id, "prompt": list(prompt), "responses": list(responses)}
-        self._write(answers, [row | {"time": time.time()}])
+        row = {"request_id": request_id, "caller": caller, "time": time.time()}
+        self._write(answers, [row | {"prompt": list(prompt), "responses": list(responses)}])
 
-    def answer(self, request_id: str) -> tuple[list[Message], list[str]] | None:
-        """The prompt and the responses of a request; None = there is none of this id."""
+    def answer(self, request_id: str, caller: str) -> tuple[list[Message], list[Message]] | None:
+        """The prompt and the responses of a request; None = this caller has none of this id.
+
+        Raises:
+            FeedbackError: it could not be read.
+        """
         query = select(answers.c.prompt, answers.c.responses).where(
-            answers.c.request_id == request_id
+            answers.c.request_id == request_id, answers.c.caller == caller
         )
-        with self.engine.connect() as connection:
-            row = connection.execute(query.order_by(answers.c.id.desc()).limit(1)).first()
+        try:
+            with self.engine.connect() as connection:
+                row = connection.execute(query).first()
+        except SQLAlchemyError as error:
+            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
         return (row.prompt, row.responses) if row else None
 
     def rows(self) -> Iterator[Preference]:
-        """All preferences, the oldest first."""
-        with self.engine.connect() as connection:
-            for row in connection.execute(select(preferences).order_by(preferences.c.id)):
-                yield Preference(
-                    row.source, row.prompt, row.chosen, row.rejected, row.principle, row.confidence
-                )
+        """All preferences, the oldest first.
+
+        Raises:
+            FeedbackError: they could not be read.
+        """
+        columns = [preferences.c[field.name] for field in fields(Preference)]
+        try:
+            with self.engine.connect() as connection:
+                for row in connection.execute(select(*columns).order_by(preferences.c.id)):
+                    yield Preference(*row)
+        except (SQLAlchemyError, ValueError) as error:  # ValueError: what should be JSON is none
+            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
 
     def close(self) -> None:
         self.engine.dispose()
@@ -173,6 +215,21 @@ def _open(url: str, create: bool) -> Engine:
             connection.execute("PRAGMA busy_timeout=5000")
 
     return engine
+
+
+def _add_columns(engine: Engine) -> None:
+    """Those that a database of an earlier version has not."""
+    for table in _metadata.sorted_tables:
+        if not inspect(engine).has_table(table.name):
+            raise FileNotFoundError(f"it has no table {table.name!r}")
+        known = {column["name"] for column in inspect(engine).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = column.type.compile(engine.dialect)
+                with engine.begin() as connection:
+                    connection.execute(
+                        DDL(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+                    )
 
 
 def _without_password(url: str) -> str:

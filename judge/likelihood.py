@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from judge.judge import Usage
+from judge.messages import Message, text_of
 from judge.principles import Principle
-from judge.prompts import ChatTokenizer, Message, Question, response_ids, shorten
+from judge.prompts import ChatTokenizer, Question, response_ids, shorten
 from judge.verdict import Ruling, Verdict
 
 
@@ -98,7 +99,7 @@ class LikelihoodJudge:
 
 
 def _key(prompt: Sequence[Message], text: str) -> tuple[tuple[tuple[str, str], ...], str]:
-    return tuple((turn["role"], turn["content"]) for turn in prompt), text
+    return tuple((turn["role"], text_of(turn)) for turn in prompt), text
 
 
 def _sigmoid(x: float) -> float:

@@ -14,6 +14,7 @@ import asyncio
 import importlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -29,24 +30,28 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from judge.evaluate import API_KEY, reason_of
+from judge.messages import Message, as_texts
+from judge.rows import RowOptions, read_rows
+
 Grader = Callable[..., Sequence[float]]
 """Called with N `prompts` (lists of chat messages) and `completions` (texts); a score each, higher is better."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What to measure, and the budget."""
 
     measured: Path | None = None
     """`plan.json` of an earlier run, to choose from; None = measure."""
-    prompts: Path | None = None
-    """JSON lines with `prompt`, a text or chat messages."""
+    prompts: str | None = None
+    """A file of JSON lines or Parquet with `prompt`, a text or chat messages, or a data set's name."""
     output: Path = Path("runs/plan")
     """Directory for `plan.json`."""
     base_url: str = "http://127.0.0.1:8000"
     """The server."""
     api_key: str | None = None
-    """Its key, where it wants one."""
+    """Its key, where it wants one; none = that of the variable ASSENT_API_KEY, which no list of processes shows."""
     model: str | None = None
     """The LLM's name; None = the first that the server lists."""
     proxies: tuple[str, ...] = ()
@@ -108,12 +113,13 @@ class _Answer:
     tokens: int
 
 
-async def measure(options: Options, prompts: Sequence[list[dict[str, str]]]) -> list[Measured]:
+async def measure(options: Options, prompts: Sequence[list[Message]]) -> list[Measured]:
     """All ways on all prompts.
 
     Raises httpx.HTTPStatusError where the server refuses; its answer says why.
     """
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    key = options.api_key or os.environ.get(API_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     ways = [Way(proxy, n) for proxy in (None, *options.proxies) for n in options.best_of]
     plain = Way(None, 1)
     ways = [plain, *(way for way in ways if way != plain)]
@@ -152,7 +158,7 @@ async def measure(options: Options, prompts: Sequence[list[dict[str, str]]]) -> 
 
 
 def _body(
-    options: Options, model: str, way: Way, messages: list[dict[str, str]], place: int
+    options: Options, model: str, way: Way, messages: list[Message], place: int
 ) -> dict[str, Any]:
     # Every way has samples of its own: the first of eight is not to be the plain answer.
     seed = options.seed + 1_000_000 * place + 1000 * (way.best_of + 100 * (way.proxy is not None))
@@ -187,7 +193,7 @@ def _measured(way: Way, answers: Sequence[_Answer], wins: Sequence[float]) -> Me
 async def _wins(
     options: Options,
     client: httpx.AsyncClient,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[list[Message]],
     ours: Sequence[str],
     theirs: Sequence[str],
 ) -> list[float]:
@@ -200,7 +206,7 @@ async def _wins(
     kind = {"kind": options.grader_kind} if options.grader_kind else {}
     for start in range(0, len(prompts), 64):
         pairs = [
-            {"messages": prompt, "response_a": a, "response_b": b}
+            {"messages": as_texts(prompt), "response_a": a, "response_b": b}
             for prompt, a, b in zip(
                 *(each[start : start + 64] for each in (prompts, ours, theirs)), strict=True
             )
@@ -255,20 +261,6 @@ def is_dominated(one: Measured, measured: Sequence[Measured]) -> bool:
     )
 
 
-def read_prompts(path: Path, most: int) -> list[list[dict[str, str]]]:
-    """Raises ValueError naming the line that is no prompt."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:most], 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: is no JSON object with `prompt`") from None
-        found.append([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    if not found:
-        raise ValueError(f"{path} has no prompts")
-    return found
-
-
 def show(measured: Sequence[Measured], fit: Measured | None) -> None:
     table = Table("", "way", "win rate", "seconds", "95 %", "tokens", "")
     for each in measured:
@@ -287,6 +279,15 @@ def show(measured: Sequence[Measured], fit: Measured | None) -> None:
         console.print("Nothing is within the budget: raise it, or take a shorter answer.")
 
 
+def read_prompts(options: Options) -> list[list[Message]]:
+    """Raises SourceError as `judge.rows.read_rows`."""
+    assert options.prompts is not None
+    read = read_rows(
+        options.prompts, ("prompt",), options, lambda row: row["prompt"], options.num_prompts
+    )
+    return [prompt for _, prompt in read]
+
+
 def main(options: Options) -> None:
     if options.measured is not None:
         rows = json.loads(options.measured.read_text())
@@ -294,7 +295,7 @@ def main(options: Options) -> None:
     elif options.prompts is not None:
         if options.grader is not None:
             load_grader(options.grader)  # before the server is asked for anything
-        prompts = read_prompts(options.prompts, options.num_prompts)
+        prompts = read_prompts(options)
         measured = asyncio.run(measure(options, prompts))
         options.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(each) for each in measured], indent=1) + "\n"
@@ -308,6 +309,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
     except httpx.HTTPStatusError as error:
-        sys.exit(f"error: the server refuses: {error.response.text}")
+        sys.exit(f"error: the server refuses: {reason_of(error.response)}")
     except (ValueError, OSError, httpx.TransportError) as error:
         sys.exit(f"error: {error}")

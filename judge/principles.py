@@ -68,7 +68,7 @@ def read_principles(path: Path) -> dict[str, Principle]:
         PrincipleError: there is no such file, or it is not what it should be.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content: Any = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise PrincipleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None

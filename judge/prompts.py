@@ -11,20 +11,16 @@ to read them. The trainer builds its judgment examples with these same functions
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
+from judge.messages import Message, text_of
 from judge.principles import Principle
 
 LABELS = (" A", " B")
 CUT = " ..."
 """Stands where a text was cut."""
-
-
-class Message(TypedDict):
-    role: str
-    content: str
 
 
 class Question(NamedTuple):
@@ -59,7 +55,7 @@ class ChatTokenizer(Protocol):
 def judge_messages(question: Question, principle: Principle) -> list[Message]:
     """The chat that asks which response is better; its last message is to be continued by a label."""
     conversation = "\n".join(
-        f"{turn['role'].capitalize()}: {turn['content']}" for turn in question.prompt
+        f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in question.prompt
     )
     asked = principle.question.format(
         conversation=conversation, response_a=question.first, response_b=question.second
@@ -175,13 +171,13 @@ def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
     last = question.prompt[-1:]
 
     def cut(length: int) -> Question:
-        prompt = [Message(role=m["role"], content=_cut(m["content"], length)) for m in last]
+        prompt = [Message(role=m["role"], content=_cut(text_of(m), length)) for m in last]
         return Question(prompt, _cut(question.first, length), _cut(question.second, length))
 
     # Invariant of the bisection: cut(low) fits, cut(high) does not.
     low, high = (
         -1,
-        max(len(text) for text in (question.first, question.second, *(m["content"] for m in last))),
+        max(len(text) for text in (question.first, question.second, *(text_of(m) for m in last))),
     )
     while high - low > 1:
         middle = (low + high) // 2

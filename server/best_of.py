@@ -5,7 +5,6 @@ takes too long drops out; whoever gives up on the request gives up on all of the
 """
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 from fastapi import Request
 
+from judge.messages import text_of
 from judge.prompts import Question
 from judge.tournament import Pair, play
 from judge.verdict import Ruling
@@ -30,6 +30,7 @@ from server.engine import (
     create_error_response,
 )
 from server.judges import conversation
+from server.keeper import response_of
 from server.schemas import ChatRequest
 from server.state import Served
 from server.streams import as_event
@@ -182,13 +183,8 @@ def _reason(failed: ErrorResponse | str) -> str:
 
 
 def _text(sample: ChatCompletionResponse) -> str:
-    """What the judge reads: the content, and the calls of tools as they would be written."""
-    message = sample.choices[0].message
-    calls = [
-        json.dumps({"name": call.function.name, "arguments": call.function.arguments})
-        for call in message.tool_calls or ()
-    ]
-    return "\n".join([*([message.content] if message.content else []), *calls])
+    """What the judge reads: the content, and the calls of tools as it knows them."""
+    return text_of(response_of(sample.choices[0].message.model_dump()))
 
 
 def _seed(request: ChatRequest, plan: Plan) -> int:

@@ -5,21 +5,21 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from judge.messages import Unusable, read_messages
+from server.access import CALLER
 from server.admission import CHAT
 from server.answers import Answer, add_receipt, respond
 from server.best_of import best_of, check_best_of, stream_best_of
 from server.engine import (
     ChatCompletionResponse,
     ErrorResponse,
-    VLLMValidationError,
     load_aware_call,
     should_include_usage,
     validate_json_request,
     with_cancellation,
 )
 from server.gate import current_plan
-from server.judges import conversation
-from server.keeper import Keeper, listen, texts_of
+from server.keeper import Keeper, listen, new_id, responses_of
 from server.schemas import ChatRequest
 from server.state import Served, served
 
@@ -58,20 +58,24 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request) -> 
             best = await best_of(request, plan, state, raw_request)
             answer = await add_receipt(best, plan, state)
     if state.keeper is not None and (request.n or 1) > 1:
-        answer = remember(state.keeper, request, answer)
+        answer = remember(state.keeper, request, answer, raw_request.scope[CALLER].name)
     return respond(answer, raw_request)
 
 
-def remember(keeper: Keeper, request: ChatRequest, answer: Answer) -> Answer:
-    """Have an answer with several choices kept, so that people may choose by its id."""
+def remember(keeper: Keeper, request: ChatRequest, answer: Answer, caller: str) -> Answer:
+    """Have an answer with several choices kept, so that its caller may choose by its id."""
     try:
-        turns = conversation(request.messages)
-    except VLLMValidationError:  # not text: nothing to learn from
+        turns = read_messages(request.messages)
+    except Unusable:  # not text: nothing to learn from
         return answer
+    request_id = new_id()
     if isinstance(answer, ChatCompletionResponse):
-        keeper.remember(answer.id, turns, texts_of(answer))
+        answer.id = request_id
+        keeper.remember(request_id, caller, turns, responses_of(answer))
     elif isinstance(answer, AsyncGenerator):
-        return listen(answer, lambda request_id, texts: keeper.remember(request_id, turns, texts))
+        return listen(
+            answer, request_id, lambda found: keeper.remember(request_id, caller, turns, found)
+        )
     return answer
 
 

@@ -1,15 +1,19 @@
 """POST /feedback: what people chose. It is kept beside the judge's verdicts, where `--feedback` says.
 
-A choice is answered when it is on the disk. Verdicts are written behind the answers' backs: where they cannot be, the
-answers go out all the same, and a metric counts what was lost.
+A choice is answered when it is on the disk, and kept only if training can read it. Verdicts are written behind the
+answers' backs: where they cannot be, the answers go out all the same, and a metric counts what was lost.
 """
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
 from judge.feedback import FeedbackError, Preference
+from judge.messages import Message, Unusable, read_messages, text_of
+from judge.rows import PrefersNothing
+from server.access import CALLER
 from server.engine import ErrorResponse, create_error_response, validate_json_request
 from server.keeper import Keeper
 from server.schemas import FeedbackRequest
@@ -35,8 +39,7 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
     if keeper is None:
         raise HTTPException(403, "this server keeps no feedback: start it with --feedback")
     try:
-        for row in await _preferences(request, keeper):
-            await keeper.keep(row)
+        await keeper.keep(await _preferences(request, keeper, raw_request.scope[CALLER].name))
     except FeedbackError as error:
         # vLLM's handler of HTTPException would leave out the header.
         status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -45,20 +48,53 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
     return JSONResponse({"kept": True}, status_code=201)
 
 
-async def _preferences(request: FeedbackRequest, keeper: Keeper) -> list[Preference]:
+async def _preferences(request: FeedbackRequest, keeper: Keeper, caller: str) -> list[Preference]:
+    """What the caller prefers to what, as training will read it."""
     if request.request_id is None:
         texts = request.response_a or "", request.response_b or ""
-        chosen, rejected = texts if request.better == "a" else texts[::-1]
-        return [Preference("person", request.turns(), chosen, rejected)]
-    found = await keeper.answer(request.request_id)
+        better, worse = texts if request.better == "a" else texts[::-1]
+        return [_checked(Preference("person", _messages(request.turns()), better, worse))]
+    found = await keeper.answer(request.request_id, caller)
     if found is None:
         raise HTTPException(
             404,
-            f"no answer is known by the id {request.request_id!r}: those with n of 2 or more are kept",
+            f"no answer is known by the id {request.request_id!r} to this caller: those with n of 2 or more are kept",
         )
     turns, responses = found
     choice = request.choice or 0
     if choice >= len(responses):
         raise HTTPException(400, f"choice {choice} is not one of the {len(responses)} choices")
-    others = [text for text in dict.fromkeys(responses) if text != responses[choice]]
-    return [Preference("person", turns, responses[choice], text) for text in others]
+    chosen = responses[choice]
+    others = {text_of(response): response for response in responses}
+    del others[text_of(chosen)]
+    if not others:
+        raise HTTPException(400, "all choices are the same: none is better")
+    return [_checked(_preference(turns, chosen, other)) for other in others.values()]
+
+
+def _preference(turns: list[Message], chosen: Message, rejected: Message) -> Preference:
+    return Preference(
+        "person",
+        turns,
+        chosen["content"],
+        rejected["content"],
+        chosen_calls=chosen.get("tool_calls"),
+        rejected_calls=rejected.get("tool_calls"),
+    )
+
+
+def _checked(preference: Preference) -> Preference:
+    try:
+        preference.as_row()
+    except PrefersNothing:
+        raise HTTPException(400, "the responses are the same: neither is better") from None
+    except Unusable as error:
+        raise HTTPException(400, f"nobody could learn from it: {error}") from None
+    return preference
+
+
+def _messages(turns: list[dict[str, Any]]) -> list[Message]:
+    try:
+        return read_messages(turns)
+    except Unusable as error:
+        raise HTTPException(400, f"messages: {error}") from None

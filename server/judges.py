@@ -6,8 +6,9 @@ from typing import Any, NoReturn, get_args
 
 from judge.judge import Judge
 from judge.likelihood import LikelihoodJudge, Reading
+from judge.messages import Message, Unusable, read_messages, text_of
 from judge.principles import Principle
-from judge.prompts import Message, Question
+from judge.prompts import Question
 from judge.verdict import Ruling
 from server import metrics
 from server.adapters import Adapter, JudgeKind
@@ -147,7 +148,14 @@ def conversation(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
 
     Raises VLLMValidationError (400) for content that is not text.
     """
-    return [{"role": str(m["role"]), "content": _text(m.get("content"))} for m in messages]
+    return [Message(role=str(message["role"]), content=_as_text(message)) for message in messages]
+
+
+def _as_text(message: Mapping[str, Any]) -> str:
+    try:
+        return text_of(*read_messages([message]))
+    except Unusable:  # vLLM takes more than can be learned from
+        return _text(message.get("content"))
 
 
 def _text(content: Any) -> str:

@@ -1,10 +1,11 @@
 """What a request may say. Unknown keys inside our own objects are errors."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from judge.prompts import Message, Question
+from judge.messages import Message
+from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
 from server.adapters import JudgeKind
 from server.engine import ChatCompletionRequest, CompletionRequest
@@ -205,9 +206,15 @@ class RankRequest(Conversation, JudgeOptions):
         return self
 
 
-class FeedbackRequest(Conversation):
+class FeedbackRequest(BaseModel):
     """Which response was better: of two to a conversation, or of the choices of an answer."""
 
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | None = Field(None, description="A single user turn; or else messages.")
+    messages: list[dict[str, Any]] | None = Field(
+        None, description="As in a chat request: tool calls, developer's and tools' turns too."
+    )
     request_id: str | None = Field(
         None, description="The `id` of an answer with several choices; with `choice`."
     )
@@ -225,9 +232,14 @@ class FeedbackRequest(Conversation):
             return self
         if self.choice is not None:
             raise ValueError("choice needs request_id")
-        self._check_one()
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages, and not both")
         if self.response_a is None or self.response_b is None or self.better is None:
             raise ValueError("give response_a, response_b and better; or request_id and choice")
-        if self.response_a == self.response_b:
-            raise ValueError("the responses are the same: neither is better")
         return self
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The conversation, whichever way it was given."""
+        if self.messages is None:
+            return [{"role": "user", "content": self.prompt}]
+        return self.messages

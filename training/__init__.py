@@ -34,8 +34,7 @@ Rollouts and learning from them:
 
 Data, models, runs:
 
-- `data`            - rows in TRL's formats.
-- `layouts`         - public preference data as these.
+- `data`            - rows, as `judge.rows` reads them.
 - `judgments`       - judgments to learn, from preference pairs.
 - `models`          - models, tokenizers, chats as they read them.
 - `supervised`      - training on sequences with a weight per token.

@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from judge.messages import text_of
 from judge.principles import DEFAULT
 from judge.prompts import LABELS, Question, judge_messages
 from training.console import main_guard
-from training.data import Row, read_rows
+from training.data import Row, RowOptions, read_rows
 from training.saving import saving
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -38,8 +39,8 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What to build. The defaults are the bundled demo's."""
 
     corpus: tuple[Path, ...]
@@ -72,10 +73,9 @@ def corpus_texts(rows: list[Row]) -> Iterator[str]:
     """The texts of chats as the model will read them, judgments included."""
     for row in rows:
         if "messages" in row:
-            yield from (message["content"] for message in row["messages"])
+            yield from map(text_of, row["messages"])
             continue
-        chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        question = Question(row["prompt"], chosen, rejected)
+        question = Question(row["prompt"], text_of(row["chosen"][0]), text_of(row["rejected"][0]))
         *asked, prefix = judge_messages(question, DEFAULT["overall"])
         yield from (message["content"] for message in asked)
         yield from (prefix["content"] + label for label in LABELS)
@@ -133,7 +133,8 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 def main(options: Options) -> None:
-    rows = [row for path in options.corpus for row in read_rows(path)[: options.max_corpus_rows]]
+    most = options.max_corpus_rows
+    rows = [row for path in options.corpus for row in read_rows(path, options=options)[:most]]
     tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
     model = build_model(options, tokenizer)
     with saving(options.output) as directory:

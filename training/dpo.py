@@ -12,28 +12,28 @@ from typing import Any
 
 import torch
 import tyro
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints
 from training.console import TrainingError, main_guard
-from training.data import PAIR, Row, read_rows
+from training.data import PAIR, Row, RowOptions, read_as
 from training.metrics import TrainerMetrics
 from training.models import Conversations, context_of, end_ids, load_model, lora_config
 from training.saving import saving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RowOptions):
     """Options of training on preference pairs."""
 
     model: str
     """The LLM to start from: a directory or a hub id."""
     preferences: str
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `training.layouts` too."""
+    `judge.layouts` too."""
     output: Path
     """Directory for what is trained, its metrics and their curves."""
     held_out: str | None = None
@@ -115,25 +115,28 @@ def data(options: Options, tokenizer: Any, most: int) -> dict[str, Dataset | Non
     """
     chats, held_out = Conversations(tokenizer), options.held_out
     return {
-        "train_dataset": _pairs(options.preferences, chats, most, options.max_rows),
-        "eval_dataset": _pairs(held_out, chats, most) if held_out else None,
+        "train_dataset": _pairs(options.preferences, chats, most, options, options.max_rows),
+        "eval_dataset": _pairs(held_out, chats, most, options) if held_out else None,
     }
 
 
-def _pairs(source: str, chats: Conversations, most: int, max_rows: int | None = None) -> Dataset:
-    rows = read_rows(source, PAIR)[:max_rows]
+def _pairs(
+    source: str, chats: Conversations, most: int, options: Options, max_rows: int | None = None
+) -> Dataset:
+    def measured(row: Row) -> tuple[Row, int]:
+        answers = (chats.ids([*row["prompt"], *row[answer]]) for answer in ("chosen", "rejected"))
+        return {field: chats.as_given(row[field]) for field in PAIR}, max(map(len, answers))
 
-    def tokens(row: Row, answer: str) -> int:
-        return len(chats.ids([*row["prompt"], *row[answer]]))
-
-    kept = [row for row in rows if max(tokens(row, "chosen"), tokens(row, "rejected")) <= most]
+    rows = read_as(source, PAIR, options, measured, max_rows)
+    kept = [row for row, tokens in rows if tokens <= most]
     if len(kept) < len(rows):
         print(f"{source}: left out {len(rows) - len(kept)} of {len(rows)} pairs over {most} tokens")
     if not kept:
         raise TrainingError(
             f"{source}: no pair is within {most} tokens: max_length, or the model's own"
         )
-    return Dataset.from_list([{field: row[field] for field in PAIR} for row in kept])
+    # As JSON: Arrow would give all messages the same keys.
+    return Dataset.from_list(kept, features=Features(dict.fromkeys(PAIR, Json())))
 
 
 def save(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard
-from training.data import read_rows
+from training.data import Message, Row, RowOptions, read_as
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
@@ -34,8 +34,8 @@ from training.world import gold
 Answers = list[Sample]
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What to compare."""
 
     model: str
@@ -85,8 +85,6 @@ def flaw_rates(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, floa
 
 def evaluate(options: Options) -> dict[str, Any]:
     """The figures of one comparison."""
-    chosen = [row["prompt"] for row in read_rows(options.prompts, ("prompt",))]
-    chosen = chosen[: options.num_prompts]
     base = identify(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(
@@ -100,7 +98,12 @@ def evaluate(options: Options) -> dict[str, Any]:
     )
     rewards = {name: load_reward(name, frozen) for name in options.reward}
     chats = Conversations(tokenizer)
-    prompts = [chats.prompt_ids(messages) for messages in chosen]
+
+    def prompt(row: Row) -> tuple[list[Message], list[int]]:
+        return row["prompt"], chats.prompt_ids(row["prompt"])
+
+    read = read_as(options.prompts, ("prompt",), options, prompt, options.num_prompts)
+    chosen, prompts = zip(*read, strict=True)
 
     def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, Answers]:
         rollout = generate(

@@ -19,7 +19,10 @@ from typing import Any, Literal
 import tyro
 
 from judge.feedback import SOURCES, Feedback, FeedbackError, Preference, Source, fingerprint
+from judge.messages import Unusable, text_of
+from judge.rows import PrefersNothing
 from training.console import TrainingError, main_guard
+from training.data import Row
 
 _SECRETS = re.compile(
     r"""
@@ -56,30 +59,32 @@ class Options:
 def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """The rows to write; `counts` says what was left out."""
     votes: dict[Any, Counter[tuple[str, Source]]] = {}
-    firsts: dict[Any, Preference] = {}
+    firsts: dict[Any, Row] = {}
     for each in preferences:
         counts["read"] += 1
-        key = fingerprint(each.prompt, each.chosen, each.rejected), each.principle
-        firsts.setdefault(key, each)
-        votes.setdefault(key, Counter())[each.chosen, each.source] += 1
-    for key, first in firsts.items():
-        pair = first.chosen, first.rejected
+        try:
+            row = each.as_row()
+        except (Unusable, PrefersNothing):  # of an earlier version, which kept more
+            counts["that training cannot read"] += 1
+            continue
+        chosen, rejected = (text_of(row[side][0]) for side in ("chosen", "rejected"))
+        key = fingerprint(row["prompt"], chosen, rejected), each.principle
+        firsts.setdefault(key, row)
+        votes.setdefault(key, Counter())[chosen, each.source] += 1
+    for key, row in firsts.items():
+        pair = [text_of(row[side][0]) for side in ("chosen", "rejected")]
         people, judge = ([votes[key][text, source] for text in pair] for source in SOURCES)
         ours, theirs = people if any(people) else judge
         if ours == theirs:
             counts["evenly split"] += 1
             continue
-        chosen, rejected = pair if ours > theirs else pair[::-1]
-        if has_secret([*(message["content"] for message in first.prompt), *pair]):
+        if ours < theirs:
+            row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
+        if has_secret([*map(text_of, row["prompt"]), *pair]):
             counts["with what looks like a secret"] += 1
             continue
         counts["written"] += 1
-        row: dict[str, Any] = {
-            "prompt": list(first.prompt),
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
-        yield row | ({"principle": first.principle} if first.principle else {})
+        yield row
 
 
 def has_secret(texts: Iterable[str]) -> bool:
@@ -88,17 +93,25 @@ def has_secret(texts: Iterable[str]) -> bool:
 
 
 def main(options: Options) -> None:
+    counts: Counter[str] = Counter()
     try:
-        feedback = Feedback(options.feedback, create=False)
+        _write(options, counts)
     except FeedbackError as error:
         raise TrainingError(str(error)) from None
+    except OSError as error:
+        raise TrainingError(f"{options.output} cannot be written: {error.strerror}") from None
+    print(", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing was kept yet")
+
+
+def _write(options: Options, counts: Counter[str]) -> None:
+    """The file, whole or not at all."""
+    feedback = Feedback(options.feedback, create=False)
     wanted = (
         row
         for row in feedback.rows()
         if options.source in ("all", row.source)
         and (row.source == "person" or (row.confidence or 0) >= options.min_confidence)
     )
-    counts: Counter[str] = Counter()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.output.with_name(f".{options.output.name}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -106,7 +119,6 @@ def main(options: Options) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     feedback.close()
     temporary.replace(options.output)
-    print(", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing was kept yet")
 
 
 if __name__ == "__main__":

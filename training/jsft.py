@@ -21,10 +21,9 @@ from judge.principles import FILE_NAME, principles_of, read_principles, write_pr
 from proxy.checkpoint import identify, resolve_model_dir
 from training import rewards, supervised
 from training.console import TrainingError, main_guard
-from training.data import read_rows
 from training.judgments import judgment_examples, read_pairs
-from training.models import Conversations, context_of, load_model, lora_config
-from training.supervised import answer_examples, train
+from training.models import Conversations, context_of, load_model, load_tokenizer, lora_config
+from training.supervised import read_answers, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +53,12 @@ def main(options: Options) -> None:
     principles = (
         read_principles(options.principles) if options.principles else principles_of(directory)
     )
-    sft = read_rows(options.sft, ("messages",)) if options.sft else []
-    pairs = [row for source in options.preferences for row in read_pairs(source, principles)]
+    chats = Conversations(load_tokenizer(str(directory)))
+    answers = read_answers(options.sft, chats, options) if options.sft else []
+    pairs = [row for each in options.preferences for row in read_pairs(each, principles, options)]
     model, tokenizer = load_model(
         str(directory), options.attention, torch.bfloat16 if options.lora_rank else torch.float32
     )
-    answers = answer_examples(sft, Conversations(tokenizer), options.prompt_weight)
     judgments = list(
         judgment_examples(
             pairs,

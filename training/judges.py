@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from judge.prompts import Message, Question
+from judge.messages import Message
+from judge.prompts import Question
 from judge.verdict import Ruling, Verdict
 from training.console import TrainingError
 from training.models import Conversations

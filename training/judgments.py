@@ -4,33 +4,31 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from judge.judge import ask
+from judge.messages import text_of
 from judge.principles import Principle
 from judge.prompts import Question, TooLong, label_ids, rationale_ids, rationale_text
 from training.console import TrainingError
-from training.data import PAIR, Row, read_rows
+from training.data import PAIR, RATIONALE, Row, RowOptions, read_as
 from training.supervised import Example
 
-RATIONALE = ("rationale_chosen", "rationale_rejected")
 
-
-def read_pairs(source: str, principles: Mapping[str, Principle]) -> list[Row]:
-    """Pairs, each with a known `principle` or none, and with both sides of a rationale or none.
+def read_pairs(source: str, principles: Mapping[str, Principle], options: RowOptions) -> list[Row]:
+    """Pairs, each with a known `principle` or none.
 
     Raises:
-        TrainingError: what `read_rows` raises, and a bad row, named by file and line.
+        TrainingError: as `training.data.read_as`.
     """
 
-    def check(row: Row) -> None:
-        name, reasons = row.get("principle"), [row.get(field) for field in RATIONALE]
+    def known(row: Row) -> Row:
+        name = row.get("principle")
         if name is not None and name not in principles:
             raise ValueError(
                 f"unknown principle {name!r}; known are {', '.join(principles)}: name a file that has it with "
                 "--principles"
             )
-        if reasons != [None, None] and not all(isinstance(each, str) for each in reasons):
-            raise ValueError(f"a rationale is two texts: {' and '.join(RATIONALE)}")
+        return row
 
-    return read_rows(source, PAIR, check)
+    return read_as(source, PAIR, options, known)
 
 
 def judgment_examples(
@@ -57,8 +55,8 @@ def judgment_examples(
     labels = {name: label_ids(tokenizer, each) for name, each in principles.items()}
     for row in rows:
         name = row.get("principle") or next(iter(principles))
-        principle, chosen, rejected = principles[name], row["chosen"][-1], row["rejected"][-1]
-        question = Question(row["prompt"], chosen["content"], rejected["content"])
+        principle, chosen, rejected = principles[name], row["chosen"][0], row["rejected"][0]
+        question = Question(row["prompt"], text_of(chosen), text_of(rejected))
         rests = _rationales(row, tokenizer, principle)
         try:
             room = max_tokens - 1 - max(map(len, rests))

@@ -2,8 +2,9 @@
 
     python -m training.prepare --model runs/base --preferences my_preferences.jsonl --output runs/data
 
-Reads every pair as the training commands will, says what is in them, and writes two files of rows in TRL's format:
-`train.jsonl` to train on, and `held_out.jsonl`, whose prompts are in no pair of the other.
+Reads every pair as the training commands will, says what is in them and what was skipped, and writes two files of rows
+in TRL's format: `train.jsonl` to train on, and `held_out.jsonl`, whose prompts are in no pair of the other, not even
+with other white space.
 """
 
 import json
@@ -16,21 +17,22 @@ from typing import NamedTuple
 
 import tyro
 
+from judge.messages import prompt_key, text_of
 from proxy.checkpoint import resolve_model_dir
 from training.console import TrainingError, main_guard
-from training.data import PAIR, Row, read_rows
+from training.data import ABOUT_A_PAIR, PAIR, Row, RowOptions, read_as
 from training.models import Conversations, load_tokenizer
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What to check."""
 
     model: str
     """The LLM that will be aligned, a directory or a hub id: its tokenizer counts the tokens."""
     preferences: str
     """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `training.layouts` too."""
+    `judge.layouts` too."""
     output: Path
     """Directory for `train.jsonl` and `held_out.jsonl`."""
     held_out: int = 200
@@ -43,7 +45,7 @@ class Pair(NamedTuple):
     """A preference pair, and how long it is."""
 
     row: Row
-    prompt: str  # the conversation up to the answer, as JSON
+    prompt: str  # the conversation up to the answer, as `prompt_key` tells it apart
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
@@ -51,20 +53,15 @@ class Pair(NamedTuple):
 
 def main(options: Options) -> None:
     chats = Conversations(load_tokenizer(str(resolve_model_dir(options.model))))
-    rows = read_rows(options.preferences, PAIR)
-    pairs = [_measure(row, chats) for row in rows if row["chosen"] != row["rejected"]]
-    if not pairs:
-        raise TrainingError(f"{options.preferences}: both answers are the same in every pair")
+    pairs = read_as(options.preferences, PAIR, options, lambda row: _measure(row, chats))
     train, held_out = split(pairs, options.held_out, options.seed)
-    print(
-        f"{len(rows)} pairs, {len(rows) - len(pairs)} of them left out: both answers are the same"
-    )
+    print(f"{len(pairs)} pairs")
     print("\n".join(describe(pairs)))
     print(f"A prompt as the LLM reads it: {_as_read(pairs[0], chats)!r}")
     options.output.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("held_out", held_out)):
         path = options.output / f"{name}.jsonl"
-        lines = [json.dumps({field: pair.row[field] for field in PAIR}) for pair in part]
+        lines = [json.dumps(pair.row) for pair in part]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{path}: {len(part)} pairs")
 
@@ -108,19 +105,14 @@ def describe(pairs: list[Pair]) -> list[str]:
 
 
 def _measure(row: Row, chats: Conversations) -> Pair:
-    if len(row["chosen"]) != 1 or len(row["rejected"]) != 1:
-        raise TrainingError(
-            "an answer of several turns: put all turns but the last into `prompt`, so that chosen and rejected are one "
-            f"assistant message each; the prompt is {row['prompt']}"
-        )
-    chosen, rejected = _answers(row)
-    prompt, better = chats.split_ids(row["prompt"], chosen)
-    _, worse = chats.split_ids(row["prompt"], rejected)
-    return Pair(row, json.dumps(row["prompt"]), len(prompt), len(better), len(worse))
+    prompt, better = chats.split_ids(row["prompt"], row["chosen"][0])
+    _, worse = chats.split_ids(row["prompt"], row["rejected"][0])
+    kept = {field: row[field] for field in (*PAIR, *ABOUT_A_PAIR) if field in row}
+    return Pair(kept, prompt_key(row["prompt"]), len(prompt), len(better), len(worse))
 
 
 def _answers(row: Row) -> tuple[str, str]:
-    return row["chosen"][0]["content"], row["rejected"][0]["content"]
+    return text_of(row["chosen"][0]), text_of(row["rejected"][0])
 
 
 def _lengths(counts: list[int]) -> str:

@@ -39,6 +39,7 @@ from training.judging import ModelJudge
 from training.models import (
     Adapted,
     CausalLM,
+    Conversations,
     Other,
     Plain,
     attention_of,
@@ -219,14 +220,14 @@ class ScalarReward:
     """The score of a sequence-classification model with one label."""
 
     def __init__(self, scorer: PreTrainedModel, tokenizer: Any, batch_size: int) -> None:
-        self.scorer, self.tokenizer, self.batch_size = scorer, tokenizer, batch_size
+        self.scorer, self.chats, self.batch_size = scorer, Conversations(tokenizer), batch_size
         if scorer.config.pad_token_id is None:  # it finds the last token by it
             scorer.config.pad_token_id = tokenizer.eos_token_id
 
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        chats = [[*s.messages, {"role": "assistant", "content": s.text}] for s in samples]
-        rows = self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False)
+        answers = [Message(role="assistant", content=s.text) for s in samples]
+        rows = [self.chats.ids([*s.messages, a]) for s, a in zip(samples, answers, strict=True)]
         _refuse_long(rows, self.scorer)
         device, scores = self.scorer.device, []
         for some in _batches(rows, self.batch_size):
@@ -254,7 +255,7 @@ class JudgeReward:
         )
         answers = frozen.tokenizer.batch_decode(own.responses, skip_special_tokens=True)
         questions = [
-            Question([*sample.messages], sample.text, answer)  # type: ignore[list-item]
+            Question([*sample.messages], sample.text, answer)
             for sample, answer in zip(samples, answers, strict=True)
         ]
         return self.judge.log_odds(questions).mean(-1)

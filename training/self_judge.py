@@ -156,7 +156,7 @@ class Trainer(updates.Learner):
         )
         texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         questions = [
-            Question([*prompt.messages], *both)  # type: ignore[list-item]
+            Question([*prompt.messages], *both)
             for prompt, *both in zip(
                 prompts, texts[: len(prompts)], texts[len(prompts) :], strict=True
             )

@@ -9,9 +9,8 @@ import tyro
 
 from training import supervised
 from training.console import main_guard
-from training.data import read_rows
-from training.models import Conversations, load_model
-from training.supervised import answer_examples, train
+from training.models import Conversations, load_model, load_tokenizer
+from training.supervised import read_answers, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +22,9 @@ class Options(supervised.Options):
 
 
 def main(options: Options) -> None:
-    rows = read_rows(options.sft, ("messages",))
+    chats = Conversations(load_tokenizer(options.model))
+    examples = read_answers(options.sft, chats, options)
     model, tokenizer = load_model(options.model, options.attention)
-    examples = answer_examples(rows, Conversations(tokenizer), options.prompt_weight)
     train(model, tokenizer, examples, options)
 
 

@@ -15,7 +15,9 @@ from training.console import TrainingError
 
 STATE_FILE = "training_state.safetensors"
 # What a run that goes on may have otherwise: it changes no result.
-_FREE = ("output", "resume", "save_every", "servers", "proxy_root", "server_requests")
+_FREE = (
+    "output", "resume", "save_every", "servers", "proxy_root", "server_requests", "strict", "max_skipped",
+)  # fmt: skip
 
 
 def settings_of(options: Any) -> dict[str, Any]:

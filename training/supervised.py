@@ -20,14 +20,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from training import checkpoints
 from training.console import TrainingError
-from training.data import Row
+from training.data import Row, RowOptions, read_as
 from training.metrics import TrainerMetrics
 from training.models import Conversations, context_of
 from training.saving import saving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RowOptions):
     """Options that both commands have."""
 
     model: str
@@ -70,17 +70,20 @@ class Example(NamedTuple):
     weights: list[float]  # 0 = context only
 
 
-def answer_examples(
-    rows: list[Row], chats: Conversations, prompt_weight: float = 0.0
-) -> list[Example]:
-    """The last assistant turn of each conversation, to be learned."""
-    examples = []
-    for row in rows:
+def read_answers(source: str, chats: Conversations, options: Options) -> list[Example]:
+    """The last assistant turn of each conversation of the source, to be learned.
+
+    Raises:
+        TrainingError: as `training.data.read_as`.
+    """
+
+    def example(row: Row) -> Example:
         *prompt, answer = row["messages"]
-        context, response = chats.split_ids(prompt, answer["content"])
-        weights = [prompt_weight] * len(context) + [1.0] * len(response)
-        examples.append(Example(context + response, weights))
-    return examples
+        context, response = chats.split_ids(prompt, answer)
+        weights = [options.prompt_weight] * len(context) + [1.0] * len(response)
+        return Example(context + response, weights)
+
+    return read_as(source, ("messages",), options, example)
 
 
 def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:

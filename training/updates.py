@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
-from training.data import Message, read_rows
+from training.data import Message, RowOptions, read_as
 from training.metrics import Metrics
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding
@@ -32,7 +32,7 @@ from training.state import load_state, save_state, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RowOptions):
     """Options that these commands have in common."""
 
     model: str
@@ -164,8 +164,12 @@ class Learner(ABC):
         """Prompts that leave room for a response; others are left out, and counted."""
         chats, options = Conversations(self.tokenizer), self.common
         most = min(options.max_prompt_tokens, longest_prompt(self.model, options.decoding))
-        rows = read_rows(source, ("prompt",))
-        prompts = [Prompt(row["prompt"], chats.prompt_ids(row["prompt"])) for row in rows]
+        prompts = read_as(
+            source,
+            ("prompt",),
+            options,
+            lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
+        )
         kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
         if len(kept) < len(prompts):
             left_out = len(prompts) - len(kept)

@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.methods import DECODING
 from benchmarks.proxy_rlhf.speakers import World
-from judge.prompts import Message, Question
+from judge.messages import Message
+from judge.prompts import Question
 from judge.tournament import Pair, Receipt, play
 from judge.verdict import TIE, Ruling, Verdict
 from proxy.checkpoint import identify

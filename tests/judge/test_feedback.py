@@ -1,5 +1,6 @@
 """Feedback in a real SQLite file: what is kept, what outlives a kill, and what a broken database says."""
 
+import json
 import signal
 import sqlite3
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from judge.feedback import Feedback, FeedbackError, Preference, fingerprint
+from judge.messages import Message, Unusable
+from judge.rows import PrefersNothing
 
-PROMPT = [{"role": "user", "content": "What is 2 + 2? é"}]
+PROMPT: list[Message] = [{"role": "user", "content": "What is 2 + 2? é"}]
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"to": [2, 2]}}}]
 BY_PERSON = Preference("person", PROMPT, "Four.", "Five.")
 BY_JUDGE = Preference("judge", PROMPT, "4", "5", "overall", 0.75)
 
@@ -26,12 +30,74 @@ def test_what_is_kept_is_read_again(tmp_path):
     assert list(Feedback(f"sqlite:///{path}").rows()) == [BY_PERSON, BY_JUDGE]
 
 
-def test_answers_by_their_id(tmp_path):
+def test_answers_are_their_callers(tmp_path):
     feedback = Feedback(str(tmp_path / "feedback.db"))
-    feedback.add_answer("chatcmpl-1", PROMPT, ["Four.", "Five."])
-    feedback.add_answer("chatcmpl-1", PROMPT, ["4", "5"])
-    assert feedback.answer("chatcmpl-1") == (PROMPT, ["4", "5"])  # the last of that id
-    assert feedback.answer("chatcmpl-2") is None
+    called = Message(role="assistant", content="", tool_calls=CALLS)
+    responses = [Message(role="assistant", content="Four."), called]
+    feedback.add_answer("chatcmpl-1", "alice", PROMPT, responses)
+    assert feedback.answer("chatcmpl-1", "alice") == (PROMPT, responses)
+    assert feedback.answer("chatcmpl-1", "bob") is None
+    assert feedback.answer("chatcmpl-2", "alice") is None
+
+
+def test_a_preference_as_data():
+    by_tool = Preference("person", PROMPT, "", "Go away.", "manners", chosen_calls=CALLS)
+    assert by_tool.as_row() == {
+        "prompt": PROMPT,
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": CALLS}],
+        "rejected": [{"role": "assistant", "content": "Go away."}],
+        "principle": "manners",
+    }
+    for unreadable in (
+        Preference("person", PROMPT, "\ud83d", "a"),
+        Preference("person", [{"role": "user", "content": "\ud83d"}], "a", "b"),
+        Preference("person", PROMPT, "", "a"),
+        Preference("person", [], "a", "b"),
+        Preference("person", [*PROMPT, {"role": "robot", "content": "x"}], "a", "b"),
+    ):
+        with pytest.raises(Unusable):
+            unreadable.as_row()
+    with pytest.raises(PrefersNothing):
+        Preference("person", PROMPT, "a", "a").as_row()
+
+
+def test_a_database_of_an_earlier_version(tmp_path):
+    """It gets the columns that it has not, and what it holds is read."""
+    path = tmp_path / "feedback.db"
+    with sqlite3.connect(path) as old:
+        old.execute(
+            "CREATE TABLE preferences (id INTEGER PRIMARY KEY, time FLOAT NOT NULL, source VARCHAR(16) NOT NULL, "
+            "prompt JSON NOT NULL, chosen TEXT NOT NULL, rejected TEXT NOT NULL, principle VARCHAR(200), "
+            "confidence FLOAT)"
+        )
+        old.execute(
+            "CREATE TABLE answers (id INTEGER PRIMARY KEY, time FLOAT NOT NULL, request_id VARCHAR(200) NOT NULL, "
+            "prompt JSON NOT NULL, responses JSON NOT NULL)"
+        )
+        old.execute(
+            "INSERT INTO preferences VALUES (1, 0, 'person', ?, 'Four.', 'Five.', NULL, NULL)",
+            [json.dumps(PROMPT)],
+        )
+        old.execute("INSERT INTO answers VALUES (1, 0, 'chatcmpl-1', '[]', '[\"a\", \"b\"]')")
+    old.close()
+    feedback = Feedback(str(path), create=False)
+    by_tool = Preference("person", PROMPT, "", "a", chosen_calls=CALLS)
+    feedback.add([by_tool])
+    assert list(feedback.rows()) == [BY_PERSON, by_tool]
+    assert feedback.answer("chatcmpl-1", "anybody") is None  # whose it was is not known
+
+
+def test_what_is_broken_is_said_when_it_is_read(tmp_path):
+    feedback = Feedback(str(tmp_path / "feedback.db"))
+    feedback.add([BY_PERSON])
+    with sqlite3.connect(tmp_path / "feedback.db") as other:
+        other.execute("UPDATE preferences SET prompt = 'x'")
+    other.close()
+    with pytest.raises(FeedbackError, match="feedback could not be read: Expecting value"):
+        list(feedback.rows())
+    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
+    with pytest.raises(FeedbackError, match="other.db: it has no table 'answers'"):
+        Feedback(str(tmp_path / "other.db"), create=False)
 
 
 def test_what_add_returned_from_outlives_a_kill(tmp_path):

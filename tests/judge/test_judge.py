@@ -6,8 +6,9 @@ import math
 import pytest
 
 from judge.judge import Judge
+from judge.messages import Message
 from judge.principles import DEFAULT, Principle
-from judge.prompts import Message, Question
+from judge.prompts import Question
 from judge.verdict import Verdict
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]

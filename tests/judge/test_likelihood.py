@@ -6,7 +6,8 @@ import math
 import pytest
 
 from judge.likelihood import LikelihoodJudge
-from judge.prompts import JudgePromptError, Message, Question, response_ids
+from judge.messages import Message
+from judge.prompts import JudgePromptError, Question, response_ids
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
 SCORES = {"good": 3.0, "fair": 1.0, "bad": -40.0}

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 
+from judge.messages import Message
 from judge.principles import DEFAULT, Principle
 from judge.prompts import (
     JudgePromptError,
-    Message,
     Question,
     judge_messages,
     judge_prompt_ids,

@@ -155,10 +155,16 @@ class Keeping(Server):
 
 @pytest.fixture(scope="session")
 def keeping_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
-    """Without keys or proxies: feedback goes into a database, texts go into the log."""
+    """Without proxies, for several callers: feedback goes into a database, texts go into the log."""
     directory = tmp_path_factory.mktemp("keeping")
-    feedback = directory / "feedback.db"
-    with serving(directory / "server.log", "--feedback", feedback, "--log-texts") as running:
+    feedback, access = directory / "feedback.db", directory / "access.toml"
+    access.write_text(ACCESS)
+    flags = [
+        *("--feedback", feedback, "--log-texts", "--api-key", API_KEY, "--access", access),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+    environment = {"TESTS_ADMIN_KEY": ADMIN_KEY}
+    with serving(directory / "server.log", *flags, environment=environment) as running:
         yield Keeping(running.url, running.log, running.process, feedback)
 
 

@@ -56,7 +56,7 @@ def test_a_run(server, tmp_path, capsys, monkeypatch):
     lines.append(json.dumps({"prompt": [{"role": "user", "content": texts[2]}]}))
     prompts.write_text("\n".join(lines))
     options = Options(
-        prompts=prompts,
+        prompts=str(prompts),
         output=tmp_path,
         base_url=server.url,
         api_key=API_KEY,
@@ -82,14 +82,14 @@ def test_a_run(server, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "line 1: is no JSON object with `prompt`"), ("", "has no prompts"), ("x", "line 1")],
+    [("{}", "line 1: the field 'prompt' is missing"), ("", "no rows"), ("x", "line 1: not JSON")],
 )
 def test_prompts_that_are_none(tmp_path, text, message):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        plan.main(Options(prompts=tmp_path / "prompts.jsonl"))
+        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl")))
 
 
 def test_a_grader_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="expected module:function"):
-        plan.main(Options(prompts=tmp_path / "prompts.jsonl", grader="nowhere:nothing"))
+        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl"), grader="nowhere:nothing"))

@@ -149,4 +149,4 @@ def test_texts_where_they_are_asked_for(keeping_server):
     texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
     assert line["completions"] == texts
     assert line["request"]["messages"][0]["content"] == SECRET
-    assert line["caller"] == "anybody"
+    assert line["caller"] == "--api-key 1"

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from judge.messages import Message
 from judge.prompts import LABELS
 from proxy.checkpoint import identify
 from training.base_model import CHAT_TEMPLATE, build_tokenizer
@@ -107,15 +108,15 @@ def random_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast)
     return model.eval()
 
 
-def chat(text: str, answer: str | None = None) -> list[dict[str, str]]:
+def chat(text: str, answer: str | None = None) -> list[Message]:
     """A conversation of one turn, or of two."""
-    messages = [{"role": "user", "content": text}]
-    return messages if answer is None else [*messages, {"role": "assistant", "content": answer}]
+    asked = Message(role="user", content=text)
+    return [asked] if answer is None else [asked, Message(role="assistant", content=answer)]
 
 
 def data_rows(kind: str, count: int = 6) -> Sequence[dict[str, Any]]:
     """Rows of `sft`, `preferences` or `prompts` data."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i in range(count):
         prompt, good, bad = PROMPTS[i % 3], ANSWERS[i % 3], ANSWERS[(i + 1) % 3]
         rows.append(

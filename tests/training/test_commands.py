@@ -104,8 +104,8 @@ BAD_LINES = {
     '{"prompt": [': "line 2: not JSON",
     "[1, 2]": "line 2: expected a JSON object, got list",
     '{"messages": []}': "line 2: the field 'prompt' is missing",
-    '{"prompt": 5}': "line 2, field 'prompt': expected a list of chat messages",
-    '{"prompt": [{"role": "user"}]}': "line 2, field 'prompt': a message is",
+    '{"prompt": 5}': "line 2: prompt: expected a list of chat messages",
+    '{"prompt": [{"role": "user"}]}': "line 2: prompt: a message is",
     '{"prompt": [{"role": "robot", "content": "x"}]}': "role 'robot' is not one of",
 }
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.test_commands import BAD_LINES
 from training.console import TrainingError
-from training.data import read_rows
+from training.data import PAIR, Row, RowOptions, read_as, read_rows
 
 GOOD = '{"prompt": [{"role": "user", "content": "hello"}]}'
 
@@ -21,14 +21,6 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["messages", "chosen", "rejected"])
-def test_what_is_to_be_learned_must_be_the_assistants(tmp_path: Path, field: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(GOOD.replace("prompt", field))
-    with pytest.raises(TrainingError, match=f"line 1, field '{field}': ends with 'user'"):
-        read_rows(file, (field,))
-
-
 def test_blank_lines_are_skipped_and_an_empty_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f"\n{GOOD}\n\n")
@@ -36,3 +28,14 @@ def test_blank_lines_are_skipped_and_an_empty_file_is_refused(tmp_path: Path) ->
     file.write_text("\n")
     with pytest.raises(TrainingError, match="no rows"):
         read_rows(file)
+
+
+def test_so_many_rows_and_no_more(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    pairs = '{"prompt": "2 + 2?", "chosen": ["4"], "rejected": ["3", "5", "6"]}\n'
+    file.write_text(pairs * 2)
+
+    def worse(row: Row) -> str:
+        return row["rejected"][0]["content"]
+
+    assert read_as(file, PAIR, RowOptions(), worse, 4) == ["3", "5", "6", "3"]

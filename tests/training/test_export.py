@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from judge.feedback import Feedback, Preference
+from judge.messages import Message
 from training import export
 from training.console import TrainingError
 from training.data import PAIR, read_rows
 
-PROMPT = [{"role": "user", "content": "What is 2 + 2?"}]
+PROMPT: list[Message] = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def person(chosen: str, rejected: str) -> Preference:
@@ -110,6 +111,44 @@ def test_the_command_writes_what_training_reads(
     ):
         export.main(export.Options(**options, **settings))
         assert [row["chosen"][0]["content"] for row in read_rows(output)] == expected
+
+
+def test_what_an_earlier_version_kept_and_training_cannot_read_is_left_out(tmp_path: Path) -> None:
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"to": [2, 2]}}}]
+    kept = [
+        Preference("person", PROMPT, "\ud83d", "b"),
+        Preference("person", [], "a", "b"),
+        Preference("person", PROMPT, "", "b"),
+        Preference("person", PROMPT, "a", "a"),
+        Preference("person", [{"role": "developer", "content": "Add."}, *PROMPT], "4", "5"),
+        Preference("person", PROMPT, "", "5", chosen_calls=call),
+        Preference("person", PROMPT, "5", "", rejected_calls=call),
+        Preference("person", PROMPT, "", "5", chosen_calls=call),
+    ]
+    feedback = Feedback(str(tmp_path / "feedback.db"))
+    feedback.add(kept[4:])  # SQLite keeps no half of a surrogate pair; other databases may
+    counts: Counter[str] = Counter()
+    rows = list(export.export(kept, counts))
+    assert counts == {"read": 8, "that training cannot read": 4, "written": 2}
+    assert rows == list(export.export(feedback.rows(), Counter()))
+    assert [row["chosen"][0] for row in rows] == [
+        {"role": "assistant", "content": "4"},
+        {"role": "assistant", "content": "", "tool_calls": call},  # two people of three
+    ]
+    options = export.Options(feedback=str(tmp_path / "feedback.db"), output=tmp_path / "out.jsonl")
+    export.main(options)
+    assert len(read_rows(options.output, PAIR)) == 2
+
+
+def test_an_output_that_cannot_be(tmp_path: Path) -> None:
+    Feedback(str(tmp_path / "feedback.db")).close()
+    for output, said in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "feedback.db/x", "Not a directo|File ex"),
+    ):
+        options = export.Options(feedback=str(tmp_path / "feedback.db"), output=output)
+        with pytest.raises(TrainingError, match=f"cannot be written: ({said})"):
+            export.main(options)
 
 
 def test_no_database(tmp_path: Path) -> None:

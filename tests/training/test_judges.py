@@ -146,7 +146,7 @@ def test_self_training_by_a_lora(work: Path, tmp_path: Path, rank: int, kind: st
     pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
     texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)
     asked = [
-        Question([*prompt.messages], *both)  # type: ignore[list-item]
+        Question([*prompt.messages], *both)
         for prompt, *both in zip(pairs.prompts, texts[:4], texts[4:], strict=True)
     ]
     expected = rule(load_judges(str(work / kind), frozen_of(work / "base")), asked)

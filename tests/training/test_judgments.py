@@ -14,6 +14,7 @@ from judge.prompts import Question, judge_prompt_ids
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import jsft
 from training.console import TrainingError
+from training.data import RowOptions
 from training.judging import ModelJudge
 from training.judgments import judgment_examples, read_pairs
 from training.metrics import read_metrics
@@ -113,13 +114,13 @@ def test_what_is_too_long_is_cut_and_what_leaves_no_room_refused(tokenizer) -> N
     [
         ({"principle": "loudness"}, "line 1: unknown principle 'loudness'; known are overall, m"),
         ({"rationale_chosen": "it is kind."}, "line 1: a rationale is two texts"),
-        (REASONS | {"rationale_rejected": 5}, "line 1: a rationale is two texts"),
+        (REASONS | {"rationale_rejected": 5}, "line 1: .*rationale_.* must be texts"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path, change, message) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR | change))
     with pytest.raises(TrainingError, match=message):
-        read_pairs(str(tmp_path / "pairs.jsonl"), PRINCIPLES)
+        read_pairs(str(tmp_path / "pairs.jsonl"), PRINCIPLES, RowOptions())
 
 
 def test_a_model_trained_without_answers_needs_a_lora(work: Path, tmp_path: Path) -> None:

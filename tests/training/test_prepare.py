@@ -1,13 +1,19 @@
 """Checking preference pairs and setting some aside."""
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from judge.messages import prompt_key
 from tests.training.conftest import run
+from training import prepare
 from training.console import TrainingError
 from training.prepare import Pair, describe, split
+
+DEMO = Path(__file__).parents[2] / "deploy/demo/model"
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Pair:
@@ -60,7 +66,7 @@ def test_the_command_names_what_is_wrong(work: Path, tmp_path: Path) -> None:
     turns = [*said, {"role": "user", "content": "why"}, *said]
     prompt = [{"role": "user", "content": "is my dog worth keeping"}]
     same = {"prompt": prompt, "chosen": said, "rejected": said}
-    cases = {
+    cases: dict[str, list[dict[str, Any]]] = {
         "the same in every pair": [same],
         "an answer of several turns": [{**same, "chosen": turns}],
         "line 2: the field 'chosen' is missing": [same, {"prompt": prompt}],
@@ -74,3 +80,63 @@ def test_the_command_names_what_is_wrong(work: Path, tmp_path: Path) -> None:
         assert result.returncode == 2, result.stderr
         assert message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_the_command_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in all their forms: what can be used is split by prompt, with all that is known of a pair."""
+    rows: list[dict[str, Any]] = [
+        {
+            "chosen": f"\n\nHuman: what  is {i}\n\nAssistant: good",
+            "rejected": f"\n\nHuman: what  is {i}\n\nAssistant: bad",
+        }
+        for i in range(10)
+    ]
+    for i in range(10):  # the same prompts: other white space and order of keys, null fields, parts
+        asked = {
+            "content": [{"type": "text", "text": f"what is\n{i}"}],
+            "name": None,
+            "role": "user",
+        }
+        rows.append(
+            {"rejected": "none", "chosen": f"{i}", "prompt": [asked], "principle": "manners"}
+        )
+    reasons: dict[str, Any] = {
+        "rationale_chosen": "it is kind.",
+        "rationale_rejected": "it is rude.",
+        "principle": None,
+    }
+    call: dict[str, Any] = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"name": "now", "arguments": "{}"}],
+    }
+    turns = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": "when"}, call]
+    turns.append({"role": "tool", "content": "at noon"})
+    rows += [{"prompt": turns, "chosen": "noon", "rejected": [call], **reasons}, {"prompt": "cut"}]
+    text = "".join(json.dumps(row) + "\r\n" for row in rows)
+    path = tmp_path / "preferences.jsonl.gz"
+    path.write_bytes(gzip.compress(text.encode("utf-8-sig")))
+    options = prepare.Options(
+        model=str(DEMO), preferences=str(path), output=tmp_path / "data", held_out=6
+    )
+    prepare.main(options)
+    said = capsys.readouterr().out
+    assert "skipped 1 of 22 rows" in said and "line 22: the field 'chosen'" in said
+    parts = [
+        [json.loads(line) for line in (tmp_path / f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "held_out")
+    ]
+    prompts = [{prompt_key(row["prompt"]) for row in part} for part in parts]
+    assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 11
+    assert sorted(map(len, parts)) == [6, 15] or sorted(map(len, parts)) == [7, 14]
+    both = [*parts[0], *parts[1]]
+    assert sum(row.get("principle") == "manners" for row in both) == 10
+    (judged,) = (row for row in both if "rationale_chosen" in row)
+    assert judged.keys() == {
+        "prompt",
+        "chosen",
+        "rejected",
+        "rationale_chosen",
+        "rationale_rejected",
+    }
+    assert judged["prompt"][2]["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}

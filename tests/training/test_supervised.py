@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from judge.messages import Message
 from proxy.checkpoint import identify, load, resolve_model_dir
 from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
+from training.base_model import CHAT_TEMPLATE
 from training.console import TrainingError
 from training.models import Conversations, attention_of, context_of, end_ids, load_model
 from training.policy import Decoding
-from training.supervised import _ByLength
+from training.supervised import _ByLength, read_answers
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +115,60 @@ def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: 
 
 def test_a_chat_template_that_refuses_a_conversation(saved: Path) -> None:
     chats = Conversations(load_model(str(saved / "gemma2"))[1])
-    system = {"role": "system", "content": "Be brief."}
-    with pytest.raises(TrainingError, match="roles system, user: System role not supported"):
+    system = Message(role="system", content="Be brief.")
+    with pytest.raises(TrainingError, match="refuses the conversation: System role not supported"):
         chats.prompt_ids([system, *chat(PROMPTS[0])])
+
+
+def test_rows_that_the_chat_template_refuses_are_skipped(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": chat(text, "Yes.")} for text in PROMPTS * 4]
+    rows[7]["messages"].insert(0, Message(role="system", content="Be brief."))
+    path = tmp_path / "sft.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = Conversations(load_model(str(saved / "gemma2"))[1])
+    options = sft.Options(model="m", sft=str(path), output=tmp_path)
+    assert len(read_answers(str(path), chats, options)) == 11
+    said = capsys.readouterr().out
+    assert "1 like line 8: the model's chat template refuses the conversation: System role" in said
+
+
+CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+CALLED: list[Message] = [
+    {"role": "developer", "content": "Be brief."},
+    *chat("What time is it?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "noon"},
+]
+WRITES_CALLS = CHAT_TEMPLATE.replace(
+    "{% if not (continue",
+    "{% for call in message.tool_calls %}<call>{{ call.function | tojson }}</call>{% endfor %}{% if not (continue",
+)
+
+
+def test_a_chat_template_gets_what_it_knows(saved: Path) -> None:
+    tokenizer = load_model(str(saved / "llama"))[1]
+
+    def written(template: str) -> str:
+        tokenizer.chat_template = template
+        return tokenizer.decode(Conversations(tokenizer).prompt_ids(CALLED))
+
+    call = '{"name": "now", "arguments": {"zone": "UTC"}}'
+    start = "<|system|>Be brief.<|end|><|user|>What time is it?<|end|><|assistant|>"
+    end = "<|end|><|tool|>noon<|end|><|assistant|>"
+    assert written(CHAT_TEMPLATE) == start + call + end
+    assert written(WRITES_CALLS) == f"{start}<call>{call}</call>{end}"
+    knows_developers = WRITES_CALLS + "{# developer #}"
+    assert written(knows_developers).startswith("<|developer|>Be brief.<|end|><|user|>")
+
+
+def test_an_answer_that_calls_a_tool_is_learned_as_the_template_writes_it(saved: Path) -> None:
+    tokenizer = load_model(str(saved / "llama"))[1]
+    tokenizer.chat_template = WRITES_CALLS
+    _, ids = Conversations(tokenizer).split_ids(CALLED[:2], CALLED[2])
+    call = '{"name": "now", "arguments": {"zone": "UTC"}}'
+    assert tokenizer.decode(ids) == f"<call>{call}</call><|end|>"
 
 
 def test_no_token_that_ends_a_response(saved: Path) -> None:

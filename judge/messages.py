@@ -1,0 +1,128 @@
+"""Chat messages, and what is known of each: the server keeps, the judge reads and training learns the same.
+
+A message is `role` and `content`, a text, and where they are there `tool_calls`, `tool_call_id` and `name`, as chat
+templates take them. All of OpenAI's forms are read: content that is null beside tool calls, or a list of text parts,
+and arguments as JSON text or as an object. What else a message has is dropped.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class Unusable(ValueError):
+    """A row, or a message of it, that cannot be used.
+
+    Args:
+        reason: alike for all that are of the kind
+        detail: what it is here
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def read_messages(messages: Any) -> list[Message]:
+    """The messages in the form above.
+
+    Raises:
+        Unusable: it is no list of chat messages, or one of them is not text.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise Unusable("expected a list of chat messages")
+    return [_read(message) for message in messages]
+
+
+def _read(message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise Unusable('a message is {"role": ..., "content": "text"}')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise Unusable(f"role {role!r} is not one of {ROLES}")
+    calls = _read_calls(message.get("tool_calls") or [])
+    if content is None and not calls:
+        raise Unusable('a message is {"role": ..., "content": "text"}', "content is null")
+    read = Message(role=role, content="" if content is None else _text_of_parts(content))
+    if calls:
+        read["tool_calls"] = calls
+    for field in ("tool_call_id", "name"):
+        if isinstance(value := message.get(field), str):
+            read[field] = value
+    check_text(read if len(read) > 2 else read["content"])
+    return read
+
+
+def _text_of_parts(content: Any) -> str:
+    """A list of parts is joined as vLLM joins them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise Unusable("content is neither a text nor a list of parts", type(content).__name__)
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("a message has content that is not text")
+    return "\n".join(texts)
+
+
+def _read_calls(calls: Any) -> list[dict[str, Any]]:
+    """Calls of functions, with their arguments as an object: so chat templates want them."""
+    if not isinstance(calls, Sequence):
+        raise Unusable("tool_calls is not a list")
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Unusable("a tool call has no function with a name")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise Unusable("the arguments of a tool call are not JSON") from None
+        if not isinstance(arguments, Mapping | None):
+            raise Unusable("the arguments of a tool call are no object")
+        named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        read.append({**identity, "type": "function", "function": named})
+    return read
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message as text, for whoever reads no more than that: each tool call is a line of JSON."""
+    calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+
+
+def as_texts(messages: Iterable[Message]) -> list[Message]:
+    """The messages with no more than role and text."""
+    return [Message(role=message["role"], content=text_of(message)) for message in messages]
+
+
+def prompt_key(messages: Iterable[Message]) -> str:
+    """Alike for conversations that differ in white space, or in what no reader sees, alone."""
+    turns = [[message["role"], " ".join(text_of(message).split())] for message in messages]
+    return json.dumps(turns)
+
+
+def check_text(value: Any) -> None:
+    """
+    Raises:
+        Unusable: it cannot be written as JSON. Neither a file nor a tokenizer can hold half of a surrogate pair.
+    """
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError:
+        raise Unusable("a text is not Unicode: it has half of a surrogate pair") from None
+    except RecursionError:
+        raise Unusable("nested too deeply") from None

@@ -1,0 +1,205 @@
+"""One reading of a row for all commands: its fields in TRL's conversational formats, or why it cannot be used.
+
+{"messages": [...]}                                   for supervised fine-tuning
+{"prompt": [...], "chosen": [...], "rejected": [...]} preferences
+{"prompt": [...]}                                     prompts
+
+`judge.sources` says what is a source, `judge.layouts` which layouts are understood. The rules:
+
+- A prompt does not end with the assistant's turn, and an answer is one assistant message: pairs whose answers are
+  several turns cannot be used. An answer that is learned or preferred is not empty; a rejected one may be.
+- Rows that cannot be used are skipped, counted by reason and shown by an example; where they are too large a share,
+  the file is of another kind, and that is an error.
+- Pairs that prefer nothing (both answers, or their scores, are the same) are left out and counted, however many.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from judge.layouts import PAIR, Row, conversational
+from judge.messages import Message, Unusable, check_text, text_of
+from judge.sources import SourceError, parse, raw_rows
+
+RATIONALE = ("rationale_chosen", "rationale_rejected")
+ABOUT_A_PAIR = ("principle", *RATIONALE)
+"""What a pair may have beside its fields: texts."""
+
+_Found = TypeVar("_Found")
+_SHOWN = 100  # characters of an example
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """How rows are read."""
+
+    max_skipped: float = 0.1
+    """Rows that cannot be used are skipped and counted, up to this share of all; more of them are an error."""
+    strict: bool = False
+    """Skip none: the first row that cannot be used is an error."""
+
+
+class PrefersNothing(ValueError):
+    """A pair of equals."""
+
+
+def read_rows(
+    source: str,
+    fields: tuple[str, ...],
+    options: RowOptions,
+    use: Callable[[Row], _Found],
+    limit: int | None = None,
+) -> Iterator[tuple[str, _Found]]:
+    """Where each row stands that can be used, and what `use` makes of it. Prints what was skipped.
+
+    Args:
+        fields: each becomes a list of messages; none = those that the row has
+        use: raises ValueError for a row that the caller cannot use
+        limit: only the first so many
+
+    Raises:
+        SourceError: there is no such source, it is broken, it has no rows, or too many of them cannot be used.
+    """
+    tally, kept = _Tally(source, options), 0
+    for where, raw in raw_rows(source):
+        if kept == limit:
+            break
+        try:
+            row = parse(raw)
+            wanted = fields or _fields_of(row)
+            readings = list(conversational(row, wanted))
+        except Unusable as error:
+            tally.skip(where, raw, error)
+            continue
+        for reading in readings:
+            try:
+                found = use(check_row(reading, wanted))
+            except PrefersNothing:
+                tally.equals += 1
+            except ValueError as error:
+                tally.skip(where, raw, error)
+            else:
+                kept += 1
+                yield where, found
+    tally.finish(kept)
+
+
+def _fields_of(row: Row) -> tuple[str, ...]:
+    if row.get("messages") is not None:
+        return ("messages",)
+    return PAIR if row.get("chosen") is not None else ("prompt",)
+
+
+def check_row(row: Row, fields: tuple[str, ...] = PAIR) -> Row:
+    """The row, whose `fields` are lists of messages, without what is null.
+
+    Raises:
+        Unusable: it breaks a rule above.
+        PrefersNothing: it is a pair of equals.
+    """
+    if "prompt" in fields:
+        _check_prompt(row["prompt"])
+    if "messages" in fields:
+        _check_answer("messages", row["messages"][-1])
+    if "chosen" in fields:
+        _check_pair(row)
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _check_prompt(prompt: list[Message]) -> None:
+    if not prompt:
+        raise Unusable("there is no prompt: the dialogues differ from their first turn on")
+    if prompt[-1]["role"] == "assistant":
+        raise Unusable("the prompt ends with the assistant's turn: nothing is to be answered")
+    if prompt[-1]["role"] != "tool" and not prompt[-1]["content"].strip():
+        raise Unusable("the prompt is empty")
+
+
+def _check_pair(row: Row) -> None:
+    answers = row["chosen"], row["rejected"]
+    if any(len(answer) > 1 for answer in answers):
+        raise Unusable(
+            "an answer of several turns", "chosen and rejected differ before their last turn"
+        )
+    (chosen,), (rejected,) = answers
+    if text_of(chosen) == text_of(rejected):
+        raise PrefersNothing
+    _check_answer("chosen", chosen)
+    _check_role("rejected", rejected)
+    about = {name: row[name] for name in ABOUT_A_PAIR if row.get(name) is not None}
+    if not all(isinstance(text, str) for text in about.values()):
+        raise Unusable(f"{' and '.join(about)} must be texts")
+    if (RATIONALE[0] in about) != (RATIONALE[1] in about):
+        raise Unusable(f"a rationale is two texts: {' and '.join(RATIONALE)}")
+    check_text(about)
+
+
+def _check_answer(field: str, message: Message) -> None:
+    _check_role(field, message)
+    if not text_of(message).strip():
+        raise Unusable(
+            "the answer is empty" if field == "messages" else f"the {field} answer is empty"
+        )
+
+
+def _check_role(field: str, message: Message) -> None:
+    if message["role"] != "assistant":
+        raise Unusable(f"{field} ends with {message['role']!r}, not an assistant")
+
+
+class _Skipped(NamedTuple):
+    rows: int
+    example: str
+    excerpt: str
+
+
+class _Tally:
+    """What becomes of the rows of a source."""
+
+    def __init__(self, source: str, options: RowOptions) -> None:
+        if not 0 <= options.max_skipped <= 1:
+            raise SourceError(f"--max-skipped {options.max_skipped:g} is no share: from 0 to 1")
+        self.source, self.options = source, options
+        self.equals = 0
+        self.skipped: dict[str, _Skipped] = {}
+
+    def skip(self, where: str, raw: Any, error: ValueError) -> None:
+        example = f"{where}: {' '.join(str(error).split())}"
+        if self.options.strict:
+            raise SourceError(example)
+        reason = error.reason if isinstance(error, Unusable) else str(error)
+        before = self.skipped.get(reason, _Skipped(0, example, _excerpt(raw)))
+        self.skipped[reason] = before._replace(rows=before.rows + 1)
+
+    def finish(self, kept: int) -> None:
+        total = sum(each.rows for each in self.skipped.values())
+        rows = kept + self.equals + total
+        if not rows:
+            raise SourceError(f"{self.source}: there are no rows")
+        reasons = sorted(self.skipped.values(), reverse=True, key=lambda each: each.rows)
+        if total > self.options.max_skipped * rows or total == rows:
+            raise SourceError(
+                f"{reasons[0].example}; {total} of {rows} rows cannot be used, and --max-skipped allows a share of "
+                f"{self.options.max_skipped:g}: is it a file of another kind?"
+            )
+        if total:
+            print(f"{self.source}: skipped {total} of {rows} rows that cannot be used:")
+        for each in reasons:
+            example = each.example.removeprefix(f"{self.source}, ")
+            print(f"  {each.rows} like {example}: {each.excerpt}")
+        if self.equals:
+            print(
+                f"{self.source}: left out {self.equals} of {rows} rows that prefer nothing: both answers are the "
+                "same, or their scores"
+            )
+        if not kept:
+            raise SourceError(
+                f"{self.source}: no row prefers anything: both answers are the same in every pair"
+            )
+
+
+def _excerpt(raw: Any) -> str:
+    text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
+    text = text.strip().encode(errors="replace").decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,0 +1,98 @@
+"""Chat messages in all of OpenAI's forms, and what is none."""
+
+from typing import Any
+
+import pytest
+
+from judge.messages import Unusable, prompt_key, read_messages, text_of
+
+CALL = {
+    "id": "call-1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+}
+READ_CALL = {**CALL, "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (message("developer", "Be brief."), message("developer", "Be brief.")),
+        (message("user", [{"type": "text", "text": "a"}, "b"]), message("user", "a\nb")),
+        (message("user", "a", name=None, tool_calls=None, time=5), message("user", "a")),
+        (message("assistant", "a", tool_calls=[]), message("assistant", "a")),
+        (
+            message("assistant", None, tool_calls=[CALL]),
+            message("assistant", "", tool_calls=[READ_CALL]),
+        ),
+        (
+            message("assistant", "", tool_calls=[{"name": "now", "arguments": None}]),
+            message(
+                "assistant",
+                "",
+                tool_calls=[{"type": "function", "function": {"name": "now", "arguments": {}}}],
+            ),
+        ),
+        (
+            message("tool", "sunny", tool_call_id="call-1", name="weather"),
+            message("tool", "sunny", tool_call_id="call-1", name="weather"),
+        ),
+    ],
+)
+def test_all_forms_are_read(given: dict[str, Any], read: dict[str, Any]) -> None:
+    assert read_messages([given]) == [read]
+    assert read_messages(read_messages([given])) == [read]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hello", "expected a list of chat messages"),
+        (None, "expected a list"),
+        ([], "expected a list"),
+        (["hello"], "a message is"),
+        ([{"content": "x"}], "role None is not one of"),
+        ([message("user", None)], "content is null"),
+        ([message("user", 5)], "neither a text nor a list of parts"),
+        ([message("user", [{"type": "image_url", "image_url": {}}])], "content that is not text"),
+        ([message("user", "\ud83d")], "half of a surrogate pair"),
+        ([message("assistant", "", tool_calls="x")], "no function with a name"),
+        ([message("assistant", "", tool_calls=5)], "tool_calls is not a list"),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": "{"}])],
+            "arguments of a tool call are not JSON",
+        ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": "[1]"}])],
+            "arguments of a tool call are no object",
+        ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud83d"}}])],
+            "half of a surrogate pair",
+        ),
+    ],
+)
+def test_what_is_no_conversation(messages: Any, said: str) -> None:
+    with pytest.raises(Unusable, match=said):
+        read_messages(messages)
+
+
+def test_calls_are_read_as_lines_of_json() -> None:
+    (called,) = read_messages([message("assistant", "Let me see.", tool_calls=[CALL])])
+    assert text_of(called) == 'Let me see.\n{"name": "weather", "arguments": {"city": "Rome"}}'
+    assert text_of({"role": "user", "content": "Hello"}) == "Hello"
+
+
+def test_a_prompt_is_known_again_whatever_its_form() -> None:
+    forms: list[list[dict[str, Any]]] = [
+        [message("user", "Is it  hot?\n")],
+        [{"content": " Is it hot?", "role": "user", "name": None}],
+        [message("user", [{"type": "text", "text": "Is it"}, {"type": "text", "text": "hot?"}])],
+    ]
+    assert len({prompt_key(read_messages(form)) for form in forms}) == 1
+    others = [[message("system", "Is it hot?")], [message("user", "Is it hot? Or cold?")]]
+    assert len({prompt_key(read_messages(form)) for form in [*forms, *others]}) == 3

@@ -1,0 +1,124 @@
+"""How good is a judge? The figures, what is read, and a run on a real server."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from judge import evaluate
+from judge.evaluate import Judged, Options, figures, read_pairs
+from judge.sources import SourceError
+from tests.server.conftest import API_KEY, Server
+
+GOOD, BAD = "To look after your freezer, pull the plug first.", "Go away."
+QUESTION = "How do I look after my freezer?"
+REWARD_BENCH = {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "subset": "chat"}
+REWARD_BENCH_2: dict[str, Any] = {
+    "id": "7", "prompt": QUESTION, "chosen": [GOOD], "rejected": [BAD, "Not you again.", BAD + BAD],
+    "num_correct": 1, "num_rejected": 3, "subset": "Focus", "additional_metadata": None,
+}  # fmt: skip
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+    return str(path)
+
+
+def judged(row: str, probability: float) -> Judged:
+    return Judged(row, "all pairs", probability, consistent=True, is_tie=False)
+
+
+def test_a_row_of_lists_is_right_where_all_its_pairs_are() -> None:
+    found = figures(
+        [judged("1", 0.9), judged("1", 0.8), judged("2", 0.9), judged("2", 0.4), judged("3", 0.5)]
+    )
+    assert (found["pairs"], found["rows"]) == (5, 3)
+    assert found["accuracy"] == pytest.approx(3.5 / 5)
+    assert found["accuracy_by_row"] == pytest.approx(1.5 / 3)
+
+
+def test_what_is_put_to_the_server(tmp_path: Path) -> None:
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"name": "now", "arguments": "{}"}],
+    }
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    data = write(
+        tmp_path / "rows.jsonl",
+        REWARD_BENCH_2,
+        {"prompt": chat, "chosen": [called], "rejected": "No."},
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": GOOD},  # prefers nothing
+    )
+    found = read_pairs(Options(data=data, output=tmp_path))
+    assert [each.row.rpartition(" ")[2] for each in found] == ["1", "1", "1", "2"]
+    assert [each.subset for each in found] == ["Focus"] * 3 + ["all pairs"]
+    assert [each.pair["response_b"] for each in found] == [*REWARD_BENCH_2["rejected"], "No."]
+    assert found[0].pair["messages"] == [{"role": "user", "content": QUESTION}]
+    assert found[3].pair == {
+        "messages": chat,
+        "response_a": '{"name": "now", "arguments": {}}',
+        "response_b": "No.",
+    }
+    assert len(read_pairs(Options(data=data, output=tmp_path, num_pairs=2))) == 2
+
+
+def test_a_run(
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # of the table
+    monkeypatch.setenv("ASSENT_API_KEY", API_KEY)
+    data = write(tmp_path / "rows.jsonl", *[REWARD_BENCH] * 8, REWARD_BENCH_2, '{"prompt":')
+    evaluate.main(Options(data=data, output=tmp_path / "out", base_url=server.url))
+    found = json.loads((tmp_path / "out/figures.json").read_text())
+    assert {name: row["pairs"] for name, row in found.items()} == {
+        "chat": 8,
+        "Focus": 3,
+        "all pairs": 11,
+    }
+    assert found["chat"]["accuracy"] in (0, 1)  # the same pair eight times
+    assert found["Focus"]["rows"] == 1 and found["all pairs"]["rows"] == 9
+    assert (tmp_path / "out/reliability.png").stat().st_size > 0
+    shown = capsys.readouterr().out
+    assert "skipped 1 of 12 rows" in shown and "by row" in shown
+
+
+def test_what_fails_is_said_in_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write(tmp_path / "good.jsonl", REWARD_BENCH)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    cases: dict[str, tuple[str | Path, ...]] = {
+        "there are no rows": ("--data", write(tmp_path / "empty.jsonl")),
+        "line 1: not JSON": ("--data", write(tmp_path / "text.jsonl", "hello")),
+        "a broken Parquet file": ("--data", tmp_path / "cut.parquet"),
+        "no such file": ("--data", tmp_path / "none.jsonl"),
+        "is a directory": ("--data", tmp_path),
+        "the server refuses: This server needs an API key": ("--data", good),
+        "the server refuses: unknown principle 'x'": (
+            "--data", good, "--api-key", API_KEY, "--principles", "x",
+        ),
+        "the server refuses: ": ("--data", good, "--base-url", f"{server.url}/nowhere/"),
+        "--num-pairs 0 leaves none": ("--data", good, "--num-pairs", "0"),
+        "File exists": ("--data", good, "--output", good),
+    }  # fmt: skip
+    for said, more in cases.items():
+        arguments = ["--output", tmp_path / "out", "--base-url", server.url, *more]
+        monkeypatch.setattr("sys.argv", ["judge.evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(evaluate.__file__, run_name="__main__")
+        message = str(ended.value)
+        assert message.startswith("error: ") and said in message and "\n" not in message
+
+
+def test_a_data_set_of_another_kind(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", *[{"text": "hello"}] * 3)
+    with pytest.raises(SourceError, match="line 1: the field 'chosen' is missing .* 3 of 3 rows"):
+        read_pairs(Options(data=data, output=tmp_path))

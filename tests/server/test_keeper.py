@@ -1,0 +1,84 @@
+"""What is remembered of answers and kept of verdicts, without a server."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from judge.feedback import Feedback
+from judge.messages import Message
+from judge.prompts import Question
+from judge.verdict import Ruling, Verdict
+from server.keeper import Keeper, listen
+
+PROMPT = [Message(role="user", content="What is 2 + 2?")]
+
+
+def choice(index: int, end: str | None = None, **delta: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": end}
+
+
+def called(index: int, **function: str) -> dict[str, Any]:
+    return {"tool_calls": [{"index": index, "function": function}]}
+
+
+def heard(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """The ids that a client sees of a stream, and what is remembered of it."""
+    remembered: list[Any] = []
+
+    async def chunks() -> AsyncGenerator[str, None]:
+        for choices in events:
+            yield f"data: {json.dumps({'id': 'theirs', 'choices': choices})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def listened() -> list[str]:
+        return [chunk async for chunk in listen(chunks(), "ours", remembered.append)]
+
+    *passed, last = asyncio.run(listened())
+    assert last == "data: [DONE]\n\n"
+    return [json.loads(each.removeprefix("data: "))["id"] for each in passed], remembered
+
+
+def test_choices_of_a_stream_are_put_together_again() -> None:
+    ids, (found,) = heard(
+        [choice(1, content="Fi"), choice(0, role="assistant", content="")],
+        [choice(0, **called(0, name="add")), choice(1, content="ve.")],
+        [choice(0, **called(0, arguments='{"to": [2,')), choice(2, **called(0, name="add"))],
+        [choice(0, **called(0, arguments=" 2]}")), choice(1, "stop")],
+        [choice(0, "tool_calls"), choice(2, "length", **called(0, arguments='{"to": '))],
+        [],
+    )
+    assert ids == ["ours"] * 6
+    call = {"name": "add", "arguments": '{"to": [2, 2]}'}
+    assert found == [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+        {"role": "assistant", "content": "Five.", "tool_calls": []},
+        # A call that was cut short is a text.
+        {"role": "assistant", "content": json.dumps({"name": "add", "arguments": '{"to": '})},
+    ]
+
+
+def test_a_stream_that_broke_off_is_not_remembered() -> None:
+    assert heard([choice(0, content="Four.")], [choice(1, "stop")]) == (["ours"] * 2, [])
+    assert heard([]) == (["ours"], [])
+
+
+def test_verdicts_from_which_nothing_can_be_learned_are_not_kept(tmp_path: Path) -> None:
+    feedback = Feedback(str(tmp_path / "feedback.db"))
+    keeper = Keeper(feedback)
+    ended = [*PROMPT, Message(role="assistant", content="Well,")]
+    questions = [
+        Question(PROMPT, "", "Four."),
+        Question(PROMPT, "Four.", ""),
+        Question(PROMPT, "\ud83d", "Four."),
+        Question(ended, "Four.", "Five."),
+        Question(PROMPT, "Four.", "Five."),
+    ]
+    first = Ruling({"overall": Verdict((0.9, 0.9))})
+    keeper.keep_verdicts(questions, [first] * 5, None)
+    keeper.thread.shutdown(wait=True)
+    assert [(row.chosen, row.rejected) for row in feedback.rows()] == [
+        ("Four.", ""),
+        ("Four.", "Five."),
+    ]
