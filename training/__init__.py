@@ -47,3 +47,21 @@ Data, models, runs:
 
 `world` is the bundled world: prompts, answers, preferences, and the gold scorer that grades them.
 """
+
+import sys
+from types import TracebackType
+
+
+def _say_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == [
+    "-m"
+]:  # Python looks for a command, whose imports take seconds; `console` guards the rest
+    sys.excepthook = _say_interrupted

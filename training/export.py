@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from judge.feedback import SOURCES, Feedback, FeedbackError, Preference, Source, fingerprint
-from training.console import TrainingError, main_guard
+from training.bounds import Share
+from training.console import TrainingError, main_guard, read_options
+from training.output import check_file
 
 _SECRETS = re.compile(
     r"""
@@ -49,8 +49,10 @@ class Options:
     """JSON lines of `prompt`, `chosen`, `rejected` and, of the judge's, `principle`."""
     source: Literal["all", "person", "judge"] = "all"
     """Whose preferences."""
-    min_confidence: float = 0.0
+    min_confidence: Share = 0.0
     """Only verdicts of the judge's that are surer than this, a probability."""
+    overwrite: bool = False
+    """Replace the output where it is there already."""
 
 
 def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -88,6 +90,7 @@ def has_secret(texts: Iterable[str]) -> bool:
 
 
 def main(options: Options) -> None:
+    check_file(options, reads=("feedback",))
     try:
         feedback = Feedback(options.feedback, create=False)
     except FeedbackError as error:
@@ -111,4 +114,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -14,12 +14,15 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import tyro
+from pydantic import NonNegativeInt
 
 from proxy.checkpoint import resolve_model_dir
-from training.console import TrainingError, main_guard
+from training import output
+from training.bounds import Seed
+from training.console import TrainingError, main_guard, read_options
 from training.data import PAIR, Row, read_rows
 from training.models import Conversations, load_tokenizer
+from training.output import Run
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,11 @@ class Options:
     `training.layouts` too."""
     output: Path
     """Directory for `train.jsonl` and `held_out.jsonl`."""
-    held_out: int = 200
+    held_out: NonNegativeInt = 200
     """Pairs to set aside, at least: all pairs of a prompt go the same way."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of which prompts are set aside."""
 
 
@@ -50,6 +55,12 @@ class Pair(NamedTuple):
 
 
 def main(options: Options) -> None:
+    reads, writes = ("model", "preferences"), ("train.jsonl", "held_out.jsonl")
+    with output.run(options, "training.prepare", reads=reads, writes=writes) as run:
+        _prepare(options, run)
+
+
+def _prepare(options: Options, run: Run) -> None:
     chats = Conversations(load_tokenizer(str(resolve_model_dir(options.model))))
     rows = read_rows(options.preferences, PAIR)
     pairs = [_measure(row, chats) for row in rows if row["chosen"] != row["rejected"]]
@@ -61,7 +72,7 @@ def main(options: Options) -> None:
     )
     print("\n".join(describe(pairs)))
     print(f"A prompt as the LLM reads it: {_as_read(pairs[0], chats)!r}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    run.start()
     for name, part in (("train", train), ("held_out", held_out)):
         path = options.output / f"{name}.jsonl"
         lines = [json.dumps({field: pair.row[field] for field in PAIR}) for pair in part]
@@ -133,4 +144,4 @@ def _as_read(pair: Pair, chats: Conversations) -> str:
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))
