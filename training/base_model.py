@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from judge.options import PositiveShare, Seed
 from judge.principles import DEFAULT
 from judge.prompts import LABELS, Question, judge_messages
 from training import output
-from training.bounds import PositiveShare, Seed
 from training.console import TrainingError, main_guard, read_options
 from training.data import Row, read_rows
 from training.saving import MODEL_FILES, saving

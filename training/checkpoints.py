@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from training.metrics import METRICS_FILES
+from training.metrics import METRICS_FILES, TrainerMetrics
 from training.output import Run, remove
 from training.saving import MODEL_FILES
 
@@ -45,7 +45,12 @@ def train(trainer: Any, options: Any, run: Run) -> None:
     if newest:
         run.saved = f"step {_steps(newest)}"
     trainer.add_callback(_Saved(run))
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TrainerMetrics):
+                callback.close()
 
 
 def remove_all(output: Path) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from judge.options import PositiveShare, Seed
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from training import base_model, jsft, output, proxy_ppo, reward_model
-from training.bounds import PositiveShare, Seed
 from training.console import Interrupted, main_guard, read_options
 from training.world import __main__ as world
 

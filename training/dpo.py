@@ -16,9 +16,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from judge.options import Positive, Seed
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints, output
-from training.bounds import Positive, Seed
 from training.console import TrainingError, main_guard, read_options
 from training.data import PAIR, Row, read_rows
 from training.metrics import TrainerMetrics

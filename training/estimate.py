@@ -21,8 +21,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from judge.options import NonNegative, Positive, PositiveShare
 from proxy.network import ProxyConfig, ProxyNetwork
-from training.bounds import NonNegative, Positive, PositiveShare
 from training.console import TrainingError, main_guard, read_options
 
 GB = 1e9

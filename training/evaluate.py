@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
-from training.bounds import Seed
 from training.console import TrainingError, main_guard, read_options
 from training.data import read_rows
 from training.models import Conversations, end_ids, load_model, refuse_unknown

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from judge.feedback import SOURCES, Feedback, FeedbackError, Preference, Source, fingerprint
-from training.bounds import Share
+from judge.options import Share
 from training.console import TrainingError, main_guard, read_options
 from training.output import check_file
 

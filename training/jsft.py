@@ -17,10 +17,10 @@ import torch
 from peft import get_peft_model
 from pydantic import NonNegativeInt
 
+from judge.options import Positive
 from judge.principles import FILE_NAME, principles_of, read_principles, write_principles
 from proxy.checkpoint import identify, resolve_model_dir
 from training import output, rewards, supervised
-from training.bounds import Positive
 from training.checkpoints import WRITES
 from training.console import TrainingError, main_guard, read_options
 from training.data import read_rows

@@ -69,17 +69,19 @@ class TrainerMetrics(TrainerCallback):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._metrics: Metrics | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._metrics = Metrics(self._directory, after=state.global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if self._metrics:
             self._metrics.add({"step": state.global_step, **logs})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+    def close(self) -> None:
+        """Draw the curves; the trainer does not do it where a run ends too early."""
+        if self._metrics:
             self._metrics.close()
 
 

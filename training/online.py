@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from judge.options import NonNegative, Positive
 from training import updates
-from training.bounds import NonNegative, Positive
 from training.console import TrainingError
 from training.rewards import Reward, load_reward
 from training.rollout import Rollout

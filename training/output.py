@@ -169,7 +169,7 @@ def run(
     _refuse_unwritable(target, is_directory=True)
     marker = Marker(
         command=command,
-        options=_settings_of(options, reads),
+        options=settings_of(options, reads),
         inputs={name: _digest(value) for name, value in inputs.items()},
         files=list(writes),
     )
@@ -333,7 +333,7 @@ def _refuse_unwritable(target: Path, *, is_directory: bool) -> None:
         raise TrainingError(f"{target}: {ancestor} cannot be written to")
 
 
-def _settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
+def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
     """The options that a run must go on with, as JSON has them; inputs are compared by what they hold."""
     settings = json.loads(json.dumps(asdict(options), default=str))
     return {name: value for name, value in settings.items() if name not in (*_FREE, *reads)}

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from judge.options import NonNegative, PositiveShare
 from proxy.acceptance import (
     Candidates,
     Decision,
@@ -20,7 +21,6 @@ from proxy.acceptance import (
 )
 from proxy.exact import emission_probabilities, sharpened
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
-from training.bounds import NonNegative, PositiveShare
 
 _MAX_TIES = 16  # with the k-th candidate, all of which vLLM keeps
 

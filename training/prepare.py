@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from pydantic import NonNegativeInt
 
+from judge.options import Seed
 from proxy.checkpoint import resolve_model_dir
 from training import output
-from training.bounds import Seed
 from training.console import TrainingError, main_guard, read_options
 from training.data import PAIR, Row, read_rows
 from training.models import Conversations, load_tokenizer

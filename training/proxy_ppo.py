@@ -31,10 +31,10 @@ from accelerate.utils import gather_object
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from judge.options import Finite, NonNegative, Positive, PositiveShare
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir, save
 from proxy.network import ProxyNetwork
 from training import online, output
-from training.bounds import Finite, NonNegative, Positive, PositiveShare
 from training.console import TrainingError, main_guard, read_options
 from training.online import PATIENCE, Episodes
 from training.policy import Policy, default_config

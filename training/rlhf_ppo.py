@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from judge.options import NonNegative, Positive, Share
 from proxy.checkpoint import resolve_model_dir
 from training import online, output
-from training.bounds import NonNegative, Positive, Share
 from training.console import TrainingError, main_guard, read_options
 from training.models import load_model, loading, token_logprobs
 from training.online import Episodes

@@ -26,12 +26,12 @@ from peft import get_peft_model
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from judge.options import NonNegative, Positive, Share
 from judge.principles import FILE_NAME, principles_of, write_principles
 from judge.prompts import Question
 from judge.verdict import Ruling
 from proxy.checkpoint import resolve_model_dir
 from training import output, updates
-from training.bounds import NonNegative, Positive, Share
 from training.console import TrainingError, main_guard, read_options
 from training.judges import load_judges, rule
 from training.models import (

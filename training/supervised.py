@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from judge.options import NonNegative, Positive, Seed, Share
 from training import checkpoints
-from training.bounds import NonNegative, Positive, Seed, Share
 from training.console import TrainingError
 from training.data import Row
 from training.metrics import TrainerMetrics

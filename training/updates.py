@@ -21,8 +21,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
-from training.bounds import Positive, Seed
 from training.console import TrainingError
 from training.data import Message, read_rows
 from training.metrics import METRICS_FILES, Metrics

@@ -23,9 +23,9 @@ from typing import Any
 
 from pydantic import PositiveInt
 
+from judge.options import Seed
 from judge.principles import FILE_NAME, write_principles
 from training import output
-from training.bounds import Seed
 from training.console import main_guard, read_options
 from training.world import gold, principles
 from training.world.grammar import Prompt, all_prompts, draw_answer, make_rude
