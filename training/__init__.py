@@ -41,6 +41,7 @@ Data, models, runs:
 - `supervised`      - training on sequences with a weight per token.
 - `checkpoints`     - a killed run of transformers' trainer goes on.
 - `state`           - and so does one of ours.
+- `output`          - what a command writes: nothing is destroyed, an unfinished run is known again.
 - `saving`          - a directory is saved whole.
 - `metrics`         - a run's figures and curves.
 - `console`         - errors of the user's: one line, exit code 2.

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +16,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from training.console import TrainingError
 
@@ -97,6 +100,8 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=implementation, output_loading_info=True
         )
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # a damaged one is passed over
+            GenerationConfig.from_pretrained(name)
     if found["missing_keys"]:  # which would be drawn at random
         raise TrainingError(
             f"cannot load the model {name!r}: its weights lack {sorted(found['missing_keys'])[0]}; is it a causal LM?"
