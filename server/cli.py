@@ -36,16 +36,12 @@ DRAIN_SECONDS = 30.0
 MAX_BODY_BYTES = 32 * 1024**2
 SMALL_MODEL_BYTES = 256 * 1024**2
 SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
-
-
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 PATHS = (
     *("model", "tokenizer", "chat_template", "download_dir"),
     *("proxy_root", "principles", "feedback", "access"),
 )
 """Flags that may begin with `~`, which a shell leaves where it stands after `=`."""
-
-
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class Refused(ValueError):
@@ -199,14 +195,14 @@ def parse(argv: Sequence[str]) -> Namespace:
     args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
     args.shadow = [*args.shadow, *ours.shadow]
     args.judge = [*args.judge, *ours.judge]
-    configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
     args.model = args.model or args.model_tag
     for name in PATHS:
         value = getattr(args, name)
         if isinstance(value, str | Path) and str(value).startswith("~"):
             setattr(args, name, type(value)(Path(value).expanduser()))
     args.judge = [path.expanduser() for path in args.judge]
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
     return args
 
 
