@@ -53,7 +53,7 @@ format: install  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix
 
 demo: install  ## train the demo again: frozen LLM, proxies and judge into deploy/demo
-	$(BIN)/python -m training.demo --output deploy/demo $(ARGS)
+	$(BIN)/python -m training.demo --output deploy/demo --overwrite $(ARGS)
 
 lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest of all)
 	deploy/install/lock.sh $(ARGS)

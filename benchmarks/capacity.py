@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import aiohttp
 import psutil
-import tyro
 
 from benchmarks.engines import Server, serve
 from benchmarks.models import get_model
+from judge.options import read_options
 
 PROXY = "aligned"
 RATES = (1.0, 100.0, 10_000.0)
@@ -321,4 +321,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import tyro
 from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from judge.options import read_options
 from training.data import read_rows
 from training.evaluate import flaw_rates, win_rate
 from training.world import gold
@@ -207,4 +207,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

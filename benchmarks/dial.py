@@ -19,11 +19,11 @@ from typing import Any
 
 import matplotlib
 import torch
-import tyro
 from matplotlib import pyplot
 from tqdm import tqdm
 
 from benchmarks.models import DEMO, REPOSITORY
+from judge.options import read_options
 from proxy.checkpoint import BaseModelId, identify, load
 from training.evaluate import win_rate
 from training.models import Conversations, end_ids, load_model
@@ -245,4 +245,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from benchmarks.clock import LAW, Clock, wrapped_law
+from judge.options import read_options
 from proxy.acceptance import noise_key
 from proxy.history import History
 from proxy.hook import Step, align
@@ -260,4 +260,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

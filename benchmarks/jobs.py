@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from benchmarks.models import DEMO
+from judge.options import read_options
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def command(
     report: Callable[[Setting, tuple[int, ...], Path], None],
 ) -> None:
     """The command line of a comparison: all its jobs, and then its report."""
-    options = tyro.cli(Options, description=description)
+    options = read_options(Options, description)
     setting = setting_of(options.model, options.work, options.scale)
     jobs = plan(options.seeds)
     if options.job is not None:
@@ -112,7 +112,7 @@ def command(
 
 
 def run_job(setting: Setting, job: Job) -> None:
-    """Run it, measure what it took, and write its result."""
+    """Run it, measure what it took, and write its result. What an earlier try left is replaced."""
     torch.set_num_threads(1)
     directory = setting.directory(job.name)
     directory.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
 from benchmarks.dial import held_out_prompts
 from benchmarks.models import DEMO
+from judge.options import read_options
 from proxy.acceptance import Candidates, nucleus
 from proxy.checkpoint import identify, load
 from training.models import Conversations, load_model
@@ -235,4 +235,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

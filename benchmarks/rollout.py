@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.clock import Clock
 from benchmarks.dial import held_out_prompts
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import compare
+from judge.options import read_options
 from proxy.checkpoint import identify, load
 from training.models import Conversations, end_ids
 from training.policy import Decoding, Policy
@@ -155,4 +155,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import ServerKind, make_llm, serve
 from benchmarks.models import Model, ModelName, get_model, make_proxy
+from judge.options import read_options
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
 from transformers import AutoConfig
 
 import proxy.sampler
@@ -24,6 +23,7 @@ from benchmarks.clock import LAW, Clock, wrapped_law
 from benchmarks.engines import make_llm
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import SAMPLINGS, SamplingName
+from judge.options import read_options
 from proxy.request import WorkerAlignment
 
 PROMPT_TOKENS = 8
@@ -174,4 +174,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -23,12 +23,12 @@ from statistics import median, quantiles
 from typing import Any, Literal, NamedTuple
 
 import aiohttp
-import tyro
 from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.engines import Server, serve
 from benchmarks.models import Model, ModelName, get_model
+from judge.options import read_options
 
 Kind = Literal["stock", "plain", "aligned"]
 ShapeName = Literal["prompt-heavy", "decode-heavy"]
@@ -268,4 +268,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(read_options(Options, __doc__))

@@ -16,6 +16,7 @@ vllm. One line a module:
 - `tournament`    - strategies that rank N samples, with a receipt that replays.
 - `bradley_terry` - scores from probabilities of winning.
 - `feedback`      - preferences that are kept, in any database.
+- `options`       - options of all commands: bounds of their numbers, `~`.
 - `evaluate`      - `python -m judge.evaluate`: how good is a judge?
 - `plan`          - `python -m judge.plan`: proxy, best of N, or both?
 """

@@ -204,7 +204,7 @@ def _open(url: str, create: bool) -> Engine:
             raise FileNotFoundError("there is no such file")
         path.parent.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{path}"
-    engine = create_engine(url)
+    engine = create_engine(url.replace(":///~/", f":///{Path.home()}/", 1))
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")

@@ -25,13 +25,14 @@ from statistics import fmean, quantiles
 from typing import Any
 
 import httpx
-import tyro
+from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from judge.evaluate import API_KEY, reason_of
 from judge.messages import Message, as_texts
+from judge.options import Positive, Seed, read_options
 from judge.rows import RowOptions, read_rows
 
 Grader = Callable[..., Sequence[float]]
@@ -56,26 +57,26 @@ class Options(RowOptions):
     """The LLM's name; None = the first that the server lists."""
     proxies: tuple[str, ...] = ()
     """Names of loaded proxies; the plain LLM is always measured."""
-    best_of: tuple[int, ...] = (1, 2, 4, 8)
+    best_of: tuple[PositiveInt, ...] = (1, 2, 4, 8)
     """N."""
     judge_kind: str | None = None
     """Which of the server's judges chooses; None = its usual one."""
-    num_prompts: int = 200
+    num_prompts: PositiveInt = 200
     """Only the first so many."""
-    concurrency: int = 1
+    concurrency: PositiveInt = 1
     """Requests at once: latencies are those of such a load."""
-    max_completion_tokens: int = 256
+    max_completion_tokens: PositiveInt = 256
     """Of an answer."""
     grader: str | None = None
     """`module:function`, called with N prompts (lists of chat messages) and completions (texts), returning N numbers;
     None = the server's judge."""
     grader_kind: str | None = None
     """Which of the server's judges grades; None = its usual one."""
-    max_seconds: float | None = None
+    max_seconds: Positive | None = None
     """Budget: 95 % of the answers are to come within so many seconds."""
-    max_tokens: float | None = None
+    max_tokens: Positive | None = None
     """Budget: tokens an answer, prompt, samples and judgments together, on average."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order and the samples."""
 
 
@@ -227,7 +228,7 @@ def load_grader(name: str) -> Grader:
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does
         raise ValueError(f"--grader {name!r}: expected module:function ({error})") from None
 
 
@@ -261,6 +262,15 @@ def is_dominated(one: Measured, measured: Sequence[Measured]) -> bool:
     )
 
 
+def read_measured(path: Path) -> list[Measured]:
+    """Raises ValueError where the file is none that `main` wrote."""
+    try:
+        rows = json.loads(path.read_bytes())
+        return [Measured(**row | {"way": Way(**row["way"])}) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no plan.json of an earlier run: {error}") from None
+
+
 def show(measured: Sequence[Measured], fit: Measured | None) -> None:
     table = Table("", "way", "win rate", "seconds", "95 %", "tokens", "")
     for each in measured:
@@ -290,8 +300,7 @@ def read_prompts(options: Options) -> list[list[Message]]:
 
 def main(options: Options) -> None:
     if options.measured is not None:
-        rows = json.loads(options.measured.read_text())
-        measured = [Measured(**row | {"way": Way(**row["way"])}) for row in rows]
+        measured = read_measured(options.measured)
     elif options.prompts is not None:
         if options.grader is not None:
             load_grader(options.grader)  # before the server is asked for anything
@@ -307,7 +316,10 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
     except httpx.HTTPStatusError as error:
         sys.exit(f"error: the server refuses: {reason_of(error.response)}")
     except (ValueError, OSError, httpx.TransportError) as error:

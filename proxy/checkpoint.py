@@ -247,6 +247,9 @@ def _tensor_heads(path: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
                 raise ValueError(f"a header of {header_size} bytes")
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
+            size = 8 + header_size + max((e["data_offsets"][1] for e in header.values()), default=0)
+            if path.stat().st_size < size:
+                raise ValueError(f"it has {path.stat().st_size} bytes of {size}")
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
                 file.seek(8 + header_size + begin)

@@ -64,7 +64,8 @@ def score_shadows(
             temperature = undone if temperature is None else temperature * undone
         candidates = rows.candidates(logits, temperature)
         accept_logits = rows.accept_logits(step.hidden, candidates)
-        race, coins = draw_noise(*candidates.token_ids.shape, logits.device).unbind(1)
+        num_rows, num_slots = candidates.token_ids.shape
+        race, coins = draw_noise(num_rows, num_slots, logits.device).unbind(1)
         said = rows.pick(sampled)
         is_inside = candidates.logprobs > -math.inf
         is_said = is_inside & (candidates.token_ids == said.unsqueeze(-1))  # [A, K]

@@ -333,7 +333,7 @@ def _propose(
         else:
             race = _exponential(key, position, 2 * ids[i] + 1)
             times[i] = math.log(race) - request.sharpness * (values[i] - log_total)
-    best, best_score = 0, -np.inf
+    best, best_score = 0, np.float32(-np.inf)
     proposed = 0
     while proposed < min(request.max_rejections, count):
         first = 0
@@ -350,8 +350,8 @@ def _propose(
                 features, candidate, logprob, product, of_logprob, score, bias, mixed
             )
         if request.greedy:
-            if logprob - cost > best_score:
-                best, best_score = first, logprob - cost
+            if np.float32(logprob - cost) > best_score:
+                best, best_score = first, np.float32(logprob - cost)
         elif _exponential(key, position, 2 * ids[first] + 2) >= cost:
             return first, proposed, False
     if request.greedy and proposed > 0:

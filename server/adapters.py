@@ -68,16 +68,17 @@ def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeK
 
 def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
     try:
-        reward = _RewardFile.model_validate_json((directory / "reward.json").read_text())
+        reward = _RewardFile.model_validate_json((directory / "reward.json").read_bytes())
     except (OSError, ValidationError):
         raise AdapterError(
             f"{directory} has no reward.json that says what it is: it is written by "
             "training.jsft --lora-rank and by training.reward_model --lora-rank"
         ) from None
     try:
-        lora: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
+        lora: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
         rank, targets, kept = lora["r"], lora["target_modules"], lora.get("modules_to_save")
-    except (OSError, ValueError, KeyError):
+        rank, targets = int(rank), set(targets)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise AdapterError(
             f"{directory} is not a LoRA: train the judge with --lora-rank, so that the LLM stays as it is"
         ) from None
@@ -86,7 +87,7 @@ def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
             f"the judge in {directory} was trained on {reward.base.name!r} ({reward.base.fingerprint}), but this is "
             f"{base.name!r} ({base.fingerprint})"
         )
-    if kept or {"lm_head", "embed_tokens"} & set(targets):
+    if kept or {"lm_head", "embed_tokens"} & targets:
         raise AdapterError(
             f"the LoRA in {directory} changes the head or the embedding: leave them out"
         )

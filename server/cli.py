@@ -5,6 +5,7 @@ shows only after the LLM has been loaded costs minutes.
 """
 
 import argparse
+import json
 import os
 import sys
 from argparse import Namespace
@@ -24,7 +25,7 @@ from vllm.utils.system_utils import decorate_logs
 
 from judge.feedback import Feedback, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
-from proxy.checkpoint import BaseModelId, ProxyError, identify, load
+from proxy.checkpoint import BaseModelId, ProxyError, fingerprint, identify, load
 from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.plugin import AssentPlugin, install
@@ -35,6 +36,12 @@ DRAIN_SECONDS = 30.0
 MAX_BODY_BYTES = 32 * 1024**2
 SMALL_MODEL_BYTES = 256 * 1024**2
 SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+PATHS = (
+    *("model", "tokenizer", "chat_template", "download_dir"),
+    *("proxy_root", "principles", "feedback", "access"),
+)
+"""Flags that may begin with `~`, which a shell leaves where it stands after `=`."""
 
 
 class Refused(ValueError):
@@ -188,9 +195,14 @@ def parse(argv: Sequence[str]) -> Namespace:
     args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
     args.shadow = [*args.shadow, *ours.shadow]
     args.judge = [*args.judge, *ours.judge]
+    args.model = args.model or args.model_tag
+    for name in PATHS:
+        value = getattr(args, name)
+        if isinstance(value, str | Path) and str(value).startswith("~"):
+            setattr(args, name, type(value)(Path(value).expanduser()))
+    args.judge = [path.expanduser() for path in args.judge]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    args.model = args.model or args.model_tag
     return args
 
 
@@ -240,10 +252,12 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
     Returns the LLM's identity, where proxies are or may be loaded.
     """
     looks_like_path = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
-    if looks_like_path and not (Path(args.model).expanduser() / "config.json").is_file():
+    if looks_like_path and not (Path(args.model) / "config.json").is_file():
         raise Refused(f"--model {args.model!r}: there is no such directory with a config.json")
+    if looks_like_path:
+        check_model_files(Path(args.model))
     if args.proxy_root is not None:
-        args.proxy_root = args.proxy_root.expanduser().absolute()
+        args.proxy_root = args.proxy_root.absolute()
         if not args.proxy_root.is_dir():
             raise Refused(f"--proxy-root {args.proxy_root}: there is no such directory")
     if not proxies and args.proxy_root is None:
@@ -260,12 +274,25 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
     return base
 
 
+def check_model_files(directory: Path) -> None:
+    """Whether the files of a model are whole, which vLLM would find out late and at length."""
+    for path in map(directory.joinpath, MODEL_FILES):
+        if not path.exists():
+            continue
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise Refused(f"--model: {path} cannot be read: {error}") from None
+    if any(directory.glob("*.safetensors")):
+        fingerprint(directory)
+
+
 def check_judges(args: Namespace, base: BaseModelId | None) -> dict[JudgeKind, Adapter]:
     """Read every judge, and have vLLM make room for them."""
     if not args.judge:
         return {}
     base = base or identify(args.model, args.revision, cache_dir=args.download_dir)
-    directories = [path.expanduser().absolute() for path in args.judge]
+    directories = [path.absolute() for path in args.judge]
     adapters = read_adapters(directories, base)
     enable_adapters(args, adapters)
     return adapters
@@ -276,10 +303,10 @@ def find_principles(
 ) -> Mapping[str, Principle]:
     """What the judge may judge by: what it was trained by, unless a file is named."""
     if args.principles is not None:
-        return read_principles(args.principles.expanduser())
+        return read_principles(args.principles)
     if "pairwise" in adapters:
         return adapters["pairwise"].principles
-    return principles_of(Path(args.model).expanduser())
+    return principles_of(Path(args.model))
 
 
 def prefer_settings(args: Namespace) -> None:
@@ -308,7 +335,7 @@ def take_access(args: Namespace) -> Access:
     keys = [key for key in (args.api_key or [vllm.envs.VLLM_API_KEY]) if key]
     args.api_key = None
     os.environ.pop("VLLM_API_KEY", None)
-    return read_access(args.access and args.access.expanduser(), keys, os.environ)
+    return read_access(args.access, keys, os.environ)
 
 
 def _worker_class() -> str | None:

@@ -117,7 +117,7 @@ def _model(args: Namespace) -> tuple[list[Finding], BaseModelId | None]:
         base = identify(args.model, args.revision, cache_dir=args.download_dir)
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of tokenizers, of a config without a key...
         return [Finding("error", "model", _line(error))], None
     text = config.get_text_config()
     name = (config.architectures or ["an unnamed architecture"])[0]
@@ -146,7 +146,7 @@ def _proxies(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
         about = f"version {found.version}, {found.network.num_parameters():,} parameters"
         yield Finding("ok", f"proxy {proxy.name}", about + (", a shadow" * proxy.shadow))
     if args.proxy_root is not None:
-        root = args.proxy_root.expanduser()
+        root = args.proxy_root
         if not root.is_dir():
             yield Finding("error", "proxy root", f"{root}: there is no such directory")
         elif not os.access(root, os.W_OK):
@@ -175,7 +175,7 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
 
 def _memory(args: Namespace) -> Iterator[Finding]:
     """The files' weights against what is free; vLLM takes its cache of the rest."""
-    files = list(Path(args.model).expanduser().glob("*.safetensors"))
+    files = list(Path(args.model).glob("*.safetensors"))
     if not files:  # a hub id
         return
     weights = sum(file.stat().st_size for file in files) / args.tensor_parallel_size
@@ -194,7 +194,7 @@ def _access(args: Namespace) -> Iterator[Finding]:
     environment = dict(os.environ)  # keys are taken out of it
     keys = [key for key in (args.api_key or [environment.get("VLLM_API_KEY")]) if key]
     try:
-        access = read_access(args.access and args.access.expanduser(), keys, environment)
+        access = read_access(args.access, keys, environment)
     except cli.REFUSED as error:
         yield Finding("error", "keys", _line(error))
         return

@@ -40,9 +40,28 @@ Data, models, runs:
 - `supervised`      - training on sequences with a weight per token.
 - `checkpoints`     - a killed run of transformers' trainer goes on.
 - `state`           - and so does one of ours.
+- `output`          - what a command writes: nothing is destroyed, an unfinished run is known again.
 - `saving`          - a directory is saved whole.
 - `metrics`         - a run's figures and curves.
 - `console`         - errors of the user's: one line, exit code 2.
 
 `world` is the bundled world: prompts, answers, preferences, and the gold scorer that grades them.
 """
+
+import sys
+from types import TracebackType
+
+
+def _say_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == [
+    "-m"
+]:  # Python looks for a command, whose imports take seconds; `console` guards the rest
+    sys.excepthook = _say_interrupted

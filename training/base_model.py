@@ -9,9 +9,10 @@ preference pairs) judgments of them. Weights are random: train them with `traini
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -21,11 +22,13 @@ from transformers import (
 )
 
 from judge.messages import text_of
+from judge.options import PositiveShare, Seed
 from judge.principles import DEFAULT
 from judge.prompts import LABELS, Question, judge_messages
-from training.console import main_guard
+from training import output
+from training.console import TrainingError, main_guard, read_options
 from training.data import Row, RowOptions, read_rows
-from training.saving import saving
+from training.saving import MODEL_FILES, saving
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
@@ -47,25 +50,27 @@ class Options(RowOptions):
     """JSON-lines files (`messages`, or `prompt` with `chosen` and `rejected`) to learn the tokenizer from."""
     output: Path
     """Directory for the model."""
-    vocab_size: int = 1536
+    vocab_size: Annotated[int, Field(ge=261)] = 1536
     """Entries of the tokenizer, at most."""
-    hidden_size: int = 256
+    hidden_size: PositiveInt = 256
     """Width of the hidden states, H."""
-    num_layers: int = 4
+    num_layers: PositiveInt = 4
     """Transformer layers."""
-    num_heads: int = 4
+    num_heads: PositiveInt = 4
     """Attention heads of each layer."""
-    intermediate_size: int = 688
+    intermediate_size: PositiveInt = 688
     """Width of the feed-forward layers."""
-    context: int = 1024
+    context: PositiveInt = 1024
     """Longest sequence, in tokens."""
-    top_k: int = 16
+    top_k: NonNegativeInt = 16
     """Default decoding, written to generation_config.json: candidates considered."""
-    top_p: float = 0.95
+    top_p: PositiveShare = 0.95
     """Default decoding: probability mass of the nucleus."""
-    max_corpus_rows: int = 20_000
+    max_corpus_rows: PositiveInt = 20_000
     """Rows of each corpus file that the tokenizer sees."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of the random weights."""
 
 
@@ -133,16 +138,22 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 def main(options: Options) -> None:
-    most = options.max_corpus_rows
-    rows = [row for path in options.corpus for row in read_rows(path, options=options)[:most]]
-    tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
-    model = build_model(options, tokenizer)
-    with saving(options.output) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+    if options.hidden_size % (2 * options.num_heads):  # pairs of numbers are turned by the position
+        raise TrainingError(
+            f"--hidden-size {options.hidden_size} is no even multiple of --num-heads {options.num_heads}"
+        )
+    with output.run(options, "training.base_model", reads=("corpus",), writes=MODEL_FILES) as run:
+        most = options.max_corpus_rows
+        rows = [row for path in options.corpus for row in read_rows(path, options=options)[:most]]
+        tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
+        model = build_model(options, tokenizer)
+        run.start()
+        with saving(options.output) as directory:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
     print(f"{options.output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -6,14 +6,20 @@ whole. The final weights are those of an unbroken run.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from training.state import refuse_other_settings, settings_of
+from transformers import TrainerCallback
+
+from training.metrics import METRICS_FILES, TrainerMetrics
+from training.output import Run, remove
+from training.saving import MODEL_FILES
 
 _DIRECTORY = "checkpoints"
-_OPTIONS_FILE = "options.json"
+_CHECKPOINTS = f"{_DIRECTORY}/checkpoint-*"
+_FILES = (_CHECKPOINTS, f"{_DIRECTORY}/README.md")  # trl adds the latter
+WRITES = (*METRICS_FILES, *MODEL_FILES, *_FILES)
+"""What such a run writes, as `training.output` wants to know it."""
 _STATE_FILE = "trainer_state.json"
 
 
@@ -27,45 +33,39 @@ def arguments(output: Path, save_every: int) -> dict[str, Any]:
     )
 
 
-def train(trainer: Any, options: Any) -> None:
-    """Train, from the newest whole checkpoint with `options.resume`, else from nothing.
-
-    Raises:
-        TrainingError: the checkpoint is of a run with other options.
-    """
-    settings = settings_of(options)
-    newest = newest_checkpoint(options.output, settings) if options.resume else None
+def train(trainer: Any, options: Any, run: Run) -> None:
+    """Train, from the newest whole checkpoint with `options.resume`, else from nothing."""
+    run.start()
+    newest = newest_checkpoint(options.output) if options.resume else None
     if options.resume:
         print(f"going on from {newest}" if newest else "nothing to resume: beginning anew")
-    if trainer.is_world_process_zero():
-        directory = options.output / _DIRECTORY
-        for path in directory.glob("*"):  # those cut short would be taken for the newest
-            if path.is_dir() and path != newest:
-                shutil.rmtree(path)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _OPTIONS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if trainer.is_world_process_zero():  # those cut short would be taken for the newest
+        cut_short = set(options.output.glob(_CHECKPOINTS)) - {newest}
+        remove(options.output, [str(path.relative_to(options.output)) for path in cut_short])
+    if newest:
+        run.saved = f"step {_steps(newest)}"
+    trainer.add_callback(_Saved(run))
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TrainerMetrics):
+                callback.close()
 
 
-def remove(output: Path) -> None:
+def remove_all(output: Path) -> None:
     """What a run that is done needs no more."""
-    shutil.rmtree(output / _DIRECTORY)
+    remove(output, _FILES)
 
 
-def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
-    """The newest that is whole, of a run with these settings; None = there is none.
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest that is whole; None = there is none."""
+    whole = [path for path in output.glob(_CHECKPOINTS) if _is_whole(path)]
+    return max(whole, key=_steps, default=None)
 
-    Raises:
-        TrainingError: it is of a run with other settings.
-    """
-    directory = output / _DIRECTORY
-    whole = [path for path in directory.glob("checkpoint-*") if _is_whole(path)]
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if newest is None:
-        return None
-    before = json.loads((directory / _OPTIONS_FILE).read_text(encoding="utf-8"))
-    refuse_other_settings(newest, before, settings)
-    return newest
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -74,3 +74,13 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+class _Saved(TrainerCallback):
+    """Keeps in mind what a run that is interrupted can go on from."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.saved = f"step {state.global_step}"

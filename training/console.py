@@ -4,20 +4,42 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
+from judge.options import OptionError, read_options
 from judge.principles import PrincipleError
 from judge.prompts import JudgePromptError
 from proxy.checkpoint import ProxyError
+
+__all__ = ["Interrupted", "TrainingError", "main_guard", "read_options"]
 
 
 class TrainingError(ValueError):
     """Something that the user can mend; the message says what, where and how."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user pressed Ctrl-C; the message says what was saved, and how to go on."""
+
+
 @contextmanager
 def main_guard() -> Iterator[None]:
-    """Turn errors that the user can mend into a message and exit code 2; let all others through."""
+    """Turn errors that the user can mend into a line and exit code 2, Ctrl-C into one and 130; let others through."""
     try:
         yield
-    except (TrainingError, ProxyError, JudgePromptError, PrincipleError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        line = str(interrupt) if isinstance(interrupt, Interrupted) else "interrupted"
+        print(f"\n{line}" if line else "", file=sys.stderr)
+        sys.exit(130)
+    except (TrainingError, OptionError, ProxyError, JudgePromptError, PrincipleError) as error:
+        _end(str(error))
+    except OSError as error:
+        # `strerror` is missing where a library raises its own.
+        _end(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except SafetensorError as error:  # which a full disk raises too
+        _end(f"safetensors: {error}")
+
+
+def _end(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

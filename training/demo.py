@@ -2,19 +2,20 @@
 
 This is the project's main path, top to bottom: data, an untrained model, a base model that answers and judges, two
 rewards, two proxies. About 40 minutes on two CPU cores; twice that without g++, which torch.compile needs. Stages whose
-result is in the work directory already are skipped, so a run that was interrupted goes on; delete a stage's directory
-to make it again.
+result is in the work directory already are skipped, and a training that was killed is gone on with, so the same command
+again goes on; delete a stage's directory to make it again.
 """
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import tyro
-
-from training import base_model, jsft, proxy_ppo, reward_model
-from training.console import main_guard
+from judge.options import PositiveShare, Seed
+from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from training import base_model, jsft, output, proxy_ppo, reward_model
+from training.console import Interrupted, main_guard, read_options
 from training.world import __main__ as world
 
 MODEL_FILES = (
@@ -25,6 +26,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+PROXY_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 PROXIES = {"aligned": ("preferences.jsonl", 60), "polite": ("preferences_manners.jsonl", 20)}
 """Each proxy: the preferences that it learns from, and its updates. Manners are learned in a few; more would learn the
 noise in a reward that knows nothing else."""
@@ -38,10 +40,12 @@ class Options:
     """Directory that gets `model/` and `proxies/`."""
     work: Path = Path("runs/demo")
     """Directory for the data and all that is made on the way."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything."""
-    scale: float = 1.0
+    scale: PositiveShare = 1.0
     """Share of the data and of the updates, to see the path work in less time."""
+    overwrite: bool = False
+    """Replace the model and the proxies that this command left in the output directory."""
 
 
 def stage(marker: Path, make: Callable[[], None]) -> None:
@@ -54,6 +58,24 @@ def stage(marker: Path, make: Callable[[], None]) -> None:
 
 
 def main(options: Options) -> None:
+    writes = [f"model/{file}" for file in MODEL_FILES]
+    writes += [f"proxies/{name}/{file}" for name in PROXIES for file in PROXY_FILES]
+    run = partial(output.run, options, "training.demo", reads=())
+    try:
+        with run(writes=writes) as published:
+            with run(writes=(), directory=options.work, resume=True) as work:
+                work.start()
+                _make(options)
+            published.start()
+            publish(options.work, options.output)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted: what is done is in {options.work}, and the same command goes on"
+        ) from None
+
+
+def _make(options: Options) -> None:
+    """All stages, into the work directory."""
     work, seed = options.work, options.seed
     data, untrained, base = work / "world", work / "untrained", work / "base"
 
@@ -73,6 +95,7 @@ def main(options: Options) -> None:
                 num_preferences=some(60_000),
                 num_prompts=some(8_000),
                 num_held_out=some(1_000),
+                overwrite=True,  # what was cut short
             )
         ),
     )
@@ -80,7 +103,10 @@ def main(options: Options) -> None:
         untrained / "tokenizer_config.json",
         lambda: base_model.main(
             base_model.Options(
-                corpus=(data / "sft.jsonl", data / "preferences.jsonl"), output=untrained, seed=seed
+                corpus=(data / "sft.jsonl", data / "preferences.jsonl"),
+                output=untrained,
+                overwrite=True,  # what was cut short
+                seed=seed,
             )
         ),
     )
@@ -95,6 +121,7 @@ def main(options: Options) -> None:
                 prompt_weight=0.1,
                 compile=compiles,
                 attention="eager" if compiles else "sdpa",
+                resume=True,
                 seed=seed,
             )
         ),
@@ -110,6 +137,7 @@ def main(options: Options) -> None:
                     preferences=str(preferences),
                     output=reward,
                     max_rows=some(12_000),
+                    resume=True,
                     seed=seed,
                 )
             ),
@@ -123,6 +151,7 @@ def main(options: Options) -> None:
                     prompts=str(data / "prompts.jsonl"),
                     output=proxy,
                     steps=some(updates),
+                    resume=True,
                     seed=seed,
                 )
             ),
@@ -130,22 +159,21 @@ def main(options: Options) -> None:
 
     for name, (preferences, updates) in PROXIES.items():
         make_proxy(name, data / preferences, updates)
-    publish(work, options.output)
 
 
-def publish(work: Path, output: Path) -> None:
+def publish(work: Path, target: Path) -> None:
     """Copy what the server loads."""
-    (output / "model").mkdir(parents=True, exist_ok=True)
+    (target / "model").mkdir(parents=True, exist_ok=True)
     for file in MODEL_FILES:
-        shutil.copy2(work / "base" / file, output / "model" / file)
+        shutil.copy2(work / "base" / file, target / "model" / file)
     for name in PROXIES:
-        target = output / "proxies" / name
-        target.mkdir(parents=True, exist_ok=True)
-        for file in ("proxy.safetensors", "config.json"):
-            shutil.copy2(work / f"proxy-{name}" / file, target / file)
-    print(f"== {output}")
+        proxy = target / "proxies" / name
+        proxy.mkdir(parents=True, exist_ok=True)
+        for file in PROXY_FILES:
+            shutil.copy2(work / f"proxy-{name}" / file, proxy / file)
+    print(f"== {target}")
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from datasets import Dataset, Features, Json
+from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from judge.options import Positive, Seed
 from proxy.checkpoint import resolve_model_dir
-from training import checkpoints
-from training.console import TrainingError, main_guard
+from training import checkpoints, output
+from training.console import TrainingError, main_guard, read_options
 from training.data import PAIR, Row, RowOptions, read_as
 from training.metrics import TrainerMetrics
-from training.models import Conversations, context_of, end_ids, load_model, lora_config
+from training.models import (
+    Conversations,
+    context_of,
+    end_ids,
+    load_model,
+    lora_config,
+    refuse_unknown,
+)
+from training.output import Run
 from training.saving import saving
 
 
@@ -38,36 +47,42 @@ class Options(RowOptions):
     """Directory for what is trained, its metrics and their curves."""
     held_out: str | None = None
     """Pairs to measure on after each pass, such as `training.prepare` sets aside."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """β of DPO and of the implicit reward: the higher, the nearer to the start."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    max_rows: int | None = None
+    max_rows: PositiveInt | None = None
     """Only the first so many pairs."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Pairs in a batch."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: PositiveInt = 1
     """Batches before an update."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Peak of the linear schedule. 2e-4 suits a small model; use about 1e-6 for a pretrained LLM, 1e-5 with
     `lora_rank`."""
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
     gradient_checkpointing: bool = False
     """Keep no activations but compute them again: a third slower, and much less memory."""
-    max_length: int = 1024
+    max_length: PositiveInt = 1024
     """Pairs with a longer sequence, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between two checkpoints that `--resume` can go on from."""
     resume: bool = False
     """Go on from the last checkpoint in the output directory, if there is one."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of the order of the data."""
 
 
-def train(options: Options) -> tuple[Any, Any]:
+READS = ("model", "preferences", "held_out")
+"""Options that are inputs."""
+
+
+def train(options: Options, run: Run) -> tuple[Any, Any]:
     """The trainer when it is done, and the tokenizer."""
     model, tokenizer = load_model(
         str(resolve_model_dir(options.model)),
@@ -78,12 +93,12 @@ def train(options: Options) -> tuple[Any, Any]:
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(beta=options.beta, **settings),
-        **data(options, tokenizer, settings["max_length"]),
+        **data(options, model, tokenizer, settings["max_length"]),
         processing_class=tokenizer,
         callbacks=[TrainerMetrics(options.output)],
         peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
     )
-    checkpoints.train(trainer, options)
+    checkpoints.train(trainer, options, run)
     return trainer, tokenizer
 
 
@@ -107,24 +122,36 @@ def arguments(options: Options, model: PreTrainedModel) -> dict[str, Any]:
     )
 
 
-def data(options: Options, tokenizer: Any, most: int) -> dict[str, Dataset | None]:
+def data(
+    options: Options, model: PreTrainedModel, tokenizer: Any, most: int
+) -> dict[str, Dataset | None]:
     """The pairs to train on, and those to measure on, as trl's trainers take them; `most` tokens each at most.
 
     Raises:
-        TrainingError: all pairs of one of the two are longer.
+        TrainingError: all pairs of one of the two are longer, or a token is beyond the model's embeddings.
     """
-    chats, held_out = Conversations(tokenizer), options.held_out
+    held_out = options.held_out
     return {
-        "train_dataset": _pairs(options.preferences, chats, most, options, options.max_rows),
-        "eval_dataset": _pairs(held_out, chats, most, options) if held_out else None,
+        "train_dataset": _pairs(
+            options.preferences, model, tokenizer, most, options, options.max_rows
+        ),
+        "eval_dataset": _pairs(held_out, model, tokenizer, most, options) if held_out else None,
     }
 
 
 def _pairs(
-    source: str, chats: Conversations, most: int, options: Options, max_rows: int | None = None
+    source: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    most: int,
+    options: Options,
+    max_rows: int | None = None,
 ) -> Dataset:
+    chats = Conversations(tokenizer)
+
     def measured(row: Row) -> tuple[Row, int]:
-        answers = (chats.ids([*row["prompt"], *row[answer]]) for answer in ("chosen", "rejected"))
+        answers = [chats.ids([*row["prompt"], *row[answer]]) for answer in ("chosen", "rejected")]
+        refuse_unknown(model, tokenizer, answers)
         return {field: chats.as_given(row[field]) for field in PAIR}, max(map(len, answers))
 
     rows = read_as(source, PAIR, options, measured, max_rows)
@@ -154,13 +181,15 @@ def save(
         trainer.model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         add(directory)
-    checkpoints.remove(options.output)
+    checkpoints.remove_all(options.output)
 
 
 def main(options: Options) -> None:
-    save(options, *train(options))
+    with output.run(options, "training.dpo", reads=READS, writes=checkpoints.WRITES) as run:
+        if not run.is_finished:
+            save(options, *train(options, run))
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -12,17 +12,18 @@ N responses at once, T = prompt + response tokens, L layers, H hidden, I feed-fo
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-import tyro
+from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from judge.options import NonNegative, Positive, PositiveShare
 from proxy.network import ProxyConfig, ProxyNetwork
-from training.console import TrainingError, main_guard
+from training.console import TrainingError, main_guard, read_options
 
 GB = 1e9
 
@@ -33,45 +34,45 @@ class Options:
 
     model: str
     """A directory or a hub id; only its config is read."""
-    prompt_tokens: int = 512
+    prompt_tokens: PositiveInt = 512
     """Tokens of a prompt; all are taken to be as long as the longest."""
-    response_tokens: int = 64
+    response_tokens: PositiveInt = 64
     """`--decoding.max-new-tokens`; all responses are taken to be as long."""
-    steps: int = 60
+    steps: PositiveInt = 60
     """Updates of the proxy."""
-    episodes: int = 256
+    episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Responses at once in the device's memory, N."""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """Passes over a rollout's decisions."""
-    width: int = 64
+    width: Annotated[int, Field(ge=2)] = 64
     """Width of the proxy's layers."""
-    decisions_per_token: float = 1.5
+    decisions_per_token: Positive = 1.5
     """Candidates put to the proxy at a position."""
     reward: Literal["lora", "implicit", "scalar", "none"] = "lora"
     """What scores responses: "lora" and "implicit" from the LLM, "scalar" of the LLM's size, "none" = no model."""
-    lora_rank: int = 16
+    lora_rank: PositiveInt = 16
     """Of the reward model."""
-    pairs: int = 20_000
+    pairs: PositiveInt = 20_000
     """Preference pairs that the LoRA is trained on, once."""
-    pair_batch: int = 4
+    pair_batch: PositiveInt = 4
     """Pairs at once in the LoRA's training, with gradient checkpointing."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen LLM computes in."""
     rollout: Literal["transformers", "vllm"] = "transformers"
     """What samples the responses. vLLM wants a copy of the LLM for itself, and is faster than estimated here."""
-    rollout_memory: float = 0.3
+    rollout_memory: PositiveShare = 0.3
     """Share of the device that vLLM is given."""
-    memory: float = 80e9
+    memory: Positive = 80e9
     """Bytes of the device. This and the next two are an H100 SXM's, as NVIDIA's data sheet has them."""
-    flops: float = 989e12
+    flops: Positive = 989e12
     """Floating-point operations per second, dense, in `dtype`."""
-    bandwidth: float = 3.35e12
+    bandwidth: Positive = 3.35e12
     """Bytes per second between memory and cores."""
-    efficiency: float = 0.4
+    efficiency: PositiveShare = 0.4
     """Share of both figures that the work reaches: an assumption."""
-    launch: float = 1e-3
+    launch: NonNegative = 1e-3
     """Seconds that Python takes to launch a layer's kernels, the least that a layer can take: an assumption."""
 
 
@@ -99,7 +100,7 @@ def sizes_of(model: str) -> Sizes:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config may lack anything
         raise TrainingError(f"cannot read the config of {model!r}: {error}") from error
     text, head = config.get_text_config(), empty.get_output_embeddings()
     linear = [
@@ -294,4 +295,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
-from training.console import TrainingError, main_guard
+from training.console import TrainingError, main_guard, read_options
 from training.data import Message, Row, RowOptions, read_as
-from training.models import Conversations, end_ids, load_model
+from training.models import Conversations, end_ids, load_model, refuse_unknown
+from training.output import check_file, write_whole
 from training.policy import Decoding, Policy
 from training.rewards import Frozen, Sample, load_reward
 from training.rollout import Rollout, generate
@@ -46,19 +48,21 @@ class Options(RowOptions):
     """JSON lines or Parquet of `prompt`, or a data set's name."""
     reward: tuple[str, ...] = ()
     """Rewards to compare by, as `training.proxy_ppo` takes them; none = the bundled world's gold scorer."""
-    num_prompts: int = 500
+    num_prompts: PositiveInt = 500
     """Only the first so many."""
-    strength: float = 1.0
+    strength: Annotated[float, Field(ge=0, le=16)] = 1.0
     """Of the proxy: 0 = the frozen LLM, more than 1 = stricter than trained."""
     decoding: Decoding = field(default_factory=Decoding)
     """Of both."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen LLM computes in."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Responses at once in the device's memory."""
     output: Path | None = None
     """A JSON file to write the figures to."""
-    seed: int = 1
+    overwrite: bool = False
+    """Replace that file where it is there already."""
+    seed: Seed = 1
     """Of the noise; the frozen LLM gets another."""
 
 
@@ -104,6 +108,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     read = read_as(options.prompts, ("prompt",), options, prompt, options.num_prompts)
     chosen, prompts = zip(*read, strict=True)
+    refuse_unknown(model, tokenizer, prompts)
 
     def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, Answers]:
         rollout = generate(
@@ -137,25 +142,29 @@ def evaluate(options: Options) -> dict[str, Any]:
     }
     if kl is not None:
         figures["kl_nats_per_response"] = kl.mean().item()
-        figures["kl_nats_per_response_se"] = (kl.std() / len(kl) ** 0.5).item()
+        figures["kl_nats_per_response_se"] = standard_error(kl)
     if not rewards:
         return figures | _graded_by_gold(ours, theirs)
     by_reward = {name: compare(reward(ours), reward(theirs)) for name, reward in rewards.items()}
     return figures | {"rewards": by_reward}
 
 
-def compare(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of [N]; None = one value has none."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+
+
+def compare(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
     """The scores [N] of two answers to each prompt, as figures."""
     gains = (ours - theirs).double()
     wins = (gains.sign() + 1) / 2
-    root = len(gains) ** 0.5
     return {
         "win_rate": wins.mean().item(),
-        "win_rate_se": (wins.std() / root).item(),
+        "win_rate_se": standard_error(wins),
         "frozen": theirs.mean().item(),
         "proxied": ours.mean().item(),
         "gain": gains.mean().item(),
-        "gain_se": (gains.std() / root).item(),
+        "gain_se": standard_error(gains),
     }
 
 
@@ -170,7 +179,7 @@ def _graded_by_gold(ours: Answers, theirs: Answers) -> dict[str, Any]:
         ) from None
     return {
         "gold_win_rate": rate,
-        "gold_win_rate_se": error,
+        "gold_win_rate_se": error if len(ours) > 1 else None,
         "flaw_rates": {"frozen": flaw_rates(texts, frozen), "proxied": flaw_rates(texts, proxied)},
     }
 
@@ -179,14 +188,14 @@ def show(figures: dict[str, Any]) -> None:
     """Print the figures."""
     table = Table("figure", "value", title=f"{figures['prompts']} prompts, seed {figures['seed']}")
     for name, value in figures.items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.4f}")
+        if isinstance(value, float) or value is None:
+            table.add_row(name, _shown(value))
     console = Console()
     console.print(table)
     for reward, found in figures.get("rewards", {}).items():
         scores = Table("by the reward", reward)
         for name, value in found.items():
-            scores.add_row(name, f"{value:.4f}")
+            scores.add_row(name, _shown(value))
         console.print(scores)
     if "flaw_rates" in figures:
         flaws = Table("flaw", "frozen", "proxied")
@@ -196,13 +205,19 @@ def show(figures: dict[str, Any]) -> None:
         console.print(flaws)
 
 
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 def main(options: Options) -> None:
+    if options.output:
+        check_file(options, reads=("model", "proxy", "prompts", "reward"))
     figures = evaluate(options)
     show(figures)
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from judge.feedback import SOURCES, Feedback, FeedbackError, Preference, Source, fingerprint
 from judge.messages import Unusable, text_of
+from judge.options import Share
 from judge.rows import PrefersNothing
-from training.console import TrainingError, main_guard
+from training.console import TrainingError, main_guard, read_options
 from training.data import Row
+from training.output import check_file
 
 _SECRETS = re.compile(
     r"""
@@ -52,8 +52,10 @@ class Options:
     """JSON lines of `prompt`, `chosen`, `rejected` and, of the judge's, `principle`."""
     source: Literal["all", "person", "judge"] = "all"
     """Whose preferences."""
-    min_confidence: float = 0.0
+    min_confidence: Share = 0.0
     """Only verdicts of the judge's that are surer than this, a probability."""
+    overwrite: bool = False
+    """Replace the output where it is there already."""
 
 
 def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -93,6 +95,7 @@ def has_secret(texts: Iterable[str]) -> bool:
 
 
 def main(options: Options) -> None:
+    check_file(options, reads=("feedback",))
     counts: Counter[str] = Counter()
     try:
         _write(options, counts)
@@ -123,4 +126,4 @@ def _write(options: Options, counts: Counter[str]) -> None:
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

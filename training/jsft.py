@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from peft import get_peft_model
+from pydantic import NonNegativeInt
 
+from judge.options import Positive
 from judge.principles import FILE_NAME, principles_of, read_principles, write_principles
 from proxy.checkpoint import identify, resolve_model_dir
-from training import rewards, supervised
-from training.console import TrainingError, main_guard
+from training import output, rewards, supervised
+from training.checkpoints import WRITES
+from training.console import TrainingError, main_guard, read_options
 from training.judgments import judgment_examples, read_pairs
 from training.models import Conversations, context_of, load_model, load_tokenizer, lora_config
+from training.output import Run
 from training.supervised import read_answers, train
 
 
@@ -38,9 +41,9 @@ class Options(supervised.Options):
     principles: Path | None = None
     """TOML, YAML or JSON file of what `principle` may name; a pair without one is by the first. None = the model's own,
     else the built-in one."""
-    judge_weight: float = 8.0
+    judge_weight: Positive = 8.0
     """Loss weight of a verdict, in answer tokens."""
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
 
 
@@ -49,6 +52,13 @@ def main(options: Options) -> None:
         raise TrainingError(
             "without --sft the model would forget how to answer: give it, or train a LoRA with --lora-rank"
         )
+    reads = ("model", "sft", "preferences", "principles")
+    with output.run(options, "training.jsft", reads=reads, writes=WRITES) as run:
+        if not run.is_finished:
+            _train(options, run)
+
+
+def _train(options: Options, run: Run) -> None:
     directory = resolve_model_dir(options.model)
     principles = (
         read_principles(options.principles) if options.principles else principles_of(directory)
@@ -71,18 +81,18 @@ def main(options: Options) -> None:
     )
     print(f"{len(answers)} answers and {len(judgments)} judgments")
 
-    def add(output: Path) -> None:
-        write_principles(output / FILE_NAME, principles)
+    def add(saved: Path) -> None:
+        write_principles(saved / FILE_NAME, principles)
         if options.lora_rank:
             config = rewards.RewardConfig(kind="judge", base=identify(options.model))
-            rewards.write_reward_config(output, config)
+            rewards.write_reward_config(saved, config)
 
     if options.lora_rank:
         torch.manual_seed(options.seed)  # of the LoRA's weights
         model = get_peft_model(model, lora_config(options.lora_rank))
-    train(model, tokenizer, answers + judgments, options, add)
+    train(model, tokenizer, answers + judgments, options, run, add)
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -5,7 +5,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +12,12 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
+from training.output import remove, write_whole
+
 METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
+_EVENTS = f"{EVENTS_DIRECTORY}/events.out.tfevents.*"
+METRICS_FILES = (METRICS_FILE, CURVES_FILE, _EVENTS)
+"""Files of a run's figures, as `training.output` wants to know them."""
 
 
 class Metrics:
@@ -29,12 +33,10 @@ class Metrics:
         self._directory = directory
         self.rows = [row for row in read_metrics(directory) if row["step"] <= (after or 0)]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        temporary = directory / f".{METRICS_FILE}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / METRICS_FILE)
+        write_whole(directory / METRICS_FILE, text)
         self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
         if after is None:
-            shutil.rmtree(directory / EVENTS_DIRECTORY, ignore_errors=True)
+            remove(directory, [_EVENTS])
         self._events = SummaryWriter(
             str(directory / EVENTS_DIRECTORY), purge_step=None if after is None else after + 1
         )
@@ -67,17 +69,19 @@ class TrainerMetrics(TrainerCallback):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._metrics: Metrics | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._metrics = Metrics(self._directory, after=state.global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if self._metrics:
             self._metrics.add({"step": state.global_step, **logs})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+    def close(self) -> None:
+        """Draw the curves; the trainer does not do it where a run ends too early."""
+        if self._metrics:
             self._metrics.close()
 
 

@@ -1,8 +1,10 @@
 """Models, their tokenizers, and chats as they read them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +17,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from judge.messages import Message, as_texts
 from training.console import TrainingError
@@ -122,14 +126,48 @@ def load_model(
         TrainingError: there is no such model.
     """
     AttentionInterface.register("sdpa", _attend)
-    try:
+    with loading(f"the model {name!r}"):
         implementation = attention_of(name) if attention == "auto" else attention
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=implementation
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=implementation, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot load the model {name!r}: {error}") from error
-    return model, load_tokenizer(name)
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # a damaged one is passed over
+            GenerationConfig.from_pretrained(name)
+    if found["missing_keys"]:  # which would be drawn at random
+        raise TrainingError(
+            f"cannot load the model {name!r}: its weights lack {sorted(found['missing_keys'])[0]}; is it a causal LM?"
+        )
+    tokenizer = load_tokenizer(name)
+    for kind in ("pad", "eos", "bos"):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        refuse_unknown(model, tokenizer, [[] if token is None else [token]])
+    return model, tokenizer
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while files are read that somebody gave us into a TrainingError."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:  # of safetensors, tokenizers, json, of a config without a key...
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise TrainingError(f"cannot load {what}: {kind}{error}") from error
+
+
+def refuse_unknown(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
+    """
+    Raises:
+        TrainingError: a token id is beyond the model's embeddings.
+    """
+    most = model.get_input_embeddings().weight.shape[0]
+    unknown = max((max(row, default=0) for row in rows), default=0)
+    if unknown >= most:
+        raise TrainingError(
+            f"the token {tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}) of the model's tokenizer is beyond "
+            f"its {most} embeddings: resize them (resize_token_embeddings), or do without the token"
+        )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -138,10 +176,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         TrainingError: there is none.
     """
-    try:
+    with loading(f"the tokenizer of {name!r}"):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot load the tokenizer of {name!r}: {error}") from error
 
 
 def attention_of(name: str) -> str | None:

@@ -4,11 +4,13 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from accelerate import Accelerator
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from judge.options import NonNegative, Positive
 from training import updates
 from training.console import TrainingError
 from training.rewards import Reward, load_reward
@@ -25,13 +27,13 @@ class Options(updates.Options):
     reward: str
     """A directory from `training.reward_model` or `training.jsft --lora-rank`, a sequence-classification model
     (directory or hub id), `self-judge`, or `module:function`."""
-    episodes: int = 256
+    episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """Passes over a rollout."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """PPO's ε."""
-    value_weight: float = 0.5
+    value_weight: NonNegative = 0.5
     """Weight of the value loss."""
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from judge.options import NonNegative, PositiveShare
 from proxy.acceptance import (
     Candidates,
     Decision,
@@ -27,13 +29,13 @@ _MAX_TIES = 16  # with the k-th candidate, all of which vLLM keeps
 class Decoding:
     """How tokens are drawn. The nucleus is all that the proxy may choose from."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """0 = greedy. With a proxy that was trained at another one, its nucleus is that of the training."""
-    top_k: int = 16
+    top_k: NonNegativeInt = 16
     """Candidates considered; 0 = all."""
-    top_p: float = 0.95
+    top_p: PositiveShare = 0.95
     """Probability mass considered."""
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """A response is cut after this many tokens."""
 
 

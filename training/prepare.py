@@ -15,13 +15,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import tyro
+from pydantic import NonNegativeInt
 
 from judge.messages import prompt_key, text_of
+from judge.options import Seed
 from proxy.checkpoint import resolve_model_dir
-from training.console import TrainingError, main_guard
+from training import output
+from training.console import TrainingError, main_guard, read_options
 from training.data import ABOUT_A_PAIR, PAIR, Row, RowOptions, read_as
 from training.models import Conversations, load_tokenizer
+from training.output import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,11 @@ class Options(RowOptions):
     `judge.layouts` too."""
     output: Path
     """Directory for `train.jsonl` and `held_out.jsonl`."""
-    held_out: int = 200
+    held_out: NonNegativeInt = 200
     """Pairs to set aside, at least: all pairs of a prompt go the same way."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of which prompts are set aside."""
 
 
@@ -52,13 +57,19 @@ class Pair(NamedTuple):
 
 
 def main(options: Options) -> None:
+    reads, writes = ("model", "preferences"), ("train.jsonl", "held_out.jsonl")
+    with output.run(options, "training.prepare", reads=reads, writes=writes) as run:
+        _prepare(options, run)
+
+
+def _prepare(options: Options, run: Run) -> None:
     chats = Conversations(load_tokenizer(str(resolve_model_dir(options.model))))
     pairs = read_as(options.preferences, PAIR, options, lambda row: _measure(row, chats))
     train, held_out = split(pairs, options.held_out, options.seed)
     print(f"{len(pairs)} pairs")
     print("\n".join(describe(pairs)))
     print(f"A prompt as the LLM reads it: {_as_read(pairs[0], chats)!r}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    run.start()
     for name, part in (("train", train), ("held_out", held_out)):
         path = options.output / f"{name}.jsonl"
         lines = [json.dumps(pair.row) for pair in part]
@@ -125,4 +136,4 @@ def _as_read(pair: Pair, chats: Conversations) -> str:
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -23,25 +23,26 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from proxy.checkpoint import resolve_model_dir, save
+from judge.options import Finite, NonNegative, Positive, PositiveShare
+from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir, save
 from proxy.network import ProxyNetwork
-from training import online
-from training.console import TrainingError, main_guard
+from training import online, output
+from training.console import TrainingError, main_guard, read_options
 from training.online import PATIENCE, Episodes
 from training.policy import Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Rollout, generate
 from training.rollout_servers import Servers, name_of
 from training.rollout_vllm import Engine, is_installed
-from training.updates import averaged, start, train
+from training.updates import WRITES, averaged, start, train
 
 MAX_REQUESTS = 256  # under way in vLLM at once
 
@@ -50,31 +51,31 @@ MAX_REQUESTS = 256  # under way in vLLM at once
 class Options(online.Options):
     """Options of proxy training."""
 
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Adam's, falling linearly to 0."""
-    entropy_weight: float = 0.003
+    entropy_weight: NonNegative = 0.003
     """Weight of the entropy bonus."""
-    width: int = 64
+    width: Annotated[int, Field(ge=2)] = 64
     """Width of the proxy's layers."""
-    max_candidates: int = 16
+    max_candidates: PositiveInt = 16
     """K: candidates of a position, at most."""
-    max_rejections: int = 8
+    max_rejections: NonNegativeInt = 8
     """Rejections at a position, at most; then the most probable token is taken."""
     use_logprob: bool = True
     """Whether the proxy sees the candidate's log-probability."""
-    accept_bias: float = 2.0
+    accept_bias: Finite = 2.0
     """Accept logit before training: 2 accepts 88 %."""
     rollout: Literal["auto", "vllm", "servers", "transformers"] = "auto"
     """What samples the responses; vllm is in this process. auto = vllm on CUDA where it is installed, else
     transformers, which starts faster."""
-    rollout_memory: float = 0.3
+    rollout_memory: PositiveShare = 0.3
     """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
     servers: tuple[str, ...] = ()
     """For --rollout servers: where they are, `http://host:port` each. They run `python -m server --proxy-root` with the
     same LLM and dtype; an administrator's key, if they want one, is read from the variable ASSENT_API_KEY."""
     proxy_root: Path | None = None
     """For --rollout servers: the directory that is the --proxy-root of all of them, as it is called here."""
-    server_requests: int = 64
+    server_requests: PositiveInt = 64
     """For --rollout servers: responses under way at once on each. More fill a large GPU; fewer leave more to be taken
     by the faster of unequal servers."""
 
@@ -271,10 +272,14 @@ def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> None:
-    with closing(Trainer(options, start())) as trainer:
-        train(trainer)
+    reads, writes = ("model", "reward", "prompts"), (*WRITES, WEIGHTS_FILE, CONFIG_FILE)
+    with output.run(options, "training.proxy_ppo", reads=reads, writes=writes) as run:
+        if run.is_finished:
+            return
+        with closing(Trainer(options, start())) as trainer:
+            train(trainer, run)
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

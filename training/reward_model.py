@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import RewardConfig, RewardTrainer
 
 from proxy.checkpoint import identify, resolve_model_dir
-from training import checkpoints, dpo, rewards
-from training.console import TrainingError, main_guard
+from training import checkpoints, dpo, output, rewards
+from training.console import TrainingError, main_guard, read_options
 from training.metrics import TrainerMetrics
-from training.models import attention_of, end_ids, load_model
+from training.models import attention_of, end_ids, load_model, loading
+from training.output import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,44 +33,46 @@ class Options(dpo.Options):
 def main(options: Options) -> None:
     if options.lora_rank and options.kind == "scalar":
         raise TrainingError("--lora-rank is for the implicit reward: the scalar one has no LoRA")
-    base = identify(options.model)
-    trainer, tokenizer = (
-        dpo.train(options) if options.kind == "implicit" else _train_scalar(options)
-    )
-    config = rewards.RewardConfig(kind=options.kind, beta=options.beta, base=base)
-    dpo.save(options, trainer, tokenizer, lambda path: rewards.write_reward_config(path, config))
+    writes = checkpoints.WRITES
+    with output.run(options, "training.reward_model", reads=dpo.READS, writes=writes) as run:
+        if run.is_finished:
+            return
+        train = dpo.train if options.kind == "implicit" else _train_scalar
+        trainer, tokenizer = train(options, run)
+        base = identify(options.model)
+        config = rewards.RewardConfig(kind=options.kind, beta=options.beta, base=base)
+        dpo.save(options, trainer, tokenizer, lambda at: rewards.write_reward_config(at, config))
 
 
-def _train_scalar(options: Options) -> tuple[Any, Any]:
+def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
     directory = str(resolve_model_dir(options.model))
     model, tokenizer = load_model(directory)
     end_ids(model, tokenizer)  # trl's own error says less
     settings = dpo.arguments(options, model)
+    found = dpo.data(options, model, tokenizer, settings["max_length"])
     del model  # the scorer has its body
     torch.manual_seed(options.seed)  # of the new head
     trainer = RewardTrainer(
         model=_scorer(directory),
         args=RewardConfig(**settings),
-        **dpo.data(options, tokenizer, settings["max_length"]),
+        **found,
         processing_class=tokenizer,
         callbacks=[TrainerMetrics(options.output)],
     )
-    checkpoints.train(trainer, options)
+    checkpoints.train(trainer, options, run)
     return trainer, tokenizer
 
 
 def _scorer(directory: str) -> PreTrainedModel:
-    try:
+    with loading("the model with a scalar reward's head, which not every kind can have"):
         return AutoModelForSequenceClassification.from_pretrained(
             directory,
             num_labels=1,
             dtype=torch.float32,
             attn_implementation=attention_of(directory),
         )
-    except ValueError as error:
-        raise TrainingError(f"this model cannot have a scalar reward's head: {error}") from None
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,6 +44,8 @@ from training.models import (
     attention_of,
     context_of,
     load_model,
+    loading,
+    refuse_unknown,
 )
 from training.policy import Decoding, Policy
 from training.rollout import generate, pad_left
@@ -123,7 +124,7 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
 
 def _load_ours(directory: Path, frozen: Frozen) -> Reward:
     try:
-        config = RewardConfig.model_validate_json((directory / REWARD_FILE).read_text())
+        config = RewardConfig.model_validate_json((directory / REWARD_FILE).read_bytes())
     except (OSError, ValidationError) as error:
         raise TrainingError(f"{directory / REWARD_FILE} is damaged: {error}") from None
     if config.kind == "scalar":
@@ -163,13 +164,11 @@ def model_judges(
 
 
 def _add_lora(model: PreTrainedModel | PeftModel, directory: Path) -> CausalLM:
-    try:
+    with loading(f"the LoRA in {directory}"):
         if isinstance(model, PeftModel):
             model.load_adapter(str(directory), "reward")
             return Other(model, "reward")
         return Adapted(PeftModel.from_pretrained(model, directory))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"the LoRA in {directory} is damaged: {error}") from None
 
 
 def _load_classifier(name: str, frozen: Frozen) -> Reward:
@@ -179,7 +178,7 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
             name, dtype=like.dtype, attn_implementation=attention_of(name)
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of safetensors, tokenizers, a config without a key...
         raise TrainingError(
             f"{name!r} is no reward: neither a directory with the {REWARD_FILE} that training.reward_model writes, "
             f"nor a sequence-classification model, nor module:function, nor {SELF_JUDGE} ({error})"
@@ -194,10 +193,11 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
 
 
 def _import(name: str, module: str, function: str) -> Callable[..., Any]:
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise TrainingError(f"the reward {name!r} cannot be imported: {error}") from None
+    with loading(f"the reward {name!r}"):
+        found = getattr(importlib.import_module(module), function)
+    if not callable(found):
+        raise TrainingError(f"the reward {name!r} is no function: {found!r}")
+    return found
 
 
 class ImplicitReward:
@@ -229,6 +229,7 @@ class ScalarReward:
         answers = [Message(role="assistant", content=s.text) for s in samples]
         rows = [self.chats.ids([*s.messages, a]) for s, a in zip(samples, answers, strict=True)]
         _refuse_long(rows, self.scorer)
+        refuse_unknown(self.scorer, self.chats.tokenizer, [*rows, [self.scorer.config.pad_token_id]])
         device, scores = self.scorer.device, []
         for some in _batches(rows, self.batch_size):
             ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
@@ -274,7 +275,7 @@ class FunctionReward:
         )
         try:
             found = torch.as_tensor(scores, dtype=torch.float32).flatten()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"the reward {self.name!r} returned no numbers: {error}") from None
         if len(found) != len(samples):
             raise TrainingError(

@@ -15,35 +15,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from judge.options import NonNegative, Positive, Share
 from proxy.checkpoint import resolve_model_dir
-from training import online
-from training.console import TrainingError, main_guard
-from training.models import load_model, token_logprobs
+from training import online, output
+from training.console import TrainingError, main_guard, read_options
+from training.models import load_model, loading, token_logprobs
 from training.online import Episodes
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.rollout import Rollout, generate, pad_responses
-from training.saving import saving
-from training.updates import averaged, start, train
+from training.saving import MODEL_FILES, saving
+from training.updates import WRITES, averaged, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(online.Options):
     """Options of full RLHF."""
 
-    learning_rate: float = 5e-5
+    learning_rate: Positive = 5e-5
     """Adam's, falling linearly to 0. 5e-5 suits a small model; use about 1e-6 for a pretrained LLM."""
-    critic_learning_rate: float = 2e-4
+    critic_learning_rate: Positive = 2e-4
     """The same for the critic."""
-    kl_weight: float = 0.1
+    kl_weight: NonNegative = 0.1
     """w: what a nat of divergence from the reference costs, in standard deviations of the score."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """λ of the advantage estimates."""
     decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=1.0))
     """How tokens are drawn: nothing may be cut off, and the temperature is 1."""
@@ -67,7 +67,8 @@ class Critic(nn.Module):
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
-        self.body = AutoModel.from_pretrained(directory, dtype=torch.float32)
+        with loading(f"the critic from {directory}"):
+            self.body = AutoModel.from_pretrained(directory, dtype=torch.float32)
         self.head = nn.Linear(self.body.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -202,9 +203,12 @@ class Trainer(online.Trainer):
 
 
 def main(options: Options) -> None:
-    train(Trainer(options, start()))
+    reads, writes = ("model", "reward", "prompts"), (*WRITES, *MODEL_FILES)
+    with output.run(options, "training.rlhf_ppo", reads=reads, writes=writes) as run:
+        if not run.is_finished:
+            train(Trainer(options, start()), run)
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -16,22 +16,23 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import get_peft_model
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from judge.options import NonNegative, Positive, Share
 from judge.principles import FILE_NAME, principles_of, write_principles
 from judge.prompts import Question
 from judge.verdict import Ruling
 from proxy.checkpoint import resolve_model_dir
-from training import updates
-from training.console import TrainingError, main_guard
+from training import output, updates
+from training.console import TrainingError, main_guard, read_options
 from training.judges import load_judges, rule
 from training.models import (
     CausalLM,
@@ -42,8 +43,8 @@ from training.models import (
 from training.policy import Decoding, Policy
 from training.rewards import Reward, load_reward
 from training.rollout import generate, pad_responses
-from training.saving import saving
-from training.updates import Prompt, averaged, start, train
+from training.saving import MODEL_FILES, saving
+from training.updates import WRITES, Prompt, averaged, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,36 +58,36 @@ class Options(updates.Options):
     `training.proxy_ppo` takes one, to judge by its scores. None = the initial model itself."""
     principles: tuple[str, ...] = ()
     """What to judge by, of the judge's principles; the majority decides. None = the first."""
-    pairs: int = 128
+    pairs: PositiveInt = 128
     """Prompts in an update, each answered twice."""
-    epochs: int = 1
+    epochs: PositiveInt = 1
     """Passes over an update's pairs."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """Of DPO (arXiv 2305.18290), SLiC (2305.10425) or IPO (2310.12036)."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """β of the loss: the higher, the nearer to the start."""
     soft_labels: bool = False
     """Learn from both sides of a pair, each weighted by the judge's probability that it is the better one (cDPO). The
     likelier side alone is the paper's way; but the better a policy becomes, the more pairs are as good as equal."""
-    lora_rank: int = 8
+    lora_rank: NonNegativeInt = 8
     """Rank of a LoRA on all linear layers; 0 = train all weights."""
-    learning_rate: float = 1e-5
+    learning_rate: Positive = 1e-5
     """Adam's, falling linearly to 0. 1e-5 suits a LoRA on a pretrained LLM; a small model wants more."""
     decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=0.9))
     """How answers are drawn."""
-    check_every: int = 10
+    check_every: PositiveInt = 10
     """Updates between two looks at the held-out prompts."""
-    num_held_out: int = 128
+    num_held_out: PositiveInt = 128
     """Of them, only the first so many."""
     outside: str | None = None
     """A reward from elsewhere, as `training.proxy_ppo` takes one, to compare the judge's verdicts with."""
-    min_agreement: float = 0.5
+    min_agreement: Share = 0.5
     """Stop where the judge agrees with the outside reward in fewer of the pairs."""
-    min_diversity: float = 0.5
+    min_diversity: NonNegative = 0.5
     """Stop where the share of distinct word pairs is a smaller part of what it was at the start."""
-    max_length_ratio: float = 2.0
+    max_length_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     """Stop where answers are longer than so many times their length at the start, or shorter than 1 / so many."""
-    max_flips: float = 0.75
+    max_flips: Share = 0.75
     """Stop where the two orders disagree in more of the pairs: the judge sees no difference any more."""
 
 
@@ -306,9 +307,13 @@ def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> 
 
 
 def main(options: Options) -> None:
-    train(Trainer(options, start()))
+    reads = ("model", "prompts", "held_out", "judge", "outside")
+    writes = (*WRITES, *MODEL_FILES)
+    with output.run(options, "training.self_judge", reads=reads, writes=writes) as run:
+        if not run.is_finished:
+            train(Trainer(options, start()), run)
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

@@ -5,11 +5,11 @@ For a base model that also judges, use `training.jsft` instead.
 
 from dataclasses import dataclass
 
-import tyro
-
-from training import supervised
-from training.console import main_guard
+from training import output, supervised
+from training.checkpoints import WRITES
+from training.console import main_guard, read_options
 from training.models import Conversations, load_model, load_tokenizer
+from training.output import Run
 from training.supervised import read_answers, train
 
 
@@ -22,12 +22,18 @@ class Options(supervised.Options):
 
 
 def main(options: Options) -> None:
+    with output.run(options, "training.sft", reads=("model", "sft"), writes=WRITES) as run:
+        if not run.is_finished:
+            _train(options, run)
+
+
+def _train(options: Options, run: Run) -> None:
     chats = Conversations(load_tokenizer(options.model))
     examples = read_answers(options.sft, chats, options)
     model, tokenizer = load_model(options.model, options.attention)
-    train(model, tokenizer, examples, options)
+    train(model, tokenizer, examples, options, run)
 
 
 if __name__ == "__main__":
     with main_guard():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))

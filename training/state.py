@@ -1,8 +1,6 @@
 """A training run's state on disk, from which a killed run goes on: one safetensors file, replaced as a whole."""
 
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,9 @@ from torch import nn
 from training.console import TrainingError
 
 STATE_FILE = "training_state.safetensors"
-# What a run that goes on may have otherwise: it changes no result.
-_FREE = (
-    "output", "resume", "save_every", "servers", "proxy_root", "server_requests", "strict", "max_skipped",
-)  # fmt: skip
-
-
-def settings_of(options: Any) -> dict[str, Any]:
-    """The options, a dataclass, that a run must go on with, as JSON has them."""
-    settings = json.loads(json.dumps(asdict(options), default=str))
-    return {name: value for name, value in settings.items() if name not in _FREE}
-
-
-def refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """
-    Raises:
-        TrainingError: what is at `path` is of a run with other settings.
-    """
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if names:
-        raise TrainingError(
-            f"{path} is of a run with other options ({', '.join(names)}): "
-            "resume with the same ones, or start anew without --resume"
-        )
+_TEMPORARY = f".{STATE_FILE}"
+STATE_FILES = (STATE_FILE, _TEMPORARY)
+"""As `training.output` wants to know them."""
 
 
 def save_state(
@@ -45,7 +23,6 @@ def save_state(
     optimiser: torch.optim.Optimizer,
     *,
     updates: int,
-    options: dict[str, Any],
 ) -> None:
     """Write weights, optimiser and the number of updates done; a crash leaves the file before."""
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
@@ -53,8 +30,8 @@ def save_state(
         tensors |= {f"optimiser.{index}.{name}": value for name, value in slots.items()}
     # Copies, for tied weights share memory, which the format refuses.
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    metadata = {"updates": str(updates), "options": json.dumps(options)}
-    temporary = directory / f".{STATE_FILE}"
+    metadata = {"updates": str(updates)}
+    temporary = directory / _TEMPORARY
     with temporary.open("wb") as file:
         file.write(safetensors.torch.save(tensors, metadata))
         file.flush()
@@ -62,17 +39,11 @@ def save_state(
     temporary.replace(directory / STATE_FILE)
 
 
-def load_state(
-    directory: Path,
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    *,
-    options: dict[str, Any],
-) -> int:
+def load_state(directory: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Restore what `save_state` wrote and return the number of updates done; 0 where there is no state.
 
     Raises:
-        TrainingError: the state is damaged, or of a run with other options.
+        TrainingError: the state is damaged.
     """
     path = directory / STATE_FILE
     if not path.is_file():
@@ -81,11 +52,9 @@ def load_state(
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        before = json.loads(metadata["options"])
         updates = int(metadata["updates"])
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); start anew without --resume") from None
-    refuse_other_settings(path, before, options)
+        raise TrainingError(f"{path} is damaged ({error}); begin anew with --overwrite") from None
     network.load_state_dict(_below("network.", tensors))
     slots: dict[int, dict[str, Any]] = {}
     for name, value in _below("optimiser.", tensors).items():

@@ -14,15 +14,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from pydantic import PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from judge.options import NonNegative, Positive, Seed, Share
 from training import checkpoints
 from training.console import TrainingError
 from training.data import Row, RowOptions, read_as
 from training.metrics import TrainerMetrics
-from training.models import Conversations, context_of
+from training.models import Conversations, context_of, refuse_unknown
+from training.output import Run
 from training.saving import saving
 
 
@@ -34,19 +37,19 @@ class Options(RowOptions):
     """Model to train: a directory or a hub id."""
     output: Path
     """Directory for the trained model, its metrics and their curves."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Sequences in a batch."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak of the cosine schedule. 2e-3 suits a small model from scratch; use about 2e-5 for a pretrained LLM."""
-    warmup: float = 0.03
+    warmup: Share = 0.03
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """AdamW's."""
-    prompt_weight: float = 0.0
+    prompt_weight: NonNegative = 0.0
     """Loss weight of tokens outside answers. Above 0 a model built from scratch learns to read sooner."""
-    max_length: int = 1024
+    max_length: PositiveInt = 1024
     """Longer sequences, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
@@ -55,11 +58,13 @@ class Options(RowOptions):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention code; "auto" is right for every model. With `compile` and short sequences on a CPU, "eager" is half as
     fast again."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between two checkpoints that `--resume` can go on from."""
     resume: bool = False
     """Go on from the last checkpoint in the output directory, if there is one."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of the order of the data."""
 
 
@@ -145,6 +150,7 @@ def train(
     tokenizer: Any,
     examples: list[Example],
     options: Options,
+    run: Run,
     add: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Train on `examples` and save the model, in bfloat16, or its LoRA, with the tokenizer and what `add` writes."""
@@ -154,6 +160,7 @@ def train(
         print(f"left out {len(examples) - len(kept)} sequences over {most} tokens")
     if not kept:
         raise TrainingError(f"no sequence is within {most} tokens: max_length, or the model's own")
+    refuse_unknown(model, tokenizer, (example.token_ids for example in kept))
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         length = min(math.ceil(max(len(row["input_ids"]) for row in batch) / 8) * 8, most)
@@ -190,7 +197,7 @@ def train(
         callbacks=[TrainerMetrics(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
-    checkpoints.train(trainer, options)
+    checkpoints.train(trainer, options, run)
     if trainer.is_world_process_zero():
         with saving(options.output) as directory:
             if not isinstance(model, PeftModel):
@@ -198,4 +205,4 @@ def train(
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             add(directory)
-        checkpoints.remove(options.output)
+        checkpoints.remove_all(options.output)

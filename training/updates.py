@@ -17,18 +17,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message, RowOptions, read_as
-from training.metrics import Metrics
-from training.models import Conversations, end_ids, load_model
+from training.metrics import METRICS_FILES, Metrics
+from training.models import Conversations, end_ids, load_model, refuse_unknown
+from training.output import Run
 from training.policy import Decoding
 from training.rewards import Frozen, Sample
 from training.rollout import longest_prompt
-from training.state import load_state, save_state, settings_of
+from training.state import STATE_FILES, load_state, save_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +44,31 @@ class Options(RowOptions):
     """JSON lines or Parquet of `prompt`, or a data set's name."""
     output: Path
     """Directory for the checkpoint and `metrics.jsonl`."""
-    steps: int = 60
+    steps: PositiveInt = 60
     """Updates: rollouts."""
-    epochs: int
+    epochs: PositiveInt
     """Passes over a rollout."""
-    minibatches: int = 4
+    minibatches: PositiveInt = 4
     """Gradient steps in a pass."""
-    learning_rate: float
+    learning_rate: Positive
     """Adam's, falling linearly to 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: PositiveInt = 1024
     """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Responses at once in the device's memory, in the rollout and in the reward. Up to rounding it changes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
     """How tokens are drawn."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen models compute in."""
-    save_every: int = 5
+    save_every: PositiveInt = 5
     """Updates between two states that `--resume` can go on from."""
     resume: bool = False
     """Go on from the last state in the output directory, if there is one."""
-    seed: int = 0
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    seed: Seed = 0
     """Of weights, prompts and noise."""
 
 
@@ -170,6 +175,7 @@ class Learner(ABC):
             options,
             lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
         )
+        refuse_unknown(self.model, self.tokenizer, (prompt.ids for prompt in prompts))
         kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
         if len(kept) < len(prompts):
             left_out = len(prompts) - len(kept)
@@ -215,17 +221,23 @@ def start() -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-def train(trainer: Learner) -> None:
+WRITES = (*METRICS_FILES, *STATE_FILES)
+"""What `train` writes, as `training.output` wants to know it."""
+
+
+def train(trainer: Learner, run: Run) -> None:
     """All updates, with a progress bar, metrics and states to resume from; then what was learned is saved."""
     options, accelerator = trainer.common, trainer.accelerator
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    state = settings_of(options)
+    run.start()
     done = 0
     if options.resume:
-        done = load_state(options.output, trainer.learner, trainer.optimiser, options=state)
+        done = load_state(options.output, trainer.learner, trainer.optimiser)
         accelerator.print(
             f"going on after update {done}" if done else "nothing to resume: beginning anew"
         )
+        if done:
+            run.saved = f"update {done} of {options.steps}"
     if not accelerator.is_main_process:
         for index in range(done, options.steps):
             trainer.step(index)
@@ -237,11 +249,6 @@ def train(trainer: Learner) -> None:
             trainer.check(metrics.rows)
             bar.set_postfix({trainer.shown: f"{metrics.rows[-1][trainer.shown]:.3f}"})
             if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
-                save_state(
-                    options.output,
-                    trainer.learner,
-                    trainer.optimiser,
-                    updates=index + 1,
-                    options=state,
-                )
+                save_state(options.output, trainer.learner, trainer.optimiser, updates=index + 1)
+                run.saved = f"update {index + 1} of {options.steps}"
     print(trainer.save({"options": settings, "last": metrics.rows[-1]}))

@@ -87,6 +87,7 @@ NOISE = (
 def make_world(setting: Setting, directory: Path) -> dict[str, Any]:
     options = world_files.Options(
         output=directory,
+        overwrite=True,
         seed=SEED_OF_THE_WORLD,
         num_sft=1,
         num_preferences=setting.num_pairs,
@@ -130,6 +131,7 @@ def make_reward(kind: str, seed: int) -> Job:
                     model=str(setting.model),
                     preferences=setting.data("preferences"),
                     output=directory,
+                    overwrite=True,
                     kind=kind,  # type: ignore[arg-type]
                     seed=seed,
                 )
@@ -249,6 +251,7 @@ def make_dpo(
             model=str(setting.model),
             preferences=str(setting.work / file),
             output=directory,
+            overwrite=True,
             learning_rate=learning_rate,
             beta=beta,
             seed=seed,

@@ -60,6 +60,7 @@ def make_judge(seed: int, **settings: Any) -> Job:
             preferences=(setting.data("preferences"), setting.data("judgments")),
             principles=setting.work / "world" / FILE_NAME,
             output=directory,
+            overwrite=True,
             seed=seed,
             **settings,
         )
@@ -75,6 +76,7 @@ def make_more(setting: Setting, directory: Path) -> dict[str, Any]:
     """Twice the pairs, the first half of them the world's own, and half as many judgments by principle, in one file."""
     options = world_files.Options(
         output=directory,
+        overwrite=True,
         seed=SEED_OF_THE_WORLD,
         num_sft=1,
         num_preferences=2 * setting.num_pairs,
@@ -96,6 +98,7 @@ def make_likelihood(
             model=str(setting.model),
             preferences=str(setting.work / preferences),
             output=directory,
+            overwrite=True,
             seed=seed,
             **settings,
         )
@@ -240,6 +243,7 @@ def make_self_training(judge: str, seed: int, **settings: Any) -> Job:
             prompts=setting.data("prompts"),
             held_out=setting.data("prompts_validation"),
             output=directory,
+            overwrite=True,
             lora_rank=0,
             decoding=DECODING,
             max_flips=1.0,  # a run that ends early would end the comparison

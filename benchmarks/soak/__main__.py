@@ -22,13 +22,13 @@ from typing import Any
 import aiohttp
 import psutil
 import torch
-import tyro
 from sqlalchemy import create_engine, text
 
 from benchmarks.engines import Server, serve
 from benchmarks.models import DEMO, get_model
 from benchmarks.soak.crowd import Crowd, ask_quietly
 from benchmarks.soak.requests import FIXED, MOVING, questions
+from judge.options import read_options
 from proxy.checkpoint import load, save
 from training.world.__main__ import draw_prompts, split_combinations
 
@@ -203,4 +203,4 @@ def show(figures: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(read_options(Options, __doc__)))

@@ -23,6 +23,7 @@ from benchmarks.proxy_rlhf.speakers import (
 from proxy.acceptance import Candidates
 from proxy.network import ProxyNetwork
 from training.models import Conversations, end_ids, load_model
+from training.output import MARKER
 from training.policy import Decoding, Policy, default_config
 from training.rollout import generate
 
@@ -203,6 +204,22 @@ def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
     chosen = setting.result("decoding/frozen-LLM/0")["decoding"]
     best = max(tried, key=lambda row: row["win_rate"])
     assert chosen == {name: best[name] for name in chosen}
+
+
+def test_a_job_that_was_killed_begins_again(tmp_path: Path) -> None:
+    """At whatever moment: while it trained, or when all was done but the result."""
+    setting = setting_of(DEMO / "model", tmp_path, 0.001)
+    job = next(job for job in all_jobs((0,)) if job.name == "world")
+    run_job(setting, job)
+    result, marker = (setting.directory("world") / name for name in ("result.json", MARKER))
+    first = (setting.directory("world") / "preferences.jsonl").read_bytes()
+    for finished in ("true", "false"):
+        result.unlink()
+        marker.write_text(marker.read_text().replace('"finished": true', f'"finished": {finished}'))
+        (setting.directory("world") / "preferences.jsonl").write_bytes(b"cut sh")
+        run_job(setting, job)
+        assert result.exists()
+        assert (setting.directory("world") / "preferences.jsonl").read_bytes() == first
 
 
 def test_the_report(tmp_path: Path) -> None:

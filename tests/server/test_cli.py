@@ -67,6 +67,50 @@ def test_it_would_start(cli, monkeypatch):
     assert "VLLM_API_KEY" not in os.environ
 
 
+def test_home_in_every_path(cli, monkeypatch, tmp_path):
+    """A shell leaves `~` where it stands after `=`, and so does a file of settings."""
+    monkeypatch.setenv("HOME", str(DEMO))
+    monkeypatch.chdir(tmp_path)
+    database = tmp_path / "home" / "feedback.db"
+    cli.serve(
+        [
+            *("--model=~/model", "--proxy", "a=~/proxies/aligned", "--shadow=b=~/proxies/polite"),
+            *("--proxy-root=~/proxies", "--tokenizer=~/model"),
+        ]
+    )
+    plugin, args = cli.started
+    assert args.model == args.tokenizer == MODEL
+    assert [each.directory for each in plugin.proxies] == [ALIGNED, DEMO / "proxies" / "polite"]
+    assert plugin.proxy_root == DEMO / "proxies"
+    cli.started.clear()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for feedback in ("~/feedback.db", "sqlite:///~/feedback.db"):
+        cli.serve(["--model", MODEL, f"--feedback={feedback}"])
+        assert database.exists()
+        database.unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("flag", ["--judge", "--access", "--principles", "--chat-template"])
+def test_home_in_other_paths(cli, monkeypatch, tmp_path, flag):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").write_text("{{ messages }}")
+    import server.cli
+
+    args = server.cli.parse(["--model", MODEL, f"{flag}=~/there"])
+    found = getattr(args, flag.removeprefix("--").replace("-", "_"))
+    assert str(found[0] if flag == "--judge" else found) == str(tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_model_that_is_cut_short(cli, tmp_path, capsys, name):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    whole = (model / name).read_bytes()
+    (model / name).write_bytes(whole[: len(whole) // 2])
+    assert f"{model / name} cannot be read" in refused(cli, capsys, "--model", str(model))
+
+
 def test_an_access_file_that_is_wrong(cli, tmp_path, capsys):
     (tmp_path / "access.toml").write_text("[keys.a]")
     assert "needs either sha256 or env" in refused(

@@ -31,7 +31,14 @@ def test_the_whole_path_makes_what_the_server_loads(work: Path) -> None:
 
 def test_stages_that_are_done_are_skipped(work: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (work / "base").iterdir()}
-    result = run("training.demo", "--work", work, "--output", work / "demo", "--scale", "0.005")
+    command = ["training.demo", "--work", work, "--output", work / "demo", "--scale"]
+    for arguments, message in (
+        (["0.005"], "holds a finished run of training.demo"),
+        (["0.01", "--overwrite"], "is of a run with other options (scale)"),
+    ):
+        refused = run(*command, *arguments)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+    result = run(*command, "0.005", "--overwrite")
     assert result.returncode == 0, result.stderr
     assert "base: done already" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in (work / "base").iterdir()} == before
@@ -76,6 +83,12 @@ def test_scores_are_compared_prompt_by_prompt() -> None:
         "gain": 0.75,
         "gain_se": pytest.approx((35 / 12 / 4) ** 0.5),
     }
+
+
+def test_one_prompt_has_no_standard_error() -> None:
+    figures = compare(torch.tensor([1.0]), torch.tensor([0.0]))
+    assert figures["win_rate"] == figures["gain"] == 1
+    assert figures["win_rate_se"] is figures["gain_se"] is None
 
 
 def test_prompts_of_another_world_need_a_reward(work: Path, tmp_path: Path) -> None:

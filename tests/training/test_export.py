@@ -109,7 +109,7 @@ def test_the_command_writes_what_training_reads(
         ({"source": "judge"}, ["c", "e"]),
         ({"source": "judge", "min_confidence": 0.8}, ["c"]),
     ):
-        export.main(export.Options(**options, **settings))
+        export.main(export.Options(**options, **settings, overwrite=True))
         assert [row["chosen"][0]["content"] for row in read_rows(output)] == expected
 
 

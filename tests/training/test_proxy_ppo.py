@@ -19,6 +19,7 @@ from tests.training.conftest import done, run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
 from training.online import PATIENCE, refuse_constant_reward
+from training.output import MARKER
 from training.policy import Decoding
 from training.proxy_ppo import Options, main, refuse_idle_proxy
 from training.state import STATE_FILE
@@ -59,15 +60,23 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
     unbroken = run(*arguments(tmp_path / "unbroken", *steps))
     assert unbroken.returncode == 0, unbroken.stderr
     broken = tmp_path / "broken"
-    for rows in (1, 3):  # before the first state, and after it
+    # Before the first state, and after it.
+    for rows, sent, code in ((1, signal.SIGKILL, -9), (3, signal.SIGINT, 130)):
         command = [sys.executable, "-m", *arguments(broken, *steps, "--resume")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while len(read_metrics(broken)) < rows:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(sent)
+        _, errors = process.communicate()
+        assert process.returncode == code, errors
         assert not (broken / "proxy.safetensors").exists()
+    assert errors.endswith(
+        f"interrupted: saved up to update 2 of 5 in {broken}; the same command goes on with --resume\n"
+    )
+    assert "Traceback" not in errors
     assert (broken / STATE_FILE).exists()
     resumed = run(*arguments(broken, *steps, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
@@ -86,6 +95,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
 
 
 def test_a_damaged_state_is_named(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    whole = run(*arguments(tmp_path, "--steps", "1"))
+    assert whole.returncode == 0, whole.stderr
+    marker = tmp_path / MARKER  # as if it had been killed before its end
+    marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
     (tmp_path / STATE_FILE).write_bytes(b"not safetensors")
     result = run(*arguments(tmp_path, "--steps", "1", "--resume"))
     assert result.returncode == 2
@@ -189,7 +202,7 @@ def test_rewards(
         ("my_reward:broken", "8 of 8 responses is not a finite number"),
         ("my_reward:few", "returned 1 scores for 8 completions"),
         ("my_reward:same", "every response the same score"),
-        ("my_reward:none", "cannot be imported"),
+        ("my_reward:none", "cannot load the reward"),
         ("no_such_model", "is no reward"),
     ],
 )

@@ -132,7 +132,7 @@ def test_every_tensor_is_made_on_the_models_device(
 def test_a_damaged_lora(work: Path, frozen: Frozen, tmp_path: Path) -> None:
     shutil.copytree(work / "lora", tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(TrainingError, match="the LoRA in .* is damaged"):
+    with pytest.raises(TrainingError, match="cannot load the LoRA in"):
         load_reward(str(tmp_path), frozen)
 
 

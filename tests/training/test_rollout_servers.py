@@ -40,11 +40,11 @@ from tests.training.test_rollout_vllm import (
     make_network,
 )
 from training.console import TrainingError
+from training.output import settings_of
 from training.policy import Decoding, Policy
 from training.proxy_ppo import Options, refuse_half_named_servers
 from training.rollout import Rollout, generate
 from training.rollout_servers import Servers, name_of
-from training.state import settings_of
 
 NAME = "learner"
 TEACHING = "How do I look after my freezer?", "Can I open my kettle with a fork?", "Is my dog ill?"
@@ -262,7 +262,7 @@ def test_a_run_may_go_on_with_other_servers(tmp_path: Path) -> None:
         Options(**common, servers=(url,), proxy_root=Path(url), server_requests=number)
         for number, url in enumerate(("http://one", "http://two"))
     )
-    assert settings_of(first) == settings_of(other)
+    assert settings_of(first, ()) == settings_of(other, ())
 
 
 class Pretender:

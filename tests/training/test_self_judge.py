@@ -21,7 +21,7 @@ from training.console import TrainingError
 from training.metrics import read_metrics
 from training.policy import Decoding
 from training.self_judge import Options, Trainer, preference_losses
-from training.updates import start, train
+from training.updates import start
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of float32 logits of size 10, through other kernels
 
@@ -142,22 +142,25 @@ def test_a_whole_model_is_saved(work: Path, tmp_path: Path) -> None:
     assert "held_out_diversity" in last and "held_out_diversity" not in first
 
 
-def test_a_run_that_was_killed_goes_on(work: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = options(work, tmp_path / "a", lora_rank=4, save_every=2, seed=3)
     self_judge.main(settings)
 
     class Killed(Exception):
         pass
 
-    def kill(index: int) -> dict[str, float]:
+    step = Trainer.step
+
+    def kill(trainer: Trainer, index: int) -> dict[str, float]:
         if index == 3:
             raise Killed
-        return step(index)
+        return step(trainer, index)
 
-    trainer = Trainer(replace(settings, output=tmp_path / "b"), start())
-    step, trainer.step = trainer.step, kill  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        train(trainer)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step", kill)
+        self_judge.main(replace(settings, output=tmp_path / "b"))
     self_judge.main(replace(settings, output=tmp_path / "b", resume=True))
     whole, resumed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b")

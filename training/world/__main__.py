@@ -21,15 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from pydantic import PositiveInt
 
+from judge.options import Seed
 from judge.principles import FILE_NAME, write_principles
+from training import output
+from training.console import main_guard, read_options
 from training.world import gold, principles
 from training.world.grammar import Prompt, all_prompts, draw_answer, make_rude
 from training.world.intents import INTENTS, Intent
 from training.world.lexicon import TOPICS, Topic
 
 Combination = tuple[Topic, Intent]
+HELD_OUT = ("validation", "test")
+FILES = (
+    *("sft.jsonl", "preferences.jsonl", "preferences_manners.jsonl", "prompts.jsonl"),
+    *("judgments.jsonl", FILE_NAME),
+    *(
+        f"{kind}_{name}.jsonl"
+        for kind in ("prompts", "preferences", "judgments")
+        for name in HELD_OUT
+    ),
+)
+"""All that is written."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +52,18 @@ class Options:
 
     output: Path
     """Directory to write to; made if need be."""
-    seed: int = 0
+    seed: Seed = 0
     """Everything is drawn from it."""
-    num_sft: int = 24_000
+    num_sft: PositiveInt = 24_000
     """Dialogues in `sft.jsonl`."""
-    num_preferences: int = 24_000
+    num_preferences: PositiveInt = 24_000
     """Pairs in `preferences.jsonl`; half of that in `judgments.jsonl`, a fifth in `preferences_manners.jsonl`."""
-    num_prompts: int = 8_000
+    num_prompts: PositiveInt = 8_000
     """Prompts in `prompts.jsonl`."""
-    num_held_out: int = 1_000
+    num_held_out: PositiveInt = 1_000
     """Rows in each held-out file."""
+    overwrite: bool = False
+    """Replace what an earlier run of this command left in the output directory; other files stay."""
 
 
 def split_combinations(seed: int) -> tuple[list[Combination], list[Combination], list[Combination]]:
@@ -175,7 +191,12 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
+    with output.run(options, "training.world", reads=(), writes=FILES) as run:
+        run.start()
+        _write_all(options)
+
+
+def _write_all(options: Options) -> None:
     rng = random.Random(options.seed)
     train, validation, test = split_combinations(options.seed)
     prompts = draw_prompts(train, rng)
@@ -192,7 +213,7 @@ def main(options: Options) -> None:
     judgments = judgment_rows(draw_prompts(train, drawn), max(1, n // 2), drawn)
     write(options.output / "judgments.jsonl", judgments)
     write_principles(options.output / FILE_NAME, principles.PRINCIPLES)
-    for name, combinations in (("validation", validation), ("test", test)):
+    for name, combinations in zip(HELD_OUT, (validation, test), strict=True):
         held_out = draw_prompts(combinations, rng)
         count = options.num_held_out
         write(options.output / f"prompts_{name}.jsonl", prompt_rows(held_out, count))
@@ -202,4 +223,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    with main_guard():
+        main(read_options(Options, __doc__))

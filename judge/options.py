@@ -1,0 +1,49 @@
+"""Options of commands, a dataclass each: bounds of its numbers, and how a command line is read and held to them."""
+
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from pydantic import Field, TypeAdapter, ValidationError
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of all the generators in use
+
+OptionsT = TypeVar("OptionsT")
+
+
+class OptionError(ValueError):
+    """A number is out of its bounds; the message names the option."""
+
+
+def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
+    """The command line as a dataclass, with `~` expanded.
+
+    Raises:
+        OptionError: a number is out of the bounds of its field.
+    """
+    found = _at_home(tyro.cli(options, description=description))
+    try:
+        TypeAdapter(options).validate_python(asdict(found))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = ".".join(str(part).replace("_", "-") for part in problem["loc"])
+        raise OptionError(f"--{flag} {problem['input']}: {problem['msg']}") from None
+    return found
+
+
+def _at_home(value: Any) -> Any:
+    """With the home directory in the place of a leading `~`, which a shell leaves where it stands after `=`."""
+    if isinstance(value, str | Path) and str(value).startswith("~"):
+        return type(value)(Path(value).expanduser())
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in fields(value))
+        return replace(value, **{name: _at_home(getattr(value, name)) for name in names})
+    return value

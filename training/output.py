@@ -1,0 +1,405 @@
+"""What a command writes: nothing that was there before is destroyed, and an unfinished run is known again.
+
+A run's directory holds `assent_run.json`: the command, its options, a digest of each input, the files that the run
+writes, and whether it is finished. `run` lets a command into
+
+- a directory that is empty, or not there yet;
+- with `--resume`, one that holds a run of the same command with the same options and the same inputs;
+- with `--overwrite`, one that holds an earlier run of the same command, whose files go when the new run begins to
+  write, and one that holds other files, which stay, as long as none has the name of a file that the run writes.
+
+A path that is an input, is in one or holds one is refused always. Inputs are compared byte by byte, but for weights,
+which have a fingerprint, and for what is not in a path (a data set or a model on the hub), which has a name.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import get_int_from_env
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+
+from proxy.checkpoint import fingerprint
+from training.console import Interrupted, TrainingError
+
+MARKER = "assent_run.json"
+# What a run that goes on may have otherwise: it changes no result.
+_FREE = (
+    *("output", "work", "resume", "overwrite", "save_every"),
+    *("servers", "proxy_root", "server_requests"),
+    *("strict", "max_skipped"),
+)
+# Of a directory that is an input: what is read of a model, beside its weights, or of a data set.
+_READ = (
+    *("*.json", "*.jinja", "*.txt", "*.model"),
+    *("*.jsonl", "*.parquet", "*.csv", "*.arrow", "data/*"),
+)
+
+
+class Marker(BaseModel):
+    """What `assent_run.json` says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    command: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    """A digest of each."""
+    files: list[str]
+    """What the run writes: names and patterns, below the directory."""
+    finished: bool = False
+
+
+class Run:
+    """A command and its output directory, in one of the run's processes."""
+
+    def __init__(
+        self,
+        directory: Path,
+        marker: Marker,
+        before: Marker | None,
+        *,
+        can_resume: bool,
+        resumes: bool,
+    ) -> None:
+        self.directory, self._marker, self._before = directory, marker, before
+        self._can_resume, self._resumes = can_resume, resumes
+        self._has_started = False
+        self.is_finished = resumes and before is not None and before.finished
+        """Whether there is nothing to do: the run that was to go on has reached its end."""
+        self.saved: str | None = None
+        """What `--resume` would go on from; None = nothing."""
+
+    def check(self, *, overwrite: bool) -> None:
+        """
+        Raises:
+            TrainingError: the directory holds what the run is not to touch.
+        """
+        target, before, command = self.directory, self._before, self._marker.command
+        if before is None:
+            names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+            if names and not overwrite:
+                raise TrainingError(
+                    f"{target} is not empty ({_listed(names)}) and holds no run of {command}: name another directory, "
+                    "or write beside what is there with --overwrite"
+                )
+        elif before.command != command:
+            raise TrainingError(
+                f"{target} holds what {before.command} made, and this is {command}: name another directory"
+            )
+        elif self._resumes:
+            _refuse_others(target, before, self._marker)
+            if before.finished:
+                print(f"{target}: this run is finished; there is nothing to do")
+        elif not overwrite:
+            what = "a finished" if before.finished else "an unfinished"
+            goes_on = self._can_resume and not before.finished
+            way = "go on with --resume" if goes_on else "name another directory"
+            raise TrainingError(
+                f"{target} holds {what} run of {command}: {way}, or replace it with --overwrite"
+            )
+        refuse_foreign(target, self._marker.files, before.files if before else [])
+
+    def start(self) -> None:
+        """Begin to write: make the directory and its marker, and remove what is replaced.
+
+        All inputs should have been read by now, so that a mistake in them destroys no earlier run.
+        """
+        self._has_started = True
+        if not _is_main_process():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._before is not None and not self._resumes:
+            remove(self.directory, self._before.files)
+        marker = self._before if self._resumes and self._before else self._marker
+        _write(self.directory, marker.model_copy(update={"finished": False}))
+
+    def finish(self) -> None:
+        """Say in the marker that the run has reached its end."""
+        if self._has_started and _is_main_process():
+            marker = _read(self.directory)
+            assert marker is not None, "written at the start"
+            _write(self.directory, marker.model_copy(update={"finished": True}))
+
+    def left(self) -> str:
+        """What a run that ends too early leaves, and how to go on."""
+        if not self._has_started:
+            return "nothing was written"
+        if not self._can_resume:
+            return f"{self.directory} is not whole; begin again with --overwrite"
+        saved = f"saved up to {self.saved}" if self.saved else "nothing was saved yet"
+        return f"{saved} in {self.directory}; the same command goes on with --resume"
+
+
+@contextmanager
+def run(
+    options: Any,
+    command: str,
+    *,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    directory: Path | None = None,
+    resume: bool | None = None,
+) -> Iterator[Run]:
+    """The door of a command that writes a directory; the run is finished when the block ends without an error.
+
+    Args:
+        options: a dataclass; its `output`, `overwrite` and, where it has one, `resume` are those of the command line
+        command: the module's name
+        reads: names of the options that are inputs
+        writes: names and patterns of files that the run writes below its directory, whatever else it may write
+        directory: in the place of `output`
+        resume: in the place of the option
+
+    Raises:
+        TrainingError: the directory may not be written, or holds what is not to be touched.
+        Interrupted: the user pressed Ctrl-C; this message, and that of a full disk, say what was saved.
+    """
+    target = options.output if directory is None else directory
+    resumes = getattr(options, "resume", False) if resume is None else resume
+    inputs = {name: getattr(options, name) for name in reads}
+    refuse_inputs(target, inputs)
+    _refuse_unwritable(target, is_directory=True)
+    marker = Marker(
+        command=command,
+        options=settings_of(options, reads),
+        inputs={name: _digest(value) for name, value in inputs.items()},
+        files=list(writes),
+    )
+    before = _read(target)
+    if getattr(options, "resume", False) and options.overwrite:
+        raise TrainingError("--resume goes on with a run and --overwrite begins anew: give one")
+    this = Run(target, marker, before, can_resume=hasattr(options, "resume"), resumes=resumes)
+    if _is_main_process():  # of several the others may come when it has begun
+        this.check(overwrite=options.overwrite)
+    try:
+        yield this
+    except Interrupted:  # of a run within this one
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {this.left()}" if _is_main_process() else "") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_of_writing(error):
+            raise
+        raise TrainingError(
+            f"{target} cannot be written; is the disk full? ({error}); {this.left()}"
+        ) from None
+    this.finish()
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether a disk is full or broken, as Python, safetensors and PyTorch say it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return "I/O error" in str(error) or "inline_container" in str(error)
+
+
+def _refuse_others(target: Path, before: Marker, now: Marker) -> None:
+    """
+    Raises:
+        TrainingError: the run that is to go on had other options or inputs.
+    """
+    options = _differing(before.options, now.options)
+    inputs = _differing(before.inputs, now.inputs)
+    found = [f"other options ({', '.join(options)})"] if options else []
+    found += [f"other data or models ({', '.join(inputs)})"] if inputs else []
+    if found:
+        raise TrainingError(
+            f"--resume: {target} is of a run with {' and '.join(found)}: go on with the same, or begin anew with "
+            "--overwrite"
+        )
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def refuse_foreign(directory: Path, names: Iterable[str], own: Iterable[str]) -> None:
+    """
+    Raises:
+        TrainingError: a file has the name of one that the run writes, and is not its own.
+    """
+    ours = {path for pattern in own for path in directory.glob(pattern)}
+    foreign = {path for pattern in names for path in directory.glob(pattern)} - ours
+    if foreign:
+        found = _listed(sorted(str(path.relative_to(directory)) for path in foreign))
+        raise TrainingError(
+            f"{directory} has files that this run would replace and did not write ({found}): move them, or name "
+            "another directory"
+        )
+
+
+def claim(directory: Path, names: Sequence[str]) -> None:
+    """Note that the run in the directory writes these too. Where no run was begun, nothing is noted.
+
+    Raises:
+        TrainingError: one of them is there and is not the run's.
+    """
+    marker = _read(directory)
+    if marker is None:
+        return
+    refuse_foreign(directory, names, marker.files)
+    files = [*marker.files, *(name for name in names if name not in marker.files)]
+    _write(directory, marker.model_copy(update={"files": files}))
+
+
+def is_own(path: Path) -> bool:
+    """Whether the run in its directory has written it; where no run was begun, there is nobody else's."""
+    marker = _read(path.parent)
+    return marker is None or any(path.match(pattern) for pattern in marker.files)
+
+
+def remove(directory: Path, names: Iterable[str]) -> None:
+    """Remove files and directories of these names or patterns, and the directories that are empty without them."""
+    for pattern in names:
+        for path in sorted(directory.glob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        parent = (directory / pattern).parent
+        if parent != directory and parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def check_file(options: Any, *, reads: Sequence[str]) -> None:
+    """The door of a command whose `output` is a file.
+
+    Raises:
+        TrainingError: it may not be written, is an input, or is there, and `overwrite` was not said.
+    """
+    target: Path = options.output
+    refuse_inputs(target, {name: getattr(options, name) for name in reads})
+    _refuse_unwritable(target, is_directory=False)
+    if target.exists() and not options.overwrite:
+        raise TrainingError(
+            f"{target} is there already: name another file, or replace it with --overwrite"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_inputs(target: Path, inputs: dict[str, Any]) -> None:
+    """
+    Raises:
+        TrainingError: the target is an input, is in one, or holds one, links followed.
+    """
+    output = target.resolve()
+    for name, value in inputs.items():
+        for each in _each(value):
+            path = Path(str(each).partition(":///")[2] or each)  # a database may be a URL
+            if not path.exists():  # the name of something elsewhere
+                continue
+            found = path.resolve()
+            how = (
+                "is" if found == output
+                else "is in" if output.is_relative_to(found)
+                else "holds" if found.is_relative_to(output)
+                else None
+            )  # fmt: skip
+            if how:
+                raise TrainingError(
+                    f"{target} {how} an input, {_flag(name)} {each}: name another path"
+                )
+
+
+def _refuse_unwritable(target: Path, *, is_directory: bool) -> None:
+    if is_directory and target.exists() and not target.is_dir():
+        raise TrainingError(f"{target} is a file, and must be a directory")
+    if not is_directory and target.is_dir():
+        raise TrainingError(f"{target} is a directory, and must be a file")
+    ancestor = target if is_directory else target.absolute().parent
+    while not ancestor.exists():
+        ancestor = ancestor.absolute().parent
+    if not ancestor.is_dir():
+        raise TrainingError(f"{target}: {ancestor} is a file, and must be a directory")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise TrainingError(f"{target}: {ancestor} cannot be written to")
+
+
+def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
+    """The options that a run must go on with, as JSON has them; inputs are compared by what they hold."""
+    settings = json.loads(json.dumps(asdict(options), default=str))
+    return {name: value for name, value in settings.items() if name not in (*_FREE, *reads)}
+
+
+def _digest(value: Any) -> str:
+    """Of all that an input holds."""
+    digest = hashlib.sha256()
+    for each in _each(value):
+        path = Path(each)
+        if path.is_file():
+            _add_file(digest, path)
+        elif path.is_dir():
+            if any(path.glob("*.safetensors")):
+                digest.update(fingerprint(path).encode())
+            for file in sorted({file for pattern in _READ for file in path.glob(pattern)}):
+                if file.is_file() and file.name != MARKER:
+                    digest.update(file.name.encode())
+                    _add_file(digest, file)
+        else:
+            digest.update(str(each).encode())
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+
+
+def _each(value: Any) -> list[str | Path]:
+    """The inputs of an option: none, one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def _read(directory: Path) -> Marker | None:
+    """
+    Raises:
+        TrainingError: the marker is damaged.
+    """
+    path = directory / MARKER
+    if not path.is_file():
+        return None
+    try:
+        return Marker.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise TrainingError(
+            f"{path} is damaged, so nothing says what is in {directory}: name another directory"
+        ) from None
+
+
+def _write(directory: Path, marker: Marker) -> None:
+    write_whole(directory / MARKER, marker.model_dump_json(indent=2) + "\n")
+
+
+def _is_main_process() -> bool:
+    """Of those that `accelerate launch`, torchrun or MPI started; told before they know each other."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return get_int_from_env(names, 0) == 0
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
