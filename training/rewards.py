@@ -229,7 +229,9 @@ class ScalarReward:
         answers = [Message(role="assistant", content=s.text) for s in samples]
         rows = [self.chats.ids([*s.messages, a]) for s, a in zip(samples, answers, strict=True)]
         _refuse_long(rows, self.scorer)
-        refuse_unknown(self.scorer, self.chats.tokenizer, [*rows, [self.scorer.config.pad_token_id]])
+        refuse_unknown(
+            self.scorer, self.chats.tokenizer, [*rows, [self.scorer.config.pad_token_id]]
+        )
         device, scores = self.scorer.device, []
         for some in _batches(rows, self.batch_size):
             ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
