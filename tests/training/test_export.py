@@ -142,12 +142,17 @@ def test_what_an_earlier_version_kept_and_training_cannot_read_is_left_out(tmp_p
 
 def test_an_output_that_cannot_be(tmp_path: Path) -> None:
     Feedback(str(tmp_path / "feedback.db")).close()
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
     for output, said in (
-        (tmp_path, "Is a directory"),
-        (tmp_path / "feedback.db/x", "Not a directo|File ex"),
+        ("directory", "is a directory, and must be a file"),
+        ("file/x", "is a file, and must be a directory"),
+        ("feedback.db", "is an input"),
     ):
-        options = export.Options(feedback=str(tmp_path / "feedback.db"), output=output)
-        with pytest.raises(TrainingError, match=f"cannot be written: ({said})"):
+        options = export.Options(
+            feedback=str(tmp_path / "feedback.db"), output=tmp_path / output, overwrite=True
+        )
+        with pytest.raises(TrainingError, match=said):
             export.main(options)
 
 
