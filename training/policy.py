@@ -52,7 +52,7 @@ Draw = Callable[[Tensor], Tensor]
 
 
 class Policy:
-    """A proxy beside a frozen LLM; without a network every first candidate is accepted."""
+    """A proxy beside a frozen LLM; without a network, or at strength 0, the LLM alone."""
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class Policy:
         network: ProxyNetwork | None = None,
         strength: float = 1.0,
     ) -> None:
+        if strength == 0:
+            network = None
         self.model = model
         self.network = network
         self.strength = strength if network else 0.0

@@ -72,6 +72,16 @@ class Asked(NamedTuple):
 
     @property
     def setting(self) -> Setting:
+        if self.strength == 0:  # the frozen LLM
+            decoding = self.decoding
+            return Setting(
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                strength=0,
+                max_candidates=288,
+                trained_temperature=decoding.temperature,
+            )
         config = PROXIES[self.proxy]
         limits = {key: config[key] for key in ("max_candidates", "max_rejections")}
         trained = {
@@ -106,7 +116,7 @@ ASKED = [
     ask("narrow", 1.0, 1.0, 0, 1.0),
     ask("narrow", 3.0, 1.4, 4, 0.9),
     ask("narrow", 0.5, 0.7, 6, 0.8),
-    ask("narrow", 0.0, 1.0, 0, 1.0),
+    ask("narrow", 0.0, 1.4, 40, 0.9),
     ask("never", 1.0, 1.0, 0, 1.0),  # all rejected
     ask("never", 1.0, 0.0, 0, 1.0),
     ask("silent", 1.0, 1.0, 0, 1.0),
