@@ -4,6 +4,7 @@ The loss of a batch is a sum over its rows, so that the parts change it by round
 """
 
 import contextlib
+import ctypes
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,13 @@ def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
         else:
             parts.append([i])
     return parts
+
+
+def _give_back() -> None:
+    """Have glibc return what is free in its heap: parts of different lengths leave holes, and more of them each time."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 class MicroBatchTrainer(Trainer):
@@ -60,6 +68,7 @@ class MicroBatchTrainer(Trainer):
                     loss = self.part_loss(model, part)
                 self.accelerator.backward(loss)
             total += loss.detach()
+            _give_back()
         return total
 
     def prediction_step(

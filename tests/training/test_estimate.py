@@ -62,12 +62,13 @@ def test_the_sizes_of_7b_models(tmp_path: Path) -> None:
 
 def test_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = config_dir(tmp_path, LLAMA)
-    estimate.main(Options(model=model))
-    assert "proxy_ppo does not fit" not in capsys.readouterr().out
-    estimate.main(Options(model=model, prompt_tokens=1024, batch_size=256))
+    sizes, large = sizes_of(model), Options(model=model, prompt_tokens=1024, batch_size=256)
+    assert estimate.estimate(sizes, Options(model=model)).peak < 0.9 * large.memory
+    estimate.main(large)
     said = " ".join(capsys.readouterr().out.split())
     assert "proxy_ppo does not fit 80 GB, a tenth left free: it will lower --batch-size" in said
-    assert "all weights; does not fit with a single pair" in said
+    assert "does not fit with a single pair" in said  # all weights
+    assert "32768 tokens at once" in said  # a LoRA
     result = estimate.estimate(sizes_of(model), Options(model=model, reward="implicit"))
     assert result.staying["frozen LLM"] == result.staying["reward model"] == 2 * 6_738_415_616
     with pytest.raises(TrainingError, match="cannot read the config"):
