@@ -21,7 +21,13 @@ from training.checkpoints import PLAN_FILE
 from training.console import TrainingError
 from training.logprobs import CHUNK
 from training.machine import Machine, machine, say
-from training.models import attention_of, loading, lora_config, read_config
+from training.models import (
+    attention_of,
+    loading,
+    lora_config,
+    read_config,
+    register_attention,
+)
 from training.sizes import Sizes, activation_bytes, rollout_bytes
 
 SLACK = 1.25
@@ -88,6 +94,7 @@ def need(work: Work) -> Need:
 
 def _shapes(work: Work) -> Any:
     """The model with tensors that take no memory, on a CPU."""
+    register_attention()
     with loading(f"the model {work.model!r}"):
         config = read_config(work.model)
         dtype = torch.bfloat16 if work.lora_rank else torch.float32

@@ -28,7 +28,7 @@ def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def _give_back() -> None:
-    """Have glibc return what is free in its heap: parts of different lengths leave holes, and more of them each time."""
+    """Have glibc return what is free in its heap: parts of different lengths leave more holes each time."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

@@ -133,7 +133,7 @@ def load_model(
     Raises:
         TrainingError: there is no such model.
     """
-    AttentionInterface.register("sdpa", _attend)
+    register_attention()
     with loading(f"the model {name!r}"):
         implementation = attention_of(name) if attention == "auto" else attention
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -198,6 +198,11 @@ def attention_of(name: str) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
+def register_attention() -> None:
+    """Have models made from now on attend as here."""
+    AttentionInterface.register("sdpa", _attend)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -227,8 +232,10 @@ def read_config(name: str) -> PretrainedConfig:
     Raises:
         TrainingError: there is none.
     """
-    with loading(f"the config of {name!r}"):
+    try:
         return AutoConfig.from_pretrained(name)
+    except Exception as error:  # a config may lack anything
+        raise TrainingError(f"cannot read the config of {name!r}: {error}") from error
 
 
 def context_of(model: PreTrainedModel | PretrainedConfig) -> int:

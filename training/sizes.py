@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from training.models import loading, read_config
+from training.console import TrainingError
+from training.models import read_config
 
 
 class Sizes(NamedTuple):
@@ -33,8 +34,11 @@ def sizes_of(model: str) -> Sizes:
         TrainingError: there is no such config, or none of a transformer.
     """
     config = read_config(model)
-    with loading(f"the model {model!r}"), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config may lack anything
+        raise TrainingError(f"cannot read the config of {model!r}: {error}") from error
     text, head = config.get_text_config(), empty.get_output_embeddings()
     linear = [
         module.weight

@@ -18,6 +18,7 @@ from tests.training.models import ARCHITECTURES, data_rows, save_model
 from training import estimate, proxy_ppo
 from training.console import TrainingError
 from training.estimate import Options, proxy_of, trained
+from training.logprobs import add_logprobs
 from training.models import load_model, lora_config
 from training.policy import Decoding, Policy, default_config
 from training.rewards import sequence_logprobs
@@ -167,6 +168,7 @@ WIDE = [
 @pytest.mark.parametrize("config", WIDE, ids=lambda config: config.model_type)
 def test_the_peak_of_a_forward(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    add_logprobs(model)
     config.save_pretrained(tmp_path)
     sizes, size, rows, tokens, kept = sizes_of(str(tmp_path)), dtype.itemsize, 8, 64, 33
     ids = torch.randint(0, 900, (rows, tokens))

@@ -29,12 +29,13 @@ GB = 10**9
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
     """Wide enough for the counted tensors to be nearly all there are."""
-    save_model("llama", tmp_path)  # for its tokenizer
+    directory = tmp_path / "model"
+    save_model("llama", directory)  # for its tokenizer
     config = LlamaConfig(
         hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=2, vocab_size=300
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    return tmp_path
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
 
 
 @pytest.mark.parametrize(
