@@ -38,6 +38,13 @@ Data, models, runs:
 - `judgments`       - judgments to learn, from preference pairs.
 - `models`          - models, tokenizers, chats as they read them.
 - `supervised`      - training on sequences with a weight per token.
+- `pairs`           - preference pairs as token ids, and as a model's inputs.
+- `pair_trainer`    - training on them: DPO, the implicit and the scalar reward.
+- `logprobs`        - log-probabilities without whole logits.
+- `micro_batches`   - a batch in parts that fit the memory.
+- `memory`          - how many tokens these are: what training takes.
+- `machine`         - and what there is.
+- `sizes`           - formulas for memory and operations of an LLM.
 - `checkpoints`     - a killed run of transformers' trainer goes on.
 - `state`           - and so does one of ours.
 - `output`          - what a command writes: nothing is destroyed, an unfinished run is known again.

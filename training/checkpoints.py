@@ -1,4 +1,4 @@
-"""Go on with a run of transformers' trainer (and so trl's) that was killed.
+"""Go on with a run of transformers' trainer that was killed.
 
 The trainer writes `checkpoints/checkpoint-<steps>` in the output directory: weights, optimiser, random state, and
 `trainer_state.json` last of all. One that was cut short is not looked at; the one before goes only when the next is
@@ -17,7 +17,9 @@ from training.saving import MODEL_FILES
 
 _DIRECTORY = "checkpoints"
 _CHECKPOINTS = f"{_DIRECTORY}/checkpoint-*"
-_FILES = (_CHECKPOINTS, f"{_DIRECTORY}/README.md")  # trl adds the latter
+PLAN_FILE, REFERENCE_FILE = f"{_DIRECTORY}/plan.json", f"{_DIRECTORY}/reference.safetensors"
+"""What `training.memory` and `training.pair_trainer` keep for a run that goes on."""
+_FILES = (_CHECKPOINTS, PLAN_FILE, REFERENCE_FILE)
 WRITES = (*METRICS_FILES, *MODEL_FILES, *_FILES)
 """What such a run writes, as `training.output` wants to know it."""
 _STATE_FILE = "trainer_state.json"

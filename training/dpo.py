@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290), with trl: a baseline that changes the LLM's own weights.
+"""Direct preference optimisation (arXiv 2305.18290): a baseline that changes the LLM's own weights.
 
     python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
 
@@ -11,26 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Json
+from peft import get_peft_model
 from pydantic import NonNegativeInt, PositiveInt
-from transformers import PreTrainedModel
-from trl import DPOConfig, DPOTrainer
+from transformers import TrainingArguments
 
 from judge.options import Positive, Seed
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints, output
-from training.console import TrainingError, main_guard, read_options
-from training.data import PAIR, Row, RowOptions, read_as
+from training.console import main_guard, read_options
+from training.data import RowOptions
+from training.memory import Plan, Work, plan
 from training.metrics import TrainerMetrics
 from training.models import (
     Conversations,
     context_of,
     end_ids,
     load_model,
+    load_tokenizer,
     lora_config,
+    read_config,
     refuse_unknown,
 )
 from training.output import Run
+from training.pair_trainer import ImplicitTrainer
+from training.pairs import Pair, load_pairs
 from training.saving import saving
 
 
@@ -54,16 +58,16 @@ class Options(RowOptions):
     max_rows: PositiveInt | None = None
     """Only the first so many pairs."""
     batch_size: PositiveInt = 32
-    """Pairs in a batch."""
-    gradient_accumulation: PositiveInt = 1
-    """Batches before an update."""
+    """Pairs in a gradient step, on each device. As many at once as its memory has room for, which changes nothing but
+    rounding."""
     learning_rate: Positive = 2e-4
     """Peak of the linear schedule. 2e-4 suits a small model; use about 1e-6 for a pretrained LLM, 1e-5 with
     `lora_rank`."""
     lora_rank: NonNegativeInt = 0
     """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
     gradient_checkpointing: bool = False
-    """Keep no activations but compute them again: a third slower, and much less memory."""
+    """Keep no activations but compute them again: a third slower, and much less memory. Done in any case where a pair
+    would not fit without."""
     max_length: PositiveInt = 1024
     """Pairs with a longer sequence, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
@@ -84,86 +88,74 @@ READS = ("model", "preferences", "held_out")
 
 def train(options: Options, run: Run) -> tuple[Any, Any]:
     """The trainer when it is done, and the tokenizer."""
-    model, tokenizer = load_model(
-        str(resolve_model_dir(options.model)),
-        dtype=torch.bfloat16 if options.lora_rank else torch.float32,
-    )
-    end_ids(model, tokenizer)  # trl's own error says less
-    settings = arguments(options, model)
-    trainer = DPOTrainer(
-        model=model,
-        args=DPOConfig(beta=options.beta, **settings),
-        **data(options, model, tokenizer, settings["max_length"]),
-        processing_class=tokenizer,
-        callbacks=[TrainerMetrics(options.output)],
-        peft_config=lora_config(options.lora_rank) if options.lora_rank else None,
+    directory = str(resolve_model_dir(options.model))
+    tokenizer = load_tokenizer(directory)
+    pairs = read(options, tokenizer, directory)
+    planned = plan_for(options, pairs, directory)
+    model: Any = load_model(
+        directory, dtype=torch.bfloat16 if options.lora_rank else torch.float32
+    )[0]
+    end_ids(model, tokenizer)
+    refuse_unknown(model, tokenizer, (ids for some in pairs for pair in some for ids in pair))
+    if options.lora_rank:
+        torch.manual_seed(options.seed)  # of the LoRA's weights
+        model = get_peft_model(model, lora_config(options.lora_rank))
+        if planned.checkpointing:
+            model.enable_input_require_grads()
+    trainer = ImplicitTrainer(
+        model,
+        arguments(options, planned),
+        *pairs,
+        beta=options.beta,
+        resume=options.resume,
+        most=planned.tokens,
+        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)
     return trainer, tokenizer
 
 
-def arguments(options: Options, model: PreTrainedModel) -> dict[str, Any]:
-    """What trl's trainers are told."""
-    return dict(
+def read(options: Options, tokenizer: Any, directory: str) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on, and those to measure on."""
+    chats = Conversations(tokenizer)
+    most = min(options.max_length, context_of(read_config(directory)))
+    held_out = load_pairs(options.held_out, chats, most, options) if options.held_out else []
+    return load_pairs(options.preferences, chats, most, options, options.max_rows), held_out
+
+
+def plan_for(options: Options, pairs: tuple[list[Pair], list[Pair]], directory: str) -> Plan:
+    """How many tokens at once this machine has room for; says so. Raises TrainingError if there is none."""
+    every = [pair for some in pairs for pair in some]
+    work = Work(
+        model=directory,
+        longest=max(sum(map(len, pair)) for pair in every),
+        least=2 * max(pair.longest for pair in every),
+        lora_rank=options.lora_rank,
+        bf16=options.bf16,
+        checkpointing=options.gradient_checkpointing,
+    )
+    lower = "lower --max-length, or train a LoRA with --lora-rank"
+    return plan(work, lower, options.output if options.resume else None)
+
+
+def arguments(options: Options, planned: Plan) -> TrainingArguments:
+    """What transformers' trainer is told."""
+    return TrainingArguments(
         **checkpoints.arguments(options.output, options.save_every),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         eval_strategy="epoch" if options.held_out else "no",
-        gradient_accumulation_steps=options.gradient_accumulation,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=planned.checkpointing,
         learning_rate=options.learning_rate,
-        max_length=min(options.max_length, context_of(model)),
         bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
         seed=options.seed,
         report_to="none",
+        logging_steps=10,
         logging_first_step=True,
+        remove_unused_columns=False,
     )
-
-
-def data(
-    options: Options, model: PreTrainedModel, tokenizer: Any, most: int
-) -> dict[str, Dataset | None]:
-    """The pairs to train on, and those to measure on, as trl's trainers take them; `most` tokens each at most.
-
-    Raises:
-        TrainingError: all pairs of one of the two are longer, or a token is beyond the model's embeddings.
-    """
-    held_out = options.held_out
-    return {
-        "train_dataset": _pairs(
-            options.preferences, model, tokenizer, most, options, options.max_rows
-        ),
-        "eval_dataset": _pairs(held_out, model, tokenizer, most, options) if held_out else None,
-    }
-
-
-def _pairs(
-    source: str,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    most: int,
-    options: Options,
-    max_rows: int | None = None,
-) -> Dataset:
-    chats = Conversations(tokenizer)
-
-    def measured(row: Row) -> tuple[Row, int]:
-        answers = [chats.ids([*row["prompt"], *row[answer]]) for answer in ("chosen", "rejected")]
-        refuse_unknown(model, tokenizer, answers)
-        return {field: chats.as_given(row[field]) for field in PAIR}, max(map(len, answers))
-
-    rows = read_as(source, PAIR, options, measured, max_rows)
-    kept = [row for row, tokens in rows if tokens <= most]
-    if len(kept) < len(rows):
-        print(f"{source}: left out {len(rows) - len(kept)} of {len(rows)} pairs over {most} tokens")
-    if not kept:
-        raise TrainingError(
-            f"{source}: no pair is within {most} tokens: max_length, or the model's own"
-        )
-    # As JSON: Arrow would give all messages the same keys.
-    return Dataset.from_list(kept, features=Features(dict.fromkeys(PAIR, Json())))
 
 
 def save(

@@ -11,21 +11,30 @@ against tensors and operations counted in real runs of small models; `docs/seven
 N responses at once, T = prompt + response tokens, L layers, H hidden, I feed-forward, V vocabulary, b bytes a number.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from judge.options import NonNegative, Positive, PositiveShare
 from proxy.network import ProxyConfig, ProxyNetwork
-from training.console import TrainingError, main_guard, read_options
-
-GB = 1e9
+from training.console import main_guard, read_options
+from training.logprobs import CHUNK
+from training.machine import USED, Machine
+from training.memory import GB, MOST_TOKENS, Need, Plan, Work, fit
+from training.sizes import (
+    Sizes,
+    activation_bytes,
+    cache_bytes,
+    decision_bytes,
+    float32_bytes,
+    forward_flops,
+    rollout_bytes,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,7 @@ class Options:
     lora_rank: PositiveInt = 16
     """Of the reward model."""
     pairs: PositiveInt = 20_000
-    """Preference pairs that the LoRA is trained on, once."""
-    pair_batch: PositiveInt = 4
-    """Pairs at once in the LoRA's training, with gradient checkpointing."""
+    """Preference pairs that the LoRA is trained on, once, each with two responses."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the frozen LLM computes in."""
     rollout: Literal["transformers", "vllm"] = "transformers"
@@ -76,93 +83,6 @@ class Options:
     """Seconds that Python takes to launch a layer's kernels, the least that a layer can take: an assumption."""
 
 
-class Sizes(NamedTuple):
-    """What of an LLM memory and time depend on."""
-
-    parameters: int  # all, tied ones once
-    linear: int  # weights of the linear layers but the head
-    lora: int  # in + out, summed over these layers: a LoRA's parameters at rank 1
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int  # heads · size of a head
-    key: int  # heads of keys · size of a head
-    vocab: int
-
-
-def sizes_of(model: str) -> Sizes:
-    """Read from a config, and from a model of it that has no weights.
-
-    Raises:
-        TrainingError: there is no such config, or none of a transformer.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config may lack anything
-        raise TrainingError(f"cannot read the config of {model!r}: {error}") from error
-    text, head = config.get_text_config(), empty.get_output_embeddings()
-    linear = [
-        module.weight
-        for module in empty.modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    ]
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Sizes(
-        parameters=sum(parameter.numel() for parameter in empty.parameters()),
-        linear=sum(weight.numel() for weight in linear),
-        lora=sum(sum(weight.shape) for weight in linear),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        query=heads * head_size,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
-        vocab=head.weight.shape[0],
-    )
-
-
-def forward_flops(sizes: Sizes, rows: int, tokens: int, seen: int, kept: int) -> int:
-    """Multiplications and additions of a forward.
-
-    Args:
-        rows: sequences.
-        tokens: read in this forward, of each sequence.
-        seen: that a token may attend to, those of this forward included; computed in full, causal or not.
-        kept: positions of each sequence whose logits are computed.
-    """
-    linear = 2 * sizes.linear * tokens
-    attention = 4 * sizes.layers * sizes.query * tokens * seen
-    return rows * (linear + attention + 2 * sizes.hidden * sizes.vocab * kept)
-
-
-def cache_bytes(sizes: Sizes, rows: int, tokens: int, size: int) -> int:
-    """Keys and values of all layers; a sliding window may keep fewer."""
-    return 2 * sizes.layers * sizes.key * size * rows * tokens
-
-
-def activation_bytes(sizes: Sizes, tokens: int, size: int) -> int:
-    """The most that a forward without gradients holds at once, in a gated feed-forward layer and fused attention."""
-    return tokens * (3 * sizes.intermediate + 5 * sizes.hidden) * size
-
-
-def checkpointed_bytes(sizes: Sizes, tokens: int) -> int:
-    """The same with gradients to a LoRA in bfloat16: a state of every layer, and all that one layer keeps for them."""
-    layer = 7 * sizes.intermediate + 20 * sizes.hidden
-    return tokens * (sizes.layers * sizes.hidden + layer) * 2
-
-
-def float32_bytes(numbers: int, size: int) -> int:
-    """Numbers, their float32 copy if they are in bfloat16, and another of what is computed from them."""
-    return numbers * (size + (4 if size < 4 else 0) + 4)
-
-
-def decision_bytes(sizes: Sizes, decisions: int, size: int) -> int:
-    """Recorded decisions: hidden state, token, log-probability, answer, episode."""
-    return decisions * (sizes.hidden * size + 8 + 4 + 1 + 8)
-
-
 def proxy_of(sizes: Sizes, width: int) -> ProxyNetwork:
     with torch.device("meta"):
         return ProxyNetwork(
@@ -176,8 +96,7 @@ class Estimate(NamedTuple):
     staying: dict[str, float]  # in memory all the time
     phases: dict[str, float]  # on top of it, one after the other
     seconds: dict[str, float]  # of one update
-    lora_bytes: float  # at most, while the reward's LoRA is trained
-    lora_seconds: float
+    lora_seconds: float  # of training the reward's LoRA before
 
     @property
     def peak(self) -> float:
@@ -196,7 +115,7 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
     proxy = proxy_of(sizes, options.width).num_parameters()
     table = sizes.vocab * 2 * options.width * 4
     passes = {"lora": 2, "implicit": 2, "scalar": 1, "none": 0}[options.reward]
-    kept = response + 1 if passes == 2 else 0
+    kept = response if passes == 2 else 0
 
     staying: dict[str, float] = {
         "frozen LLM": weights,
@@ -209,19 +128,18 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
     if options.rollout == "vllm":
         staying["vLLM"] = options.rollout_memory * options.memory
     # The rollout begins with a table made of all embeddings; the update copies the decisions and looks up theirs.
-    cache = cache_bytes(sizes, rows, total, size)
     in_transformers = options.rollout == "transformers"
+    embeddings = sizes.vocab * sizes.hidden
     phases: dict[str, float] = {
         "rollout": table
         + in_transformers
         * max(
-            float32_bytes(sizes.vocab * sizes.hidden, size) - sizes.vocab * sizes.hidden * size,
-            cache + activation_bytes(sizes, rows * prompt, size),
-            cache + float32_bytes(rows * sizes.vocab, size),
+            float32_bytes(embeddings, size) - embeddings * size,
+            rollout_bytes(sizes, rows, prompt, response, size),
         ),
         "reward": max(
             activation_bytes(sizes, rows * total, size),
-            float32_bytes(rows * kept * sizes.vocab, size),
+            float32_bytes(min(rows * kept * sizes.vocab, CHUNK), size),
         )
         * (passes > 0),
         "update": recorded + float32_bytes(decisions * sizes.hidden, size),
@@ -246,19 +164,32 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
         "update": options.epochs * 60 * proxy * decisions / options.flops / options.efficiency,
     }
     # Forward, the same again for the checkpoints, backward through the frozen weights, and the reference's forward.
-    pair_flops = 4 * forward_flops(sizes, 2, total, total, response)
-    return Estimate(
-        staying,
-        phases,
-        times,
-        lora_bytes=sizes.parameters * 2
-        + lora * 16
-        + checkpointed_bytes(sizes, 2 * options.pair_batch * total),
-        lora_seconds=options.pairs / options.pair_batch * seconds(options.pair_batch * pair_flops),
-    )
+    # A pair is one sequence; as many are taken at once as make a GPU's products large.
+    pair = total + response
+    at_once = max(1, MOST_TOKENS["cuda"] // pair)
+    pair_flops = 4 * forward_flops(sizes, 1, pair, pair, 2 * response)
+    return Estimate(staying, phases, times, options.pairs / at_once * seconds(at_once * pair_flops))
 
 
-def show(sizes: Sizes, options: Options, result: Estimate) -> None:
+def trained(options: Options) -> dict[str, tuple[Plan | None, Need]]:
+    """What the commands that train the LLM, or a LoRA on it, take on the device, by their names."""
+    pair = options.prompt_tokens + 2 * options.response_tokens
+    has = Machine("cuda", options.memory, "of the device")
+    work = Work(model=options.model, longest=pair)
+    return {
+        f"training.reward_model --lora-rank {options.lora_rank}": fit(
+            replace(work, lora_rank=options.lora_rank, checkpointing=True), has
+        ),
+        "training.reward_model, dpo, sft, jsft: all weights": fit(work, has),
+    }
+
+
+def show(
+    sizes: Sizes,
+    options: Options,
+    result: Estimate,
+    others: dict[str, tuple[Plan | None, Need]],
+) -> None:
     """Print the estimate."""
     memory = Table("memory of training.proxy_ppo", "GB")
     for name, bytes_ in result.staying.items():
@@ -266,7 +197,11 @@ def show(sizes: Sizes, options: Options, result: Estimate) -> None:
     for name, bytes_ in result.phases.items():
         memory.add_row(f"+ {name}", f"{bytes_ / GB:.2f}")
     memory.add_row("at most", f"{result.peak / GB:.1f}")
-    memory.add_row("training.reward_model, LoRA, at most", f"{result.lora_bytes / GB:.1f}")
+    for name, (planned, takes) in others.items():
+        tokens = planned.tokens if planned else 0
+        how = f"{tokens} tokens at once" if planned else "does not fit with a single pair"
+        pair = options.prompt_tokens + 2 * options.response_tokens
+        memory.add_row(f"{name}; {how}", f"{takes.of(tokens or pair) / GB:.1f}")
     time = Table("time", "seconds")
     for name, seconds in result.seconds.items():
         time.add_row(name, f"{seconds:.1f}")
@@ -278,19 +213,16 @@ def show(sizes: Sizes, options: Options, result: Estimate) -> None:
     console.print(f"{sizes.parameters:,} parameters; computed, not measured")
     console.print(memory)
     console.print(time)
-    for command, most, option in (
-        ("training.proxy_ppo", result.peak, "--batch-size"),
-        ("training.reward_model", result.lora_bytes, "--pair-batch"),
-    ):
-        if most > 0.9 * options.memory:
-            print(
-                f"{command} does not fit {options.memory / GB:.0f} GB, a tenth left free: lower {option}"
-            )
+    if result.peak > USED * options.memory:
+        print(
+            f"training.proxy_ppo does not fit {options.memory / GB:.0f} GB, a tenth left free: it will lower "
+            "--batch-size"
+        )
 
 
 def main(options: Options) -> None:
     sizes = sizes_of(options.model)
-    show(sizes, options, estimate(sizes, options))
+    show(sizes, options, estimate(sizes, options), trained(options))
 
 
 if __name__ == "__main__":

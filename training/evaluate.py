@@ -26,11 +26,13 @@ from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard, read_options
 from training.data import Message, Row, RowOptions, read_as
-from training.models import Conversations, end_ids, load_model, refuse_unknown
+from training.memory import responses_at_once
+from training.models import Conversations, end_ids, load_model, load_tokenizer, refuse_unknown
 from training.output import check_file, write_whole
 from training.policy import Decoding, Policy
-from training.rewards import Frozen, Sample, load_reward
+from training.rewards import Frozen, Sample, load_reward, reward_bytes
 from training.rollout import Rollout, generate
+from training.sizes import sizes_of
 from training.world import gold
 
 Answers = list[Sample]
@@ -90,17 +92,8 @@ def flaw_rates(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, floa
 def evaluate(options: Options) -> dict[str, Any]:
     """The figures of one comparison."""
     base = identify(options.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(
-        str(resolve_model_dir(options.model)), dtype=getattr(torch, options.dtype)
-    )
-    model.to(device).eval()
-    proxy = load(options.proxy, base=base)
-    proxy.network.to(device)
-    frozen = Frozen(
-        model, tokenizer, base, options.decoding, end_ids(model, tokenizer), options.batch_size
-    )
-    rewards = {name: load_reward(name, frozen) for name in options.reward}
+    directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
+    tokenizer = load_tokenizer(directory)
     chats = Conversations(tokenizer)
 
     def prompt(row: Row) -> tuple[list[Message], list[int]]:
@@ -108,6 +101,22 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     read = read_as(options.prompts, ("prompt",), options, prompt, options.num_prompts)
     chosen, prompts = zip(*read, strict=True)
+    batch_size = responses_at_once(
+        sizes_of(directory),
+        options.batch_size,
+        max(map(len, prompts)),
+        options.decoding.max_new_tokens,
+        dtype.itemsize,
+        sum(reward_bytes(name, dtype) for name in options.reward),
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(directory, dtype=dtype)[0]
+    model.to(device).eval()
+    proxy = load(options.proxy, base=base)
+    proxy.network.to(device)
+    ends = end_ids(model, tokenizer)
+    frozen = Frozen(model, tokenizer, base, options.decoding, ends, batch_size)
+    rewards = {name: load_reward(name, frozen) for name in options.reward}
     refuse_unknown(model, tokenizer, prompts)
 
     def answer(policy: Policy, seeds: Iterable[int], measure_kl: bool) -> tuple[Rollout, Answers]:
@@ -118,7 +127,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             end_ids=frozen.end_ids,
             seeds=seeds,
             measure_kl=measure_kl,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
         )
         texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         return rollout, list(map(Sample, chosen, texts, prompts, rollout.responses))

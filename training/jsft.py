@@ -13,8 +13,6 @@ and `--sft` may be left out.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from peft import get_peft_model
 from pydantic import NonNegativeInt
 
 from judge.options import Positive
@@ -24,7 +22,7 @@ from training import output, rewards, supervised
 from training.checkpoints import WRITES
 from training.console import TrainingError, main_guard, read_options
 from training.judgments import judgment_examples, read_pairs
-from training.models import Conversations, context_of, load_model, load_tokenizer, lora_config
+from training.models import Conversations, context_of, load_tokenizer, read_config
 from training.output import Run
 from training.supervised import read_answers, train
 
@@ -63,12 +61,10 @@ def _train(options: Options, run: Run) -> None:
     principles = (
         read_principles(options.principles) if options.principles else principles_of(directory)
     )
-    chats = Conversations(load_tokenizer(str(directory)))
+    tokenizer = load_tokenizer(str(directory))
+    chats = Conversations(tokenizer)
     answers = read_answers(options.sft, chats, options) if options.sft else []
     pairs = [row for each in options.preferences for row in read_pairs(each, principles, options)]
-    model, tokenizer = load_model(
-        str(directory), options.attention, torch.bfloat16 if options.lora_rank else torch.float32
-    )
     judgments = list(
         judgment_examples(
             pairs,
@@ -76,7 +72,7 @@ def _train(options: Options, run: Run) -> None:
             principles,
             label_weight=options.judge_weight,
             prompt_weight=options.prompt_weight,
-            max_tokens=min(options.max_length, context_of(model)),
+            max_tokens=min(options.max_length, context_of(read_config(str(directory)))),
         )
     )
     print(f"{len(answers)} answers and {len(judgments)} judgments")
@@ -87,10 +83,7 @@ def _train(options: Options, run: Run) -> None:
             config = rewards.RewardConfig(kind="judge", base=identify(options.model))
             rewards.write_reward_config(saved, config)
 
-    if options.lora_rank:
-        torch.manual_seed(options.seed)  # of the LoRA's weights
-        model = get_peft_model(model, lora_config(options.lora_rank))
-    train(model, tokenizer, answers + judgments, options, run, add)
+    train(tokenizer, answers + judgments, options, run, options.lora_rank, add)
 
 
 if __name__ == "__main__":

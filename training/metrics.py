@@ -65,7 +65,7 @@ class Metrics:
 
 
 class TrainerMetrics(TrainerCallback):
-    """Hands what transformers' trainer (and so trl's) logs to `Metrics`, in the main process."""
+    """Hands what transformers' trainer logs to `Metrics`, in the main process."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

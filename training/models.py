@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +27,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from judge.messages import Message, as_texts
 from training.console import TrainingError
+from training.logprobs import add_logprobs
 
 
 class CausalLM(Protocol):
@@ -57,10 +59,16 @@ class Conversations:
         self, prompt: Sequence[Message], response: str | Message
     ) -> tuple[list[int], list[int]]:
         """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
-        if isinstance(response, str):
-            response = Message(role="assistant", content=response)
-        messages = [*prompt, response]
-        ids = self.ids(messages)
+        turn = (
+            Message(role="assistant", content=response) if isinstance(response, str) else response
+        )
+        return self.split_turns(prompt, [turn])
+
+    def split_turns(
+        self, prompt: Sequence[Message], turns: Sequence[Message]
+    ) -> tuple[list[int], list[int]]:
+        """`prompt_ids(prompt)`, and the ids of the turns that follow, the assistant's first."""
+        ids = self.ids([*prompt, *turns])
         start = self.prompt_ids(prompt)
         if ids[: len(start)] != start:
             raise TrainingError(
@@ -125,7 +133,7 @@ def load_model(
     Raises:
         TrainingError: there is no such model.
     """
-    AttentionInterface.register("sdpa", _attend)
+    register_attention()
     with loading(f"the model {name!r}"):
         implementation = attention_of(name) if attention == "auto" else attention
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -141,6 +149,7 @@ def load_model(
     for kind in ("pad", "eos", "bos"):
         token = getattr(tokenizer, f"{kind}_token_id")
         refuse_unknown(model, tokenizer, [[] if token is None else [token]])
+    add_logprobs(model)
     return model, tokenizer
 
 
@@ -189,6 +198,11 @@ def attention_of(name: str) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
+def register_attention() -> None:
+    """Have models made from now on attend as here."""
+    AttentionInterface.register("sdpa", _attend)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -197,11 +211,11 @@ def _attend(
     mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA; in float32 where a CPU is to differentiate it.
+    """transformers' SDPA; in float32 where a CPU trains.
 
     PyTorch's kernel takes five times as long there, backwards in bfloat16.
     """
-    if query.device.type != "cpu" or not torch.is_grad_enabled():
+    if query.device.type != "cpu" or not (torch.is_grad_enabled() or module.training):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
@@ -212,9 +226,21 @@ def _attend(
     return attended.to(value.dtype), None
 
 
-def context_of(model: PreTrainedModel) -> int:
+def read_config(name: str) -> PretrainedConfig:
+    """A model's config.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # a config may lack anything
+        raise TrainingError(f"cannot read the config of {name!r}: {error}") from error
+
+
+def context_of(model: PreTrainedModel | PretrainedConfig) -> int:
     """The longest sequence that the model reads, in tokens, as its config has it."""
-    config = model.config.get_text_config()
+    config = getattr(model, "config", model).get_text_config()
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
@@ -292,6 +318,22 @@ class Plain:
     def __call__(self, **inputs: Any) -> Any:
         with self._lora.disable_adapter():
             return self._lora.base_model(**inputs)
+
+
+def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π of the responses' tokens, 0 elsewhere; without the logits of the others, nor those of all at once.
+
+    Args:
+        ids: [N, T + 1], padded on the right: under a causal mask that changes nothing before it
+        mask: [N, T] bool, True = the token after the position belongs to the response
+
+    Returns:
+        [N, T] nats.
+    """
+    kept = mask.flatten().nonzero().squeeze(-1)
+    places = kept + kept // mask.shape[1]  # the position before, in rows that are longer by one
+    logprobs = model(input_ids=ids, places=places, targets=ids[:, 1:][mask])
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

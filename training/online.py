@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from judge.options import NonNegative, Positive
 from training import updates
 from training.console import TrainingError
-from training.rewards import Reward, load_reward
+from training.rewards import Reward, load_reward, reward_bytes
 from training.rollout import Rollout
 
 PATIENCE = 3  # updates in a row
@@ -52,9 +53,12 @@ class Trainer(updates.Learner):
     shown = "reward"
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        super().__init__(options, accelerator)
         self.ppo = options
+        super().__init__(options, accelerator)
         self.reward: Reward = load_reward(options.reward, self.frozen())
+
+    def beside(self) -> float:
+        return reward_bytes(self.ppo.reward, getattr(torch, self.ppo.dtype))
 
     @abstractmethod
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:

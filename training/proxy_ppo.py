@@ -36,12 +36,14 @@ from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir, save
 from proxy.network import ProxyNetwork
 from training import online, output
 from training.console import TrainingError, main_guard, read_options
+from training.machine import machine
 from training.online import PATIENCE, Episodes
 from training.policy import Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Rollout, generate
 from training.rollout_servers import Servers, name_of
 from training.rollout_vllm import Engine, is_installed
+from training.sizes import decision_bytes
 from training.updates import WRITES, averaged, start, train
 
 MAX_REQUESTS = 256  # under way in vLLM at once
@@ -87,14 +89,22 @@ class Trainer(online.Trainer):
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         refuse_half_named_servers(options)
-        super().__init__(options, accelerator)
         self.options = options
+        super().__init__(options, accelerator)
         self.network = self.learner = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
         self.engine = self._make_engine()
         accelerator.print(
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )
+
+    def beside(self) -> float:
+        options = self.options
+        decisions = 2 * options.episodes * options.decoding.max_new_tokens
+        # Those recorded, those that are learned from, and what is computed from these in float32.
+        learned = 3 * decision_bytes(self.sizes, decisions, 4)
+        in_vllm = options.rollout_memory * machine().free if options.rollout == "vllm" else 0.0
+        return super().beside() + learned + in_vllm
 
     def make_network(self) -> ProxyNetwork:
         """An untrained proxy."""
@@ -130,7 +140,7 @@ class Trainer(online.Trainer):
                 self.base,
                 name=name_of(options.output),
                 max_requests=options.server_requests,
-                batch_size=options.batch_size,
+                batch_size=self.batch_size,
                 accelerator=accelerator,
             )
         is_default = accelerator.device.type == "cuda" and is_installed()
@@ -163,7 +173,7 @@ class Trainer(online.Trainer):
             decoding,
             end_ids=ends,
             seeds=seeds,
-            batch_size=self.options.batch_size,
+            batch_size=self.batch_size,
         )
 
     def evaluate(self, decisions: Decisions) -> tuple[Tensor, Tensor]:

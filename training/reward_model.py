@@ -1,4 +1,4 @@
-"""Train a reward model on preference pairs, with trl.
+"""Train a reward model on preference pairs.
 
     python -m training.reward_model --model runs/base --preferences preferences.jsonl --output runs/reward
 
@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from trl import RewardConfig, RewardTrainer
 
 from proxy.checkpoint import identify, resolve_model_dir
 from training import checkpoints, dpo, output, rewards
 from training.console import TrainingError, main_guard, read_options
 from training.metrics import TrainerMetrics
-from training.models import attention_of, end_ids, load_model, loading
+from training.models import attention_of, load_tokenizer, loading, refuse_unknown
 from training.output import Run
+from training.pair_trainer import ScalarTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +46,24 @@ def main(options: Options) -> None:
 
 def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
     directory = str(resolve_model_dir(options.model))
-    model, tokenizer = load_model(directory)
-    end_ids(model, tokenizer)  # trl's own error says less
-    settings = dpo.arguments(options, model)
-    found = dpo.data(options, model, tokenizer, settings["max_length"])
-    del model  # the scorer has its body
+    tokenizer = load_tokenizer(directory)
+    pairs = dpo.read(options, tokenizer, directory)
+    planned = dpo.plan_for(options, pairs, directory)
     torch.manual_seed(options.seed)  # of the new head
-    trainer = RewardTrainer(
-        model=_scorer(directory),
-        args=RewardConfig(**settings),
-        **found,
-        processing_class=tokenizer,
-        callbacks=[TrainerMetrics(options.output)],
+    scorer = _scorer(directory)
+    refuse_unknown(scorer, tokenizer, (ids for some in pairs for pair in some for ids in pair))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise TrainingError("the tokenizer has neither a padding nor an end-of-sequence token")
+    # It finds the last token by it.
+    scorer.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    trainer = ScalarTrainer(
+        scorer,
+        dpo.arguments(options, planned),
+        *pairs,
+        most=planned.tokens,
+        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)
     return trainer, tokenizer

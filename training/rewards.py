@@ -31,7 +31,7 @@ from transformers import (
 
 from judge.principles import principles_of
 from judge.prompts import Question
-from proxy.checkpoint import BaseModelId, FingerprintMismatch
+from proxy.checkpoint import BaseModelId, FingerprintMismatch, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message
 from training.judging import ModelJudge
@@ -46,9 +46,10 @@ from training.models import (
     load_model,
     loading,
     refuse_unknown,
+    response_logprobs,
 )
 from training.policy import Decoding, Policy
-from training.rollout import generate, pad_left
+from training.rollout import generate, pad_responses
 
 REWARD_FILE = "reward.json"
 ADAPTER_FILE = "adapter_config.json"  # as peft names it
@@ -144,6 +145,17 @@ def _load_ours(directory: Path, frozen: Frozen) -> Reward:
         (judge,) = model_judges(tuned, frozen, directory).values()
         return JudgeReward(judge, frozen)
     return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
+
+
+def reward_bytes(name: str, dtype: torch.dtype) -> float:
+    """What the weights of the reward that `name` stands for take in memory, beside the frozen LLM's."""
+    directory = Path(name)
+    if not directory.is_dir():
+        if ":" in name or name == SELF_JUDGE:
+            return 0.0
+        directory = resolve_model_dir(name)
+    stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return stored * dtype.itemsize / 2  # most are stored in bfloat16
 
 
 def model_judges(
@@ -293,21 +305,12 @@ def sequence_logprobs(
     responses: Sequence[list[int]],
     batch_size: int,
 ) -> Tensor:
-    """log π(response | prompt), summed over the response's tokens: [N], natural log.
-
-    Logits are computed where they are read alone, at the last tokens of `batch_size` sequences at once: those of all
-    tokens and sequences would be the largest thing in memory by far.
-    """
+    """log π(response | prompt), summed over the response's tokens, of `batch_size` sequences at once: [N] nats."""
     sums = []
     for some in _batches(list(zip(prompts, responses, strict=True)), batch_size):
-        kept = max(len(response) for _, response in some)
-        inputs = pad_left([prompt + response for prompt, response in some], model.device)
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept + 1).logits[:, :-1].float()
-        targets = inputs["input_ids"][:, -kept:].unsqueeze(-1)  # [N, kept, 1]
-        logprobs = logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
-        lengths = torch.tensor([len(response) for _, response in some], device=model.device)
-        is_response = torch.arange(kept, 0, -1, device=model.device) <= lengths.unsqueeze(-1)
-        sums.append((logprobs * is_response).sum(-1))
+        some_prompts, some_responses = zip(*some, strict=True)
+        ids, is_response = pad_responses(some_prompts, some_responses, model.device)
+        sums.append(response_logprobs(model, ids, is_response[:, 1:]).sum(-1))
     return torch.cat(sums)
 
 

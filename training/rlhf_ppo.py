@@ -24,7 +24,9 @@ from judge.options import NonNegative, Positive, Share
 from proxy.checkpoint import resolve_model_dir
 from training import online, output
 from training.console import TrainingError, main_guard, read_options
-from training.models import load_model, loading, token_logprobs
+from training.memory import Work, plan
+from training.micro_batches import split_by_tokens
+from training.models import load_model, loading, response_logprobs
 from training.online import Episodes
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
@@ -58,8 +60,16 @@ class Batch(NamedTuple):
     advantages: Tensor  # [N, T]
     returns: Tensor  # [N, T]
 
+    def lengths(self) -> list[int]:
+        """Tokens up to the last of each response."""
+        places = torch.arange(2, self.ids.shape[1] + 1, device=self.ids.device)
+        return (self.mask * places).amax(-1).tolist()
+
     def rows(self, part: Tensor) -> "Batch":
-        return Batch(*(column[part] for column in self))
+        """Without the columns that only others need."""
+        rows = Batch(*(column[part] for column in self))
+        width = max(rows.lengths())
+        return Batch(rows.ids[:, :width], *(column[:, : width - 1] for column in rows[1:]))
 
 
 class Critic(nn.Module):
@@ -86,9 +96,9 @@ class Trainer(online.Trainer):
             raise TrainingError(
                 "full RLHF draws from the whole distribution: leave temperature 1, top_k 0 and top_p 1"
             )
+        self.options = options
         super().__init__(options, accelerator)
-        self.options, device = options, accelerator.device
-        directory = resolve_model_dir(options.model)
+        directory, device = resolve_model_dir(options.model), accelerator.device
         # Not copies of the frozen one, into which a reward may have put its LoRA.
         self.actor = load_model(str(directory))[0]
         self.critic = Critic(directory)
@@ -103,6 +113,25 @@ class Trainer(online.Trainer):
         )
         accelerator.print(f"{sum(p.numel() for p in self.learner.parameters()):,} parameters train")
 
+    def beside(self) -> float:
+        learned = (
+            2 * 16 * self.sizes.parameters
+        )  # actor and critic, with gradients and Adam's moments
+        return super().beside() + self.weights + learned
+
+    def plan_memory(self) -> int:
+        options = self.options
+        work = Work(
+            model=str(resolve_model_dir(options.model)),
+            longest=self.longest + options.decoding.max_new_tokens,
+            bf16=options.dtype == "bfloat16",
+            beside=super().beside() + 2 * self.weights,
+            graphs=2,
+        )
+        lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a proxy"
+        self.most = plan(work, lower).tokens
+        return super().plan_memory()
+
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
         self.voice.load_state_dict(self.actor.state_dict())
         return generate(
@@ -111,7 +140,7 @@ class Trainer(online.Trainer):
             self.options.decoding,
             end_ids=self.end_ids,
             seeds=seeds,
-            batch_size=self.options.batch_size,
+            batch_size=self.batch_size,
         )
 
     def learn(self, episodes: Episodes, index: int) -> dict[str, float]:
@@ -123,14 +152,14 @@ class Trainer(online.Trainer):
         whitened = whiten(self.of_all(batch.advantages[batch.mask]))[own]
         advantages[batch.mask] = whitened.to(advantages.device)
         batch = batch._replace(advantages=advantages)
-        first, count = episodes.first, len(batch.ids)
+        first, count, lengths = episodes.first, len(batch.ids), batch.lengths()
         done = []
         for whole in self.minibatches(len(episodes.rewards), index):
             part = whole[(whole >= first) & (whole < first + count)] - first
             tokens = self.accelerator.reduce(batch.mask[part].sum(), "sum")
             sums = torch.zeros(4, device=batch.ids.device)
-            for some in part.split(options.batch_size):
-                parts = self._losses(batch.rows(some))
+            for some in split_by_tokens([lengths[i] for i in part.tolist()], self.most):
+                parts = self._losses(batch.rows(part[some]))
                 (parts[0] + options.value_weight * parts[1]).div(tokens).backward()
                 sums += parts.detach()
             means = self.accelerator.reduce(sums, "sum") / tokens
@@ -143,9 +172,10 @@ class Trainer(online.Trainer):
         responses, device = episodes.rollout.responses, self.model.device
         ids, is_response = pad_responses(episodes.prompts, responses)
         ids, mask = ids.to(device), is_response[:, 1:].to(device)
+        parts = list(zip(*(x.split(self.batch_size) for x in (ids, mask)), strict=True))
         with torch.no_grad():
             old, reference, values = (
-                torch.cat([of(some) for some in ids.split(self.options.batch_size)])
+                torch.cat([of(*some) for some in parts])
                 for of in (self._logprobs, self._reference_logprobs, self._values)
             )
         divergence = (old - reference) * mask
@@ -159,8 +189,8 @@ class Trainer(online.Trainer):
     def _losses(self, batch: Batch) -> Tensor:
         """[4]: policy loss, value loss, clipped and estimated KL(old ‖ new), summed over the tokens."""
         mask, clip = batch.mask, self.options.clip
-        log_ratios = (self._logprobs(batch.ids) - batch.old_logprobs)[mask]
-        errors = (self._values(batch.ids) - batch.returns)[mask]
+        log_ratios = (self._logprobs(batch.ids, mask) - batch.old_logprobs)[mask]
+        errors = (self._values(batch.ids, mask) - batch.returns)[mask]
         ratios = log_ratios.exp()
         return torch.stack(
             [
@@ -171,16 +201,15 @@ class Trainer(online.Trainer):
             ]
         )
 
-    def _logprobs(self, ids: Tensor) -> Tensor:
-        """log π(token | before), of all but the first: [N, T + 1] -> [N, T]."""
+    def _logprobs(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """log π(token | before) of the responses' tokens: [N, T + 1], [N, T] -> [N, T]."""
         with self._autocast():
-            logits = self.actor(ids).logits
-        return token_logprobs(logits, ids)
+            return response_logprobs(self.actor, ids, mask)
 
-    def _reference_logprobs(self, ids: Tensor) -> Tensor:
-        return token_logprobs(self.model(ids).logits, ids)
+    def _reference_logprobs(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return response_logprobs(self.model, ids, mask)
 
-    def _values(self, ids: Tensor) -> Tensor:
+    def _values(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The critic's value of the state before each token but the first: [N, T + 1] -> [N, T]."""
         with self._autocast():
             return self.critic(ids)[:, :-1].float()

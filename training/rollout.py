@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from proxy.acceptance import Candidates, Decision, noise_key, seeded_noise
 from proxy.exact import divergence
@@ -53,7 +53,7 @@ class Rollout(NamedTuple):
     kl: Tensor | None  # [N] nats, KL(proxied ‖ frozen) summed over positions, if measured
 
 
-def longest_prompt(model: PreTrainedModel, decoding: Decoding) -> int:
+def longest_prompt(model: PreTrainedModel | PretrainedConfig, decoding: Decoding) -> int:
     """The most tokens that a prompt may have for its longest response to be within the LLM's context.
 
     Raises:
@@ -183,17 +183,19 @@ def pad_left(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tenso
 
 
 def pad_responses(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]]
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prompt and response of each, padded on the right: ids [N, T], and which are the response's: [N, T] bool.
 
     Under a causal mask the padding changes nothing before it: these are all that a model need be given.
     """
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
     is_response = torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row, device=device)
         is_response[i, len(prompt) : len(row)] = True
     return ids, is_response
 

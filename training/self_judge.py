@@ -34,14 +34,16 @@ from proxy.checkpoint import resolve_model_dir
 from training import output, updates
 from training.console import TrainingError, main_guard, read_options
 from training.judges import load_judges, rule
+from training.memory import Work, plan
+from training.micro_batches import split_by_tokens
 from training.models import (
     CausalLM,
     load_model,
     lora_config,
-    token_logprobs,
+    response_logprobs,
 )
 from training.policy import Decoding, Policy
-from training.rewards import Reward, load_reward
+from training.rewards import Reward, load_reward, reward_bytes
 from training.rollout import generate, pad_responses
 from training.saving import MODEL_FILES, saving
 from training.updates import WRITES, Prompt, averaged, start, train
@@ -105,8 +107,9 @@ class Trainer(updates.Learner):
     shown = "margin"
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        self.options = options
         super().__init__(options, accelerator)
-        self.options, device = options, accelerator.device
+        device = accelerator.device
         self.directory = directory = resolve_model_dir(options.model)
         self.outside = self._load_outside(directory) if options.outside else None
         if options.lora_rank:
@@ -125,6 +128,32 @@ class Trainer(updates.Learner):
         self.saved = False
         self.at_start = self._look()  # it is its initial self still, even in a run that goes on
         accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")
+
+    def beside(self) -> float:
+        options = self.options
+        rewards = sum(
+            reward_bytes(name, getattr(torch, options.dtype))
+            for name in (options.judge, options.outside)
+            if name
+        )
+        outside = self.weights if options.outside else 0.0  # an LLM of its own
+        policy = 0.0 if options.lora_rank else self.weights + 16 * self.sizes.parameters
+        return rewards + outside + policy
+
+    def plan_memory(self) -> int:
+        options, longest = self.options, self.longest + self.options.decoding.max_new_tokens
+        learned = 0 if options.lora_rank else 16 * self.sizes.parameters
+        work = Work(
+            model=str(resolve_model_dir(options.model)),
+            longest=longest,
+            least=2 * longest,
+            lora_rank=options.lora_rank,
+            bf16=options.dtype == "bfloat16",
+            beside=self.beside() - learned + (0 if options.lora_rank else self.weights),
+        )
+        lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a LoRA"
+        self.most = plan(work, lower).tokens
+        return super().plan_memory()
 
     def _load_outside(self, directory: Path) -> Reward:
         """On an LLM of its own: this one is about to get a LoRA."""
@@ -153,7 +182,7 @@ class Trainer(updates.Learner):
             self.options.decoding,
             end_ids=self.end_ids,
             seeds=[*seeds, *(seed + (1 << 39) for seed in seeds)],
-            batch_size=self.options.batch_size,
+            batch_size=self.batch_size,
         )
         texts = self.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         questions = [
@@ -173,6 +202,12 @@ class Trainer(updates.Learner):
         prompts = [prompt.ids for prompt in pairs.prompts] * 2
         ids, is_response = (x.to(device) for x in pad_responses(prompts, pairs.responses))
         mask = is_response[:, 1:]
+        lengths = [  # of a pair, padded
+            2 * (len(prompt.ids) + max(map(len, answers)))
+            for prompt, *answers in zip(
+                pairs.prompts, pairs.responses[:count], pairs.responses[count:], strict=True
+            )
+        ]
         sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
         sure = torch.ones_like(sign)  # how much of a pair's loss is that of its likelier side
         if options.soft_labels:
@@ -180,14 +215,15 @@ class Trainer(updates.Learner):
             sure = torch.where(sign > 0, sure, 1 - sure)
         differs = (~torch.tensor(_identical(pairs))).float().to(device)  # [N]
         with torch.no_grad():
-            places = torch.arange(len(ids)).split(options.batch_size)
+            places = torch.arange(len(ids)).split(self.batch_size)
             reference = torch.cat([_logprobs(self.initial, ids[i], mask[i]) for i in places])
         done = []
         for whole in self.minibatches(options.pairs, index):
             part = whole[(whole >= first) & (whole < first + count)] - first
             total = self.accelerator.reduce(differs[part].sum(), "sum").clamp(min=1)
             sums = torch.zeros(3, device=device)
-            for some in part.split(max(1, options.batch_size // 2)):
+            for which in split_by_tokens([lengths[i] for i in part.tolist()], self.most):
+                some = part[which]
                 both = torch.cat([some, some + count])
                 with self._autocast():
                     gains = _logprobs(self.policy, ids[both], mask[both]) - reference[both]
@@ -287,7 +323,8 @@ def _identical(pairs: Pairs) -> list[bool]:
 
 def _logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     """log π(response | prompt) in nats: [N, T + 1] ids, [N, T] True = of the response -> [N]."""
-    return (token_logprobs(model(input_ids=ids).logits, ids) * mask).sum(-1)
+    width = int(mask.any(0).nonzero().max()) + 2  # what only longer ones need is left out
+    return response_logprobs(model, ids[:, :width], mask[:, : width - 1]).sum(-1)
 
 
 def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from training import output, supervised
 from training.checkpoints import WRITES
 from training.console import main_guard, read_options
-from training.models import Conversations, load_model, load_tokenizer
+from training.models import Conversations, load_tokenizer
 from training.output import Run
 from training.supervised import read_answers, train
 
@@ -28,10 +28,8 @@ def main(options: Options) -> None:
 
 
 def _train(options: Options, run: Run) -> None:
-    chats = Conversations(load_tokenizer(options.model))
-    examples = read_answers(options.sft, chats, options)
-    model, tokenizer = load_model(options.model, options.attention)
-    train(model, tokenizer, examples, options, run)
+    tokenizer = load_tokenizer(options.model)
+    train(tokenizer, read_answers(options.sft, Conversations(tokenizer), options), options, run)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,28 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
+from peft import get_peft_model
 from pydantic import PositiveInt
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from judge.options import NonNegative, Positive, Seed, Share
 from training import checkpoints
 from training.console import TrainingError
 from training.data import Row, RowOptions, read_as
+from training.memory import Work, plan
 from training.metrics import TrainerMetrics
-from training.models import Conversations, context_of, refuse_unknown
+from training.micro_batches import MicroBatchTrainer, split_by_tokens
+from training.models import (
+    Conversations,
+    context_of,
+    load_model,
+    lora_config,
+    read_config,
+    refuse_unknown,
+    token_logprobs,
+)
 from training.output import Run
 from training.saving import saving
 
@@ -40,7 +49,8 @@ class Options(RowOptions):
     epochs: Positive = 1.0
     """Passes over the data."""
     batch_size: PositiveInt = 64
-    """Sequences in a batch."""
+    """Sequences in a gradient step, on each device; as many at once as its memory has room for, which changes nothing
+    but rounding."""
     learning_rate: Positive = 2e-3
     """Peak of the cosine schedule. 2e-3 suits a small model from scratch; use about 2e-5 for a pretrained LLM."""
     warmup: Share = 0.03
@@ -91,18 +101,14 @@ def read_answers(source: str, chats: Conversations, options: Options) -> list[Ex
     return read_as(source, ("messages",), options, example)
 
 
-def weighted_loss(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
+def weighted_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
     """Σ weight · −log p(token | what precedes it).
 
     Args:
-        logits: [B, T, V]
-        token_ids: [B, T]
-        weights: [B, T]; the first token of a sequence has no prediction and counts nothing
+        logprobs: [M] nats
+        weights: [M]
     """
-    nll = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten(), reduction="none"
-    )
-    return (nll * weights[:, 1:].flatten()).sum()
+    return -(logprobs * weights).sum()
 
 
 class _ByLength(LengthGroupedSampler):
@@ -126,59 +132,100 @@ class _ByLength(LengthGroupedSampler):
         return iter(torch.cat([batches[i] for i in order]).tolist())
 
 
-class _WeightedTrainer(Trainer):
+class Sequences(NamedTuple):
+    """B examples, padded on the right."""
+
+    token_ids: Tensor  # [B, T]
+    weights: Tensor  # [B, T]; the first token of a sequence has no prediction and counts nothing
+
+
+class _WeightedTrainer(MicroBatchTrainer):
     """transformers' trainer with the loss and the order of this module."""
 
     loss_divisor: float
+    compiled: bool
 
     def _get_train_sampler(self, train_dataset: Any = None) -> _ByLength:
         lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
         return _ByLength(lengths, self.args.train_batch_size, self.args.seed)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def parts(self, inputs: Any) -> list[Sequences]:
+        ids, weights = inputs["input_ids"], inputs["weights"]
+        if ids.numel() <= self.most:
+            return [Sequences(ids, weights)]
+        lengths = inputs["lengths"].tolist()
+        return [
+            Sequences(*(tensor[part, : _padded(lengths[part[0]])] for tensor in (ids, weights)))
+            for part in split_by_tokens([_padded(length) for length in lengths], self.most)
+        ]
+
+    def part_loss(self, model: Any, part: Sequences) -> Tensor:
         # Right padding under a causal mask changes nothing that counts, so no attention mask is needed.
-        outputs = model(input_ids=inputs["input_ids"])
-        loss = weighted_loss(outputs.logits, inputs["input_ids"], inputs["weights"])
-        loss = loss / self.loss_divisor
-        return (loss, outputs) if return_outputs else loss
+        ids, weights = part.token_ids, part.weights[:, 1:].flatten()
+        targets = ids[:, 1:].flatten()
+        if self.compiled:  # all logits at once are what compiles best
+            logprobs = token_logprobs(model(input_ids=ids).logits, ids).flatten()
+        else:
+            kept = weights.nonzero().squeeze(-1)
+            targets, weights = targets[kept], weights[kept]
+            row = ids.shape[1] - 1  # positions with a next token
+            logprobs = model(input_ids=ids, places=kept + kept // row, targets=targets)
+        return weighted_loss(logprobs, weights) / self.loss_divisor
+
+
+def _padded(length: int) -> int:
+    """Few widths: compiled code is made for each."""
+    return math.ceil(length / 8) * 8
 
 
 def train(
-    model: PreTrainedModel,
     tokenizer: Any,
     examples: list[Example],
     options: Options,
     run: Run,
+    lora_rank: int = 0,
     add: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Train on `examples` and save the model, in bfloat16, or its LoRA, with the tokenizer and what `add` writes."""
-    most = min(options.max_length, context_of(model))
+    most = min(options.max_length, context_of(read_config(options.model)))
     kept = [example for example in examples if len(example.token_ids) <= most]
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} sequences over {most} tokens")
     if not kept:
         raise TrainingError(f"no sequence is within {most} tokens: max_length, or the model's own")
+    longest = max(len(example.token_ids) for example in kept)
+    work = Work(model=options.model, longest=longest, lora_rank=lora_rank, bf16=options.bf16)
+    planned = plan(work, "lower --max-length", options.output if options.resume else None)
+    model: Any = load_model(
+        options.model, options.attention, torch.bfloat16 if lora_rank else torch.float32
+    )[0]
     refuse_unknown(model, tokenizer, (example.token_ids for example in kept))
+    if lora_rank:
+        torch.manual_seed(options.seed)  # of the LoRA's weights
+        model = get_peft_model(model, lora_config(lora_rank))
+        if planned.checkpointing:
+            model.enable_input_require_grads()
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = min(math.ceil(max(len(row["input_ids"]) for row in batch) / 8) * 8, most)
-        ids = torch.zeros(len(batch), length, dtype=torch.long)  # any padding: its weight is 0
-        weights = torch.zeros(len(batch), length)
+        lengths = [len(row["input_ids"]) for row in batch]
+        width = min(_padded(max(lengths)), most)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # any padding: its weight is 0
+        weights = torch.zeros(len(batch), width)
         for i, row in enumerate(batch):
-            ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            weights[i, : len(row["weights"])] = torch.tensor(row["weights"])
-        return {"input_ids": ids, "weights": weights}
+            ids[i, : lengths[i]] = torch.tensor(row["input_ids"])
+            weights[i, : lengths[i]] = torch.tensor(row["weights"])
+        return {"input_ids": ids, "weights": weights, "lengths": torch.tensor(lengths)}
 
     batch_size = min(options.batch_size, len(kept))
     steps = math.ceil(len(kept) / batch_size) * options.epochs
     trainer = _WeightedTrainer(
+        most=planned.tokens,
         model=model,
         args=TrainingArguments(
             **checkpoints.arguments(options.output, options.save_every),
             num_train_epochs=options.epochs,
             per_device_train_batch_size=batch_size,
+            gradient_checkpointing=planned.checkpointing,
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=int(options.warmup * steps),
@@ -194,13 +241,14 @@ def train(
         ),
         train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
         data_collator=collate,
-        callbacks=[TrainerMetrics(options.output)],
+        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
+    trainer.compiled = options.compile
     checkpoints.train(trainer, options, run)
     if trainer.is_world_process_zero():
         with saving(options.output) as directory:
-            if not isinstance(model, PeftModel):
+            if not lora_rank:
                 model.to(torch.bfloat16)
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)

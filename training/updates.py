@@ -25,12 +25,21 @@ from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message, RowOptions, read_as
+from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
-from training.models import Conversations, end_ids, load_model, refuse_unknown
+from training.models import (
+    Conversations,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    read_config,
+    refuse_unknown,
+)
 from training.output import Run
 from training.policy import Decoding
 from training.rewards import Frozen, Sample
 from training.rollout import longest_prompt
+from training.sizes import sizes_of
 from training.state import STATE_FILES, load_state, save_state
 
 
@@ -57,7 +66,8 @@ class Options(RowOptions):
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
     batch_size: PositiveInt = 64
-    """Responses at once in the device's memory, in the rollout and in the reward. Up to rounding it changes nothing."""
+    """Responses at once in the device's memory, in the rollout and in the reward; fewer where it has no room for so
+    many. Up to rounding it changes nothing."""
     decoding: Decoding = field(default_factory=Decoding)
     """How tokens are drawn."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -94,12 +104,17 @@ class Learner(ABC):
         torch.manual_seed(options.seed)
         self.common, self.accelerator = options, accelerator
         self.base: BaseModelId = identify(options.model)
-        self.model, tokenizer = load_model(
-            str(resolve_model_dir(options.model)), dtype=getattr(torch, options.dtype)
-        )
-        self.model.to(accelerator.device).eval().requires_grad_(False)
-        self.tokenizer, self.end_ids = tokenizer, end_ids(self.model, tokenizer)
+        directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
+        self.tokenizer, self.config = load_tokenizer(directory), read_config(directory)
         self.prompts = self._read_prompts(options.prompts)
+        self.sizes = sizes_of(directory)
+        self.longest = max(len(prompt.ids) for prompt in self.prompts)
+        self.weights = self.sizes.parameters * dtype.itemsize
+        self.batch_size = self.plan_memory()
+        self.model = load_model(directory, dtype=dtype)[0]
+        self.model.to(accelerator.device).eval().requires_grad_(False)
+        self.end_ids = end_ids(self.model, self.tokenizer)
+        refuse_unknown(self.model, self.tokenizer, (prompt.ids for prompt in self.prompts))
 
     @abstractmethod
     def step(self, index: int) -> dict[str, float]:
@@ -113,6 +128,22 @@ class Learner(ABC):
     def check(self, rows: list[dict[str, Any]]) -> None:
         """Look at the figures of all updates so far. Raises TrainingError to stop the run."""
 
+    def plan_memory(self) -> int:
+        """How many responses are sampled and scored at once, said before anything is loaded."""
+        options = self.common
+        return responses_at_once(
+            self.sizes,
+            options.batch_size,
+            self.longest,
+            options.decoding.max_new_tokens,
+            getattr(torch, options.dtype).itemsize,
+            self.beside(),
+        )
+
+    @abstractmethod
+    def beside(self) -> float:
+        """Bytes of what is in memory beside the frozen LLM, which takes `self.weights`."""
+
     def frozen(self) -> Frozen:
         """The frozen LLM, as rewards want it."""
         options = self.common
@@ -122,7 +153,7 @@ class Learner(ABC):
             self.base,
             options.decoding,
             self.end_ids,
-            options.batch_size,
+            self.batch_size,
         )
 
     def draw_prompts(self, index: int, num: int) -> tuple[list[Prompt], Iterator[int], int]:
@@ -168,14 +199,13 @@ class Learner(ABC):
     def _read_prompts(self, source: str) -> list[Prompt]:
         """Prompts that leave room for a response; others are left out, and counted."""
         chats, options = Conversations(self.tokenizer), self.common
-        most = min(options.max_prompt_tokens, longest_prompt(self.model, options.decoding))
+        most = min(options.max_prompt_tokens, longest_prompt(self.config, options.decoding))
         prompts = read_as(
             source,
             ("prompt",),
             options,
             lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
         )
-        refuse_unknown(self.model, self.tokenizer, (prompt.ids for prompt in prompts))
         kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
         if len(kept) < len(prompts):
             left_out = len(prompts) - len(kept)

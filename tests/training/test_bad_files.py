@@ -12,10 +12,10 @@ from benchmarks.models import DEMO
 from proxy.checkpoint import identify
 from training import evaluate, sft
 from training.console import TrainingError, main_guard
-from training.estimate import sizes_of
 from training.models import load_model, refuse_unknown
 from training.policy import Decoding
 from training.rewards import Frozen, load_reward
+from training.sizes import sizes_of
 
 MODEL = DEMO / "model"
 Change = Callable[[Path], object]

@@ -42,8 +42,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             output=directory / "lora",
             lora_rank=4,
             learning_rate=1e-2,
-            batch_size=2,
-            gradient_accumulation=2,
+            batch_size=4,
             gradient_checkpointing=True,
             epochs=4,
         )

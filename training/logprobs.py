@@ -1,0 +1,81 @@
+"""Log-probabilities of single tokens without the logits of all: a vocabulary of 150,000 makes these the largest tensor.
+
+The head is applied to a slice of positions at a time, and again in the backward pass rather than kept. What a model
+does to its logits after the head (a cap, a scale) it does here too: its own forward is called, with the hidden states
+in the place of its body.
+"""
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+CHUNK = 2**25
+"""Logits at once; 128 MiB in float32."""
+
+
+def add_logprobs(model: PreTrainedModel) -> None:
+    """Let `model(..., places=…, targets=…)` return log p of M tokens, natural log: [M] in float32.
+
+    `places` [M] are indices into the N · T positions of the input, and `targets` [M] the tokens that follow them, of
+    which a position may have several. It is the model's forward that learns this, so that a model wrapped for several
+    devices or with a LoRA can be asked alike. Without the two the forward is what it was.
+    """
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        places: Tensor | None = None,
+        targets: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        if places is None or targets is None:
+            return whole(*args, **inputs)
+        body: Any = self.base_model
+        states = body(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        return _logprobs(self, whole, states.index_select(0, places), targets)
+
+    model.forward = MethodType(forward, model)
+
+
+def _logprobs(model: PreTrainedModel, whole: Any, states: Tensor, targets: Tensor) -> Tensor:
+    rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
+
+    def of(states: Tensor, targets: Tensor) -> Tensor:
+        logits = _logits(model, whole, states).float()
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    parts = list(zip(states.split(rows), targets.split(rows), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([of(*part) for part in parts])
+    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+
+
+def _logits(model: PreTrainedModel, whole: Any, states: Tensor) -> Tensor:
+    """What the model makes of its body's output: [M, H] -> [M, V]."""
+    name, body = model.base_model_prefix, model.base_model
+    setattr(model, name, _Given(states.unsqueeze(0)))
+    try:
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        return whole(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        setattr(model, name, body)
+
+
+class _Given(nn.Module):
+    """A body that has its output already."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states  # [1, M, H]
+
+    def forward(self, *args: Any, **inputs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.states)

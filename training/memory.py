@@ -1,0 +1,248 @@
+"""How many tokens a gradient step may hold at once: what training takes by count, beside what the machine has.
+
+The count is of tensors: weights, gradients, Adam's moments, and what autograd keeps of a forward, which is run on
+tensors that have shapes and no memory. It needs the LLM's config and the data's lengths, no weights.
+`tests/training/test_memory.py` holds it against real steps.
+"""
+
+import inspect
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from training.checkpoints import PLAN_FILE
+from training.console import TrainingError
+from training.logprobs import CHUNK
+from training.machine import Machine, machine, say
+from training.models import (
+    attention_of,
+    loading,
+    lora_config,
+    read_config,
+    register_attention,
+)
+from training.sizes import Sizes, activation_bytes, rollout_bytes
+
+SLACK = 1.25
+"""glibc's heap holds so much more than the tensors in it: measured in steps on a CPU. CUDA's allocator holds less."""
+PROCESS = 5e8
+"""Bytes of Python with its libraries."""
+MOST_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""More at once make nothing faster: matrix products of so many rows reach a device's full speed."""
+MOST_BYTES = 1e9
+"""More of activations neither, where a model is so small that its tokens take few."""
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is trained, and how."""
+
+    model: str  # its directory
+    longest: int  # tokens of the longest sequence
+    least: int = 0  # tokens that have to be at once, where a row of the data has several sequences
+    lora_rank: int = 0  # 0 = all weights
+    bf16: bool = True  # compute in bfloat16
+    checkpointing: bool = False
+    beside: float = 0  # bytes of other models
+    graphs: int = 1  # models of this size that are differentiated at once
+
+
+class Need(NamedTuple):
+    """Bytes of training."""
+
+    staying: float  # weights, gradients, moments
+    fixed: float  # of a step, however long
+    per_token: float  # of a sequence of the longest's length
+
+    def of(self, tokens: int) -> float:
+        """With so many tokens at once."""
+        return PROCESS + self.staying + SLACK * (self.fixed + self.per_token * tokens)
+
+
+def need(work: Work) -> Need:
+    """What a gradient step takes.
+
+    Raises:
+        TrainingError: there is no such model.
+    """
+    model = _shapes(work)
+    config = model.config.get_text_config()
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.nbytes for p in trained)
+    moments = 8 * sum(p.numel() for p in trained)  # in float32
+    one, two = (_kept(model, rows, work) for rows in (1, 2))
+    fixed, per_token = 2 * one - two, (two - one) / work.longest
+    layers = config.num_hidden_layers
+    passing = per_token / layers / 2  # gradients that come and go: about half of what a layer keeps
+    if work.checkpointing:  # the input of every layer, and all that one layer keeps
+        size = 2 if work.lora_rank else 4
+        per_token = layers * config.hidden_size * size + per_token / layers
+    per_token += passing
+    head = 12 * min(CHUNK, config.vocab_size * work.longest)  # logits in three dtypes
+    staying = frozen + work.graphs * (2 * weights + moments) + work.beside
+    return Need(staying, work.graphs * fixed + head, work.graphs * per_token)
+
+
+def _shapes(work: Work) -> Any:
+    """The model with tensors that take no memory, on a CPU."""
+    register_attention()
+    with loading(f"the model {work.model!r}"):
+        config = read_config(work.model)
+        dtype = torch.bfloat16 if work.lora_rank else torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_of(work.model)
+            )
+            if work.lora_rank:
+                model = get_peft_model(model, lora_config(work.lora_rank))
+    mode = FakeTensorMode()
+    made: dict[int, nn.Parameter] = {}  # tied ones are made once
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            made.setdefault(id(p), nn.Parameter(fake(p), p.requires_grad))
+            module.register_parameter(name, made[id(p)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, fake(buffer))
+    model.fake_mode = mode
+    return model.train()
+
+
+def _kept(model: Any, rows: int, work: Work) -> int:
+    """Bytes that autograd keeps of a forward of the body, beside the weights."""
+    weights = {id(p.untyped_storage()) for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in weights:
+            kept[id(storage)] = storage
+        return tensor
+
+    body = model.get_base_model().base_model if work.lora_rank else model.base_model
+    with (
+        model.fake_mode,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=work.bf16),
+    ):
+        # With a mask attention keeps more, and none of the commands keeps more than with one.
+        inputs = {"input_ids": torch.zeros(rows, work.longest, dtype=torch.long)}
+        if "position_ids" in inspect.signature(body.forward).parameters:
+            shape = (rows, 1, work.longest, work.longest)
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.bool)
+        body(**inputs, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Plan(NamedTuple):
+    """How a batch is taken."""
+
+    tokens: int  # at once, padding included
+    checkpointing: bool
+
+    def record(self, output: Path) -> TrainerCallback:
+        """Keeps the plan beside the run's checkpoints: going on with another would round differently."""
+        return _Recording(self, output)
+
+
+class _Recording(TrainerCallback):
+    def __init__(self, planned: Plan, output: Path) -> None:
+        self._plan, self._path = planned, output / PLAN_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._plan))
+
+
+def fit(work: Work, has: Machine) -> tuple[Plan | None, Need]:
+    """How many tokens are taken at once, and what that takes; None = the longest row of the data alone does not fit."""
+    least = max(work.least, work.longest)
+    for checkpointing in sorted({work.checkpointing, True}):
+        takes = need(replace(work, checkpointing=checkpointing))
+        if takes.of(least) <= has.budget:
+            break
+    else:
+        return None, takes
+    fits = int((has.budget - takes.of(0)) / (SLACK * takes.per_token))
+    most = max(MOST_TOKENS[has.device], int(MOST_BYTES / takes.per_token))
+    return Plan(max(least, min(fits, most)), checkpointing), takes
+
+
+def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
+    """How many tokens are taken at once, on this machine; says so.
+
+    Args:
+        work: with `checkpointing` where the user wants it; else it is done where nothing would fit without.
+        options: what may be lowered, for the user who has too little memory.
+        resumed: the output of the run that goes on, if one does, whose plan is kept.
+
+    Raises:
+        TrainingError: not even the longest row of the data alone fits.
+    """
+    has, least = machine(), max(work.least, work.longest)
+    planned, takes = fit(work, has)
+    if planned is None:
+        raise TrainingError(
+            f"not enough memory: training {work.model} takes {takes.of(least) / GB:.1f} GB with {least} tokens at "
+            f"once, the longest row's, and of {has.free / GB:.1f} GB {has.what} a tenth is left alone: {options}"
+        )
+    if resumed and (resumed / PLAN_FILE).is_file():
+        planned = Plan(*json.loads((resumed / PLAN_FILE).read_text()))
+        takes = need(replace(work, checkpointing=planned.checkpointing))
+    again = ", activations computed again" * planned.checkpointing
+    say(
+        f"memory: {takes.of(planned.tokens) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; "
+        f"{planned.tokens} tokens at once{again}"
+    )
+    return planned
+
+
+def responses_at_once(
+    sizes: Sizes, wanted: int, prompt: int, response: int, size: int, beside: float
+) -> int:
+    """How many responses are sampled and scored at once on this machine; says so.
+
+    Args:
+        wanted: the most; it is halved until they fit.
+        prompt: tokens of the longest.
+        response: the same.
+        size: bytes of a number of the frozen LLM.
+        beside: bytes of what is in memory beside it.
+
+    Raises:
+        TrainingError: not even one fits.
+    """
+    has, rows = machine(), wanted
+
+    def bytes_of(rows: int) -> float:
+        logits = min(CHUNK, rows * response * sizes.vocab)
+        scoring = activation_bytes(sizes, rows * (prompt + response), size) + 12 * logits
+        phase = max(rollout_bytes(sizes, rows, prompt, response, size), scoring)
+        return PROCESS + sizes.parameters * size + beside + SLACK * phase
+
+    while rows > 1 and bytes_of(rows) > has.budget:
+        rows //= 2
+    if bytes_of(rows) > has.budget:
+        raise TrainingError(
+            f"not enough memory: the models and one response take {bytes_of(rows) / GB:.1f} GB, and of "
+            f"{has.free / GB:.1f} GB {has.what} a tenth is left alone: lower --max-prompt-tokens or "
+            "--decoding.max-new-tokens, or take a smaller model"
+        )
+    say(
+        f"memory: {bytes_of(rows) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; {rows} responses at once"
+    )
+    return rows

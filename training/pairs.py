@@ -1,0 +1,178 @@
+"""Preference pairs as token ids, and as a model's inputs.
+
+Three quarters of a pair are its prompt, in Anthropic's HH-RLHF. It is read once for both answers, where the model lets
+it: prompt, chosen and rejected answer make one sequence, in which the rejected answer does not see the chosen one and
+its positions go on from the prompt.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.console import TrainingError
+from training.data import PAIR, Row, RowOptions, read_as
+from training.models import Conversations
+
+_ALIKE = {torch.float32: 1e-3}
+_ALIKE_ROUNDED = 0.05
+"""Nats a token that reading a prompt once may change: rounding; this much where weights have 8 or 11 bits."""
+
+
+class Pair(NamedTuple):
+    """Token ids."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and longer answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def load_pairs(
+    source: str,
+    chats: Conversations,
+    most: int,
+    options: RowOptions,
+    max_rows: int | None = None,
+) -> list[Pair]:
+    """Pairs with at most so many tokens in prompt and answer; others are left out, and counted.
+
+    Raises:
+        TrainingError: as `training.data.read_as`, or all pairs are longer.
+    """
+
+    def pair(row: Row) -> Pair:
+        (prompt, chosen), (_, rejected) = (
+            chats.split_turns(row["prompt"], row[answer]) for answer in ("chosen", "rejected")
+        )
+        return Pair(prompt, chosen, rejected)
+
+    pairs = read_as(source, PAIR, options, pair, max_rows)
+    kept = [pair for pair in pairs if pair.longest <= most]
+    if len(kept) < len(pairs):
+        left_out = len(pairs) - len(kept)
+        print(f"{source}: left out {left_out} of {len(pairs)} pairs over {most} tokens")
+    if not kept:
+        raise TrainingError(
+            f"{source}: no pair is within {most} tokens: max_length, or the model's own"
+        )
+    return kept
+
+
+class Scored(NamedTuple):
+    """A model's inputs, and M tokens of 2 n answers in them whose log-probabilities are wanted."""
+
+    inputs: dict[str, Tensor]
+    places: Tensor  # [M] the positions before them, among all
+    targets: Tensor  # [M]
+    answers: Tensor  # [M] whose they are: of the n chosen ones first, then of the rejected ones
+
+    def logprobs(self, model: Any) -> Tensor:
+        """[M] nats."""
+        device = model.device
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return model(**inputs, places=self.places.to(device), targets=self.targets.to(device))
+
+    def sums(self, model: Any, count: int) -> Tensor:
+        """log π(answer | prompt) in nats: [2, n]."""
+        logprobs = self.logprobs(model)
+        sums = logprobs.new_zeros(2 * count)
+        return sums.index_add(0, self.answers.to(logprobs.device), logprobs).view(2, count)
+
+
+def separate(pairs: Sequence[Pair]) -> Scored:
+    """A sequence for each answer, padded on the right: under a causal mask that changes nothing."""
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    ids = torch.zeros(len(rows), max(pair.longest for pair in pairs), dtype=torch.long)
+    places: list[int] = []
+    targets: list[int] = []
+    answers: list[int] = []
+    for i, (prompt, answer) in enumerate(rows):
+        length = len(prompt) + len(answer)
+        ids[i, :length] = torch.tensor(prompt + answer)
+        places += range(i * ids.shape[1] + len(prompt) - 1, i * ids.shape[1] + length - 1)
+        targets += answer
+        answers += [i] * len(answer)
+    return Scored({"input_ids": ids}, *map(torch.tensor, (places, targets, answers)))
+
+
+def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
+    """A sequence for each pair.
+
+    Args:
+        additive: have a mask that is added to the scores, as "eager" attention wants it.
+    """
+    length = max(sum(map(len, pair)) for pair in pairs)
+    ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    positions, part = ids.clone(), ids.clone()  # part: 0 prompt, 1 chosen, 2 rejected
+    places: list[int] = []
+    targets: list[int] = []
+    answers: list[int] = []
+    for i, pair in enumerate(pairs):
+        row = [*pair.prompt, *pair.chosen, *pair.rejected]
+        start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
+        ids[i, : len(row)] = torch.tensor(row)
+        positions[i, : len(row)] = torch.tensor(
+            [*range(second), *range(start, start + len(pair.rejected))]
+        )
+        part[i, start:second], part[i, second : len(row)] = 1, 2
+        first = i * length
+        for answer, begin, whose in (
+            (pair.chosen, start, i),
+            (pair.rejected, second, i + len(pairs)),
+        ):
+            before = [start - 1, *range(begin, begin + len(answer) - 1)]  # the prompt's last first
+            places += [first + place for place in before[: len(answer)]]
+            targets += answer
+            answers += [whose] * len(answer)
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = (sees & ~((part[:, :, None] == 2) & (part[:, None, :] == 1))).unsqueeze(1)
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    return Scored(inputs, *map(torch.tensor, (places, targets, answers)))
+
+
+class Reader:
+    """Makes a model's inputs of pairs, each prompt once where that changes nothing but rounding."""
+
+    def __init__(self, model: PreTrainedModel, pairs: Sequence[Pair]) -> None:
+        """
+        Args:
+            model: without a LoRA, or with one that has learned nothing yet.
+            pairs: all that will be read; the longest is tried.
+        """
+        config = model.config.get_text_config()
+        self._additive = config._attn_implementation == "eager"
+        self.shares = False
+        longest = max(pairs, key=lambda pair: pair.longest)
+        window = getattr(config, "sliding_window", None)
+        if self._takes_positions(model) and (window is None or longest.longest <= window):
+            self.shares = self._is_alike(model, longest)
+
+    def __call__(self, pairs: Sequence[Pair]) -> Scored:
+        return together(pairs, additive=self._additive) if self.shares else separate(pairs)
+
+    def tokens(self, pair: Pair) -> int:
+        """What a pair takes, alone."""
+        return sum(map(len, pair)) if self.shares else 2 * pair.longest
+
+    @staticmethod
+    def _takes_positions(model: PreTrainedModel) -> bool:
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        return "position_ids" in inspect.signature(type(base).forward).parameters
+
+    @torch.no_grad()
+    def _is_alike(self, model: PreTrainedModel, pair: Pair) -> bool:
+        one, two = (
+            scored.logprobs(model)
+            for scored in (together([pair], additive=self._additive), separate([pair]))
+        )
+        return bool((one - two).abs().mean() < _ALIKE.get(model.dtype, _ALIKE_ROUNDED))
