@@ -35,7 +35,7 @@ def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> lis
         )
         return answer.choices[0].message.content or ""
 
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, range(len(prompts))))
 
 
