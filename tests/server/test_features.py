@@ -62,8 +62,11 @@ def served(llm, adapter):
 
 
 def all_sayable(llm, answer, options):
-    """One bool per token of the answer: does it lie in the nucleus of these options?"""
-    prompt = answer.prompt_token_ids
+    """One bool per token of the answer: does it lie in the nucleus of these options?
+
+    Whatever the temperature: the nucleus is that of 1, at which the proxy was trained.
+    """
+    prompt, options = answer.prompt_token_ids, options | {"temperature": 1.0}
     return [
         inside
         for said in tokens(answer)
@@ -74,7 +77,7 @@ def all_sayable(llm, answer, options):
 
 
 NARROWED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "temperature": ({"temperature": 2.0, "top_p": 0.9}, {"temperature": 0.5}),
+    "temperature": ({}, {"temperature": 2.0, "top_p": 0.5}),
     "top_k": ({}, {"top_k": 3}),
     "top_p": ({}, {"top_p": 0.5}),
     "min_p": ({}, {"min_p": 0.3}),
@@ -99,9 +102,7 @@ def test_the_proxy_chooses_within_the_nucleus(served, llm, name):
         assert answer.alignment["accepted"] + answer.alignment["forced"] == 8 * 48
 
 
-@pytest.mark.parametrize(
-    "limit", [{"temperature": 1e-3}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str
-)
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
 def test_one_candidate_is_the_greedy_token(served, limit):
     """There is nothing to choose: the frozen LLM's greedy text, with nothing rejected."""
     greedy = served.ask(model=MODEL, temperature=0)

@@ -142,9 +142,9 @@ def test_nothing_after_a_stop_string(client):
 
 
 def test_probabilities_are_the_nucleus_own(client):
-    """Top-k 1 leaves one candidate, whose probability is 1; temperature flattens."""
+    """Top-k 1 leaves one candidate, whose probability is 1; the nucleus is that of the training's temperature."""
     only = chat(client, ALIGNED, max_tokens=4, extra=TRACED | {"top_k": 1}).alignment["trace"][0]
-    sharp, flat = (
+    greedy, sharp, flat = (
         chat(
             client,
             ALIGNED,
@@ -152,11 +152,12 @@ def test_probabilities_are_the_nucleus_own(client):
             temperature=temperature,
             extra={"alignment": {"trace": True, "max_rejections": 0}},
         ).alignment["trace"][0][0]
-        for temperature in (0.5, 2.0)
+        for temperature in (0.0, 0.5, 2.0)
     )
     assert any(math.isclose(entry["probability"], 1, abs_tol=1e-5) for entry in only)
-    assert sharp["token_id"] == flat["token_id"]
-    assert sharp["probability"] > flat["probability"]
+    assert greedy["token_id"] == sharp["token_id"] == flat["token_id"]
+    assert greedy["probability"] == pytest.approx(flat["probability"], rel=1e-4)
+    assert sharp["probability"] == pytest.approx(flat["probability"], rel=1e-4)
 
 
 def test_completions_have_traces_by_prompt_and_sample(http):

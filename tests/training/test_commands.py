@@ -129,6 +129,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     prompts.write_text(f"{good}\n{next(iter(BAD_LINES))}\n")
     fine = tmp_path / "fine.jsonl"
     fine.write_text(good)
+    (tmp_path / "empty").mkdir()
     common = ("--model", work / "base", "--output", tmp_path / "out")
     reward = ("--reward", work / "reward-aligned")
     result = run("training.proxy_ppo", "--prompts", prompts, *reward, *common)
@@ -137,7 +138,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     assert "Traceback" not in result.stderr
     for change, message in (
         ({"prompts": str(tmp_path / "none")}, "no such file"),
-        ({"reward": str(tmp_path)}, "is no reward"),
+        ({"reward": str(tmp_path / "empty")}, "is no reward"),
         ({"model": str(tmp_path / "no")}, "neither a directory"),
     ):
         usual = {"model": str(work / "base"), "prompts": str(fine), "output": tmp_path / "out"}
