@@ -6,6 +6,7 @@ server or a training run, which is then started once.
 
 import os
 import random
+import signal
 import sys
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 # One thread for one engine: with more of them than free cores, vLLM's CPU build collapses at random. Before torch is
 # imported, and for all processes that tests start. The tests pass with any number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts the tests in the background has all that they start ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # What is not on this machine is an error, and not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
