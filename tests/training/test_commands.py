@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from proxy.checkpoint import identify, load
+from proxy.checkpoint import ProxyError, identify, load
 from tests.training.conftest import done, run
 from training import proxy_ppo
 from training.console import TrainingError
@@ -129,7 +129,6 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     prompts.write_text(f"{good}\n{next(iter(BAD_LINES))}\n")
     fine = tmp_path / "fine.jsonl"
     fine.write_text(good)
-    (tmp_path / "empty").mkdir()
     common = ("--model", work / "base", "--output", tmp_path / "out")
     reward = ("--reward", work / "reward-aligned")
     result = run("training.proxy_ppo", "--prompts", prompts, *reward, *common)
@@ -138,11 +137,11 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) 
     assert "Traceback" not in result.stderr
     for change, message in (
         ({"prompts": str(tmp_path / "none")}, "no such file"),
-        ({"reward": str(tmp_path / "empty")}, "is no reward"),
+        ({"reward": str(work / "world")}, "is no reward"),
         ({"model": str(tmp_path / "no")}, "neither a directory"),
     ):
         usual = {"model": str(work / "base"), "prompts": str(fine), "output": tmp_path / "out"}
         options = proxy_ppo.Options(**{"reward": str(work / "reward-aligned")} | usual | change)
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises((TrainingError, ProxyError), match=message):
             proxy_ppo.main(options)
     assert not (tmp_path / "out").exists()

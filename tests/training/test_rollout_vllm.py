@@ -100,7 +100,8 @@ def test_a_rollout_is_that_of_transformers(
     assert_same(ours, theirs)
     lengths = {len(response) for response in ours.responses}
     assert len(lengths) > 3 and max(lengths) == 24
-    assert ours.counts.rejected > 50 and ours.counts.forced > 5
+    assert ours.counts.rejected > 50
+    assert ours.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
 
 
 def test_every_rollout_has_the_weights_of_its_moment(
