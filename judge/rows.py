@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from judge.layouts import PAIR, Row, conversational
 from judge.messages import Message, Unusable, check_text, text_of
+from judge.options import Share
 from judge.sources import SourceError, parse, raw_rows
 
 RATIONALE = ("rationale_chosen", "rationale_rejected")
@@ -34,7 +35,7 @@ _SHOWN = 100  # characters of an example
 class RowOptions:
     """How rows are read."""
 
-    max_skipped: float = 0.1
+    max_skipped: Share = 0.1
     """Rows that cannot be used are skipped and counted, up to this share of all; more of them are an error."""
     strict: bool = False
     """Skip none: the first row that cannot be used is an error."""

@@ -31,7 +31,7 @@ from transformers import (
 
 from judge.principles import principles_of
 from judge.prompts import Question
-from proxy.checkpoint import BaseModelId, FingerprintMismatch, resolve_model_dir
+from proxy.checkpoint import BaseModelId, FingerprintMismatch, ProxyError, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message
 from training.judging import ModelJudge
@@ -153,7 +153,10 @@ def reward_bytes(name: str, dtype: torch.dtype) -> float:
     if not directory.is_dir():
         if ":" in name or name == SELF_JUDGE:
             return 0.0
-        directory = resolve_model_dir(name)
+        try:
+            directory = resolve_model_dir(name)
+        except ProxyError:  # `load_reward` says what is wrong
+            return 0.0
     stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return stored * dtype.itemsize / 2  # most are stored in bfloat16
 
