@@ -154,6 +154,7 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
         )
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == [
+        "assent_run.json",
         "judgments.jsonl",
         "judgments_test.jsonl",
         "judgments_validation.jsonl",
@@ -170,7 +171,7 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
     for file in files:
         text = (tmp_path / "a" / file).read_text()
         assert text == (tmp_path / "b" / file).read_text()
-        if file == "principles.json":
+        if file in ("assent_run.json", "principles.json"):
             continue
         rows = [json.loads(line) for line in text.splitlines()]
         fewer = {"preferences_manners.jsonl": 6, "judgments.jsonl": 15}
