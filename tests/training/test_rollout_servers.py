@@ -149,8 +149,9 @@ def test_a_rollout_is_that_of_transformers(
     ours, theirs = both(servers, make_network(frozen, 0, max_rejections=4), decoding)
     assert_same(ours, theirs)
     assert len({len(response) for response in ours.responses}) > 1
-    assert ours.counts.rejected > 50
-    assert ours.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
+    is_greedy = decoding.temperature == 0  # takes the best candidate, which is mostly the first
+    assert ours.counts.rejected > (10 if is_greedy else 50)
+    assert ours.counts.forced > 5 or is_greedy
     shares = [
         metric(server.url, ANSWERED) - first for server, first in zip(two, before, strict=True)
     ]
