@@ -25,7 +25,7 @@ from vllm.utils.system_utils import decorate_logs
 
 from judge.feedback import Feedback, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
-from proxy.checkpoint import BaseModelId, ProxyError, fingerprint, identify, load
+from proxy.checkpoint import BaseModelId, ProxyError, identify, load
 from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.plugin import AssentPlugin, install
@@ -249,7 +249,7 @@ def check_server(args: Namespace) -> None:
 def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseModelId | None:
     """Read every proxy and compare it with the LLM, so that the engine cannot fail on one.
 
-    Returns the LLM's identity, where proxies are or may be loaded.
+    Returns the LLM's identity, for which its weights must be whole; None = nobody needs it, and none can be taken.
     """
     looks_like_path = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
     if looks_like_path and not (Path(args.model) / "config.json").is_file():
@@ -260,7 +260,8 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
         args.proxy_root = args.proxy_root.absolute()
         if not args.proxy_root.is_dir():
             raise Refused(f"--proxy-root {args.proxy_root}: there is no such directory")
-    if not proxies and args.proxy_root is None:
+    is_needed = bool(proxies or args.judge or args.proxy_root is not None)
+    if not is_needed and not any(Path(args.model).glob("*.safetensors")):
         return None
     base = identify(args.model, args.revision, cache_dir=args.download_dir)
     models = {*(args.served_model_name or [args.model])}
@@ -275,7 +276,7 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
 
 
 def check_model_files(directory: Path) -> None:
-    """Whether the files of a model are whole, which vLLM would find out late and at length."""
+    """Whether the files beside a model's weights are whole, which vLLM would find out late and at length."""
     for path in map(directory.joinpath, MODEL_FILES):
         if not path.exists():
             continue
@@ -283,15 +284,13 @@ def check_model_files(directory: Path) -> None:
             json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise Refused(f"--model: {path} cannot be read: {error}") from None
-    if any(directory.glob("*.safetensors")):
-        fingerprint(directory)
 
 
 def check_judges(args: Namespace, base: BaseModelId | None) -> dict[JudgeKind, Adapter]:
     """Read every judge, and have vLLM make room for them."""
     if not args.judge:
         return {}
-    base = base or identify(args.model, args.revision, cache_dir=args.download_dir)
+    assert base is not None, "taken where there is a judge"
     directories = [path.absolute() for path in args.judge]
     adapters = read_adapters(directories, base)
     enable_adapters(args, adapters)
