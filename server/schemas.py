@@ -123,12 +123,22 @@ class JudgeMessage(BaseModel):
     content: str
 
 
-class Conversation(BaseModel):
-    """What was to be answered."""
+class PromptOrMessages(BaseModel):
+    """What was to be answered, in one of two ways."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = Field(None, description="A single user turn; or else messages.")
+    messages: list[Any] | None = None
+
+    def _check_one(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages, and not both")
+
+
+class Conversation(PromptOrMessages):
+    """The same, of texts alone."""
+
     messages: list[JudgeMessage] | None = Field(None, min_length=1)
 
     def turns(self) -> list[Message]:
@@ -136,10 +146,6 @@ class Conversation(BaseModel):
         if self.messages is None:
             return [Message(role="user", content=self.prompt or "")]
         return [Message(role=m.role, content=m.content) for m in self.messages]
-
-    def _check_one(self) -> None:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages, and not both")
 
 
 class JudgePair(Conversation):
@@ -206,12 +212,9 @@ class RankRequest(Conversation, JudgeOptions):
         return self
 
 
-class FeedbackRequest(BaseModel):
+class FeedbackRequest(PromptOrMessages):
     """Which response was better: of two to a conversation, or of the choices of an answer."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str | None = Field(None, description="A single user turn; or else messages.")
     messages: list[dict[str, Any]] | None = Field(
         None, description="As in a chat request: tool calls, developer's and tools' turns too."
     )
@@ -232,8 +235,7 @@ class FeedbackRequest(BaseModel):
             return self
         if self.choice is not None:
             raise ValueError("choice needs request_id")
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages, and not both")
+        self._check_one()
         if self.response_a is None or self.response_b is None or self.better is None:
             raise ValueError("give response_a, response_b and better; or request_id and choice")
         return self
