@@ -27,14 +27,15 @@ from statistics import fmean
 from typing import Any
 
 import httpx
-import tyro
 from matplotlib.figure import Figure
+from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from judge.layouts import PAIR, Row
 from judge.messages import as_texts, text_of
+from judge.options import OptionError, read_options
 from judge.rows import RowOptions, read_rows
 from judge.sources import SourceError
 
@@ -59,7 +60,7 @@ class Options(RowOptions):
     """Which of the server's judges; None = its usual one."""
     principles: tuple[str, ...] = ()
     """What to judge by; none = the server's first."""
-    num_pairs: int | None = None
+    num_pairs: PositiveInt | None = None
     """Only the first so many."""
 
 
@@ -233,8 +234,6 @@ def show(by_subset: dict[str, dict[str, float]]) -> None:
 
 
 def main(options: Options) -> None:
-    if options.num_pairs is not None and options.num_pairs < 1:
-        raise SourceError(f"--num-pairs {options.num_pairs} leaves none: it must be 1 or more")
     rows = read_pairs(options)
     options.output.mkdir(parents=True, exist_ok=True)
     judged = asyncio.run(judge(options, rows))
@@ -251,11 +250,12 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(read_options(Options, __doc__))
     except httpx.HTTPStatusError as error:
         sys.exit(f"error: the server refuses: {reason_of(error.response)}")
     except (
         SourceError,
+        OptionError,
         BadAnswer,
         OSError,
         UnicodeError,

@@ -159,8 +159,6 @@ class _Tally:
     """What becomes of the rows of a source."""
 
     def __init__(self, source: str, options: RowOptions) -> None:
-        if not 0 <= options.max_skipped <= 1:
-            raise SourceError(f"--max-skipped {options.max_skipped:g} is no share: from 0 to 1")
         self.source, self.options = source, options
         self.equals = 0
         self.skipped: dict[str, _Skipped] = {}

@@ -20,7 +20,7 @@ from training.policy import Decoding
 
 
 def commands() -> list[ModuleType]:
-    """All modules that are run with `python -m`, but one that checks its options itself."""
+    """All modules that are run with `python -m`."""
     names = [
         f"{package.__name__}.{each.name}"
         for package in (training, judge)
@@ -31,7 +31,6 @@ def commands() -> list[ModuleType]:
         module
         for module in modules
         if '__name__ == "__main__"' in Path(str(module.__file__)).read_text()
-        and module.__name__ != "judge.evaluate"
     ]
 
 

@@ -106,7 +106,7 @@ def test_what_fails_is_said_in_one_line(
             "--data", good, "--api-key", API_KEY, "--principles", "x",
         ),
         "the server refuses: ": ("--data", good, "--base-url", f"{server.url}/nowhere/"),
-        "--num-pairs 0 leaves none": ("--data", good, "--num-pairs", "0"),
+        "--num-pairs 0: Input should be greater than 0": ("--data", good, "--num-pairs", "0"),
         "File exists": ("--data", good, "--output", good),
     }  # fmt: skip
     for said, more in cases.items():
