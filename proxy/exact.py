@@ -20,9 +20,8 @@ from proxy.acceptance import Candidates, greedy_slots
 # y = log t, where the fastest clock's rate is 1: the first rings before _START with probability K e^-17 = 4e-8 K.
 _START, _STEP = -17.0, 0.5
 _PAST_LAST = 4.0  # the slowest clock has not rung by then with probability exp(-e^4) = 2e-24
-_WIDEST_GAP = (
-    40.0  # between log rates; one clock rings before another that is e^40 times as fast in 4e-18
-)
+# Between log rates: of two clocks so far apart the slower rings first with probability e^-40 = 4e-18.
+_WIDEST_GAP = 40.0
 
 
 def emission_probabilities(
@@ -55,11 +54,7 @@ def emission_probabilities(
 
 
 def sharpened(candidates: Candidates, sharpness: float) -> Candidates:
-    """What the LLM alone draws from at another temperature: p^sharpness, renormalised over the nucleus."""
-    if math.isinf(sharpness):
-        first = torch.arange(candidates.logprobs.shape[-1], device=candidates.logprobs.device) == 0
-        certain = torch.where(first, 0.0, -math.inf).to(candidates.logprobs)
-        return candidates._replace(logprobs=certain.expand_as(candidates.logprobs))
+    """What the LLM alone draws from at another temperature above 0: p^sharpness, renormalised over the nucleus."""
     return candidates._replace(logprobs=(candidates.logprobs * sharpness).log_softmax(-1))
 
 

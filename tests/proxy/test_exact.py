@@ -82,7 +82,10 @@ def test_greedy_is_certain() -> None:
             sharpness=torch.inf,
         )
         assert got.tolist() == [[float(slot == expected) for slot in range(3)]]
-    assert sharpened(candidates, torch.inf).logprobs.exp().tolist() == [[1, 0, 0]]
+
+
+def test_the_llm_alone_at_half_the_temperature() -> None:
+    candidates = Candidates(torch.arange(3)[None], torch.tensor([[0.6, 0.3, 0.1]]).log())
     at_half = sharpened(candidates, 2.0).logprobs.exp()  # 0.36, 0.09, 0.01 of 0.46
     torch.testing.assert_close(at_half, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
 
