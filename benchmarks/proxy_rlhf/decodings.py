@@ -51,6 +51,26 @@ def needs_of(method: str, seed: int) -> tuple[str, ...]:
     return (f"frozen/{seed}", *(() if method == "frozen LLM" else (trained,)))
 
 
+class Method:
+    """A method of a seed in memory, ready to answer under any decoding."""
+
+    def __init__(self, setting: Setting, name: str, seed: int, split: str) -> None:
+        self.setting, self.seed, self.split = setting, seed, split
+        self.world = open_world(setting, split)
+        self.policy = policy_of(setting, name, seed, self.world)
+        self.reward = reward_of(setting, seed, self.world) if name == BEST_OF else None
+
+    def figures(self, decoding: Decoding) -> dict[str, Any]:
+        """Of its answers; no divergence where these are chosen among samples."""
+        setting, world, seed = self.setting, self.world, self.seed
+        key = noise("decodings", seed)
+        if self.reward is not None:
+            samples = ranked_samples(world, self.policy, decoding, self.reward, SIZE, key)
+            return grade(world, best_of(samples, SIZE), frozen_texts(setting, self.split, seed))
+        answers = answer(world, key, by_policy(world, self.policy, decoding))
+        return graded(setting, world, answers, seed, self.policy, decoding, self.split)
+
+
 def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
     if method not in TRAINED:
         return Policy(world.model)
@@ -58,19 +78,6 @@ def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
     if method == "one-pass proxy":
         return Policy(world.model, load(directory, base=identify(str(setting.model))).network)
     return Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
-
-
-def figures_of(
-    setting: Setting, method: str, seed: int, world: World, decoding: Decoding, split: str
-) -> dict[str, Any]:
-    """The figures of a method's answers; no divergence where answers are chosen among samples."""
-    policy, key = policy_of(setting, method, seed, world), noise("decodings", seed)
-    if method == BEST_OF:
-        reward = reward_of(setting, seed, world)
-        samples = ranked_samples(world, policy, decoding, reward, SIZE, key)
-        return grade(world, best_of(samples, SIZE), frozen_texts(setting, split, seed))
-    answers = answer(world, key, by_policy(world, policy, decoding))
-    return graded(setting, world, answers, seed, policy, decoding, split)
 
 
 def search_job(method: str, seed: int) -> str:
@@ -85,11 +92,8 @@ def make_search(method: str, seed: int) -> Job:
     """Every decoding of the grid, on validation prompts."""
 
     def run(setting: Setting, _: Any) -> dict[str, Any]:
-        world = open_world(setting, "validation")
-        rows = [
-            asdict(decoding) | figures_of(setting, method, seed, world, decoding, "validation")
-            for decoding in grid_of(method)
-        ]
+        tried = Method(setting, method, seed, "validation")
+        rows = [asdict(decoding) | tried.figures(decoding) for decoding in grid_of(method)]
         return {"rows": rows}
 
     return Job(search_job(method, seed), run, needs_of(method, seed))
@@ -111,8 +115,7 @@ def make_best(method: str, seed: int, seeds: tuple[int, ...]) -> Job:
 
     def run(setting: Setting, _: Any) -> dict[str, Any]:
         decoding = chosen_decoding(method, seeds)(setting)
-        world = open_world(setting, "test")
-        row = figures_of(setting, method, seed, world, decoding, "test")
+        row = Method(setting, method, seed, "test").figures(decoding)
         return {"decoding": asdict(decoding), "row": row}
 
     needs = tuple(search_job(method, each) for each in seeds)
