@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_DEEPEST = 64  # levels of a message; Python's own bound depends on who calls
 
 
 class Message(TypedDict):
@@ -88,7 +89,7 @@ def _read_calls(calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise Unusable("the arguments of a tool call are not JSON") from None
         if not isinstance(arguments, Mapping | None):
             raise Unusable("the arguments of a tool call are no object")
@@ -110,9 +111,25 @@ def as_texts(messages: Iterable[Message]) -> list[Message]:
 
 
 def prompt_key(messages: Iterable[Message]) -> str:
-    """Alike for conversations that differ in white space, or in what no reader sees, alone."""
-    turns = [[message["role"], " ".join(text_of(message).split())] for message in messages]
-    return json.dumps(turns)
+    """Alike for conversations that differ in white space, in the order of keys or in what no reader sees, alone.
+
+    A developer's turn is a system message: so models read it that know no developer.
+    """
+    turns = []
+    for message in messages:
+        role = "system" if message["role"] == "developer" else message["role"]
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        turns.append([role, message["content"], calls])
+    return json.dumps(_plain(turns), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Without nulls in objects, and with single spaces alone."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def check_text(value: Any) -> None:
@@ -120,9 +137,25 @@ def check_text(value: Any) -> None:
     Raises:
         Unusable: it cannot be written as JSON. Neither a file nor a tokenizer can hold half of a surrogate pair.
     """
+    if _is_deep(value):
+        raise Unusable("nested too deeply")
     try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise Unusable("a number is not one of JSON's: NaN or Infinity") from None
+    except TypeError as error:
+        raise Unusable("a value is not one of JSON's", str(error)) from None
+    try:
+        text.encode()
     except UnicodeEncodeError:
         raise Unusable("a text is not Unicode: it has half of a surrogate pair") from None
-    except RecursionError:
-        raise Unusable("nested too deeply") from None
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        within = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
+        level = [x for each in within if isinstance(each, list | tuple) for x in each]
+        if not level:
+            return False
+    return True

@@ -11,6 +11,7 @@ CALL = {
     "type": "function",
     "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
 }
+NESTED = '{"x":' * 100 + "1" + "}" * 100
 READ_CALL = {**CALL, "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 
 
@@ -74,6 +75,22 @@ def test_all_forms_are_read(given: dict[str, Any], read: dict[str, Any]) -> None
             [message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud83d"}}])],
             "half of a surrogate pair",
         ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": "[" * 10**5}])],
+            "arguments of a tool call are not JSON",
+        ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": NESTED}])],
+            "nested too deeply",
+        ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": '{"x": NaN}'}])],
+            "a number is not one of JSON's",
+        ),
+        (
+            [message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": b"y"}}])],
+            "a value is not one of JSON's",
+        ),
     ],
 )
 def test_what_is_no_conversation(messages: Any, said: str) -> None:
@@ -93,6 +110,16 @@ def test_a_prompt_is_known_again_whatever_its_form() -> None:
         [{"content": " Is it hot?", "role": "user", "name": None}],
         [message("user", [{"type": "text", "text": "Is it"}, {"type": "text", "text": "hot?"}])],
     ]
-    assert len({prompt_key(read_messages(form)) for form in forms}) == 1
+    called: list[list[dict[str, Any]]] = [
+        [message("assistant", "", tool_calls=[{"name": "f", "arguments": arguments}])]
+        for arguments in (
+            '{"at": "Rome  now", "in": 1}',
+            {"in": 1, "at": "Rome now"},
+            {"in": 1, "at": "Rome now", "of": None},
+        )
+    ]
+    instructed = [[message(role, "Be brief.")] for role in ("system", "developer")]
+    for alike in (forms, called, instructed):
+        assert len({prompt_key(read_messages(form)) for form in alike}) == 1
     others = [[message("system", "Is it hot?")], [message("user", "Is it hot? Or cold?")]]
     assert len({prompt_key(read_messages(form)) for form in [*forms, *others]}) == 3
