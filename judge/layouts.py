@@ -57,7 +57,8 @@ def _prompt(row: Row) -> Row:
 
 def _pairs(row: Row) -> Iterator[Row]:
     if _is_scored(row):
-        prompt, chosen, rejected = row["instruction"], *_by_score(row["completions"])
+        chosen, rejected = _by_score(row["completions"])
+        prompt = _field(row, "instruction", lambda text: text)
     else:
         prompt = row.get("prompt")
         chosen, rejected = (_field(row, field, _several) for field in PAIR[1:])
@@ -149,7 +150,8 @@ def _scored(completion: Any) -> tuple[float, str]:
 def _field(row: Row, field: str, read: Any) -> Any:
     """A field, read; what is wrong with it names it."""
     if row.get(field) is None:
-        raise Unusable(f"the field {field!r} is missing", f"found {', '.join(sorted(row))}")
+        found = sorted(name for name, value in row.items() if value is not None)
+        raise Unusable(f"the field {field!r} is missing", f"found {', '.join(found)}")
     try:
         return read(row[field])
     except Unusable as error:
