@@ -30,16 +30,18 @@ import httpx
 from matplotlib.figure import Figure
 from pydantic import PositiveInt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from judge.layouts import PAIR, Row
-from judge.messages import as_texts, text_of
-from judge.options import OptionError, read_options
+from judge.messages import as_texts, check_text, text_of
+from judge.options import OptionError, read_options, refuse_existing
 from judge.rows import RowOptions, read_rows
 from judge.sources import SourceError
 
 API_KEY = "ASSENT_API_KEY"
+FIGURES_FILE, CHART_FILE = "figures.json", "reliability.png"
 PAIRS_IN_A_REQUEST = 64
 BINS = 10
 
@@ -52,6 +54,8 @@ class Options(RowOptions):
     """A file of JSON lines or Parquet, or a data set's name with its split after a colon."""
     output: Path
     """Directory for `figures.json` and `reliability.png`."""
+    overwrite: bool = False
+    """Replace these two files where they are there already."""
     base_url: str = "http://127.0.0.1:8000"
     """The server."""
     api_key: str | None = None
@@ -107,7 +111,9 @@ def read_pairs(options: Options) -> list[Compared]:
             "response_a": text_of(row["chosen"][0]),
             "response_b": text_of(row["rejected"][0]),
         }
-        return str(row.get("subset", "all pairs")), {
+        subset = str(row.get("subset", "all pairs"))
+        check_text(subset)
+        return subset, {
             "messages": as_texts(row["prompt"]),
             **responses,
         }
@@ -207,9 +213,9 @@ def draw_reliability(by_subset: dict[str, list[Judged]], path: Path) -> None:
     for subset, judged in by_subset.items():
         bins = in_bins(judged)
         confidences = [fmean(j.confidence for j in some) for some in bins]
-        axes.plot(
-            confidences, [fmean(j.correct for j in some) for some in bins], "o-", label=subset
-        )
+        accuracies = [fmean(j.correct for j in some) for some in bins]
+        label = subset.replace("$", r"\$")  # which begins a formula
+        axes.plot(confidences, accuracies, "o-", label=label)
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
     axes.legend(fontsize=8)
@@ -222,7 +228,7 @@ def show(by_subset: dict[str, dict[str, float]]) -> None:
     table = Table("subset", "pairs", "accuracy", *by_row, "consistency", "ties", "ECE")
     for subset, row in by_subset.items():
         table.add_row(
-            subset,
+            escape(subset),
             f"{row['pairs']:.0f}",
             f"{row['accuracy']:.1%} ± {row['accuracy_se']:.1%}",
             *((f"{row['rows']:.0f}", f"{row['accuracy_by_row']:.1%}") if has_lists else ()),
@@ -234,6 +240,8 @@ def show(by_subset: dict[str, dict[str, float]]) -> None:
 
 
 def main(options: Options) -> None:
+    files = (FIGURES_FILE, CHART_FILE)
+    refuse_existing(options.output, files, options.data, overwrite=options.overwrite)
     rows = read_pairs(options)
     options.output.mkdir(parents=True, exist_ok=True)
     judged = asyncio.run(judge(options, rows))
@@ -243,14 +251,17 @@ def main(options: Options) -> None:
     if len(by_subset) > 1:
         by_subset["all pairs"] = judged
     found = {subset: figures(some) for subset, some in by_subset.items()}
-    (options.output / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
-    draw_reliability(by_subset, options.output / "reliability.png")
+    (options.output / FIGURES_FILE).write_text(json.dumps(found, indent=2) + "\n")
+    draw_reliability(by_subset, options.output / CHART_FILE)
     show(found)
 
 
 if __name__ == "__main__":
     try:
         main(read_options(Options, __doc__))
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
     except httpx.HTTPStatusError as error:
         sys.exit(f"error: the server refuses: {reason_of(error.response)}")
     except (

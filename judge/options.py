@@ -1,5 +1,6 @@
 """Options of commands, a dataclass each: bounds of its numbers, and how a command line is read and held to them."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +19,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 class OptionError(ValueError):
-    """A number is out of its bounds; the message names the option."""
+    """An option cannot be had, such as a number out of its bounds; the message names it."""
 
 
 def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
@@ -35,6 +36,23 @@ def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
         flag = ".".join(str(part).replace("_", "-") for part in problem["loc"])
         raise OptionError(f"--{flag} {problem['input']}: {problem['msg']}") from None
     return found
+
+
+def refuse_existing(directory: Path, names: Iterable[str], source: str, *, overwrite: bool) -> None:
+    """
+    Raises:
+        OptionError: the command may not write files of these names there: they exist and `overwrite` was not said, one
+            of them is the source that the command reads, or the directory is none.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OptionError(f"{directory} is a file, and must be a directory")
+    for path in [directory / name for name in names]:
+        if path.resolve() == Path(source).resolve():
+            raise OptionError(f"{path} is the input: name another --output")
+        if path.exists() and not overwrite:
+            raise OptionError(
+                f"{path} is there already: name another --output, or replace it with --overwrite"
+            )
 
 
 def _at_home(value: Any) -> Any:

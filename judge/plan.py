@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 from judge.evaluate import API_KEY, reason_of
 from judge.messages import Message, as_texts
-from judge.options import Positive, Seed, read_options
+from judge.options import Positive, Seed, read_options, refuse_existing
 from judge.rows import RowOptions, read_rows
 
+PLAN_FILE = "plan.json"
 Grader = Callable[..., Sequence[float]]
 """Called with N `prompts` (lists of chat messages) and `completions` (texts); a score each, higher is better."""
 
@@ -49,6 +50,8 @@ class Options(RowOptions):
     """A file of JSON lines or Parquet with `prompt`, a text or chat messages, or a data set's name."""
     output: Path = Path("runs/plan")
     """Directory for `plan.json`."""
+    overwrite: bool = False
+    """Replace `plan.json` where it is there already."""
     base_url: str = "http://127.0.0.1:8000"
     """The server."""
     api_key: str | None = None
@@ -302,13 +305,15 @@ def main(options: Options) -> None:
     if options.measured is not None:
         measured = read_measured(options.measured)
     elif options.prompts is not None:
+        names, source = (PLAN_FILE,), options.prompts
+        refuse_existing(options.output, names, source, overwrite=options.overwrite)
         if options.grader is not None:
             load_grader(options.grader)  # before the server is asked for anything
         prompts = read_prompts(options)
         measured = asyncio.run(measure(options, prompts))
         options.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(each) for each in measured], indent=1) + "\n"
-        (options.output / "plan.json").write_text(text)
+        (options.output / PLAN_FILE).write_text(text)
     else:
         raise ValueError("name --prompts to measure with, or --measured to choose from")
     show(measured, choose(measured, options.max_seconds, options.max_tokens))

@@ -9,6 +9,7 @@ import pytest
 
 from judge import evaluate
 from judge.evaluate import Judged, Options, figures, read_pairs
+from judge.options import OptionError
 from judge.sources import SourceError
 from tests.server.conftest import API_KEY, Server
 
@@ -65,6 +66,9 @@ def test_what_is_put_to_the_server(tmp_path: Path) -> None:
         "response_b": "No.",
     }
     assert len(read_pairs(Options(data=data, output=tmp_path, num_pairs=2))) == 2
+    broken = write(tmp_path / "broken.jsonl", REWARD_BENCH | {"subset": "\ud800"})
+    with pytest.raises(SourceError, match="half of a surrogate pair"):
+        read_pairs(Options(data=broken, output=tmp_path))
 
 
 def test_a_run(
@@ -76,7 +80,8 @@ def test_a_run(
     monkeypatch.setenv("COLUMNS", "120")  # of the table
     monkeypatch.setenv("ASSENT_API_KEY", API_KEY)
     data = write(tmp_path / "rows.jsonl", *[REWARD_BENCH] * 8, REWARD_BENCH_2, '{"prompt":')
-    evaluate.main(Options(data=data, output=tmp_path / "out", base_url=server.url))
+    options = Options(data=data, output=tmp_path / "out", base_url=server.url)
+    evaluate.main(options)
     found = json.loads((tmp_path / "out/figures.json").read_text())
     assert {name: row["pairs"] for name, row in found.items()} == {
         "chat": 8,
@@ -88,6 +93,33 @@ def test_a_run(
     assert (tmp_path / "out/reliability.png").stat().st_size > 0
     shown = capsys.readouterr().out
     assert "skipped 1 of 12 rows" in shown and "by row" in shown
+    with pytest.raises(OptionError, match="figures.json is there already: .* --overwrite"):
+        evaluate.main(options)
+
+
+def test_names_of_subsets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["[/red]", r"$\frac$"]
+    evaluate.draw_reliability({name: [judged("1", 0.9)] for name in names}, tmp_path / "chart.png")
+    evaluate.show({name: figures([judged("1", 0.9)]) for name in names})
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+
+
+def test_ctrl_c_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(work: Any) -> None:
+        work.close()
+        raise KeyboardInterrupt
+
+    data = write(tmp_path / "rows.jsonl", REWARD_BENCH)
+    monkeypatch.setattr("asyncio.run", interrupt)
+    arguments = ["--data", data, "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["judge.evaluate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted: nothing was written\n"
 
 
 def test_what_fails_is_said_in_one_line(
@@ -107,7 +139,7 @@ def test_what_fails_is_said_in_one_line(
         ),
         "the server refuses: ": ("--data", good, "--base-url", f"{server.url}/nowhere/"),
         "--num-pairs 0: Input should be greater than 0": ("--data", good, "--num-pairs", "0"),
-        "File exists": ("--data", good, "--output", good),
+        "is a file, and must be a directory": ("--data", good, "--output", good),
     }  # fmt: skip
     for said, more in cases.items():
         arguments = ["--output", tmp_path / "out", "--base-url", server.url, *more]

@@ -87,9 +87,25 @@ def test_a_run(server, tmp_path, capsys, monkeypatch):
 def test_prompts_that_are_none(tmp_path, text, message):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
-        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl")))
+        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl"), output=tmp_path))
 
 
 def test_a_grader_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="expected module:function"):
-        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl"), grader="nowhere:nothing"))
+        plan.main(
+            Options(
+                prompts=str(tmp_path / "prompts.jsonl"), output=tmp_path, grader="nowhere:nothing"
+            )
+        )
+
+
+def test_an_earlier_plan_is_not_replaced(tmp_path):
+    for path in (tmp_path / "prompts.jsonl", tmp_path / "plan.json"):
+        path.write_text("{}")
+    with pytest.raises(ValueError, match="plan.json is there already: .* --overwrite"):
+        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl"), output=tmp_path))
+    with pytest.raises(ValueError, match="plan.json is the input"):
+        plan.main(Options(prompts=f"{tmp_path}/plan.json", output=tmp_path, overwrite=True))
+    with pytest.raises(ValueError, match="the field 'prompt' is missing"):
+        plan.main(Options(prompts=str(tmp_path / "prompts.jsonl"), output=tmp_path, overwrite=True))
+    assert (tmp_path / "plan.json").read_text() == "{}"
