@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Marker(BaseModel):
     inputs: dict[str, str]
     """A digest of each."""
     files: list[str]
-    """What the run writes: names and patterns, below the directory."""
+    """What the run writes: names and patterns, below the directory; of a finished one, what it has written."""
     finished: bool = False
 
 
@@ -123,11 +124,13 @@ class Run:
         _write(self.directory, marker.model_copy(update={"finished": False}))
 
     def finish(self) -> None:
-        """Say in the marker that the run has reached its end."""
+        """Say in the marker that the run has reached its end, and what it wrote: what comes later is not the run's."""
         if self._has_started and _is_main_process():
             marker = _read(self.directory)
             assert marker is not None, "written at the start"
-            _write(self.directory, marker.model_copy(update={"finished": True}))
+            found = {path for pattern in marker.files for path in self.directory.glob(pattern)}
+            files = sorted(escape(str(path.relative_to(self.directory))) for path in found)
+            _write(self.directory, marker.model_copy(update={"files": files, "finished": True}))
 
     def left(self) -> str:
         """What a run that ends too early leaves, and how to go on."""

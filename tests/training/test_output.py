@@ -97,11 +97,18 @@ def test_overwriting_removes_what_the_earlier_run_wrote_and_nothing_else(options
     others = {"notes.txt": "mine", "parts/notes.md": "mine too"}
     for name, text in others.items():
         (options.output / name).write_text(text)
-    (options.output / "parts/c.txt").write_text("written by that run, as its names say")
     with pytest.raises(ZeroDivisionError):
         copy(replace(options, overwrite=True, number=2), fail=ZeroDivisionError())
     found = {name: text.decode() for name, text in contents(options.output).items()}
     assert found == others | {"parts/b.txt": "2"}
+
+
+def test_what_came_after_a_finished_run_is_not_its_own(options: Options) -> None:
+    copy(options)
+    (options.output / "parts/c.txt").write_text("mine, though the run might have written it")
+    with pytest.raises(TrainingError, match=r"did not write \(parts/c.txt\): move them"):
+        copy(replace(options, overwrite=True))
+    assert set(contents(options.output)) == {"a.txt", "parts/b.txt", "parts/c.txt"}
 
 
 def test_a_mistake_in_the_inputs_destroys_no_earlier_run(options: Options) -> None:
