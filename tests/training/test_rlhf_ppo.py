@@ -1,8 +1,6 @@
 """Full RLHF, the baseline: it learns, stays near its reference where that is asked, and goes on after a kill."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.training.conftest import rlhf_arguments, run
+from tests.training.conftest import rlhf_arguments
+from tests.warm import Command, run
 from training import reward_model
 from training.metrics import read_metrics
 from training.models import load_model
@@ -92,7 +91,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
     work: Path, rlhf: Path, tmp_path: Path
 ) -> None:
     command = [*map(str, rlhf_arguments(work)), "--output", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL)
+    process = Command(*command)
     while not (tmp_path / STATE_FILE).exists():
         assert process.poll() is None
         time.sleep(0.01)
