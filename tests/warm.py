@@ -15,23 +15,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-# What the training commands import, vLLM not among it: it looks at the environment while it is imported.
+# What the training commands import when they start. Not vLLM, which looks at the environment meanwhile, nor numba: an
+# engine cannot start in a process that holds its llvmlite already.
 LIBRARIES = [
-    *(
-        "accelerate",
-        "datasets",
-        "matplotlib.backends.backend_agg",
-        "numba",
-        "peft",
-        "sqlalchemy",
-        "torch._dynamo",
-    ),
-    *(
-        "torch.utils.tensorboard",
-        "transformers.models.llama.modeling_llama",
-        "transformers.trainer",
-        "tyro",
-    ),
+    *("accelerate", "datasets", "matplotlib.backends.backend_agg", "peft", "sqlalchemy", "tyro"),
+    *("torch._dynamo", "torch.utils.tensorboard"),
+    *("transformers.models.llama.modeling_llama", "transformers.trainer"),
 ]
 
 _context = multiprocessing.get_context("forkserver")
