@@ -9,6 +9,12 @@ from tests.server.conftest import free_port
 from tests.warm import Command, run
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw nothing, which would take seconds; test_metrics.py looks at what all commands draw."""
+    monkeypatch.setattr("training.metrics.draw_curves", lambda rows, path: None)
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of `training.demo`, run at 1/200 of its size; `demo/` in it is what it publishes."""
