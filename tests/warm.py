@@ -15,11 +15,19 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-# What the training commands import when they start. Not vLLM, which looks at the environment meanwhile, nor numba: an
-# engine cannot start in a process that holds its llvmlite already.
+# What the commands import when they start. Not vLLM, which looks at the environment meanwhile, nor numba: an engine
+# cannot start in a process that holds its llvmlite already.
 LIBRARIES = [
-    *("accelerate", "datasets", "matplotlib.backends.backend_agg", "peft", "sqlalchemy", "tyro"),
-    *("torch._dynamo", "torch.utils.tensorboard"),
+    *(
+        "accelerate",
+        "datasets",
+        "matplotlib.backends.backend_agg",
+        "openai",
+        "peft",
+        "scipy.signal",
+        "sqlalchemy",
+    ),
+    *("torch._dynamo", "torch._inductor.lowering", "torch.utils.tensorboard", "tyro"),
     *("transformers.models.llama.modeling_llama", "transformers.trainer"),
 ]
 
@@ -35,13 +43,16 @@ class Command:
         *arguments: str | Path,
         environment: Mapping[str, str] = os.environ,
         new_session: bool = False,
+        log: Path | None = None,
     ) -> None:
+        """
+        Args:
+            environment: all of it.
+            new_session: as in `subprocess.Popen`.
+            log: file that gets what it prints and says on stderr; None = `communicate` gives both.
+        """
         self._arguments = [*map(str, arguments)]
-        with (
-            tempfile.NamedTemporaryFile(delete=False) as out,
-            tempfile.NamedTemporaryFile(delete=False) as err,
-        ):
-            self._outputs = Path(out.name), Path(err.name)
+        self._outputs = (log, log) if log else (_empty_file(), _empty_file())
         self._process = _context.Process(
             target=_run,
             args=(self._arguments, dict(environment), Path.cwd(), self._outputs, new_session),
@@ -49,6 +60,10 @@ class Command:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
 
     def poll(self) -> int | None:
         """The exit code, as `subprocess` has it; None = it runs."""
@@ -73,6 +88,11 @@ class Command:
         return out, err
 
 
+def _empty_file() -> Path:
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        return Path(file.name)
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A command, from its start to its end."""
     command = Command(*arguments)
@@ -94,7 +114,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(directory)
     for number, path in enumerate(outputs, start=1):
-        with path.open("wb") as file:
+        with path.open("ab") as file:
             os.dup2(file.fileno(), number)
     more = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [str(directory), *more]
