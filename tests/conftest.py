@@ -32,6 +32,11 @@ APART = {
         "rollout_vllm", "self_judge", "supervised",
     )),
 }  # fmt: skip
+# Of all others, the files that take long: one that began last would leave a worker waiting for it.
+LONG = {
+    *("tests/deploy/test_balancer.py", "tests/deploy/test_monitoring.py"),
+    *("tests/proxy/test_architectures.py", "tests/proxy/test_tensor_parallel.py"),
+}
 
 
 def group_of(nodeid: str) -> str:
@@ -58,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def rank(item: pytest.Item) -> int:
         group = group_of(item.nodeid)
-        return 0 if group in SHARED else 1 if group in APART else 2
+        return 0 if group in SHARED else 1 if group in APART | LONG else 2
 
     items.sort(key=rank)
 

@@ -26,6 +26,7 @@ import torch
 
 from proxy.checkpoint import load, save
 from proxy.network import ProxyConfig, ProxyNetwork
+from tests.warm import Command
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "deploy" / "demo"
@@ -56,7 +57,7 @@ ROUNDING = 1e-4  # of probabilities from float32 logits of size 10, in batches o
 class Server:
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Command
 
     def log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -102,28 +103,48 @@ def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(
-    log: Path, *flags: str | Path, environment: dict[str, str] | None = None
+    log: Path, *flags: str | Path, environment: dict[str, str] | None = None, warm: bool = True
 ) -> Iterator[Server]:
-    """`python -m server` with the demo's LLM, from when it is healthy until it has stopped."""
+    """`python -m server` with the demo's LLM, from when it is healthy until it has stopped.
+
+    With `warm` its first process begins with libraries that are imported already; its engine's never does.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "server", "--model", DEMO / "model", "--port", str(port)]
-    # Other tests set vLLM's variables for engines in this process; the server finds its own.
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*map(str, command), "--served-model-name", MODEL, *map(str, flags)],
-            cwd=REPOSITORY,
-            env=inherited | (environment or {}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: no child outlives the tests
-        )
+    command = [
+        "server",
+        "--model",
+        DEMO / "model",
+        "--port",
+        str(port),
+        "--served-model-name",
+        MODEL,
+    ]
+    process = _start([*map(str, [*command, *flags])], log, environment or {}, warm)
     running = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_healthy(process, running)
         yield running
     finally:
         _stop(process)
+
+
+def _start(
+    command: list[str], log: Path, environment: dict[str, str], warm: bool
+) -> subprocess.Popen[bytes] | Command:
+    """In a group of its own: no child outlives the tests."""
+    # Other tests set vLLM's variables for engines in this process; the server finds its own.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    if warm:
+        return Command(*command, environment=inherited | environment, new_session=True, log=log)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=REPOSITORY,
+            env=inherited | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def proxy_flags() -> list[str]:
@@ -142,7 +163,8 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *("--dtype", "float32", "--enable-scale-out", *proxy_flags()),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
-    with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}) as running:
+    # As a user starts it.
+    with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}, warm=False) as running:
         yield running
 
 
@@ -218,20 +240,22 @@ def free_port() -> int:
             return port
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], running: Server) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes] | Command, running: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended with {process.returncode}:\n{running.log_tail()}")
-        try:
-            if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.2)
+    # One client: to make one takes a tenth of a second of work, as often as it is asked.
+    with httpx.Client(base_url=running.url, timeout=5) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                pytest.fail(f"the server ended with {process.returncode}:\n{running.log_tail()}")
+            try:
+                if client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
     pytest.fail(f"no answer within {START_SECONDS} s:\n{running.log_tail()}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes] | Command) -> None:
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)

@@ -56,7 +56,7 @@ def in_flight(running):
 
 def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """It alone, as the kernel does where memory runs out: its successor needs the device."""
-    with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
+    with serving(tmp_path / "log", *proxy_flags(), environment=APART, warm=False) as running:
         family = psutil.Process(running.process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(each.cmdline()) for each in family)
         running.process.send_signal(signal.SIGKILL)
@@ -66,7 +66,7 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
 
 @pytest.mark.parametrize("name", ["EngineCore", pytest.param("Worker", marks=pytest.mark.slow)])
 def test_the_engine_is_killed(tmp_path, name):
-    with serving(tmp_path / "log", *proxy_flags(), environment=APART) as running:
+    with serving(tmp_path / "log", *proxy_flags(), environment=APART, warm=False) as running:
         family, victim = find(running, name)
         begun = [Event() for _ in range(3)]
         with ThreadPoolExecutor(4) as pool:

@@ -1,16 +1,18 @@
 """One tiny run of the whole training path for all tests of it."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import free_port
+from tests.warm import Command, run
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A training command as a user runs it."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw nothing, which would take seconds; test_metrics.py looks at what all commands draw."""
+    monkeypatch.setattr("training.metrics.draw_curves", lambda rows, path: None)
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,21 @@ def done(*arguments: str | Path) -> None:
     """Run a training command that must succeed."""
     result = run(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def done_by_two(*arguments: str | Path) -> None:
+    """The same in two processes, which learn of each other as from `torchrun`."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    commands = [
+        Command(
+            *arguments,
+            environment=os.environ | place | sizes | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    outputs = [command.communicate() for command in commands]
+    assert [command.wait() for command in commands] == [0, 0], outputs
 
 
 def sft_arguments(work: Path) -> list[str | Path]:

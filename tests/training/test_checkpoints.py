@@ -1,8 +1,6 @@
 """Runs of transformers' and trl's trainers that were killed go on, to the weights of an unbroken run."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import reward_arguments, run, sft_arguments
+from tests.training.conftest import reward_arguments, sft_arguments
+from tests.warm import Command, run
 from training.checkpoints import newest_checkpoint
 from training.metrics import CURVES_FILE, read_metrics
 
@@ -18,9 +17,7 @@ from training.metrics import CURVES_FILE, read_metrics
 def check(arguments: list[str | Path], unbroken: Path, output: Path, saved: int) -> None:
     """Kill the run when a checkpoint of at least `saved` steps is there, in the second pass; go on; compare."""
     command = [*map(str, arguments), "--output", str(output), "--save-every", "1", "--resume"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = Command(*command)
     while max(steps_saved(output), default=0) < saved:
         assert process.poll() is None
         time.sleep(0.005)

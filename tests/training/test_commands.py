@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from proxy.checkpoint import ProxyError, identify, load
-from tests.training.conftest import done, run
+from tests.training.conftest import done
+from tests.warm import run
 from training import proxy_ppo
 from training.console import TrainingError
 from training.evaluate import compare

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from judge.messages import prompt_key
-from tests.training.conftest import run
+from tests.warm import run
 from training import prepare
 from training.console import TrainingError
 from training.prepare import Pair, describe, split

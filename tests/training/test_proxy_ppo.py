@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import done, run
+from tests.training.conftest import done, done_by_two
+from tests.warm import Command, run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
 from training.online import PATIENCE, refuse_constant_reward
@@ -63,16 +62,13 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
     broken = tmp_path / "broken"
     # Before the first state, and after it.
     for rows, sent, code in ((1, signal.SIGKILL, -9), (3, signal.SIGINT, 130)):
-        command = [sys.executable, "-m", *arguments(broken, *steps, "--resume")]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = Command(*arguments(broken, *steps, "--resume"))
         while len(read_metrics(broken)) < rows:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(sent)
         _, errors = process.communicate()
-        assert process.returncode == code, errors
+        assert process.wait() == code, errors
         assert not (broken / "proxy.safetensors").exists()
     assert errors.endswith(
         f"interrupted: saved up to update 2 of 5 in {broken}; the same command goes on with --resume\n"
@@ -122,9 +118,12 @@ def one(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_the_result_of_one(
     arguments: Callable[..., list[str]], one: Path, tmp_path: Path, rollout: str
 ) -> None:
-    # On a CPU `accelerate launch` starts one process, whatever it is asked for.
-    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    done(*launch, *arguments(tmp_path, *ALIKE, "--rollout", rollout))
+    command = arguments(tmp_path, *ALIKE, "--rollout", rollout)
+    if rollout == "transformers":  # as a user starts them
+        # On a CPU `accelerate launch` starts one process, whatever it is asked for.
+        done("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command)
+    else:
+        done_by_two(*command)
     assert_trained_alike(tmp_path, one)
 
 
@@ -145,13 +144,9 @@ def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
     """The run is killed after its first update, and goes on."""
     output = tmp_path / "vllm"
     command = arguments(output, *ALIKE, "--save-every", "1", "--resume", "--rollout", "vllm")
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=os.environ | {"TMPDIR": str(tmp_path)},  # it may be killed beside a temporary file
-    )
+    # It may be killed beside a temporary file.
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = Command(*command, environment=environment, new_session=True)
     while not (output / STATE_FILE).exists():
         assert process.poll() is None
         time.sleep(0.01)

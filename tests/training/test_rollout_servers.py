@@ -30,7 +30,7 @@ import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
 from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, WAIT_SECONDS, Server, metric, serving
-from tests.training.conftest import run
+from tests.training.conftest import done, done_by_two
 from tests.training.test_proxy_ppo import assert_trained_alike
 from tests.training.test_rollout_vllm import (
     DECODING,
@@ -191,12 +191,9 @@ def test_training_in_two_processes_gives_what_transformers_give_in_one(
         "--prompts", prompts, "--steps", "2", "--episodes", "7", "--decoding.max-new-tokens", "12",
         "--dtype", "float32", "--accept-bias", "0",
     ]  # fmt: skip
-    one = run(*common, "--output", tmp_path / "one", "--rollout", "transformers")
-    assert one.returncode == 0, one.stderr
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done(*common, "--output", tmp_path / "one", "--rollout", "transformers")
     where = ["--servers", *(server.url for server in two), "--proxy-root", root]
-    result = run(*launch, *common, "--output", tmp_path / "two", "--rollout", "servers", *where)
-    assert result.returncode == 0, result.stderr
+    done_by_two(*common, "--output", tmp_path / "two", "--rollout", "servers", *where)
     assert_trained_alike(tmp_path / "two", tmp_path / "one")
     assert [loaded_on(server) for server in two] == [[], []]
     assert not (root / name_of(tmp_path / "two")).exists()

@@ -1,37 +1,24 @@
 """A save that is killed leaves nothing that loads and is not whole."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.warm import Command
 from training.saving import saving
 
 FILES = ("model.safetensors", "tokenizer.json", "config.json", "reward.json")
-
-SAVES = """
-import sys
-from itertools import cycle
-from pathlib import Path
-from training.saving import saving
-
-target = Path(sys.argv[1])
-for letter in cycle("AB"):
-    with saving(target) as directory:
-        for name in ("config.json", "model.safetensors", "reward.json", "tokenizer.json"):
-            (directory / name).write_text(letter * 1_000_000)
-"""
 
 
 def test_a_save_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path: Path) -> None:
     whole = 0
     for milliseconds in range(12):
-        process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)])
+        process = Command("tests.training.saves", tmp_path)
         while not (tmp_path / "reward.json").exists():
             assert process.poll() is None
+            time.sleep(0.001)
         time.sleep(milliseconds / 1000)
         process.send_signal(signal.SIGKILL)
         process.wait()
