@@ -5,7 +5,7 @@ from itertools import product
 import torch
 
 from proxy.acceptance import Candidates
-from proxy.exact import divergence, emission_probabilities, sharpened
+from proxy.exact import EXACT, TRAINING, Grid, divergence, emission_probabilities, sharpened
 
 
 def by_recursion(p: list[float], accept: list[float], max_rejections: int) -> list[float]:
@@ -98,3 +98,32 @@ def test_two_candidates_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor([[0.6875, 0.3125]]).double(), atol=2e-6, rtol=0)
     kl = 0.6875 * torch.tensor(0.6875 / 0.75).log() + 0.3125 * torch.tensor(0.3125 / 0.25).log()
     torch.testing.assert_close(divergence(got, candidates).float(), kl[None], atol=1e-5, rtol=0)
+
+
+def test_its_gradient_and_the_coarse_grid_of_training() -> None:
+    """Gradients against finite differences, where the limit of rejections counts and where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(4, 5, generator=generator, dtype=torch.float64).sort(descending=True)[0]
+    logprobs[0, 3:], logprobs[1, 1:] = -torch.inf, -torch.inf
+    candidates = Candidates(torch.arange(5).expand(4, -1), logprobs.log_softmax(-1))
+    accept_logits = (2 * torch.randn(4, 5, generator=generator)).double().requires_grad_()
+    for max_rejections in (2, 5):
+
+        def emitted(
+            x: torch.Tensor, most: int = max_rejections, grid: Grid = EXACT
+        ) -> torch.Tensor:
+            return emission_probabilities(
+                candidates, x, strength=1.0, max_rejections=most, grid=grid
+            )
+
+        def kl(x: torch.Tensor) -> torch.Tensor:
+            return divergence(emitted(x), candidates)
+
+        assert torch.autograd.gradcheck(emitted, accept_logits)
+        assert torch.autograd.gradcheck(kl, accept_logits)
+        torch.testing.assert_close(
+            emitted(accept_logits, grid=TRAINING).double(),
+            emitted(accept_logits),
+            atol=5e-4,
+            rtol=0,
+        )
