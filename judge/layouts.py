@@ -1,4 +1,5 @@
-"""Rows of public data in TRL's conversational formats: `messages`; `prompt`; `prompt`, `chosen` and `rejected`.
+"""Rows of public data in TRL's conversational formats: `messages`; `prompt`; `prompt`, `chosen` and `rejected`;
+`prompt`, `completion` and `label`.
 
 Known by their fields, so no option names them. A preference pair may be laid out as
 
@@ -24,6 +25,8 @@ from judge.messages import Message, Unusable, read_messages
 Row = dict[str, Any]
 PAIR = ("prompt", "chosen", "rejected")
 """Fields of a preference pair."""
+VERDICT = ("prompt", "completion")
+"""Fields of a single verdict, beside its label."""
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -43,6 +46,9 @@ def conversational(row: Row, fields: tuple[str, ...]) -> Iterator[Row]:
         yield from (row | pair for pair in _pairs(row))
     elif fields == ("prompt",):
         yield row | _prompt(row)
+    elif fields == VERDICT:
+        read = {"prompt": _messages_of_prompt, "completion": _messages_of_answer}
+        yield row | {field: _field(row, field, read[field]) for field in fields}
     else:
         yield row | {field: _field(row, field, read_messages) for field in fields}
 

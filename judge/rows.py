@@ -2,12 +2,13 @@
 
 {"messages": [...]}                                   for supervised fine-tuning
 {"prompt": [...], "chosen": [...], "rejected": [...]} preferences
+{"prompt": [...], "completion": [...], "label": true} single verdicts: good or bad
 {"prompt": [...]}                                     prompts
 
 `judge.sources` says what is a source, `judge.layouts` which layouts are understood. The rules:
 
 - A prompt does not end with the assistant's turn, and an answer is one assistant message: pairs whose answers are
-  several turns cannot be used. An answer that is learned or preferred is not empty; a rejected one may be.
+  several turns cannot be used. An answer that is learned or preferred is not empty; a rejected or bad one may be.
 - Rows that cannot be used are skipped, counted by reason and shown by an example; where they are too large a share,
   the file is of another kind, and that is an error.
 - Pairs that prefer nothing (both answers, or their scores, are the same) are left out and counted, however many.
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from judge.layouts import PAIR, Row, conversational
+from judge.layouts import PAIR, VERDICT, Row, conversational
 from judge.messages import Message, Unusable, check_text, text_of
 from judge.options import Share
 from judge.sources import SourceError, parse, raw_rows
@@ -89,6 +90,8 @@ def read_rows(
 def _fields_of(row: Row) -> tuple[str, ...]:
     if row.get("messages") is not None:
         return ("messages",)
+    if row.get("completion") is not None:
+        return VERDICT
     return PAIR if row.get("chosen") is not None else ("prompt",)
 
 
@@ -105,6 +108,8 @@ def check_row(row: Row, fields: tuple[str, ...] = PAIR) -> Row:
         _check_answer("messages", row["messages"][-1])
     if "chosen" in fields:
         _check_pair(row)
+    if "completion" in fields:
+        _check_verdict(row)
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -134,6 +139,15 @@ def _check_pair(row: Row) -> None:
     if (RATIONALE[0] in about) != (RATIONALE[1] in about):
         raise Unusable(f"a rationale is two texts: {' and '.join(RATIONALE)}")
     check_text(about)
+
+
+def _check_verdict(row: Row) -> None:
+    if not isinstance(row.get("label"), bool):
+        raise Unusable("the label of a completion is not true or false")
+    if len(row["completion"]) != 1:
+        raise Unusable("the completion is not a single turn")
+    check = _check_answer if row["label"] else _check_role
+    check("completion", row["completion"][-1])
 
 
 def _check_answer(field: str, message: Message) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from judge.layouts import PAIR
+from judge.layouts import PAIR, VERDICT
 from judge.rows import RowOptions, read_rows
 from judge.sources import SourceError
 
@@ -135,6 +135,8 @@ PROMPT = ("prompt",)
         (PROMPT, SILENT),
         ((), {"messages": [USER, SAYS], "chosen": 5}),
         ((), GOOD),
+        (VERDICT, {"prompt": "Hi", "completion": "Hello!", "label": True}),
+        ((), {"prompt": [USER], "completion": [{**SAYS, "content": ""}], "label": False}),
         ((), {"prompt": "Hi", "messages": None}),
     ],
 )
@@ -160,6 +162,13 @@ def test_what_can_be_used(file: Path, fields: tuple[str, ...], row: dict[str, An
         (MESSAGES, {"messages": [USER]}, "messages ends with 'user', not an assistant"),
         (MESSAGES, {"messages": [USER, {**SAYS, "content": ""}]}, "the answer is empty"),
         (MESSAGES, {"messages": "Hi"}, "messages: expected a list of chat messages"),
+        (VERDICT, {"prompt": "Hi", "completion": "Hello!", "label": "yes"}, "not true or false"),
+        (VERDICT, {"prompt": "Hi", "completion": " ", "label": True}, "completion answer is empty"),
+        (
+            VERDICT,
+            {"prompt": "Hi", "completion": [CALLS, TOOL], "label": True},
+            "not a single turn",
+        ),
         (PROMPT, {"prompt": [USER, SAYS]}, "prompt ends with the assistant's turn"),
         (PROMPT, {"text": "Hi"}, r"the field 'prompt' is missing \(found text\)"),
     ],
