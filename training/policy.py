@@ -90,14 +90,8 @@ class Policy:
             # Nobody asks which of them is the most probable.
             tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
             return Candidates(tokens, (logits.float() / temperature).log_softmax(-1))
-        top_k = top_k or vocab_size
-        most = self.config.max_candidates if self.network else top_k + _MAX_TIES
-        return nucleus(
-            logits.float() / temperature,
-            min(most, vocab_size),
-            torch.full((rows,), top_k, device=logits.device),
-            torch.full((rows,), top_p, device=logits.device),
-        )
+        most = self.config.max_candidates if self.network else (top_k or vocab_size) + _MAX_TIES
+        return _nucleus(logits, temperature, top_k, top_p, most)
 
     def sharpness(self, decoding: Decoding) -> float:
         """The power of the nucleus' probabilities that candidates are proposed by; inf = greedy."""
@@ -158,6 +152,22 @@ class Policy:
             max_rejections=self.config.max_rejections,
             sharpness=self.sharpness(decoding),
         )
+
+
+def nucleus_of(logits: Tensor, config: ProxyConfig) -> Candidates:
+    """A proxy's nucleus of [N, V] logits under the decoding that it is trained with."""
+    most = config.max_candidates
+    return _nucleus(logits, config.temperature, config.top_k, config.top_p, most)
+
+
+def _nucleus(logits: Tensor, temperature: float, top_k: int, top_p: float, most: int) -> Candidates:
+    rows, vocab_size = logits.shape
+    return nucleus(
+        logits.float() / temperature,
+        min(most, vocab_size),
+        torch.full((rows,), top_k or vocab_size, device=logits.device),
+        torch.full((rows,), top_p, device=logits.device),
+    )
 
 
 def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:

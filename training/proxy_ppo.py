@@ -18,12 +18,11 @@ With several processes (`accelerate launch -m training.proxy_ppo ...`) each roll
 result is that of one process, up to rounding. A run that was killed goes on with `--resume`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -31,26 +30,23 @@ from accelerate.utils import gather_object
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from judge.options import Finite, NonNegative, Positive, PositiveShare
-from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_model_dir, save
+from judge.options import Finite, NonNegative, Positive
+from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 from proxy.network import ProxyNetwork
 from training import online, output
 from training.console import TrainingError, main_guard, read_options
-from training.machine import machine
+from training.engines import EngineOptions, make_engine, refuse_half_named_servers
 from training.online import PATIENCE, Episodes
-from training.policy import Policy, default_config
+from training.policy import Decoding, Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.rollout import Decisions, Rollout, generate
-from training.rollout_servers import Servers, name_of
-from training.rollout_vllm import Engine, is_installed
+from training.rollout_servers import Servers
 from training.sizes import decision_bytes
 from training.updates import WRITES, averaged, start, train
 
-MAX_REQUESTS = 256  # under way in vLLM at once
-
 
 @dataclass(frozen=True, kw_only=True)
-class Options(online.Options):
+class Options(online.Options, EngineOptions):
     """Options of proxy training."""
 
     learning_rate: Positive = 2e-3
@@ -67,19 +63,9 @@ class Options(online.Options):
     """Whether the proxy sees the candidate's log-probability."""
     accept_bias: Finite = 2.0
     """Accept logit before training: 2 accepts 88 %."""
-    rollout: Literal["auto", "vllm", "servers", "transformers"] = "auto"
-    """What samples the responses; vllm is in this process. auto = vllm on CUDA where it is installed, else
-    transformers, which starts faster."""
-    rollout_memory: PositiveShare = 0.3
-    """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
-    servers: tuple[str, ...] = ()
-    """For --rollout servers: where they are, `http://host:port` each. They run `python -m server --proxy-root` with the
-    same LLM and dtype; an administrator's key, if they want one, is read from the variable ASSENT_API_KEY."""
-    proxy_root: Path | None = None
-    """For --rollout servers: the directory that is the --proxy-root of all of them, as it is called here."""
-    server_requests: PositiveInt = 64
-    """For --rollout servers: responses under way at once on each. More fill a large GPU; fewer leave more to be taken
-    by the faster of unequal servers."""
+    start_from: Path | None = None
+    """A proxy to go on from, of `training.proxy_dpo` perhaps, in the place of an untrained one; the options above are
+    its own then."""
 
 
 class Trainer(online.Trainer):
@@ -93,7 +79,15 @@ class Trainer(online.Trainer):
         super().__init__(options, accelerator)
         self.network = self.learner = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
-        self.engine = self._make_engine()
+        self.engine = make_engine(
+            options,
+            self.model,
+            self.base,
+            accelerator,
+            longest=self.longest,
+            responses=options.episodes,
+            batch_size=self.batch_size,
+        )
         accelerator.print(
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )
@@ -103,23 +97,20 @@ class Trainer(online.Trainer):
         decisions = 2 * options.episodes * options.decoding.max_new_tokens
         # Those recorded, those that are learned from, and what is computed from these in float32.
         learned = 3 * decision_bytes(self.sizes, decisions, 4)
-        in_vllm = options.rollout_memory * machine().free if options.rollout == "vllm" else 0.0
-        return super().beside() + learned + in_vllm
+        return super().beside() + learned + options.engine_bytes()
 
     def make_network(self) -> ProxyNetwork:
-        """An untrained proxy."""
+        """The proxy before training."""
         options = self.options
-        decoding = options.decoding
-        if decoding.temperature == 0:
-            raise TrainingError(
-                "--decoding.temperature 0 draws nothing, so that there is nothing to learn from: train above 0; "
-                "the proxy may be asked at any temperature"
-            )
+        drawn_with = decoding_of(options.decoding)
+        if options.start_from is not None:
+            loaded = load(options.start_from, base=self.base)
+            network = ProxyNetwork(loaded.config.model_copy(update=drawn_with))
+            network.load_state_dict(loaded.network.state_dict())
+            return network
         config = default_config(
             self.model,
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
+            **drawn_with,
             width=options.width,
             max_candidates=options.max_candidates,
             max_rejections=options.max_rejections,
@@ -127,36 +118,6 @@ class Trainer(online.Trainer):
             accept_bias=options.accept_bias,
         )
         return ProxyNetwork(config)
-
-    def _make_engine(self) -> Engine | Servers | None:
-        """What samples in the place of transformers."""
-        options, accelerator = self.options, self.accelerator
-        if options.rollout == "servers":
-            assert options.proxy_root is not None, "refused at the start"
-            return Servers(
-                self.model,
-                options.servers,
-                options.proxy_root,
-                self.base,
-                name=name_of(options.output),
-                max_requests=options.server_requests,
-                batch_size=self.batch_size,
-                accelerator=accelerator,
-            )
-        is_default = accelerator.device.type == "cuda" and is_installed()
-        if not (options.rollout == "vllm" or (options.rollout == "auto" and is_default)):
-            return None
-        longest = max(len(prompt.ids) for prompt in self.prompts)
-        processes = accelerator.num_processes
-        return Engine(
-            self.model,
-            resolve_model_dir(options.model),
-            self.base,
-            max_tokens=longest + options.decoding.max_new_tokens,
-            max_requests=min(math.ceil(options.episodes / processes), MAX_REQUESTS),
-            memory=options.rollout_memory,
-            processes=processes,
-        )
 
     def close(self) -> None:
         """Leave nothing behind on servers."""
@@ -245,17 +206,18 @@ class Trainer(online.Trainer):
         refuse_idle_proxy(rows[-PATIENCE:])
 
 
-def refuse_half_named_servers(options: Options) -> None:
-    """
+def decoding_of(decoding: Decoding) -> dict[str, Any]:
+    """What a proxy's configuration says of the decoding that it is trained with.
+
     Raises:
-        TrainingError: `--rollout servers` without the servers or their directory, or one of these without it.
+        TrainingError: it draws nothing.
     """
-    wanted = options.rollout == "servers"
-    given = {"--servers": bool(options.servers), "--proxy-root": options.proxy_root is not None}
-    for name, is_given in given.items():
-        if is_given != wanted:
-            does = "needs" if wanted else f"is {options.rollout} and has no use for"
-            raise TrainingError(f"--rollout {'servers ' if wanted else ''}{does} {name}")
+    if decoding.temperature == 0:
+        raise TrainingError(
+            "--decoding.temperature 0 draws nothing, so that there is nothing to learn from: train above 0; "
+            "the proxy may be asked at any temperature"
+        )
+    return {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
 
 
 def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
@@ -282,7 +244,10 @@ def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
 
 
 def main(options: Options) -> None:
-    reads, writes = ("model", "reward", "prompts"), (*WRITES, WEIGHTS_FILE, CONFIG_FILE)
+    reads, writes = (
+        ("model", "reward", "prompts", "start_from"),
+        (*WRITES, WEIGHTS_FILE, CONFIG_FILE),
+    )
     with output.run(options, "training.proxy_ppo", reads=reads, writes=writes) as run:
         if run.is_finished:
             return

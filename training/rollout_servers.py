@@ -148,6 +148,30 @@ class Servers:
         of_all = (sum(answer.counts[name] for answer in answers) for name in names)
         return Rollout(responses, decided, Counts(sum(map(len, responses)), *of_all), None)
 
+    def responses(
+        self,
+        network: ProxyNetwork | None,
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        *,
+        end_ids: Collection[int],
+        seeds: Iterable[int],
+    ) -> list[list[int]]:
+        """The responses alone, with nothing about how they came about; None = the frozen LLM's own.
+
+        Raises:
+            TrainingError: a server refuses something, or none is left.
+        """
+        published = self._publish(network) if network is not None else None
+        alignment = {"alignment": {"proxy": published.name}} if published else {}
+        bodies = [
+            sampling(decoding, end_ids, seed) | _PLAIN | {"prompt": prompt} | alignment
+            for prompt, seed in zip(prompts, islice(seeds, len(prompts)), strict=True)
+        ]
+        ask = partial(_ask_response, published.version if published else None)
+        urls = published.urls if published else self._urls
+        return asyncio.run(share_out(urls, bodies, ask, self._at_once))
+
     def close(self) -> None:
         """Unload the proxy and remove its directory; what of it cannot be done is said."""
         directory = self._root / self._name
@@ -214,23 +238,15 @@ class Servers:
         Raises:
             TrainingError: the server refuses, or its answer does not tell all that was decided.
         """
-        answer = await send(http, "POST", f"{url}/v1/completions", body)
-        if isinstance(answer, Failure):
-            return answer
-        found = content(answer, url)
+        found = await _completed(version, http, url, body)
+        if isinstance(found, Failure):
+            return found
         receipt, response = found["alignment"], found["choices"][0]["token_ids"]
-        if receipt["version"] != version:  # which servers that keep in step may mend
-            return Failure(f"it answers with version {receipt['version']}, and not {version}")
         (trace,) = receipt["trace"]
         if receipt["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
             raise TrainingError(
                 f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
                 "lower --server-requests, or take its other clients away"
-            )
-        if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
-            raise TrainingError(
-                f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
-                f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
             )
         return _Answer(response, trace, receipt)
 
@@ -258,6 +274,39 @@ class Servers:
                 rows, columns = (of[some] - start).to(device), positions[some].to(device)
                 found.append(head.states[rows, columns])
         return torch.cat(found)
+
+
+async def _ask_response(
+    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> list[int] | Failure:
+    found = await _completed(version, http, url, body)
+    return found if isinstance(found, Failure) else found["choices"][0]["token_ids"]
+
+
+async def _completed(
+    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> Any | Failure:
+    """A whole response, by this version of the proxy; None = by the frozen LLM.
+
+    Raises:
+        TrainingError: the server refuses, or ends the response too early.
+    """
+    answer = await send(http, "POST", f"{url}/v1/completions", body)
+    if isinstance(answer, Failure):
+        return answer
+    found = content(answer, url)
+    if version is not None and found["alignment"]["version"] != version:
+        # which servers that keep in step may mend
+        return Failure(
+            f"it answers with version {found['alignment']['version']}, and not {version}"
+        )
+    response = found["choices"][0]["token_ids"]
+    if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
+        raise TrainingError(
+            f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
+            f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
+        )
+    return found
 
 
 def name_of(output: Path) -> str:

@@ -130,6 +130,31 @@ class Engine:
             ]
         )
 
+    def responses(
+        self,
+        network: ProxyNetwork | None,
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        *,
+        end_ids: Collection[int],
+        seeds: Iterable[int],
+    ) -> list[list[int]]:
+        """The responses alone, with nothing about how they came about; None = the frozen LLM's own."""
+        if network is not None:
+            self._publish(network)
+        self._llm.reset_prefix_cache()
+        params = [
+            self._params(decoding, end_ids, seed, proxied=network is not None, trace=False)
+            for seed in islice(seeds, len(prompts))
+        ]
+        found = []
+        for i in range(0, len(prompts), TRACED_REQUESTS):
+            inputs = [{"prompt_token_ids": prompt} for prompt in prompts[i : i + TRACED_REQUESTS]]
+            outputs = self._llm.generate(inputs, params[i : i + TRACED_REQUESTS], use_tqdm=False)
+            found += [list(output.outputs[0].token_ids) for output in outputs]
+            self._call("take_reads")  # which would fill the memory
+        return found
+
     def _publish(self, network: ProxyNetwork) -> None:
         """Put these weights in the place of the last ones; their memory is free after the next step."""
         if self._version is not None:
@@ -138,10 +163,22 @@ class Engine:
             self._version = save(directory, network, base=self._base, training={})
             self._call("load_proxy", NAME, directory)
 
-    def _params(self, decoding: Decoding, end_ids: Collection[int], seed: int) -> Any:
+    def _params(
+        self,
+        decoding: Decoding,
+        end_ids: Collection[int],
+        seed: int,
+        *,
+        proxied: bool = True,
+        trace: bool = True,
+    ) -> Any:
         from vllm import SamplingParams
 
-        alignment = WorkerAlignment(proxy=NAME, version=self._version, trace=True)
+        alignment = WorkerAlignment(
+            proxy=NAME if proxied else None,
+            version=self._version if proxied else None,
+            trace=trace,
+        )
         return SamplingParams(
             **sampling(decoding, end_ids, seed),
             detokenize=False,

@@ -46,7 +46,7 @@ from training.policy import Decoding, Policy
 from training.rewards import Reward, load_reward, reward_bytes
 from training.rollout import generate, pad_responses
 from training.saving import MODEL_FILES, saving
-from training.updates import WRITES, Prompt, averaged, start, train
+from training.updates import WRITES, Prompt, averaged, read_prompts, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,9 @@ class Trainer(updates.Learner):
         frozen = replace(self.frozen(), model=self.policy if options.lora_rank else self.model)
         self.initial = frozen.plain
         self.judges = load_judges(options.judge, frozen, options.principles)
-        self.held_out = self._read_prompts(options.held_out)[: options.num_held_out]
+        self.held_out = read_prompts(options.held_out, options, self.tokenizer, self.config)[
+            : options.num_held_out
+        ]
         self.saved = False
         self.at_start = self._look()  # it is its initial self still, even in a run that goes on
         accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")

@@ -20,11 +20,13 @@ from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
 from training.data import Message, RowOptions, read_as
+from training.machine import say
 from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
 from training.models import (
@@ -106,7 +108,7 @@ class Learner(ABC):
         self.base: BaseModelId = identify(options.model)
         directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
         self.tokenizer, self.config = load_tokenizer(directory), read_config(directory)
-        self.prompts = self._read_prompts(options.prompts)
+        self.prompts = read_prompts(options.prompts, options, self.tokenizer, self.config)
         self.sizes = sizes_of(directory)
         self.longest = max(len(prompt.ids) for prompt in self.prompts)
         self.weights = self.sizes.parameters * dtype.itemsize
@@ -179,52 +181,76 @@ class Learner(ABC):
         return left
 
     def descend(self) -> float:
-        """A gradient step on the sum of all processes' gradients, if it is finite; returns its norm."""
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        for p in parameters:
-            # A process without a share in the minibatch has none.
-            p.grad = self.accelerator.reduce(
-                torch.zeros_like(p) if p.grad is None else p.grad, "sum"
-            )
-        norm = nn.utils.clip_grad_norm_(parameters, self.common.max_grad_norm)
-        if norm.isfinite():  # alike in all processes
-            self.optimiser.step()
-        self.optimiser.zero_grad()
-        return norm.item()
+        """`descend`, of what learns."""
+        return descend(self.accelerator, self.optimiser, self.common.max_grad_norm)
 
     def of_all(self, values: Tensor) -> Tensor:
         """[N] of every process, one after the other, on the CPU."""
         return torch.tensor(gather_object(values.tolist()))
 
-    def _read_prompts(self, source: str) -> list[Prompt]:
-        """Prompts that leave room for a response; others are left out, and counted."""
-        chats, options = Conversations(self.tokenizer), self.common
-        most = min(options.max_prompt_tokens, longest_prompt(self.config, options.decoding))
-        prompts = read_as(
-            source,
-            ("prompt",),
-            options,
-            lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
-        )
-        kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
-        if len(kept) < len(prompts):
-            left_out = len(prompts) - len(kept)
-            self.accelerator.print(
-                f"left out {left_out} of {len(prompts)} prompts of over {most} tokens"
-            )
-        if not kept:
-            raise TrainingError(
-                f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
-            )
-        return kept
-
     def samples(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[Sample]:
         """The responses as rewards want them, each to the prompt of its place."""
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [
-            Sample(prompt.messages, text, prompt.ids, response)
-            for prompt, text, response in zip(prompts, texts, responses, strict=True)
-        ]
+        return samples_of(self.tokenizer, prompts, responses)
+
+
+def descend(
+    accelerator: Accelerator, optimiser: torch.optim.Optimizer, max_grad_norm: float
+) -> float:
+    """A gradient step on the sum of all processes' gradients, if it is finite; returns its norm."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    for p in parameters:
+        # A process without a share in the minibatch has none.
+        p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if norm.isfinite():  # alike in all processes
+        optimiser.step()
+    optimiser.zero_grad()
+    return norm.item()
+
+
+def read_prompts(
+    source: str, options: Any, tokenizer: Any, config: PretrainedConfig, limit: int | None = None
+) -> list[Prompt]:
+    """Prompts that leave room for a response; others are left out, and counted.
+
+    Args:
+        source: file or data set.
+        options: `RowOptions` with `max_prompt_tokens` and `decoding`.
+        tokenizer: the LLM's.
+        config: the LLM's.
+        limit: only the first so many.
+
+    Raises:
+        TrainingError: as `training.data.read_as`, or no prompt leaves room.
+    """
+    chats = Conversations(tokenizer)
+    most = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
+    prompts = read_as(
+        source,
+        ("prompt",),
+        options,
+        lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
+        limit,
+    )
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
+    if len(kept) < len(prompts):
+        say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens")
+    if not kept:
+        raise TrainingError(
+            f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+        )
+    return kept
+
+
+def samples_of(
+    tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]
+) -> list[Sample]:
+    """The responses as rewards want them, each to the prompt of its place."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        Sample(prompt.messages, text, prompt.ids, response)
+        for prompt, text, response in zip(prompts, texts, responses, strict=True)
+    ]
 
 
 def averaged(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -40,9 +40,10 @@ from tests.training.test_rollout_vllm import (
     make_network,
 )
 from training.console import TrainingError
+from training.engines import refuse_half_named_servers
 from training.output import settings_of
 from training.policy import Decoding, Policy
-from training.proxy_ppo import Options, refuse_half_named_servers
+from training.proxy_ppo import Options
 from training.rollout import Rollout, generate
 from training.rollout_servers import Servers, name_of
 
