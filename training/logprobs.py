@@ -59,6 +59,11 @@ def _logprobs(model: PreTrainedModel, whole: Any, states: Tensor, targets: Tenso
     return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
 
 
+def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What the model makes of its body's output: [M, H] -> [M, V]."""
+    return _logits(model, model.forward, states)
+
+
 def _logits(model: PreTrainedModel, whole: Any, states: Tensor) -> Tensor:
     """What the model makes of its body's output: [M, H] -> [M, V]."""
     name, body = model.base_model_prefix, model.base_model

@@ -26,7 +26,7 @@ class Options(updates.Options):
     """Options that the PPO commands have in common."""
 
     reward: str
-    """A directory from `training.reward_model` or `training.jsft --lora-rank`, a sequence-classification model
+    """A directory from `training.reward_model` or `training.jsft --lora-rank`, a proxy, a sequence-classification model
     (directory or hub id), `self-judge`, or `module:function`."""
     episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""

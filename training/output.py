@@ -35,7 +35,7 @@ MARKER = "assent_run.json"
 # What a run that goes on may have otherwise: it changes no result.
 _FREE = (
     *("output", "work", "resume", "overwrite", "save_every"),
-    *("servers", "proxy_root", "server_requests"),
+    *("servers", "proxy_root", "server_requests", "cache"),
     *("strict", "max_skipped"),
 )
 # Of a directory that is an input: what is read of a model, beside its weights, or of a data set.

@@ -8,6 +8,7 @@
 - `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253), log-odds that the response is better than an answer of
   the LLM alone, the mean over both orders; by the first of its principles, or as in `self-judge:manners`.
 - a directory from `training.jsft --lora-rank`: the same, judged by the LLM with that LoRA.
+- a proxy, of this very LLM: Σ_t log π(y_t) / p(y_t), of what it emits and of the frozen LLM (`training.proxy_dpo`).
 - `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returning N numbers.
 """
 
@@ -15,6 +16,7 @@ import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,10 +33,19 @@ from transformers import (
 
 from judge.principles import principles_of
 from judge.prompts import Question
-from proxy.checkpoint import BaseModelId, FingerprintMismatch, ProxyError, resolve_model_dir
+from proxy.checkpoint import (
+    WEIGHTS_FILE,
+    BaseModelId,
+    FingerprintMismatch,
+    ProxyError,
+    load,
+    resolve_model_dir,
+)
+from proxy.network import ProxyNetwork
 from training.console import TrainingError
 from training.data import Message
 from training.judging import ModelJudge
+from training.memory import MOST_TOKENS
 from training.models import (
     Adapted,
     CausalLM,
@@ -49,6 +60,8 @@ from training.models import (
     response_logprobs,
 )
 from training.policy import Decoding, Policy
+from training.positions import Response, read
+from training.preference_losses import score
 from training.rollout import generate, pad_responses
 
 REWARD_FILE = "reward.json"
@@ -117,6 +130,8 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
     directory = Path(name)
     if (directory / REWARD_FILE).is_file():
         return _load_ours(directory, frozen)
+    if (directory / WEIGHTS_FILE).is_file():
+        return ProxyReward(load(directory, base=frozen.base).network, frozen)
     module, _, function = name.partition(":")
     if function and not directory.exists():
         return FunctionReward(name, _import(name, module, function))
@@ -252,6 +267,26 @@ class ScalarReward:
             ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
             scores.append(self.scorer(ids, attention_mask=mask).logits[:, 0])
         return torch.cat(scores).float()
+
+
+class ProxyReward:
+    """Σ_t log π(y_t) / p(y_t): how much likelier a response is with the proxy than without, within the nucleus."""
+
+    def __init__(self, network: ProxyNetwork, frozen: Frozen) -> None:
+        self.network = network.to(frozen.model.device)
+        self.frozen = frozen
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        model = self.frozen.model
+        responses = [Response(sample.prompt_ids, sample.response_ids) for sample in samples]
+        most = MOST_TOKENS[model.device.type]
+        with nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter():
+            plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+            positions = read(plain, responses, self.network.config, most)
+            embeddings = plain.get_input_embeddings().weight
+        owners = torch.arange(len(responses)).repeat_interleave(positions.counts)
+        return score(self.network, embeddings, positions, owners).log_ratio.cpu()
 
 
 class JudgeReward:

@@ -143,3 +143,15 @@ def evaluations(
             "--prompts", work / "world/prompts_validation.jsonl", "--num-prompts", "5", *more,
         )  # fmt: skip
     return outputs
+
+
+@pytest.fixture(scope="session")
+def direct(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A proxy that `training.proxy_dpo` made."""
+    output = tmp_path_factory.mktemp("direct")
+    done(
+        "training.proxy_dpo", "--model", work / "base", "--max-rows", "40", "--output", output,
+        "--preferences", work / "world/preferences.jsonl",
+        "--held-out", work / "world/preferences_validation.jsonl",
+    )  # fmt: skip
+    return output

@@ -21,6 +21,7 @@ PAGE = REPOSITORY / "docs" / "align-your-model.md"
 TINY = {
     "training.prepare": "--held-out 20",
     "training.reward_model": "--max-rows 32",
+    "training.proxy_dpo": "--epochs 1 --max-rows 12 --decoding.max-new-tokens 16",
     "training.proxy_ppo": "--steps 1 --episodes 16 --decoding.max-new-tokens 16",
     "training.evaluate": "--num-prompts 5",
 }

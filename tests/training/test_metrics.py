@@ -35,6 +35,7 @@ def runs(
     dpo: Path,
     rlhf: Path,
     self_judged: Path,
+    direct: Path,
 ) -> dict[str, Path]:
     """Command -> the directory that a tiny run of it wrote."""
     return {
@@ -45,6 +46,7 @@ def runs(
         "training.dpo": dpo,
         "training.rlhf_ppo": rlhf,
         "training.self_judge": self_judged,
+        "training.proxy_dpo": direct,
         "training.proxy_ppo": work / "proxy-aligned",
     }
 

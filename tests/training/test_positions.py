@@ -1,0 +1,99 @@
+"""Positions of given responses: what the frozen LLM would have drawn from, and where it would have said the same."""
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.training.models import PROMPTS, chat, frozen_of, save_model
+from training import positions
+from training.models import Conversations
+from training.policy import Decoding, Policy, default_config, nucleus_of
+from training.positions import Cache, Response, read
+from training.rewards import Frozen
+from training.rollout import HeadInput, generate
+
+DECODING = Decoding(top_k=6, top_p=0.9, max_new_tokens=12)
+NUCLEUS = {"temperature": 1.0, "top_k": 6, "top_p": 0.9, "max_candidates": 6}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def frozen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Frozen:
+    directory = tmp_path_factory.mktemp("model")
+    save_model(request.param, directory)
+    return frozen_of(directory)
+
+
+def sampled(frozen: Frozen) -> list[Response]:
+    """The LLM's own, each prompt three times."""
+    chats = Conversations(frozen.tokenizer)
+    prompts = [chats.prompt_ids(chat(text)) for text in PROMPTS for _ in range(3)]
+    rollout = generate(
+        Policy(frozen.model), prompts, DECODING, end_ids=frozen.end_ids, seeds=count()
+    )
+    return [Response(*pair) for pair in zip(prompts, rollout.responses, strict=True)]
+
+
+@torch.inference_mode()
+def test_positions_are_those_of_a_plain_forward(frozen: Frozen) -> None:
+    responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
+    outsider = Response(responses[0].prompt, [*responses[0].response[:2], 3])
+    found = read(frozen.model, [*responses, outsider], config, most=64)
+    assert found.outside.tolist() == [0] * len(responses) + [found.outside[-1]]
+    for i, (prompt, response) in enumerate(responses):
+        with HeadInput(frozen.model) as head:
+            logits = frozen.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            hidden = head.states[0, len(prompt) - 1 : -1]
+        candidates = nucleus_of(logits, config)
+        several = (candidates.logprobs > -torch.inf).sum(-1) > 1
+        (mine, owners) = found.of(torch.tensor([i]))
+        assert owners.tolist() == [0] * int(several.sum())
+        assert mine.tokens.tolist() == [len(response)]
+        # Batches of other lengths round otherwise: float32, of numbers up to 20.
+        torch.testing.assert_close(mine.hidden, hidden[several], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            mine.logprobs, candidates.logprobs[several], rtol=1e-3, atol=1e-3
+        )
+        taken = mine.token_ids.gather(-1, mine.slots[:, None]).squeeze(-1)
+        assert taken.tolist() == torch.tensor(response)[several].tolist()
+
+
+def test_a_token_that_the_llm_would_not_say_is_outside(frozen: Frozen) -> None:
+    (prompt, response), *_ = sampled(frozen)
+    config = default_config(frozen.model, **NUCLEUS | {"max_candidates": 2, "top_k": 2})
+    with torch.no_grad():
+        never = int(frozen.model(torch.tensor([prompt])).logits[0, -1].argmin())
+    found = read(frozen.model, [Response(prompt, [never, *response])], config, most=64)
+    assert found.outside.item() >= 1
+    assert found.share_outside == found.outside.item() / (1 + len(response))
+
+
+def test_what_was_read_is_not_read_again(
+    frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
+    monkeypatch.setattr(positions, "_PART", 4)  # three files
+    cache = Cache(tmp_path, frozen.base, Accelerator(cpu=True))
+    first = cache.read(frozen.model, responses, config, 64)
+    (directory,) = tmp_path.iterdir()
+    files = sorted(directory.iterdir())
+    assert len(files) == 3
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    files[2].unlink()
+    done = []
+
+    def counted(model: Any, some: list[Response], *more: Any) -> positions.Positions:
+        done.append(len(some))
+        return read(model, some, *more)
+
+    monkeypatch.setattr(positions, "read", counted)
+    again = cache.read(frozen.model, responses, config, 64)
+    assert done == [4, 1]
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    narrower = config.model_copy(update={"top_p": 0.5})
+    assert len(cache.read(frozen.model, responses, narrower, 64).slots) < len(first.slots)
+    assert len(list(tmp_path.iterdir())) == 2

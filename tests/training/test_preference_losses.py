@@ -1,0 +1,91 @@
+"""Losses on preferences against their formulas, position by position."""
+
+import math
+
+import pytest
+import torch
+
+from proxy.acceptance import Candidates
+from proxy.exact import divergence, emission_probabilities
+from proxy.network import ProxyConfig, ProxyNetwork
+from training.positions import Positions
+from training.preference_losses import Scores, pair_losses, score, verdict_losses
+
+COUNTS = (3, 0, 5)  # positions of three responses
+K, VOCAB, HIDDEN = 12, 40, 8
+
+
+@pytest.fixture
+def positions() -> Positions:
+    total = sum(COUNTS)
+    logprobs = (2 * torch.randn(total, K)).sort(descending=True)[0]
+    for row, size in enumerate((2, 3, 4, 5, 8, 9, 12, 12)):
+        logprobs[row, size:] = -torch.inf
+    return Positions(
+        torch.randn(total, HIDDEN),
+        torch.stack([torch.randperm(VOCAB)[:K] for _ in range(total)]).int(),
+        logprobs.log_softmax(-1),
+        torch.tensor([1, 0, 3, 4, 7, 8, 11, 0]),
+        torch.tensor(COUNTS),
+        torch.tensor([4, 1, 9]),
+        torch.tensor([0, 0, 1]),
+    )
+
+
+@pytest.mark.parametrize("max_rejections", [3, K])
+def test_scores_are_sums_over_the_emitted_law(positions: Positions, max_rejections: int) -> None:
+    network = ProxyNetwork(
+        ProxyConfig(
+            hidden_size=HIDDEN, vocab_size=VOCAB, width=8, max_rejections=max_rejections,
+            max_candidates=K,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(network.score.weight)
+    embeddings = torch.randn(VOCAB, HIDDEN)
+    owners = torch.arange(3).repeat_interleave(positions.counts)
+    got = score(network, embeddings, positions, owners)
+    table = network.candidate_table(embeddings)
+    candidates = Candidates(positions.token_ids.long(), positions.logprobs)
+    accept_logits = network(positions.hidden, table[candidates.token_ids], positions.logprobs)
+    emitted = emission_probabilities(
+        candidates, accept_logits, strength=1.0, max_rejections=max_rejections
+    ).float()
+    logprobs = emitted.gather(-1, positions.slots[:, None])[:, 0].log()
+    ratios = logprobs - positions.logprobs.gather(-1, positions.slots[:, None])[:, 0]
+    kl = divergence(emitted, candidates)
+    for response, rows in enumerate(torch.arange(sum(COUNTS)).split(COUNTS)):
+        # the coarser grid of training: 5e-4 of a probability, of tokens whose probability is 0.01 and more
+        for name, each in (("log_ratio", ratios), ("logprob", logprobs), ("kl", kl)):
+            torch.testing.assert_close(
+                getattr(got, name)[response], each[rows].sum(), rtol=0, atol=0.1
+            )
+    assert got.log_ratio[1] == got.kl[1] == got.caution[1] == 0
+    assert got.tokens.tolist() == [4, 1, 9]
+    got.log_ratio.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.mix.parameters())
+
+
+def scores(log_ratio: float, logprob: float = -3.0, tokens: int = 2, kl: float = 0.5) -> Scores:
+    return Scores(*(torch.tensor([x]) for x in (log_ratio, logprob, kl, 0.0, tokens)))
+
+
+def test_losses_by_hand() -> None:
+    better, worse = scores(1.0, -4.0, 4), scores(-0.5, -3.0, 2)  # margin 1.5; a token -1, -1.5
+    expected = {
+        "dpo": math.log(1 + math.exp(-0.2 * 1.5)),
+        "ipo": (1.5 - 1 / 0.4) ** 2,
+        "simpo": math.log(1 + math.exp(-(0.2 * 0.5 - 0.5))),
+    }
+    for loss, value in expected.items():
+        (got,) = pair_losses(better, worse, loss=loss, beta=0.2).tolist()
+        assert got == pytest.approx(value, rel=1e-5)  # float32
+
+
+def test_a_verdict_by_hand_and_both_kinds_weigh_the_same() -> None:
+    """One good response and three bad ones."""
+    some = Scores(*(torch.cat([x] * 4) for x in scores(2.0)))
+    is_good = torch.tensor([True, False, False, False])
+    losses = verdict_losses(some, is_good, torch.tensor(0.5), beta=0.2)
+    good, bad = 1 / (1 + math.exp(0.3)), 1 - 1 / (1 + math.exp(0.3))
+    expected = torch.tensor([2 * good, *[2 / 3 * bad] * 3])
+    torch.testing.assert_close(losses, expected)

@@ -1,0 +1,215 @@
+"""Proxies straight from preferences, as the command is run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from proxy.checkpoint import identify, load
+from tests.training.conftest import done
+from tests.training.models import frozen_of
+from training import positions
+from training.console import TrainingError
+from training.metrics import read_metrics
+from training.models import load_model
+from training.policy import Decoding, Policy
+from training.positions import Response
+from training.preferences import Collection, rank, split
+from training.proxy_dpo import Options, Trainer, main
+from training.rewards import Sample, load_reward
+from training.rollout import generate
+from training.updates import start
+
+REWARD = """
+def with_the_most_e(prompts, completions):
+    return [text.count("e") / max(1, len(text)) for text in completions]
+
+def same(prompts, completions):
+    return [1.0] * len(completions)
+"""
+E = "my_reward:with_the_most_e"
+
+
+@pytest.fixture
+def options(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
+    """A short run, in this process."""
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    usual = {
+        "model": str(work / "base"),
+        "output": tmp_path / "proxy",
+        "dtype": "float32",
+        "decoding": Decoding(max_new_tokens=12),
+    }
+    return lambda **more: Options(**usual | more)
+
+
+def pairs_of(work: Path) -> dict[str, Any]:
+    return {"preferences": str(work / "world/preferences.jsonl"), "max_rows": 110, "max_skipped": 1}
+
+
+def test_from_pairs(
+    work: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = str(work / "world/preferences_validation.jsonl")
+    main(chosen := options(**pairs_of(work), held_out=held_out, loss="dpo"))
+    rows = read_metrics(chosen.output)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    said = capsys.readouterr().out
+    assert "lie outside the LLM's nucleus" in said
+    assert "held-out preferences are ordered rightly" in said
+    loaded = load(chosen.output, base=identify(str(work / "base")))
+    assert loaded.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
+    assert loaded.config.max_rejections == loaded.config.max_candidates == 16
+
+
+def test_a_reward_is_learned_from_prompts_and_a_second_round(
+    work: Path, options: Callable[..., Options]
+) -> None:
+    """Its answers have more of what the reward counts than the frozen LLM's."""
+    chosen = options(
+        prompts=str(work / "world/prompts.jsonl"), reward=E, samples=4, rounds=2, max_rows=30
+    )
+    main(chosen)
+    model, tokenizer = load_model(chosen.model)
+    trainer = Trainer(replace(chosen, output=chosen.output / "other"), start())
+    prompts = [prompt.ids for prompt in trainer.prompts]
+
+    def e_of(network: Any) -> torch.Tensor:
+        policy = Policy(model.eval(), network)
+        rollout = generate(
+            policy, prompts, chosen.decoding, end_ids=trainer.end_ids, seeds=count(10**6)
+        )
+        texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        return torch.tensor([text.count("e") / max(1, len(text)) for text in texts])
+
+    learned = load(chosen.output, base=None).network
+    difference = e_of(learned) - e_of(None)
+    assert difference.mean() > 0
+    rounds = sorted((chosen.output / "samples").iterdir())
+    assert [path.name for path in rounds] == ["00-00000.jsonl", "01-00000.jsonl"]
+
+
+def test_verdicts_are_learned_with_kto(work: Path, options: Callable[..., Options]) -> None:
+    rows = []
+    for line in (work / "world/preferences.jsonl").read_text().splitlines()[:60]:
+        row = json.loads(line)
+        rows += [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for side in ("chosen", "rejected")
+        ]
+    file = options().output.parent / "verdicts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(chosen := options(preferences=str(file)))
+    figures = read_metrics(chosen.output)
+    assert figures[-1]["loss"] < figures[0]["loss"]
+    with pytest.raises(TrainingError, match="is of pairs, and .* has single verdicts: use kto"):
+        main(replace(chosen, loss="ipo", overwrite=True))
+
+
+def test_a_proxy_is_a_reward(work: Path, options: Callable[..., Options]) -> None:
+    """Of the responses that it learned from, it prefers most of the chosen ones."""
+    chosen = options(**pairs_of(work), held_out=str(work / "world/preferences.jsonl"))
+    main(chosen)
+    frozen = frozen_of(work / "base")
+    trainer = Trainer(replace(chosen, output=chosen.output / "other"), start())
+    found = trainer._read(str(chosen.preferences))
+    reward = load_reward(str(chosen.output), frozen)
+    scores = reward([Sample([], "", *response) for response in found.responses])
+    assert scores.shape == (len(found.responses),)
+    better, worse = torch.tensor(found.pairs).T
+    assert (scores[better] > scores[worse]).float().mean() > 0.6
+
+
+def test_two_processes_give_the_result_of_one(work: Path, tmp_path: Path) -> None:
+    command = (
+        "training.proxy_dpo", "--model", work / "base", "--preferences", work / "world/preferences.jsonl",
+        "--max-rows", "40", "--dtype", "float32", "--epochs", "2", "--batch-size", "7",
+    )  # fmt: skip
+    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    done(*command, "--output", tmp_path / "one")
+    done(*launch, *command, "--output", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "proxy.safetensors") for name in ("one", "two"))
+    for name, value in one.items():  # up to rounding, which Adam may enlarge
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
+    work: Path, options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(prompts=str(work / "world/prompts.jsonl"), reward=E, samples=2, max_rows=6)
+    main(unbroken := replace(chosen, output=chosen.output.parent / "unbroken"))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(positions, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* goes on with --resume"):
+            main(chosen)
+    monkeypatch.setattr(Trainer, "_respond", interrupt)  # not sampled again
+    main(replace(chosen, resume=True))
+    ours, theirs = (load_file(o.output / "proxy.safetensors") for o in (chosen, unbroken))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "give --preferences, or --prompts and --reward"),
+        ({"preferences": "x", "prompts": "y", "reward": E}, "one of the two"),
+        ({"prompts": "x"}, "--prompts and --reward go together"),
+        ({"preferences": "x", "reward": E}, "--prompts and --reward go together"),
+        ({"preferences": "x", "rollout": "vllm"}, "samples answers to --prompts"),
+        ({"prompts": "PROMPTS", "reward": "my_reward:same", "max_rows": 4}, "the same score"),
+        ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),
+        ({"preferences": "PAIRS", "max_length": 5}, "no preference is within 5 tokens"),
+        ({"preferences": "PAIRS", "decoding": Decoding(temperature=0)}, "0 draws nothing"),
+        ({"preferences": "PAIRS", "decoding": Decoding(top_k=1)}, "has a single candidate"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learned_from(
+    work: Path, options: Callable[..., Options], more: dict[str, Any], message: str
+) -> None:
+    files = {"PROMPTS": "world/prompts.jsonl", "PAIRS": "world/preferences.jsonl"}
+    more = {k: str(work / files[v]) if str(v) in files else v for k, v in more.items()}
+    with pytest.raises(TrainingError, match=message):
+        main(options(**more))
+
+
+def test_foreign_responses_are_warned_of(
+    work: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(options(**pairs_of(work), decoding=Decoding(top_k=2)))
+    said = capsys.readouterr().out
+    assert "a proxy learns little from them" in said
+
+
+def test_pairs_by_rank() -> None:
+    responses = [Response([1], [i]) for i in (2, 3, 4, 5, 2)]
+    assert rank(responses, [0.5, 3.0, -1.0, 2.0, 0.1]) == [(1, 2), (3, 4)]
+    assert rank(responses, [1.0] * 5) == []
+    assert rank([responses[0], responses[4]], [2.0, 1.0]) == []  # the same text
+
+
+def test_a_prompt_is_on_one_side_of_a_split() -> None:
+    found = Collection()
+    for prompt in range(10):
+        for _ in range(3):
+            found.add_pair(Response([prompt], [1]), Response([prompt], [2]))
+        found.add_verdict(Response([prompt], [1]), is_good=True)
+    assert len(found.found.responses) == 20
+    train, held_out = split(found.found, 7, seed=0)
+    assert (len(train), len(held_out)) == (32, 8)
+
+    def prompts(part: Any) -> set[int]:
+        responses = [index for index, _ in (*part.pairs, *part.verdicts)]
+        return {part.responses[index].prompt[0] for index in responses}
+
+    assert not prompts(train) & prompts(held_out)

@@ -1,0 +1,180 @@
+"""A proxy straight from preferences: gradient steps on recorded positions. No reward model, no rollouts, no LLM."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from proxy.network import ProxyConfig, ProxyNetwork
+from training.console import TrainingError
+from training.positions import Positions
+from training.preference_losses import Loss, Scores, pair_losses, score, verdict_losses
+from training.preferences import Preferences, as_verdicts
+from training.updates import descend
+
+Row = dict[str, float]
+_MEASURED = 512  # pairs at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a proxy is fitted."""
+
+    loss: Loss
+    beta: float
+    kl_weight: float
+    caution_weight: float
+    learning_rate: float
+    max_grad_norm: float
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    seed: int
+
+
+class Sized(NamedTuple):
+    """What suits so many preferences."""
+
+    width: int
+    epochs: int
+    batch_size: int
+    weight_decay: float
+
+
+def sized_for(count: int) -> Sized:
+    """The fewer, the smaller the network, the more passes and the stronger the weight decay."""
+    if count < 200:
+        return Sized(16, 20, 16, 0.1)
+    if count < 2000:
+        return Sized(32, 12, 32, 0.1)
+    return Sized(64, 6 if count < 6000 else 3, 64, 0.0)
+
+
+class Fit:
+    """One proxy, of given preferences; in each of several processes the same."""
+
+    def __init__(
+        self,
+        config: ProxyConfig,
+        embeddings: Tensor,
+        positions: Positions,
+        settings: Settings,
+        accelerator: Accelerator,
+    ) -> None:
+        """
+        Args:
+            config: of the proxy.
+            embeddings: the LLM's input embeddings, [V, H].
+            positions: of all responses that the preferences speak of.
+            settings: how.
+            accelerator: of this run's processes; each takes its share of a batch.
+        """
+        torch.manual_seed(settings.seed)
+        self.settings, self.accelerator = settings, accelerator
+        self.embeddings, self.positions = embeddings, positions
+        self.network = ProxyNetwork(config).to(embeddings.device)
+        self.best, self.best_row = copy.deepcopy(self.network), Row()
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+
+    def epochs(self, train: Preferences, held_out: Preferences) -> Iterator[Row]:
+        """The figures of each pass. `best` is the network of the lowest held-out loss, or the last one.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        settings, lowest = self.settings, math.inf
+        generator = torch.Generator().manual_seed(settings.seed)
+        examples = self._examples(train)
+        steps = settings.epochs * math.ceil(len(examples) / settings.batch_size)
+        done = 0
+        for epoch in range(settings.epochs):
+            rows = []
+            for part in torch.randperm(len(examples), generator=generator).split(
+                settings.batch_size
+            ):
+                for group in self.optimiser.param_groups:
+                    group["lr"] = settings.learning_rate * (1 - done / steps)
+                rows.append(self._step(examples[part]))
+                done += 1
+            row = {"step": epoch + 1} | {
+                name: fmean(each[name] for each in rows) for name in rows[0]
+            }
+            if len(held_out):
+                row |= {f"held_out_{name}": x for name, x in self.measure(held_out).items()}
+            loss = row.get("held_out_loss", -epoch)
+            if not math.isfinite(row["loss"]):
+                raise TrainingError("the loss is not finite: lower the learning rate")
+            if loss < lowest:
+                lowest, self.best_row = loss, row
+                self.best.load_state_dict(self.network.state_dict())
+            yield row
+
+    @torch.no_grad()
+    def measure(self, preferences: Preferences) -> Row:
+        """Of the network as it is: loss, KL in nats a response, and the share that Σ log π/p orders rightly.
+
+        Of verdicts that is the share of all couples of a good and a bad response.
+        """
+        examples = self._examples(preferences)
+        parts = [self._score(part) for part in examples.split(_MEASURED)]
+        scores = Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        losses = self._losses(scores, examples, scores.kl.mean())
+        return {
+            "loss": losses.mean().item(),
+            "accuracy": self._ordered_rightly(scores.log_ratio.cpu(), examples),
+            "kl": scores.kl.mean().item(),
+        }
+
+    def _ordered_rightly(self, log_ratios: Tensor, examples: Tensor) -> float:
+        if self.settings.loss != "kto":
+            return (log_ratios[0::2] > log_ratios[1::2]).float().mean().item()
+        good, bad = (log_ratios[examples[:, 1] == label] for label in (1, 0))
+        return (good[:, None] > bad).float().mean().item()
+
+    def _examples(self, preferences: Preferences) -> Tensor:
+        """[N, 2]: the two responses of a pair, or one and its verdict."""
+        if self.settings.loss == "kto":
+            return as_verdicts(preferences)
+        return torch.tensor(preferences.pairs, dtype=torch.long).view(-1, 2)
+
+    def _score(self, examples: Tensor) -> Scores:
+        """Of the examples' responses; those of a pair stand side by side."""
+        of_pairs = self.settings.loss != "kto"
+        responses = examples.flatten() if of_pairs else examples[:, 0]
+        return score(self.network, self.embeddings, *self.positions.of(responses))
+
+    def _losses(self, scores: Scores, examples: Tensor, reference: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.loss == "kto":
+            is_good = examples[:, 1].bool().to(scores.kl.device)
+            return verdict_losses(scores, is_good, reference, beta=settings.beta)
+        better, worse = (Scores(*(x[i::2] for x in scores)) for i in (0, 1))
+        return pair_losses(better, worse, loss=settings.loss, beta=settings.beta)
+
+    def _step(self, examples: Tensor) -> Row:
+        """A gradient step on a batch, of which each process takes its share; and its figures."""
+        settings, accelerator = self.settings, self.accelerator
+        own = examples[accelerator.process_index :: accelerator.num_processes]
+        share = len(own) / len(examples)
+        scores = self._score(own) if len(own) else None
+        nothing = torch.zeros((), device=self.embeddings.device)
+        kl = accelerator.reduce(share * scores.kl.detach().mean() if scores else nothing, "sum")
+        figures = torch.zeros(2, device=self.embeddings.device)
+        if scores:
+            loss, caution = self._losses(scores, own, kl).mean(), scores.caution.mean()
+            price = settings.kl_weight * scores.kl.mean() + settings.caution_weight * caution
+            (share * (loss + price)).backward()
+            figures = share * torch.stack((loss, caution)).detach()
+        loss, caution = accelerator.reduce(figures, "sum").tolist()
+        norm = descend(accelerator, self.optimiser, settings.max_grad_norm)
+        return {"loss": loss, "kl": kl.item(), "caution": caution, "grad_norm": norm}

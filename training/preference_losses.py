@@ -1,0 +1,115 @@
+"""Losses on preferences, of what is emitted: a proxy's accept/reject sampling in closed form (`proxy.exact`).
+
+With π the probability of a token under the proxy and p under the frozen LLM, both within the nucleus, a response y has
+
+    r(y) = Σ_t log π(y_t) / p(y_t)
+
+over the positions that leave a choice. The losses are those of full fine-tuning with π the policy and p the reference:
+DPO (arXiv 2305.18290), IPO (2310.12036), KTO (2402.01306), and SimPO (2405.14734), which has no reference.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proxy.acceptance import Candidates
+from proxy.exact import TRAINING, divergence, emission_probabilities
+from proxy.network import ProxyNetwork
+from training.positions import Positions
+
+Loss = Literal["dpo", "ipo", "kto", "simpo"]
+
+_WIDTHS = (4, 8)  # of nuclei that are computed together: the others are as wide as K
+SIMPO_MARGIN = 0.5  # γ / β in the paper's notation
+
+
+class Scores(NamedTuple):
+    """Sums over the positions of each of N responses."""
+
+    log_ratio: Tensor  # [N] nats, r(y)
+    logprob: Tensor  # [N] nats, Σ_t log π(y_t)
+    kl: Tensor  # [N] nats, Σ_t KL(π ‖ p)
+    caution: Tensor  # [N], Σ_t (log of the largest accept probability)²
+    tokens: Tensor  # [N] of the whole response
+
+
+def score(
+    network: ProxyNetwork, embeddings: Tensor, positions: Positions, owners: Tensor
+) -> Scores:
+    """What the proxy makes of N responses.
+
+    Args:
+        network: the proxy.
+        embeddings: the LLM's input embeddings, [V, H].
+        positions: P of the N responses.
+        owners: [P] which response each belongs to.
+    """
+    device = embeddings.device
+    count = len(positions.counts)
+    token_ids, where = positions.token_ids.to(device).long().unique(return_inverse=True)
+    table = network.candidate_table(embeddings[token_ids])
+    candidates = Candidates(where, positions.logprobs.to(device))
+    slots, owners = positions.slots.to(device)[:, None], owners.to(device)
+    sizes = (candidates.logprobs > -torch.inf).sum(-1)
+    hidden = positions.hidden.to(device)
+    sums = embeddings.new_zeros(4, count, dtype=torch.float32)
+    most = candidates.logprobs.shape[-1]
+    narrower = 1
+    for width in (*(w for w in _WIDTHS if w < most), most):
+        rows = ((sizes > narrower) & (sizes <= width)).nonzero().squeeze(-1)
+        narrower = width
+        if not len(rows):
+            continue
+        some = Candidates(*(tensor[rows, :width] for tensor in candidates))
+        accept_logits = network(hidden[rows], table[some.token_ids], some.logprobs)
+        emitted = emission_probabilities(
+            some,
+            accept_logits,
+            strength=1.0,
+            max_rejections=network.config.max_rejections,
+            grid=TRAINING,
+        )
+        tiny = torch.finfo(emitted.dtype).tiny
+        logprob = emitted.gather(-1, slots[rows]).squeeze(-1).clamp(min=tiny).log()
+        log_ratio = logprob - some.logprobs.gather(-1, slots[rows]).squeeze(-1)
+        is_inside = some.logprobs > -torch.inf
+        caution = F.logsigmoid(accept_logits).masked_fill(~is_inside, -torch.inf).amax(-1).square()
+        of_rows = torch.stack((log_ratio, logprob, divergence(emitted, some), caution))
+        sums = sums.index_add(1, owners[rows], of_rows)
+    log_ratio, logprob, kl, caution = sums
+    return Scores(log_ratio, logprob, kl, caution, positions.tokens.to(device))
+
+
+def pair_losses(better: Scores, worse: Scores, *, loss: Loss, beta: float) -> Tensor:
+    """Of N pairs: [N]."""
+    margins = better.log_ratio - worse.log_ratio
+    if loss == "dpo":
+        return -F.logsigmoid(beta * margins)
+    if loss == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    if loss == "simpo":
+        per_token = better.logprob / better.tokens - worse.logprob / worse.tokens
+        return -F.logsigmoid(beta * per_token - SIMPO_MARGIN)
+    raise ValueError(f"{loss} is of single verdicts")
+
+
+def verdict_losses(scores: Scores, is_good: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """KTO's loss of N responses, each found good or bad: [N].
+
+    Good and bad ones weigh the same in sum, however many of each are in the batch.
+
+    Args:
+        scores: of the responses.
+        is_good: [N] bool.
+        reference: KL(π ‖ p) in nats a response, which is a response's log-ratio if nothing is learned.
+        beta: the higher, the nearer to the frozen LLM.
+    """
+    signs = torch.where(is_good, 1.0, -1.0)
+    weights = torch.where(is_good, _weight(is_good), _weight(~is_good))
+    return weights * (1 - torch.sigmoid(beta * signs * (scores.log_ratio - reference)))
+
+
+def _weight(which: Tensor) -> Tensor:
+    return len(which) / 2 / which.sum().clamp(min=1)

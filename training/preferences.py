@@ -1,0 +1,145 @@
+"""What is preferred to what, as a proxy is trained on it directly: responses, pairs of them, and single verdicts."""
+
+import random
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.console import TrainingError
+from training.data import Row, RowOptions, read_as
+from training.models import Conversations
+from training.positions import Response
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """N responses and what is said of them, by their indices."""
+
+    responses: list[Response]
+    pairs: list[tuple[int, int]]  # the better one first
+    verdicts: list[tuple[int, bool]]  # True = good
+
+    def __len__(self) -> int:
+        return len(self.pairs) + len(self.verdicts)
+
+
+class Collection:
+    """Collects preferences; equal responses are kept once."""
+
+    def __init__(self) -> None:
+        self._indices: dict[Hashable, int] = {}
+        self.found = Preferences([], [], [])
+
+    def index(self, response: Response) -> int:
+        key = (tuple(response.prompt), tuple(response.response))
+        if key not in self._indices:
+            self._indices[key] = len(self.found.responses)
+            self.found.responses.append(response)
+        return self._indices[key]
+
+    def add_pair(self, better: Response, worse: Response) -> None:
+        self.found.pairs.append((self.index(better), self.index(worse)))
+
+    def add_verdict(self, response: Response, *, is_good: bool) -> None:
+        self.found.verdicts.append((self.index(response), is_good))
+
+
+def read_preferences(
+    source: str,
+    chats: Conversations,
+    end_ids: set[int],
+    longest: int,
+    options: RowOptions,
+    max_rows: int | None = None,
+) -> Preferences:
+    """Pairs and verdicts with at most so many tokens in prompt and response; others are left out, and counted.
+
+    Raises:
+        TrainingError: as `training.data.read_as`, a row is neither pair nor verdict, or all are longer.
+    """
+    found, left_out = Collection(), 0
+
+    def use(row: Row) -> dict[str, Response | bool]:
+        fields = ("chosen", "rejected") if "chosen" in row else ("completion",)
+        if not all(field in row for field in fields):
+            raise ValueError("neither a pair of chosen and rejected nor a completion with a label")
+        read: dict[str, Response | bool] = {
+            field: _response(row, field, chats, end_ids) for field in fields
+        }
+        return read | ({"label": row["label"]} if "label" in row else {})
+
+    for row in read_as(source, (), options, use, max_rows):
+        responses = [each for each in row.values() if isinstance(each, Response)]
+        if max(each.length for each in responses) > longest:
+            left_out += 1
+        elif len(responses) == 2:
+            found.add_pair(*responses)
+        else:
+            found.add_verdict(*responses, is_good=bool(row["label"]))
+    if left_out:
+        print(f"{source}: left out {left_out} preferences over {longest} tokens")
+    if not len(found.found):
+        raise TrainingError(
+            f"{source}: no preference is within {longest} tokens: --max-length, or the model's own"
+        )
+    return found.found
+
+
+def _response(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
+    """Up to the end of the turn: what a chat template writes after it the LLM does not say."""
+    prompt, response = chats.split_turns(row["prompt"], row[field])
+    end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)
+    return Response(prompt, response[: end + 1])
+
+
+def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
+    """Pairs of a prompt's responses, by index: the best with the worst, the second with the last but one, and so on.
+
+    Equal rewards make no pair, nor do equal responses.
+    """
+    order = sorted(range(len(responses)), key=lambda i: -rewards[i])
+    return [
+        (better, worse)
+        for better, worse in zip(order[: len(order) // 2], reversed(order), strict=False)
+        if rewards[better] > rewards[worse] and responses[better] != responses[worse]
+    ]
+
+
+def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferences, Preferences]:
+    """Two parts of the same responses: one to train on, one of at least so many; a prompt is in one of them."""
+    of_prompt: dict[Hashable, list[int]] = {}
+    said = _all(preferences)
+    for number, each in enumerate(said):
+        prompt = tuple(preferences.responses[each[0]].prompt)
+        of_prompt.setdefault(prompt, []).append(number)
+    groups = list(of_prompt.values())
+    random.Random(seed).shuffle(groups)
+    aside: set[int] = set()
+    for group in groups[: max(0, len(groups) - 1)]:
+        if len(aside) >= held_out:
+            break
+        aside.update(group)
+    return (
+        _part(preferences, (n for n in range(len(said)) if n not in aside)),
+        _part(preferences, sorted(aside)),
+    )
+
+
+def _all(preferences: Preferences) -> list[tuple[int, int] | tuple[int, bool]]:
+    return [*preferences.pairs, *preferences.verdicts]
+
+
+def _part(preferences: Preferences, numbers: Iterable[int]) -> Preferences:
+    count, numbers = len(preferences.pairs), list(numbers)
+    pairs = [preferences.pairs[n] for n in numbers if n < count]
+    verdicts = [preferences.verdicts[n - count] for n in numbers if n >= count]
+    return Preferences(preferences.responses, pairs, verdicts)
+
+
+def as_verdicts(preferences: Preferences) -> Tensor:
+    """Pairs as a good and a bad response each, and the verdicts: [M, 2], index and 1 = good."""
+    rows = [row for better, worse in preferences.pairs for row in ((better, 1), (worse, 0))]
+    rows += [(index, int(good)) for index, good in preferences.verdicts]
+    return torch.tensor(rows, dtype=torch.long).view(-1, 2)
