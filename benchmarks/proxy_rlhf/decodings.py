@@ -37,7 +37,15 @@ GRID = [
 """What is tried; the best of N needs samples that differ, and leaves out the first."""
 SIZE = 8
 BEST_OF = f"best of {SIZE}"
-TRAINED = {"DPO": "dpo", "full RLHF": "rlhf-implicit", "one-pass proxy": "proxy-implicit"}
+TRAINED = {
+    "DPO": "dpo",
+    "full RLHF": "rlhf-implicit",
+    "one-pass proxy": "proxy-implicit",
+    "direct proxy": "direct-all",
+    "direct proxy, then PPO": "proxy-from-direct",
+}
+PROXIES = {"one-pass proxy": "", "direct proxy": "proxy", "direct proxy, then PPO": ""}
+"""Where below the job's directory the proxy is."""
 """The jobs that train the methods."""
 METHODS = ("frozen LLM", BEST_OF, *TRAINED)
 
@@ -75,17 +83,22 @@ def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
     if method not in TRAINED:
         return Policy(world.model)
     directory = setting.directory(f"{TRAINED[method]}/{seed}")
-    if method == "one-pass proxy":
-        return Policy(world.model, load(directory, base=identify(str(setting.model))).network)
+    if method in PROXIES:
+        base = identify(str(setting.model))
+        return Policy(world.model, load(directory / PROXIES[method], base=base).network)
     return Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
 
 
+def _slug(method: str) -> str:
+    return method.replace(",", "").replace(" ", "-")
+
+
 def search_job(method: str, seed: int) -> str:
-    return f"decoding-search/{method.replace(' ', '-')}/{seed}"
+    return f"decoding-search/{_slug(method)}/{seed}"
 
 
 def best_job(method: str, seed: int) -> str:
-    return f"decoding/{method.replace(' ', '-')}/{seed}"
+    return f"decoding/{_slug(method)}/{seed}"
 
 
 def make_search(method: str, seed: int) -> Job:

@@ -1,6 +1,7 @@
 """What each job trains, and how what it trained is graded. The gold scorer grades; trainings never see it."""
 
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from benchmarks.proxy_rlhf.speakers import (
     grade,
 )
 from proxy.checkpoint import identify, load
-from training import dpo, online, proxy_ppo, reward_model, rlhf_ppo
+from training import dpo, online, proxy_dpo, proxy_ppo, reward_model, rlhf_ppo
 from training.data import read_rows
 from training.models import Conversations, end_ids, load_model
 from training.policy import Decoding, Policy
@@ -176,6 +177,7 @@ def make_proxy(
     choose: Choose,
     needs: tuple[str, ...] = (),
     split: str = "test",
+    start_from: str | None = None,
     **settings: Any,
 ) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
@@ -186,6 +188,7 @@ def make_proxy(
             output=directory,
             steps=setting.updates(choose(setting)),
             episodes=setting.episodes,
+            start_from=setting.directory(start_from) / "proxy" if start_from else None,
             seed=seed,
             **settings,
         )
@@ -204,7 +207,59 @@ def make_proxy(
         row = graded(setting, world, answers, seed, policy, options.decoding, split)
         return result | {"row": row}
 
-    return Job(name, run, (*_needs(reward, seed), *needs))
+    more = (start_from,) if start_from else ()
+    return Job(name, run, (*_needs(reward, seed), *needs, *more))
+
+
+def make_direct(
+    name: str, seed: int, num_pairs: int | None = None, rounds: int = 0, **settings: Any
+) -> Job:
+    """A proxy straight from pairs, or, where there are rounds, from prompts and the implicit reward."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        data: dict[str, Any]
+        if rounds:
+            data = {
+                "prompts": setting.data("prompts"),
+                "max_rows": max(16, int(1000 * setting.scale)),
+                "reward": _reward(setting, "implicit", seed),
+                "rounds": rounds,
+            }
+        else:
+            data = {"preferences": str(_some_pairs(setting, directory, num_pairs, seed))}
+        options = proxy_dpo.Options(
+            model=str(setting.model),
+            output=directory / "proxy",
+            cache=setting.directory("positions") if "loss" in settings else None,  # read once
+            overwrite=True,
+            seed=seed,
+            **data,
+            **settings,
+        )
+        result: dict[str, Any] = {}
+        with timed(result):
+            proxy_dpo.main(options)
+        world = open_world(setting, "test")
+        loaded = load(options.output, base=identify(str(setting.model)))
+        result["parameters"] = loaded.network.num_parameters()
+        policy = Policy(world.model, loaded.network)
+        answers = answer(world, noise("proxy", seed), by_policy(world, policy, DECODING))
+        return result | {"row": graded(setting, world, answers, seed, policy)}
+
+    needs = _needs("implicit", seed) if rounds else (f"frozen/{seed}",)
+    return Job(f"{name}/{seed}", run, needs)
+
+
+def _some_pairs(setting: Setting, directory: Path, count: int | None, seed: int) -> Path:
+    """A file of so many of the pairs, drawn by the seed; None = all of them."""
+    source = Path(setting.data("preferences"))
+    if count is None:
+        return source
+    lines = source.read_text().splitlines()
+    some = random.Random(seed).sample(lines, min(count, len(lines)))
+    path = directory / "preferences.jsonl"
+    path.write_text("".join(line + "\n" for line in some))
+    return path
 
 
 class RepeatingTrainer(proxy_ppo.Trainer):

@@ -10,6 +10,7 @@ from benchmarks.proxy_rlhf.literal import LiteralTrainer
 from benchmarks.proxy_rlhf.methods import (
     RepeatingTrainer,
     make_best_of,
+    make_direct,
     make_dpo,
     make_frozen,
     make_proxy,
@@ -39,6 +40,11 @@ RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)
 """Learning rate and KL weight."""
 PROXY_SEARCH = [10, 20, 60]
 """Updates, for either form of the proxy."""
+DIRECT_PAIRS = (30, 100, 300, 1000, 3000)
+"""Beside all of them."""
+DIRECT_LOSSES = (("ipo", 0.1), ("simpo", 2.0), ("kto", 0.3))
+"""Beside DPO's, and β."""
+DIRECT_ROUNDS = (1, 3)
 SEARCHES: dict[str, list[Any]] = {
     "dpo": DPO_SEARCH,
     "rlhf": RLHF_SEARCH,
@@ -76,6 +82,15 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
         plain = f"proxy-without-logprob/{seed}"
         jobs += [
             make_threshold(seed),
+            *direct_jobs(seed),
+            make_proxy(
+                f"proxy-from-direct/{seed}",
+                "implicit",
+                seed,
+                FORMS["proxy"],
+                *tuned["proxy"],
+                start_from=f"direct-all/{seed}",
+            ),
             make_best_of("best-of", seed, None, BEST_OF),
             make_best_of("proxy-best-of", seed, f"proxy-implicit/{seed}", (8,)),
             make_proxy(plain, "implicit", seed, FORMS["proxy"], *tuned["proxy"], use_logprob=False),
@@ -85,6 +100,19 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             name = f"skam-{part.replace(' ', '-')}/{seed}"
             jobs.append(make_proxy(name, "implicit", seed, trainer, *tuned["proxy"], **settings))
     return jobs + decoding_jobs(seeds)
+
+
+def direct_jobs(seed: int) -> list[Job]:
+    """Proxies straight from preferences: by the number of pairs, by the loss, and from samples of the LLM's own."""
+    return [
+        make_direct("direct-all", seed),
+        *(make_direct(f"direct-{count}", seed, count) for count in DIRECT_PAIRS),
+        *(
+            make_direct(f"direct-{loss}", seed, loss=loss, beta=beta)
+            for loss, beta in DIRECT_LOSSES
+        ),
+        *(make_direct(f"direct-sampled-{rounds}", seed, rounds=rounds) for rounds in DIRECT_ROUNDS),
+    ]
 
 
 def fixed(value: Any) -> Callable[[Setting], Any]:

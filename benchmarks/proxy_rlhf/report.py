@@ -14,6 +14,9 @@ from benchmarks.jobs import Setting
 from benchmarks.proxy_rlhf.decodings import GRID, METHODS, best_job, search_job
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
+    DIRECT_LOSSES,
+    DIRECT_PAIRS,
+    DIRECT_ROUNDS,
     PROXY_SEARCH,
     REWARDS,
     RLHF_SEARCH,
@@ -55,6 +58,15 @@ def rows_of(setting: Setting) -> dict[str, Callable[[int], Row]]:
         rows[f"Proxy-RLHF, literal, {reward} reward"] = trained(f"literal-{reward}")
     for reward in REWARDS:
         rows[f"**Proxy-RLHF, one-pass**, {reward} reward"] = trained(f"proxy-{reward}")
+    rows["**direct**, 12,000 pairs"] = trained("direct-all")
+    for count in DIRECT_PAIRS:
+        rows[f"direct, {count:,} pairs"] = trained(f"direct-{count}")
+    for loss, _ in DIRECT_LOSSES:
+        rows[f"direct, {loss.upper()} in the place of DPO"] = trained(f"direct-{loss}")
+    for rounds in DIRECT_ROUNDS:
+        name = f"direct, 1,000 prompts, 6 samples by the implicit reward, rounds: {rounds}"
+        rows[name] = trained(f"direct-sampled-{rounds}")
+    rows["one-pass, implicit, started from direct"] = trained("proxy-from-direct")
     rows["one-pass, implicit, threshold in the place of coins"] = trained("threshold")
     rows["one-pass, implicit, without the log-probability"] = trained("proxy-without-logprob")
     for part in SKAM:
