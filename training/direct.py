@@ -56,6 +56,12 @@ def sized_for(count: int) -> Sized:
     return Sized(64, 6 if count < 6000 else 3, 64, 0.0)
 
 
+def balanced(labels: Tensor) -> tuple[float, float]:
+    """Weights of the good (1) and of the bad (0), with which both weigh the same in sum."""
+    good, total = int(labels.sum()), len(labels)
+    return total / 2 / max(1, good), total / 2 / max(1, total - good)
+
+
 class Fit:
     """One proxy, of given preferences; in each of several processes the same."""
 
@@ -79,6 +85,7 @@ class Fit:
         self.settings, self.accelerator = settings, accelerator
         self.embeddings, self.positions = embeddings, positions
         self.network = ProxyNetwork(config).to(embeddings.device)
+        self._weights = 1.0, 1.0  # of good and bad ones
         self.best, self.best_row = copy.deepcopy(self.network), Row()
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(),
@@ -95,6 +102,8 @@ class Fit:
         settings, lowest = self.settings, math.inf
         generator = torch.Generator().manual_seed(settings.seed)
         examples = self._examples(train)
+        if settings.loss == "kto":
+            self._weights = balanced(examples[:, 1])
         steps = settings.epochs * math.ceil(len(examples) / settings.batch_size)
         done = 0
         for epoch in range(settings.epochs):
@@ -157,7 +166,8 @@ class Fit:
         settings = self.settings
         if settings.loss == "kto":
             is_good = examples[:, 1].bool().to(scores.kl.device)
-            return verdict_losses(scores, is_good, reference, beta=settings.beta)
+            losses = verdict_losses(scores, is_good, reference, beta=settings.beta)
+            return losses * torch.where(is_good, *self._weights)
         better, worse = (Scores(*(x[i::2] for x in scores)) for i in (0, 1))
         return pair_losses(better, worse, loss=settings.loss, beta=settings.beta)
 

@@ -82,7 +82,7 @@ class Trainer(updates.Learner):
         prompts, seeds, first = self.draw_prompts(index, options.episodes)
         rollout = self.roll_out([prompt.ids for prompt in prompts], seeds)
         rewards = self.of_all(self.reward(self.samples(prompts, rollout.responses)))
-        _refuse_bad_rewards(rewards)
+        refuse_bad_rewards(rewards)
         left, spread = self.anneal(index), rewards.std().item()
         row = {
             "step": index + 1,
@@ -98,7 +98,11 @@ class Trainer(updates.Learner):
         return row | {"learning_rate": left * options.learning_rate, "seconds": seconds}
 
 
-def _refuse_bad_rewards(rewards: Tensor) -> None:
+def refuse_bad_rewards(rewards: Tensor) -> None:
+    """
+    Raises:
+        TrainingError: one is not a finite number.
+    """
     bad = int((~rewards.isfinite()).sum())
     if bad:
         raise TrainingError(

@@ -166,8 +166,10 @@ class Cache:
         self, model: PreTrainedModel, responses: Sequence[Response], config: ProxyConfig
     ) -> str:
         of_nucleus = (config.temperature, config.top_k, config.top_p, config.max_candidates)
-        parts = (self._base.fingerprint, str(model.dtype), of_nucleus, responses)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for part in (self._base.fingerprint, str(model.dtype), of_nucleus, *responses):
+            digest.update(json.dumps(part).encode())
+        return digest.hexdigest()[:16]
 
 
 def _save(path: Path, positions: Positions) -> None:

@@ -96,9 +96,7 @@ def pair_losses(better: Scores, worse: Scores, *, loss: Loss, beta: float) -> Te
 
 
 def verdict_losses(scores: Scores, is_good: Tensor, reference: Tensor, *, beta: float) -> Tensor:
-    """KTO's loss of N responses, each found good or bad: [N].
-
-    Good and bad ones weigh the same in sum, however many of each are in the batch.
+    """KTO's loss of N responses, each found good or bad, with weights of 1: [N].
 
     Args:
         scores: of the responses.
@@ -107,9 +105,4 @@ def verdict_losses(scores: Scores, is_good: Tensor, reference: Tensor, *, beta: 
         beta: the higher, the nearer to the frozen LLM.
     """
     signs = torch.where(is_good, 1.0, -1.0)
-    weights = torch.where(is_good, _weight(is_good), _weight(~is_good))
-    return weights * (1 - torch.sigmoid(beta * signs * (scores.log_ratio - reference)))
-
-
-def _weight(which: Tensor) -> Tensor:
-    return len(which) / 2 / which.sum().clamp(min=1)
+    return 1 - torch.sigmoid(beta * signs * (scores.log_ratio - reference))

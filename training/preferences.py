@@ -1,7 +1,7 @@
 """What is preferred to what, as a proxy is trained on it directly: responses, pairs of them, and single verdicts."""
 
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -92,19 +92,6 @@ def _response(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> 
     prompt, response = chats.split_turns(row["prompt"], row[field])
     end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)
     return Response(prompt, response[: end + 1])
-
-
-def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
-    """Pairs of a prompt's responses, by index: the best with the worst, the second with the last but one, and so on.
-
-    Equal rewards make no pair, nor do equal responses.
-    """
-    order = sorted(range(len(responses)), key=lambda i: -rewards[i])
-    return [
-        (better, worse)
-        for better, worse in zip(order[: len(order) // 2], reversed(order), strict=False)
-        if rewards[better] > rewards[worse] and responses[better] != responses[worse]
-    ]
 
 
 def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferences, Preferences]:

@@ -21,17 +21,13 @@ What is left out for `None` among the options depends on the number of preferenc
 launch -m training.proxy_dpo ...`) each takes its share, and the result is that of one.
 """
 
-import json
-from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
@@ -41,8 +37,8 @@ from proxy.network import ProxyNetwork
 from training import output
 from training.console import TrainingError, main_guard, read_options
 from training.data import RowOptions
-from training.direct import Fit, Settings, sized_for
-from training.engines import EngineOptions, make_engine, refuse_half_named_servers
+from training.direct import Fit, Row, Settings, sized_for
+from training.engines import EngineOptions, refuse_half_named_servers
 from training.machine import say
 from training.memory import MOST_TOKENS, responses_at_once
 from training.metrics import METRICS_FILES, Metrics
@@ -55,18 +51,18 @@ from training.models import (
     read_config,
     refuse_unknown,
 )
-from training.output import Run, write_whole
-from training.policy import Decoding, Policy, default_config
-from training.positions import Cache, Positions, Response
-from training.preferences import Collection, Preferences, rank, read_preferences, split
+from training.output import Run
+from training.policy import Decoding, default_config
+from training.positions import Cache, Positions
+from training.preference_losses import Loss
+from training.preferences import Preferences, read_preferences, split
 from training.proxy_ppo import decoding_of
-from training.rewards import Frozen, load_reward, reward_bytes
-from training.rollout import generate
-from training.rollout_servers import Servers
+from training.ranked_answers import SAMPLES, RankedAnswers
+from training.rewards import Frozen, reward_bytes
 from training.sizes import sizes_of
-from training.updates import Prompt, read_prompts, samples_of, start
+from training.updates import Prompt, read_prompts, start
 
-POSITIONS, SAMPLES = "positions", "samples"
+POSITIONS = "positions"
 WRITES = (
     *(*METRICS_FILES, WEIGHTS_FILE, CONFIG_FILE),
     *(f"{POSITIONS}/*", f"{SAMPLES}/*.jsonl"),
@@ -74,6 +70,7 @@ WRITES = (
 READS = ("model", "preferences", "held_out", "prompts", "reward")
 MOST_OUTSIDE = 0.1
 """Of all tokens outside the nucleus: more of them teach a proxy little."""
+BETAS: dict[Loss, float] = {"dpo": 0.3, "ipo": 0.1, "simpo": 2.0, "kto": 0.3}
 _ASIDE, _FEW = 500, 500  # preferences: set aside at most, and too few to set any aside
 
 
@@ -100,10 +97,10 @@ class Options(RowOptions, EngineOptions):
     """Answers to each prompt, in each round."""
     rounds: PositiveInt = 1
     """From the second on the proxy of the round before answers."""
-    loss: Literal["auto", "dpo", "ipo", "simpo", "kto"] = "auto"
+    loss: Literal["auto"] | Loss = "auto"
     """auto = dpo of pairs, kto of single verdicts."""
-    beta: Positive = 0.3
-    """β: the higher, the nearer to the frozen LLM."""
+    beta: Positive | None = None
+    """β: the higher, the nearer to the frozen LLM. None = 0.3; for ipo 0.1, for simpo 2."""
     kl_weight: NonNegative = 0.0
     """Price of a nat of KL(proxied ‖ frozen) in a response."""
     caution_weight: NonNegative = 0.1
@@ -161,12 +158,11 @@ class Trainer:
         if options.prompts is not None:
             source, limit = options.prompts, options.max_rows
             self.prompts = read_prompts(source, options, self.tokenizer, config, limit)
-            self.longest = max(len(prompt.ids) for prompt in self.prompts)
             assert options.reward is not None, "refused at the start"
             self.batch_size = responses_at_once(
                 sizes_of(directory),
                 options.responses_at_once,
-                self.longest,
+                max(len(prompt.ids) for prompt in self.prompts),
                 options.decoding.max_new_tokens,
                 dtype.itemsize,
                 reward_bytes(options.reward, dtype) + options.engine_bytes(),
@@ -188,30 +184,31 @@ class Trainer:
         self.cache = Cache(options.cache or options.output / POSITIONS, self.base, accelerator)
 
     def train(self, run: Run) -> None:
-        """Read or sample the preferences, fit a proxy to them, and save it."""
-        if self.prompts:
-            self._from_prompts(run)
-        else:
-            self._from_preferences(run)
+        """Read or sample the preferences, fit a proxy to them, and save it.
 
-    def _from_preferences(self, run: Run) -> None:
-        options = self.options
-        assert options.preferences is not None, "refused at the start"
-        whole = self._read(options.preferences)
-        if options.held_out is not None:
-            train, held_out = together(whole, self._read(options.held_out))
+        Raises:
+            TrainingError: there is nothing to learn from.
+        """
+        if self.prompts:
+            network, last = self._from_answers(run)
         else:
-            train, held_out = self._set_aside(whole)
-        responses = train.responses
-        refuse_unknown(
-            self.model, self.tokenizer, (each.prompt + each.response for each in responses)
-        )
+            network, last = self._from_preferences(run)
+        if self.accelerator.is_main_process:
+            training = {"options": output.settings_of(self.options, ()), "last": last}
+            version = save(self.options.output, network, base=self.base, training=training)
+            print(f"{self.options.output}: version {version}")
+
+    def _from_preferences(self, run: Run) -> tuple[ProxyNetwork, Row]:
+        assert self.options.preferences is not None, "refused at the start"
+        parts = self._parts(self._read(self.options.preferences, self.options.max_rows))
+        tokens = (each.prompt + each.response for each in parts[0].responses)
+        refuse_unknown(self.model, self.tokenizer, tokens)
         run.start()
         with self._metrics() as metrics:
-            self._save(*self._fit(train, held_out, metrics))
+            return self._fit(*parts, metrics)
 
-    def _from_prompts(self, run: Run) -> None:
-        options, network = self.options, None
+    def _from_answers(self, run: Run) -> tuple[ProxyNetwork, Row]:
+        options = self.options
         refuse_unknown(self.model, self.tokenizer, (prompt.ids for prompt in self.prompts))
         frozen = Frozen(
             self.model,
@@ -221,122 +218,37 @@ class Trainer:
             self.end_ids,
             self.batch_size,
         )
-        assert options.reward is not None, "refused at the start"
-        self.reward = load_reward(options.reward, frozen)
-        self.engine = make_engine(
-            options,
-            self.model,
-            self.base,
-            self.accelerator,
-            longest=self.longest,
-            responses=len(self.prompts) * options.samples,
-            batch_size=self.batch_size,
-        )
+        answers = RankedAnswers(options, self.prompts, frozen, self.accelerator)
         run.start()
-        answers: list[list[tuple[list[int], float]]] = [[] for _ in self.prompts]
-        closes = closing(self.engine) if isinstance(self.engine, Servers) else nullcontext()
-        with closes, self._metrics() as metrics:
+        network, row = None, Row()
+        with closing(answers), self._metrics() as metrics:
             for number in range(options.rounds):
-                sampled = list(self._sampled(number, network))
-                for index, some in sampled:
-                    answers[index] += some
-                rewards = [reward for _, some in sampled for _, reward in some]
-                say(f"round {number + 1}: mean reward {fmean(rewards):.3f}")
+                answers.sample(number, network)
                 run.saved = f"round {number + 1} of {options.rounds}"
-                found = Collection()
-                for prompt, some in zip(self.prompts, answers, strict=True):
-                    responses = [Response(prompt.ids, ids) for ids, _ in some]
-                    for better, worse in rank(responses, [reward for _, reward in some]):
-                        found.add_pair(responses[better], responses[worse])
-                if not found.found.pairs:
-                    raise TrainingError(
-                        "the reward gives all answers to a prompt the same score: there is nothing to learn"
-                    )
-                network, last = self._fit(*self._set_aside(found.found), metrics)
+                network, row = self._fit(*self._parts(answers.preferences()), metrics)
         assert network is not None, "there is a round"
-        self._save(network, last)
+        return network, row
 
-    def _read(self, source: str) -> Preferences:
+    def _parts(self, whole: Preferences) -> tuple[Preferences, Preferences]:
+        """What is learned from, and what is held out."""
+        options = self.options
+        if options.held_out is not None:
+            return together(whole, self._read(options.held_out))
+        count = 0 if len(whole) < _FEW else min(_ASIDE, len(whole) // 10)
+        return split(whole, count, options.seed)
+
+    def _read(self, source: str, limit: int | None = None) -> Preferences:
         options, longest = self.options, min(self.options.max_length, context_of(self.model))
         chats = Conversations(self.tokenizer)
-        return read_preferences(source, chats, self.end_ids, longest, options, options.max_rows)
-
-    def _set_aside(self, whole: Preferences) -> tuple[Preferences, Preferences]:
-        count = 0 if len(whole) < _FEW else min(_ASIDE, len(whole) // 10)
-        return split(whole, count, self.options.seed)
+        return read_preferences(source, chats, self.end_ids, longest, options, limit)
 
     def _metrics(self) -> Any:
         is_main = self.accelerator.is_main_process
         return Metrics(self.options.output) if is_main else nullcontext()
 
-    def _sampled(
-        self, number: int, network: ProxyNetwork | None
-    ) -> Iterator[tuple[int, list[tuple[list[int], float]]]]:
-        """Of each prompt its answers and their rewards, in a round; what a killed run has sampled is read."""
-        options, accelerator = self.options, self.accelerator
-        directory = options.output / SAMPLES
-        count = max(1, 512 // options.samples)  # prompts in a file
-        starts = range(0, len(self.prompts), count)
-        desc = f"round {number + 1}: answers"
-        for part, first in enumerate(
-            tqdm(starts, desc=desc, disable=not accelerator.is_main_process)
-        ):
-            path = directory / f"{number:02}-{part:05}.jsonl"
-            if not path.is_file():
-                lines = self._sample(first, self.prompts[first : first + count], number, network)
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-            accelerator.wait_for_everyone()
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                pairs = list(zip(row["responses"], row["rewards"], strict=True))
-                yield row["prompt"], pairs
-
-    def _sample(
-        self, first: int, prompts: list[Prompt], number: int, network: ProxyNetwork | None
-    ) -> list[dict[str, Any]]:
-        """Answers of all processes to some prompts, from the `first` on, and their rewards."""
-        options = self.options
-        size = options.samples
-        with self.accelerator.split_between_processes(list(enumerate(prompts, first))) as mine:
-            repeated = [prompt for _, prompt in mine for _ in range(size)]
-            seeds = [
-                (options.seed << 40) + (number << 32) + index * size + i
-                for index, _ in mine
-                for i in range(size)
-            ]
-            ids = [prompt.ids for prompt in repeated]
-            responses = self._respond(network, ids, seeds)
-            samples = samples_of(self.tokenizer, repeated, responses)
-            rewards = self.reward(samples).tolist()
-            lines = [
-                {
-                    "prompt": index,
-                    "messages": prompt.messages,
-                    "texts": [sample.text for sample in samples[i * size : (i + 1) * size]],
-                    "rewards": rewards[i * size : (i + 1) * size],
-                    "responses": responses[i * size : (i + 1) * size],
-                }
-                for i, (index, prompt) in enumerate(mine)
-            ]
-        return gather_object(lines)
-
-    def _respond(
-        self, network: ProxyNetwork | None, prompts: list[list[int]], seeds: list[int]
-    ) -> list[list[int]]:
-        decoding, ends = self.options.decoding, self.end_ids
-        if self.engine is not None:
-            return self.engine.responses(network, prompts, decoding, end_ids=ends, seeds=seeds)
-        policy = Policy(self.model, network)
-        rollout = generate(
-            policy, prompts, decoding, end_ids=ends, seeds=seeds, batch_size=self.batch_size
-        )
-        return rollout.responses
-
     def _fit(
         self, train: Preferences, held_out: Preferences, metrics: Metrics | None
-    ) -> tuple[ProxyNetwork, dict[str, Any]]:
+    ) -> tuple[ProxyNetwork, Row]:
         """The best proxy, and its figures."""
         options = self.options
         most = MOST_TOKENS[self.accelerator.device.type]
@@ -344,9 +256,10 @@ class Trainer:
         describe(positions)
         sized = sized_for(len(train))
         width = options.width or sized.width
+        loss = loss_of(options, train, held_out)
         settings = Settings(
-            loss=loss_of(options, train),
-            beta=options.beta,
+            loss=loss,
+            beta=options.beta or BETAS[loss],
             kl_weight=options.kl_weight,
             caution_weight=options.caution_weight,
             learning_rate=options.learning_rate,
@@ -374,24 +287,18 @@ class Trainer:
             report(fit.best_row, len(held_out))
         return fit.best, fit.best_row
 
-    def _save(self, network: ProxyNetwork, last: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        training = {"options": output.settings_of(self.options, ()), "last": last}
-        version = save(self.options.output, network, base=self.base, training=training)
-        print(f"{self.options.output}: version {version}")
 
-
-def loss_of(options: Options, preferences: Preferences) -> Any:
+def loss_of(options: Options, *parts: Preferences) -> Loss:
     """
     Raises:
         TrainingError: the loss is one of pairs, and there are verdicts.
     """
+    has_verdicts = any(part.verdicts for part in parts)
     if options.loss == "auto":
-        return "kto" if preferences.verdicts else "dpo"
-    if preferences.verdicts and options.loss != "kto":
+        return "kto" if has_verdicts else "dpo"
+    if has_verdicts and options.loss != "kto":
         raise TrainingError(
-            f"--loss {options.loss} is of pairs, and {options.preferences} has single verdicts: use kto"
+            f"--loss {options.loss} is of pairs, and there are single verdicts: use kto"
         )
     return options.loss
 
@@ -418,9 +325,10 @@ def describe(positions: Positions) -> None:
             "--decoding.top-p"
         )
     share, tokens = positions.share_outside, int(positions.tokens.sum())
+    size = sum(tensor.nbytes for tensor in positions) / 1e6
     say(
-        f"{len(positions.counts):,} responses of {tokens:,} tokens, {len(positions.slots):,} of which leave a choice; "
-        f"{share:.1%} lie outside the LLM's nucleus"
+        f"{len(positions.counts):,} responses of {tokens:,} tokens, {len(positions.slots):,} of which leave a choice "
+        f"({size:.0f} MB); {share:.1%} lie outside the LLM's nucleus"
     )
     if share > MOST_OUTSIDE:
         say(

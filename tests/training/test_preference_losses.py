@@ -8,6 +8,7 @@ import torch
 from proxy.acceptance import Candidates
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork
+from training.direct import balanced
 from training.positions import Positions
 from training.preference_losses import Scores, pair_losses, score, verdict_losses
 
@@ -81,11 +82,11 @@ def test_losses_by_hand() -> None:
         assert got == pytest.approx(value, rel=1e-5)  # float32
 
 
-def test_a_verdict_by_hand_and_both_kinds_weigh_the_same() -> None:
+def test_verdicts_by_hand_and_both_kinds_weigh_the_same() -> None:
     """One good response and three bad ones."""
     some = Scores(*(torch.cat([x] * 4) for x in scores(2.0)))
     is_good = torch.tensor([True, False, False, False])
     losses = verdict_losses(some, is_good, torch.tensor(0.5), beta=0.2)
     good, bad = 1 / (1 + math.exp(0.3)), 1 - 1 / (1 + math.exp(0.3))
-    expected = torch.tensor([2 * good, *[2 / 3 * bad] * 3])
-    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(losses, torch.tensor([good, bad, bad, bad]))
+    assert balanced(is_good) == pytest.approx((2, 2 / 3))

@@ -20,8 +20,9 @@ from training.metrics import read_metrics
 from training.models import load_model
 from training.policy import Decoding, Policy
 from training.positions import Response
-from training.preferences import Collection, rank, split
+from training.preferences import Collection, split
 from training.proxy_dpo import Options, Trainer, main
+from training.ranked_answers import RankedAnswers, rank
 from training.rewards import Sample, load_reward
 from training.rollout import generate
 from training.updates import start
@@ -32,6 +33,9 @@ def with_the_most_e(prompts, completions):
 
 def same(prompts, completions):
     return [1.0] * len(completions)
+
+def broken(prompts, completions):
+    return [float("nan")] * len(completions)
 """
 E = "my_reward:with_the_most_e"
 
@@ -109,7 +113,7 @@ def test_verdicts_are_learned_with_kto(work: Path, options: Callable[..., Option
     main(chosen := options(preferences=str(file)))
     figures = read_metrics(chosen.output)
     assert figures[-1]["loss"] < figures[0]["loss"]
-    with pytest.raises(TrainingError, match="is of pairs, and .* has single verdicts: use kto"):
+    with pytest.raises(TrainingError, match="is of pairs, and there are single verdicts: use kto"):
         main(replace(chosen, loss="ipo", overwrite=True))
 
 
@@ -153,7 +157,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         patch.setattr(positions, "read", interrupt)
         with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* goes on with --resume"):
             main(chosen)
-    monkeypatch.setattr(Trainer, "_respond", interrupt)  # not sampled again
+    monkeypatch.setattr(RankedAnswers, "_respond", interrupt)  # not sampled again
     main(replace(chosen, resume=True))
     ours, theirs = (load_file(o.output / "proxy.safetensors") for o in (chosen, unbroken))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -168,6 +172,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         ({"preferences": "x", "reward": E}, "--prompts and --reward go together"),
         ({"preferences": "x", "rollout": "vllm"}, "samples answers to --prompts"),
         ({"prompts": "PROMPTS", "reward": "my_reward:same", "max_rows": 4}, "the same score"),
+        ({"prompts": "PROMPTS", "reward": "my_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
         ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),
         ({"preferences": "PAIRS", "max_length": 5}, "no preference is within 5 tokens"),
         ({"preferences": "PAIRS", "decoding": Decoding(temperature=0)}, "0 draws nothing"),

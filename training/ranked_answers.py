@@ -1,0 +1,174 @@
+"""Preferences among an LLM's own answers: it answers each prompt several times, and a reward ranks the answers.
+
+What was sampled is written to `samples/` in the output directory, a file of JSON lines for every few prompts of a
+round: a run that was killed reads it again.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from proxy.network import ProxyNetwork
+from training.console import TrainingError
+from training.engines import make_engine
+from training.machine import say
+from training.online import refuse_bad_rewards
+from training.output import write_whole
+from training.policy import Policy
+from training.positions import Response
+from training.preferences import Collection, Preferences
+from training.rewards import Frozen, load_reward
+from training.rollout import generate
+from training.rollout_servers import Servers
+from training.updates import Prompt, samples_of
+
+SAMPLES = "samples"
+_IN_A_FILE = 512  # answers, about
+
+
+class RankedAnswers:
+    """Samples in rounds, each from the frozen LLM or from a proxy beside it; in each of several processes the same."""
+
+    def __init__(
+        self, options: Any, prompts: Sequence[Prompt], frozen: Frozen, accelerator: Accelerator
+    ) -> None:
+        """
+        Args:
+            options: of `training.proxy_dpo`.
+            prompts: what is answered.
+            frozen: the LLM.
+            accelerator: of this run's processes; each takes its share.
+        """
+        self._options, self._accelerator = options, accelerator
+        self._prompts, self._frozen = prompts, frozen
+        self._reward = load_reward(options.reward, frozen)
+        self._engine = make_engine(
+            options,
+            frozen.model,
+            frozen.base,
+            accelerator,
+            longest=max(len(prompt.ids) for prompt in prompts),
+            responses=len(prompts) * options.samples,
+            batch_size=frozen.batch_size,
+        )
+        self._answers: list[list[Response]] = [[] for _ in prompts]
+        self._rewards: list[list[float]] = [[] for _ in prompts]
+
+    def close(self) -> None:
+        """Leave nothing behind on servers."""
+        if isinstance(self._engine, Servers):
+            self._engine.close()
+
+    def sample(self, round_number: int, network: ProxyNetwork | None) -> None:
+        """A round of answers, ranked with those of the rounds before; None = from the frozen LLM.
+
+        Raises:
+            TrainingError: a reward is not a finite number.
+        """
+        size = max(1, _IN_A_FILE // self._options.samples)
+        starts = range(0, len(self._prompts), size)
+        rewards: list[float] = []
+        bar = tqdm(
+            starts,
+            desc=f"round {round_number + 1}: answers",
+            disable=not self._accelerator.is_main_process,
+        )
+        for part, first in enumerate(bar):
+            name = f"{round_number:02}-{part:05}.jsonl"
+            indices = range(first, min(first + size, len(self._prompts)))
+            for row in self._rows(
+                self._options.output / SAMPLES / name, indices, round_number, network
+            ):
+                prompt = self._prompts[row["prompt"]].ids
+                self._answers[row["prompt"]] += [Response(prompt, ids) for ids in row["responses"]]
+                self._rewards[row["prompt"]] += row["rewards"]
+                rewards += row["rewards"]
+        say(f"round {round_number + 1}: mean reward {fmean(rewards):.3f} of {len(rewards)} answers")
+
+    def preferences(self) -> Preferences:
+        """The pairs of all prompts.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        found = Collection()
+        for answers, rewards in zip(self._answers, self._rewards, strict=True):
+            for better, worse in rank(answers, rewards):
+                found.add_pair(answers[better], answers[worse])
+        if not found.found.pairs:
+            raise TrainingError(
+                "the reward gives all answers to a prompt the same score: there is nothing to learn"
+            )
+        return found.found
+
+    def _rows(
+        self, path: Path, indices: Sequence[int], round_number: int, network: ProxyNetwork | None
+    ) -> list[dict[str, Any]]:
+        """Of each prompt its answers and their rewards: read, or sampled and written."""
+        if not path.is_file():
+            rows = self._sampled(indices, round_number, network)
+            if self._accelerator.is_main_process:
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._accelerator.wait_for_everyone()
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def _sampled(
+        self, indices: Sequence[int], round_number: int, network: ProxyNetwork | None
+    ) -> list[dict[str, Any]]:
+        """Of all processes. A seed is a function of run, round, prompt and number alone."""
+        options = self._options
+        size, first_seed = options.samples, (options.seed << 40) + (round_number << 32)
+        with self._accelerator.split_between_processes(list(indices)) as mine:
+            prompts = [self._prompts[index] for index in mine for _ in range(size)]
+            seeds = [first_seed + index * size + i for index in mine for i in range(size)]
+            responses = self._respond(network, [prompt.ids for prompt in prompts], seeds)
+            samples = samples_of(self._frozen.tokenizer, prompts, responses)
+            rewards = self._reward(samples)
+            refuse_bad_rewards(rewards)
+            rows = []
+            for place, index in enumerate(mine):
+                part = slice(place * size, (place + 1) * size)
+                rows.append(
+                    {
+                        "prompt": index,
+                        "messages": self._prompts[index].messages,
+                        "texts": [sample.text for sample in samples[part]],
+                        "rewards": rewards[part].tolist(),
+                        "responses": responses[part],
+                    }
+                )
+        return gather_object(rows)
+
+    def _respond(
+        self, network: ProxyNetwork | None, prompts: list[list[int]], seeds: list[int]
+    ) -> list[list[int]]:
+        decoding, ends = self._options.decoding, self._frozen.end_ids
+        if self._engine is not None:
+            return self._engine.responses(network, prompts, decoding, end_ids=ends, seeds=seeds)
+        return generate(
+            Policy(self._frozen.model, network),
+            prompts,
+            decoding,
+            end_ids=ends,
+            seeds=seeds,
+            batch_size=self._frozen.batch_size,
+        ).responses
+
+
+def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
+    """Pairs of a prompt's responses, by index: the best with the worst, the second with the last but one, and so on.
+
+    Equal rewards make no pair, nor do equal responses.
+    """
+    order = sorted(range(len(responses)), key=lambda i: -rewards[i])
+    return [
+        (better, worse)
+        for better, worse in zip(order[: len(order) // 2], reversed(order), strict=False)
+        if rewards[better] > rewards[worse] and responses[better] != responses[worse]
+    ]
