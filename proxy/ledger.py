@@ -167,7 +167,7 @@ class Ledger:
         if max_rejections is None:
             max_rejections = proxy.config.max_rejections
         stop_ids = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
-        self._internal_ids.setdefault(_callers_id(req_id), set()).add(req_id)
+        self._internal_ids.setdefault(callers_id(req_id), set()).add(req_id)
         return replace(
             plain,
             proxy=proxy,
@@ -196,10 +196,10 @@ class Ledger:
     def _release(self, req_id: str, assignment: Assignment) -> None:
         self._free.append(assignment.slot)
         self.history.forget_trace(req_id)
-        siblings = self._internal_ids[_callers_id(req_id)]
+        siblings = self._internal_ids[callers_id(req_id)]
         siblings.discard(req_id)
         if not siblings:
-            del self._internal_ids[_callers_id(req_id)]
+            del self._internal_ids[callers_id(req_id)]
 
 
 def _random_key() -> int:
@@ -207,5 +207,6 @@ def _random_key() -> int:
     return int(torch.randint(2**63 - 1, ()))
 
 
-def _callers_id(req_id: str) -> str:
+def callers_id(req_id: str) -> str:
+    """The id that the caller gave to the engine, of the engine's own."""
     return _RANDOM_SUFFIX.sub("", _CHILD_PREFIX.sub("", req_id))

@@ -37,12 +37,25 @@ class Alignment(BaseModel):
     )
 
 
+class ReadRequest(BaseModel):
+    """That a response at the end of the prompt is to be read, and which nucleus is meant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: int = Field(ge=1, description="Where the response begins, in tokens.")
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    top_k: int = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    max_candidates: int = Field(gt=0, le=1024)
+
+
 class WorkerAlignment(Alignment):
     """The same with what the server adds: the worker's part of a request."""
 
     version: str | None = Field(
         None, description="The proxy's content hash; none = what the name stands for just now."
     )
+    read: ReadRequest | None = Field(None, description="What is to be read (`proxy.reading`).")
     shadow: bool = Field(True, description="Whether shadow proxies may score this request.")
 
     @property

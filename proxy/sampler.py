@@ -189,6 +189,13 @@ def read_batch(runner: Any) -> Batch:
     )
 
 
+def read_scheduled(runner: Any) -> tuple[list[str], list[int], Tensor]:
+    """The requests of the step, how many tokens of each were computed, and all their hidden states."""
+    state, req_ids = runner.execute_model_state, read_ids(runner)
+    scheduled = state.scheduler_output.num_scheduled_tokens
+    return req_ids, [scheduled[req_id] for req_id in req_ids], state.hidden_states
+
+
 def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Its hidden states, positions and discarded rows, as `Step` has them."""
     count = len(runner.input_batch.req_ids)

@@ -143,6 +143,12 @@ def read_batch(runner: Any) -> Batch:
     )
 
 
+def read_scheduled(runner: Any) -> tuple[list[str], list[int], Tensor]:
+    """The requests of the step, how many tokens of each were computed, and all their hidden states."""
+    state = runner.execute_model_state
+    return read_ids(runner), state.input_batch.num_scheduled_tokens.tolist(), state.hidden_states
+
+
 def read_rows(runner: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Its hidden states, positions and discarded rows, as `Step` has them.
 

@@ -30,6 +30,7 @@ from proxy.hook import Step
 from proxy.ledger import Ledger
 from proxy.network import ProxyNetwork
 from proxy.orphan import end_with_server
+from proxy.reading import Reader
 from proxy.registry import Registry
 
 _TABLE_CHUNK = 8192  # tokens embedded at once when a proxy is loaded
@@ -119,7 +120,9 @@ class ProxyGPUWorker(GPUWorker):
         if self.use_v2_model_runner:
             sampler.sampling_states.__class__ = sampler_v2.ProxySamplingStates
         self._registry = Registry()
-        self._ledger = Ledger(self.device, reports=get_tp_group().rank_in_group == 0)
+        reports = get_tp_group().rank_in_group == 0
+        self._ledger = Ledger(self.device, reports=reports)
+        self._reader = Reader(self._logits_of, reports=reports)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.use_v2_model_runner:
@@ -127,6 +130,7 @@ class ProxyGPUWorker(GPUWorker):
             self._preempted |= scheduler_output.preempted_req_ids or set()
             self._preempted -= scheduler_output.finished_req_ids
             self._preempted -= {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        self._reader.schedule(scheduler_output)
         output = super().execute_model(scheduler_output)
         if self._registry.retired and scheduler_output.finished_req_ids:
             self._free_unused()
@@ -136,6 +140,8 @@ class ProxyGPUWorker(GPUWorker):
         runner = self.model_runner
         if runner.execute_model_state is None:
             return super().sample_tokens(grammar_output)
+        if self._reader.is_busy:
+            self._reader.read(*self._read.read_scheduled(runner))
         # V2 has no generators.
         generators = {} if self.use_v2_model_runner else runner.input_batch.generators
         aside = self._of_discarded_rows(generators) if generators else {}
@@ -251,7 +257,24 @@ class ProxyGPUWorker(GPUWorker):
         """
         return self._ledger.take_traces(request_ids)
 
+    @raised_by_last_rank
+    def take_positions(self, request_ids: Iterable[str]) -> dict[str, bytes]:
+        """What was read in requests with `read`, once they have finished.
+
+        Args:
+            request_ids: ids as the caller gave them to the engine.
+
+        Returns:
+            By these ids, `proxy.positions.Positions` of one response each, as safetensors. What was
+            asked for before, or too long ago, is not in it.
+        """
+        return self._reader.take(list(request_ids))
+
     # --- inside ---
+
+    def _logits_of(self, hidden: Tensor) -> Tensor | None:
+        """The head's logits of hidden states [R, H] on the first tensor-parallel rank, as sampling sees them."""
+        return self.model_runner.get_model().compute_logits(hidden)
 
     def _step(self) -> Step | None:
         """What the sampler has to know, or None if vLLM's own sampling is all that is needed."""

@@ -1,0 +1,85 @@
+"""Where responses left a proxy a choice: what it is trained on, straight from preferences.
+
+A position is kept if its nucleus has several candidates and the response's token is among them. The
+others teach nothing: a proxy has no say in a nucleus of one, nor in tokens that the LLM would not say.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxy.acceptance import Candidates, nucleus
+from proxy.network import ProxyConfig
+from proxy.request import ReadRequest
+
+
+class Positions(NamedTuple):
+    """P positions of N responses, response by response."""
+
+    hidden: Tensor  # [P, H] the lm_head's input, in the LLM's dtype
+    token_ids: Tensor  # [P, K] int32, the candidates, the most probable first
+    logprobs: Tensor  # [P, K] float32, renormalised over the nucleus; -inf = outside
+    slots: Tensor  # [P] int64, which of them the response took
+    counts: Tensor  # [N] int64, positions of each response
+    tokens: Tensor  # [N] int64, all its tokens
+    outside: Tensor  # [N] int64, tokens outside the nucleus
+
+    @property
+    def share_outside(self) -> float:
+        """Of the tokens, how many lie outside the nucleus."""
+        return self.outside.sum().item() / max(1, self.tokens.sum().item())
+
+    def of(self, responses: Tensor) -> tuple["Positions", Tensor]:
+        """The positions of some of the responses [n], and which of the n each belongs to: [P']."""
+        counts = self.counts[responses]
+        starts = (self.counts.cumsum(0) - self.counts)[responses]
+        owners = torch.arange(len(responses)).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts)[owners]
+        rows = starts[owners] + torch.arange(len(owners)) - first
+        of_rows = (self.hidden[rows], self.token_ids[rows], self.logprobs[rows], self.slots[rows])
+        return Positions(*of_rows, counts, self.tokens[responses], self.outside[responses]), owners
+
+
+def joined(parts: Sequence[Positions]) -> Positions:
+    """One after the other."""
+    return Positions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def nucleus_of(logits: Tensor, config: ProxyConfig | ReadRequest) -> Candidates:
+    """A proxy's nucleus of [R, V] logits under the decoding that it is trained with."""
+    rows, vocab_size = logits.shape
+    return nucleus(
+        logits.float() / config.temperature,
+        min(config.max_candidates, vocab_size),
+        torch.full((rows,), config.top_k or vocab_size, device=logits.device),
+        torch.full((rows,), config.top_p, device=logits.device),
+    )
+
+
+def choices(
+    hidden: Tensor,  # [R, H] of R tokens of N responses, response by response
+    candidates: Candidates,  # of these rows
+    targets: Tensor,  # [R] the tokens
+    owners: Tensor,  # [R] whose they are, into N
+    num_responses: int,  # N
+) -> Positions:
+    """What of R rows leaves a choice, on the CPU."""
+    is_inside_nucleus = candidates.logprobs > -torch.inf
+    is_taken = (candidates.token_ids == targets[:, None]) & is_inside_nucleus
+    is_inside = is_taken.any(-1)
+    kept = is_inside & (is_inside_nucleus.sum(-1) > 1)
+
+    def counted(which: Tensor) -> Tensor:
+        return torch.bincount(owners[which], minlength=num_responses).cpu()
+
+    return Positions(
+        hidden[kept].cpu(),
+        candidates.token_ids[kept].int().cpu(),
+        candidates.logprobs[kept].cpu(),
+        is_taken[kept].int().argmax(-1).cpu(),
+        counted(kept),
+        counted(torch.ones_like(kept)),
+        counted(~is_inside),
+    )

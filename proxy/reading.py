@@ -1,0 +1,129 @@
+"""Reads the positions of given responses in the engine: a prompt that ends with the response, prefilled.
+
+A request says with `WorkerAlignment.read` where its response begins and which nucleus is meant. The
+worker keeps the hidden states of these tokens as its prefill goes by, chunk by chunk, asks the head for
+their logits, and hands over what leaves a choice when it is asked. Nothing here imports vllm.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from proxy.ledger import callers_id
+from proxy.positions import Positions, choices, joined, nucleus_of
+from proxy.request import ReadRequest, alignment_of
+
+MOST_BYTES = 2**28
+"""Of positions that nobody has asked for yet; beyond it the oldest are forgotten."""
+_ROWS = 256  # whose logits are computed at once
+
+
+@dataclass
+class _Reading:
+    """A request under way."""
+
+    spec: ReadRequest
+    token_ids: list[int]  # of the prompt, the response at its end
+    computed: int = 0  # tokens before this step
+    scheduled: int = 0  # tokens of this step
+    parts: list[Positions] = field(default_factory=list)
+
+
+class Reader:
+    """What a worker reads, and has read."""
+
+    def __init__(self, compute_logits: Callable[[Tensor], Any], *, reports: bool) -> None:
+        """
+        Args:
+            compute_logits: hidden states [R, H] -> logits [R, V]; of one tensor-parallel rank, None on the others.
+            reports: whether this is the rank that hands over.
+        """
+        self._compute_logits, self._reports = compute_logits, reports
+        self._under_way: dict[str, _Reading] = {}
+        self._done: dict[str, Positions] = {}  # oldest first
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way that is to be read."""
+        return bool(self._under_way)
+
+    def schedule(self, scheduler_output: Any) -> None:
+        """Look at what vLLM has scheduled for the next step."""
+        for new in scheduler_output.scheduled_new_reqs:
+            spec = alignment_of(getattr(new.sampling_params, "extra_args", None)).read
+            if spec is not None and new.prompt_token_ids:
+                self._under_way[new.req_id] = _Reading(
+                    spec, new.prompt_token_ids, new.num_computed_tokens
+                )
+        for req_id in scheduler_output.finished_req_ids:  # aborted
+            self._under_way.pop(req_id, None)
+        if not self._under_way:
+            return
+        cached = scheduler_output.scheduled_cached_reqs
+        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id in self._under_way:
+                self._under_way[req_id].computed = computed
+        for req_id, reading in self._under_way.items():
+            reading.scheduled = scheduler_output.num_scheduled_tokens.get(req_id, 0)
+            if not reading.computed:  # it was preempted, and begins again
+                reading.parts.clear()
+
+    def read(self, req_ids: Sequence[str], scheduled: Sequence[int], hidden: Tensor) -> None:
+        """Keep what the step has computed: `hidden` [T, H] has `scheduled` rows of each request, in this order."""
+        first = 0
+        for req_id, count in zip(req_ids, scheduled, strict=True):
+            if req_id in self._under_way:
+                self._read(req_id, hidden[first : first + count])
+            first += count
+
+    def take(self, request_ids: Sequence[str]) -> dict[str, bytes]:
+        """What was read of finished requests, as safetensors, by the callers' ids; others are left out."""
+        return {
+            req_id: safetensors.torch.save(self._done.pop(req_id)._asdict())
+            for req_id in request_ids
+            if req_id in self._done
+        }
+
+    def _read(self, req_id: str, hidden: Tensor) -> None:
+        reading = self._under_way[req_id]
+        spec, ids, before = reading.spec, reading.token_ids, reading.computed
+        # The row of a token is what the next one is drawn from.
+        begin = max(before, spec.start - 1)
+        end = min(before + len(hidden), len(ids) - 1)
+        for start in range(begin, end, _ROWS):
+            stop = min(start + _ROWS, end)
+            rows = hidden[start - before : stop - before]
+            logits = self._compute_logits(rows)
+            if not self._reports:
+                continue
+            targets = torch.tensor(ids[start + 1 : stop + 1], device=rows.device)
+            owners = torch.zeros_like(targets)
+            reading.parts.append(choices(rows, nucleus_of(logits, spec), targets, owners, 1))
+        if before + len(hidden) >= len(ids):
+            del self._under_way[req_id]
+            if self._reports and reading.parts:
+                self._done[callers_id(req_id)] = _summed(joined(reading.parts))
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        sizes = {req_id: sum(t.nbytes for t in found) for req_id, found in self._done.items()}
+        total = sum(sizes.values())
+        for req_id, size in sizes.items():
+            if total <= MOST_BYTES:
+                return
+            del self._done[req_id]
+            total -= size
+
+
+def _summed(parts: Positions) -> Positions:
+    """The parts of one response as one."""
+    return parts._replace(
+        **{
+            name: getattr(parts, name).sum(0, keepdim=True)
+            for name in ("counts", "tokens", "outside")
+        }
+    )

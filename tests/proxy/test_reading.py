@@ -1,0 +1,116 @@
+"""Reading given responses from an engine's prefills, whatever parts these come in."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from proxy import reading
+from proxy.positions import Positions, choices, nucleus_of
+from proxy.reading import Reader
+from proxy.request import ReadRequest, WorkerAlignment
+
+HIDDEN, VOCAB, START = 8, 30, 3
+SPEC = ReadRequest(start=START, temperature=0.7, top_k=0, top_p=0.9, max_candidates=5)
+IDS = {f"r{i}": torch.randint(VOCAB, (12 + i,)).tolist() for i in range(3)}
+HEAD = torch.randn(HIDDEN, VOCAB)
+STATES = {name: torch.randn(len(ids), HIDDEN) for name, ids in IDS.items()}
+
+
+def step_of(new: Sequence[str], computed: dict[str, int], scheduled: dict[str, int]) -> Any:
+    """vLLM's scheduler output: new requests, and where each stands."""
+    extra = WorkerAlignment(read=SPEC).to_extra_args()
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(
+                req_id=f"{name}-01234567",
+                prompt_token_ids=IDS[name],
+                num_computed_tokens=computed[name],
+                sampling_params=SimpleNamespace(extra_args=extra if name != "r2" else None),
+            )
+            for name in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[f"{name}-01234567" for name in computed if name not in new],
+            num_computed_tokens=[count for name, count in computed.items() if name not in new],
+        ),
+        finished_req_ids=set(),
+        num_scheduled_tokens={f"{name}-01234567": count for name, count in scheduled.items()},
+    )
+
+
+def run(
+    reader: Reader, new: Sequence[str], computed: dict[str, int], scheduled: dict[str, int]
+) -> None:
+    reader.schedule(step_of(new, computed, scheduled))
+    if reader.is_busy:
+        hidden = [STATES[n][computed[n] : computed[n] + count] for n, count in scheduled.items()]
+        padding = torch.full((5, HIDDEN), torch.nan)  # as of a CUDA graph
+        ids = [f"{name}-01234567" for name in scheduled]
+        reader.read(ids, list(scheduled.values()), torch.cat([*hidden, padding]))
+
+
+def read_whole(name: str) -> Positions:
+    hidden, targets = STATES[name][START - 1 : -1], torch.tensor(IDS[name][START:])
+    owners = torch.zeros_like(targets)
+    return choices(hidden, nucleus_of(hidden @ HEAD, SPEC), targets, owners, 1)
+
+
+def assert_read(reader: Reader, name: str) -> None:
+    found = Positions(**safetensors.torch.load(reader.take([name])[name]))
+    for ours, theirs in zip(found, read_whole(name), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert reader.take([name]) == {}  # once
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader(lambda hidden: hidden @ HEAD, reports=True)
+
+
+def test_whole_and_in_parts_beside_others(reader: Reader) -> None:
+    """r2 is not to be read; r0 comes in parts, one of which ends before its response."""
+    run(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14})
+    run(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 6})
+    run(reader, [], {"r0": 8}, {"r0": 4})
+    assert not reader.is_busy
+    assert_read(reader, "r0")
+    assert_read(reader, "r1")
+    assert reader.take(["r2", "never seen"]) == {}
+
+
+@pytest.mark.parametrize("comes_anew", [False, True])  # the second model runner shows it as new
+def test_a_preempted_request_is_read_once(reader: Reader, comes_anew: bool) -> None:
+    run(reader, ["r0"], {"r0": 0}, {"r0": 9})
+    run(reader, [], {}, {})
+    run(reader, ["r0"] if comes_anew else [], {"r0": 0}, {"r0": 7})
+    run(reader, [], {"r0": 7}, {"r0": 5})
+    assert_read(reader, "r0")
+
+
+def test_a_rank_that_does_not_report_takes_part_and_keeps_nothing() -> None:
+    asked = []
+    reader = Reader(lambda hidden: asked.append(len(hidden)), reports=False)
+    run(reader, ["r0"], {"r0": 0}, {"r0": 12})
+    assert asked == [12 - START] and not reader.is_busy
+    assert reader.take(["r0"]) == {}
+
+
+def test_what_nobody_asks_for_is_forgotten(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(tensor.nbytes for tensor in read_whole("r1"))
+    monkeypatch.setattr(reading, "MOST_BYTES", size)
+    for name in ("r0", "r1"):
+        run(reader, [name], {name: 0}, {name: len(IDS[name])})
+    assert reader.take(["r0"]) == {}
+    assert_read(reader, "r1")
+
+
+def test_an_aborted_request_is_forgotten(reader: Reader) -> None:
+    run(reader, ["r0"], {"r0": 0}, {"r0": 4})
+    step = step_of([], {}, {})
+    step.finished_req_ids = {"r0-01234567"}
+    reader.schedule(step)
+    assert not reader.is_busy
