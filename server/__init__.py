@@ -26,6 +26,7 @@
 - `keeper`      - keeps it in the database behind the server's back.
 - `listing`     - GET /v1/models.
 - `managing`    - GET, POST and DELETE /proxies.
+- `positions`   - POST /positions: given responses, read for a training elsewhere.
 - `remembered`  - what was loaded over HTTP, for a restart and for other servers.
 - `request_log` - one line of JSON a request.
 - `drain`       - SIGTERM: what is under way is finished first.

@@ -33,6 +33,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+ADMINISTRATORS = ("/proxies", "/positions")
+"""Paths that want an administrator's key, but for GET."""
 API_KEYS, ADMIN_KEYS = "ASSENT_API_KEYS", "ASSENT_ADMIN_KEYS"
 OPEN_PATHS = ("/health",)
 CALLER = "assent.caller"
@@ -196,7 +198,7 @@ class AccessGuard:
         scope[CALLER], refusal = caller, None
         if caller is None:
             refusal = UNAUTHORIZED
-        elif path.startswith("/proxies") and method != "GET" and not caller.admin:
+        elif path.startswith(ADMINISTRATORS) and method != "GET" and not caller.admin:
             refusal = NO_ADMIN
         elif method in ("POST", None) and (wait := caller.take()):
             most = caller.limits.requests_per_minute
@@ -277,6 +279,6 @@ UNAUTHORIZED = Refusal(
 NO_ADMIN = Refusal(
     403,
     "PermissionDeniedError",
-    f"Proxies are loaded and unloaded with an administrator's key: one of {ADMIN_KEYS}, or one with admin = true "
-    "in the file of --access.",
+    f"This wants an administrator's key, as all do that load and unload proxies: one of {ADMIN_KEYS}, or one with "
+    "admin = true in the file of --access.",
 )

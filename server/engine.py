@@ -39,7 +39,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds, random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from proxy.request import EXTRA_ARGS_KEY
+from proxy.request import EXTRA_ARGS_KEY, ReadRequest, WorkerAlignment
 
 __all__ = [
     "LOAD_FORMAT_HEADER",
@@ -55,6 +55,7 @@ __all__ = [
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",
+    "OwnExtraArgs",
     "UsageInfo",
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400
@@ -66,6 +67,7 @@ __all__ = [
     "prompt_length",
     "read_labels",
     "read_logprob",
+    "read_response",
     "read_text",
     "should_include_usage",
     "validate_json_request",
@@ -73,7 +75,12 @@ __all__ = [
     "with_sse_keep_alive",
 ]
 
-PLAIN_EXTRA_ARGS = {EXTRA_ARGS_KEY: {"shadow": False}}
+
+class OwnExtraArgs(dict[str, Any]):
+    """Extra arguments of a request to the engine that is our own, and no client's."""
+
+
+PLAIN_EXTRA_ARGS = OwnExtraArgs({EXTRA_ARGS_KEY: {"shadow": False}})
 """Of a request to the engine that no proxy may act on or score, whatever its HTTP request says."""
 
 
@@ -141,6 +148,23 @@ async def read_text(
     async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
         async for output in outputs:
             yield output.outputs[0].text, len(output.outputs[0].token_ids)
+
+
+async def read_response(engine: EngineClient, token_ids: list[int], read: ReadRequest) -> str:
+    """Have the workers read the response at the end of a prompt; returns the id to take it by."""
+    alignment = WorkerAlignment(read=read, shadow=False)
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        skip_reading_prefix_cache=True,  # what is in the cache is not computed, nor seen
+        extra_args=OwnExtraArgs(alignment.to_extra_args()),
+    )
+    request_id = f"positions-{random_uuid()}"
+    async with aclosing(engine.generate(tokens_input(token_ids), params, request_id)) as outputs:
+        async for _ in outputs:
+            pass
+    return request_id
 
 
 async def read_logprob(

@@ -35,9 +35,9 @@ from proxy.request import EXTRA_ARGS_KEY
 from server.access import CALLER, Limits
 from server.admission import Plan, admit
 from server.engine import (
-    PLAIN_EXTRA_ARGS,
     EngineClient,
     OpenAIServingModels,
+    OwnExtraArgs,
     VLLMNotFoundError,
     VLLMValidationError,
     create_error_response,
@@ -116,17 +116,17 @@ def guard(
         prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         params, plan = sampling_params, current_plan()
-        is_judges = params.extra_args is PLAIN_EXTRA_ARGS
-        if not is_judges:
+        is_own = isinstance(params.extra_args, OwnExtraArgs)
+        if not is_own:
             if EXTRA_ARGS_KEY in (params.extra_args or {}):  # a way in that `admit` does not know
                 raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
             if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
                 raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
         if plan is None:
             return generate(prompt, params, request_id, **options)
-        if not (is_judges and plan.best_of > 1):
+        if not (is_own and plan.best_of > 1):
             check_prompt(plan.limits, prompt)
-        if is_judges:
+        if is_own:
             return _counted(generate(prompt, params, request_id, **options), plan)
         if plan.alignment is not None:
             params = copy.copy(params)  # a handler may use its own again

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId
-from server import chat, completions, feedback, judging, listing, managing
+from server import chat, completions, feedback, judging, listing, managing, positions
 from server.access import Access, AccessGuard
 from server.adapters import Adapter, JudgeKind
 from server.drain import Drain
@@ -65,7 +65,7 @@ class AssentPlugin:
         """Known when the server has stopped."""
 
     def attach_router(self, app: FastAPI) -> None:
-        for module in (chat, completions, feedback, judging, listing, managing):
+        for module in (chat, completions, feedback, judging, listing, managing, positions):
             app.include_router(module.router)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)

@@ -19,6 +19,7 @@ GUARDED = [
     ("GET", "/proxies"),
     ("POST", "/proxies"),
     ("DELETE", "/proxies/aligned"),
+    ("POST", "/positions"),
     ("POST", "/v1/messages"),
     ("GET", "/metrics"),
     ("GET", "/metrics/"),
