@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.positions import Positions
 from training.console import TrainingError
-from training.positions import Positions
 from training.preference_losses import Loss, Scores, pair_losses, score, verdict_losses
 from training.preferences import Preferences, as_verdicts
 from training.updates import descend
@@ -50,7 +50,7 @@ class Sized(NamedTuple):
 def sized_for(count: int) -> Sized:
     """The fewer, the smaller the network, the more passes and the stronger the weight decay."""
     if count < 200:
-        return Sized(16, 20, 16, 0.1)
+        return Sized(16, 60 if count < 60 else 20, 16, 0.1)
     if count < 2000:
         return Sized(32, 12, 32, 0.1)
     return Sized(64, 6 if count < 6000 else 3, 64, 0.0)

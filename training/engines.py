@@ -24,8 +24,8 @@ class EngineOptions:
     """Options of who samples."""
 
     rollout: Literal["auto", "vllm", "servers", "transformers"] = "auto"
-    """What samples the responses; vllm is in this process. auto = vllm on CUDA where it is installed, else
-    transformers, which starts faster."""
+    """What samples responses, and reads given ones; vllm is in this process. auto = vllm on CUDA where it is
+    installed, else transformers, which starts faster."""
     rollout_memory: PositiveShare = 0.3
     """Share of the GPU's memory for vLLM: for a copy of the LLM and its KV cache; without a GPU, of the RAM."""
     servers: tuple[str, ...] = ()

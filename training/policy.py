@@ -154,12 +154,6 @@ class Policy:
         )
 
 
-def nucleus_of(logits: Tensor, config: ProxyConfig) -> Candidates:
-    """A proxy's nucleus of [N, V] logits under the decoding that it is trained with."""
-    most = config.max_candidates
-    return _nucleus(logits, config.temperature, config.top_k, config.top_p, most)
-
-
 def _nucleus(logits: Tensor, temperature: float, top_k: int, top_p: float, most: int) -> Candidates:
     rows, vocab_size = logits.shape
     return nucleus(

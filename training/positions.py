@@ -4,13 +4,12 @@ The LLM is frozen, so one pass over the responses is enough for any number of ep
 disk, in parts, below a name that is a hash of LLM, decoding and responses: a run that was killed goes on with the next
 part, and another run with the same three reads nothing again.
 
-Positions whose nucleus has a single candidate, and tokens outside of it, are not kept: the proxy has no say there. The
-latter are counted, for responses that the LLM would not have written teach a proxy little.
+`proxy.positions` says what is kept.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +17,15 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from proxy.acceptance import Candidates
 from proxy.checkpoint import BaseModelId
 from proxy.network import ProxyConfig
+from proxy.positions import Positions, choices, joined, nucleus_of
 from training.logprobs import CHUNK, logits_of
 from training.micro_batches import split_by_tokens
-from training.policy import nucleus_of
 from training.rollout import HeadInput, pad_responses
 
 _PART = 512  # responses in a file
@@ -44,51 +42,20 @@ class Response(NamedTuple):
         return len(self.prompt) + len(self.response)
 
 
-class Positions(NamedTuple):
-    """P positions of N responses at which the LLM's nucleus has several candidates, the response's token among them.
-
-    They stand response by response.
-    """
-
-    hidden: Tensor  # [P, H] the lm_head's input, in the LLM's dtype
-    token_ids: Tensor  # [P, K] int32, the candidates, the most probable first
-    logprobs: Tensor  # [P, K] float32, renormalised over the nucleus; -inf = outside
-    slots: Tensor  # [P] int64, which of them the response took
-    counts: Tensor  # [N] int64, positions of each response
-    tokens: Tensor  # [N] int64, all its tokens
-    outside: Tensor  # [N] int64, tokens outside the nucleus
-
-    @property
-    def share_outside(self) -> float:
-        """Of the tokens, how many lie outside the nucleus."""
-        return self.outside.sum().item() / max(1, self.tokens.sum().item())
-
-    def of(self, responses: Tensor) -> tuple["Positions", Tensor]:
-        """The positions of some of the responses [n], and which of the n each belongs to: [P']."""
-        counts = self.counts[responses]
-        starts = (self.counts.cumsum(0) - self.counts)[responses]
-        owners = torch.arange(len(responses)).repeat_interleave(counts)
-        first = (counts.cumsum(0) - counts)[owners]
-        rows = starts[owners] + torch.arange(len(owners)) - first
-        of_rows = (self.hidden[rows], self.token_ids[rows], self.logprobs[rows], self.slots[rows])
-        return Positions(*of_rows, counts, self.tokens[responses], self.outside[responses]), owners
-
-
-def joined(parts: Sequence[Positions]) -> Positions:
-    """One after the other."""
-    return Positions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+Reader = Callable[[Sequence[Response], ProxyConfig], Positions]
+"""Reads given responses with the frozen LLM, within the nucleus of a proxy of this configuration."""
 
 
 @torch.inference_mode()
 def read(
-    model: PreTrainedModel, responses: Sequence[Response], config: ProxyConfig, most: int
+    responses: Sequence[Response], config: ProxyConfig, *, model: PreTrainedModel, most: int
 ) -> Positions:
     """One pass of the frozen LLM.
 
     Args:
-        model: the frozen LLM, from `training.models.load_model`.
         responses: N of them.
         config: the proxy's: temperature, top-k, top-p and the number of candidates.
+        model: the frozen LLM, from `training.models.load_model`.
         most: tokens at once, padding included; a longer response is read alone.
     """
     batches = split_by_tokens([each.length for each in responses], most)
@@ -116,35 +83,33 @@ def _read_batch(
             candidates = nucleus_of(logits, config)
             parts.append((head.states.flatten(0, 1).clone(), *candidates))
     hidden, token_ids, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    is_taken = (token_ids == targets[:, None]) & (logprobs > -torch.inf)
-    is_inside = is_taken.any(-1)
-    kept = is_inside & ((logprobs > -torch.inf).sum(-1) > 1)
-
-    def counted(which: Tensor) -> Tensor:
-        return torch.bincount(owners[which], minlength=len(ids)).cpu()
-
-    return Positions(
-        hidden[kept].cpu(),
-        token_ids[kept].int().cpu(),
-        logprobs[kept].cpu(),
-        is_taken[kept].int().argmax(-1).cpu(),
-        counted(kept),
-        counted(torch.ones_like(kept)),
-        counted(~is_inside),
-    )
+    return choices(hidden, Candidates(token_ids, logprobs), targets, owners, len(ids))
 
 
 class Cache:
     """Positions on disk: `directory/<hash>/<part>.safetensors`, each whole or not there."""
 
-    def __init__(self, directory: Path, base: BaseModelId, accelerator: Accelerator) -> None:
-        self._directory, self._base, self._accelerator = directory, base, accelerator
+    def __init__(
+        self, directory: Path, base: BaseModelId, dtype: str, accelerator: Accelerator
+    ) -> None:
+        """
+        Args:
+            directory: where they are kept.
+            base: the LLM.
+            dtype: what it computes in.
+            accelerator: of this run's processes, which share the work; each is given all.
+        """
+        self._directory, self._accelerator = directory, accelerator
+        self._llm = base.fingerprint, dtype
 
     def read(
-        self, model: PreTrainedModel, responses: Sequence[Response], config: ProxyConfig, most: int
+        self,
+        responses: Sequence[Response],
+        config: ProxyConfig,
+        reader: Reader,
     ) -> Positions:
-        """As `read`, of what is not there yet; several processes share the work, and each returns all."""
-        target = self._directory / self._key(model, responses, config)
+        """The positions of N responses: from the disk, or what the reader makes of them."""
+        target = self._directory / self._key(responses, config)
         target.mkdir(parents=True, exist_ok=True)
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
         starts = range(0, len(responses), _PART)
@@ -156,18 +121,16 @@ class Cache:
             for number, i in enumerate(missing):
                 some = responses[starts[i] : starts[i] + _PART]
                 if number % processes == index:
-                    _save(paths[i], read(model, some, config, most))
+                    _save(paths[i], reader(some, config))
                 bar.update(len(some))
         self._accelerator.wait_for_everyone()
         found = [_load(path) for path in paths]
         return joined([part for part in found if part is not None])
 
-    def _key(
-        self, model: PreTrainedModel, responses: Sequence[Response], config: ProxyConfig
-    ) -> str:
+    def _key(self, responses: Sequence[Response], config: ProxyConfig) -> str:
         of_nucleus = (config.temperature, config.top_k, config.top_p, config.max_candidates)
         digest = hashlib.sha256()
-        for part in (self._base.fingerprint, str(model.dtype), of_nucleus, *responses):
+        for part in (*self._llm, of_nucleus, *responses):
             digest.update(json.dumps(part).encode())
         return digest.hexdigest()[:16]
 
@@ -185,8 +148,3 @@ def _load(path: Path) -> Positions | None:
         return Positions(**safetensors.torch.load_file(path))
     except (OSError, SafetensorError, TypeError):
         return None
-
-
-def candidates_of(positions: Positions) -> Candidates:
-    """The candidates of each position."""
-    return Candidates(positions.token_ids.long(), positions.logprobs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from proxy.acceptance import Candidates
 from proxy.exact import TRAINING, divergence, emission_probabilities
 from proxy.network import ProxyNetwork
-from training.positions import Positions
+from proxy.positions import Positions
 
 Loss = Literal["dpo", "ipo", "kto", "simpo"]
 

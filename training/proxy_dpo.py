@@ -23,6 +23,7 @@ launch -m training.proxy_dpo ...`) each takes its share, and the result is that 
 
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,11 +35,12 @@ from tqdm import tqdm
 from judge.options import NonNegative, Positive, Seed
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, identify, resolve_model_dir, save
 from proxy.network import ProxyNetwork
+from proxy.positions import Positions
 from training import output
 from training.console import TrainingError, main_guard, read_options
 from training.data import RowOptions
 from training.direct import Fit, Row, Settings, sized_for
-from training.engines import EngineOptions, refuse_half_named_servers
+from training.engines import EngineOptions, make_engine, refuse_half_named_servers
 from training.machine import say
 from training.memory import MOST_TOKENS, responses_at_once
 from training.metrics import METRICS_FILES, Metrics
@@ -53,12 +55,14 @@ from training.models import (
 )
 from training.output import Run
 from training.policy import Decoding, default_config
-from training.positions import Cache, Positions
+from training.positions import Cache, Reader, read
 from training.preference_losses import Loss
 from training.preferences import Preferences, read_preferences, split
 from training.proxy_ppo import decoding_of
 from training.ranked_answers import SAMPLES, RankedAnswers
 from training.rewards import Frozen, reward_bytes
+from training.rollout_servers import Servers
+from training.rollout_vllm import Engine
 from training.sizes import sizes_of
 from training.updates import Prompt, read_prompts, start
 
@@ -181,7 +185,9 @@ class Trainer:
             use_logprob=options.use_logprob,
         )
         self.embeddings = self.model.get_input_embeddings().weight.detach()
-        self.cache = Cache(options.cache or options.output / POSITIONS, self.base, accelerator)
+        self.engine: Engine | Servers | None = None
+        kept_in = options.cache or options.output / POSITIONS
+        self.cache = Cache(kept_in, self.base, options.dtype, accelerator)
 
     def train(self, run: Run) -> None:
         """Read or sample the preferences, fit a proxy to them, and save it.
@@ -203,6 +209,8 @@ class Trainer:
         parts = self._parts(self._read(self.options.preferences, self.options.max_rows))
         tokens = (each.prompt + each.response for each in parts[0].responses)
         refuse_unknown(self.model, self.tokenizer, tokens)
+        longest = max(each.length for each in parts[0].responses)
+        self.engine = self._make_engine(longest, len(parts[0].responses))
         run.start()
         with self._metrics() as metrics:
             return self._fit(*parts, metrics)
@@ -218,10 +226,13 @@ class Trainer:
             self.end_ids,
             self.batch_size,
         )
-        answers = RankedAnswers(options, self.prompts, frozen, self.accelerator)
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        self.engine = self._make_engine(longest, len(self.prompts) * options.samples)
+        answers = RankedAnswers(options, self.prompts, frozen, self.engine, self.accelerator)
         run.start()
         network, row = None, Row()
-        with closing(answers), self._metrics() as metrics:
+        leaving = closing(self.engine) if isinstance(self.engine, Servers) else nullcontext()
+        with leaving, self._metrics() as metrics:
             for number in range(options.rounds):
                 answers.sample(number, network)
                 run.saved = f"round {number + 1} of {options.rounds}"
@@ -242,6 +253,18 @@ class Trainer:
         chats = Conversations(self.tokenizer)
         return read_preferences(source, chats, self.end_ids, longest, options, limit)
 
+    def _make_engine(self, longest: int, responses: int) -> Engine | Servers | None:
+        """What samples, and reads, in the place of transformers: prompts or responses of up to so many tokens."""
+        return make_engine(
+            self.options,
+            self.model,
+            self.base,
+            self.accelerator,
+            longest=longest + 1,  # what has been read has to be followed by a token
+            responses=responses,
+            batch_size=self.batch_size,
+        )
+
     def _metrics(self) -> Any:
         is_main = self.accelerator.is_main_process
         return Metrics(self.options.output) if is_main else nullcontext()
@@ -252,7 +275,10 @@ class Trainer:
         """The best proxy, and its figures."""
         options = self.options
         most = MOST_TOKENS[self.accelerator.device.type]
-        positions = self.cache.read(self.model, train.responses, self.config, most)
+        reader: Reader = partial(read, model=self.model, most=most)
+        if self.engine is not None:
+            reader = self.engine.read
+        positions = self.cache.read(train.responses, self.config, reader)
         describe(positions)
         sized = sized_for(len(train))
         width = options.width or sized.width
@@ -358,10 +384,6 @@ def refuse_mixed(options: Options) -> None:
         )
     if (options.prompts is None) != (options.reward is None):
         raise TrainingError("--prompts and --reward go together: the reward ranks the answers")
-    if options.prompts is None and options.rollout not in ("auto", "transformers"):
-        raise TrainingError(
-            f"--rollout {options.rollout} samples answers to --prompts, and there are none"
-        )
 
 
 def main(options: Options) -> None:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from proxy.network import ProxyNetwork
 from training.console import TrainingError
-from training.engines import make_engine
 from training.machine import say
 from training.online import refuse_bad_rewards
 from training.output import write_whole
@@ -26,6 +25,7 @@ from training.preferences import Collection, Preferences
 from training.rewards import Frozen, load_reward
 from training.rollout import generate
 from training.rollout_servers import Servers
+from training.rollout_vllm import Engine
 from training.updates import Prompt, samples_of
 
 SAMPLES = "samples"
@@ -36,34 +36,27 @@ class RankedAnswers:
     """Samples in rounds, each from the frozen LLM or from a proxy beside it; in each of several processes the same."""
 
     def __init__(
-        self, options: Any, prompts: Sequence[Prompt], frozen: Frozen, accelerator: Accelerator
+        self,
+        options: Any,
+        prompts: Sequence[Prompt],
+        frozen: Frozen,
+        engine: Engine | Servers | None,
+        accelerator: Accelerator,
     ) -> None:
         """
         Args:
             options: of `training.proxy_dpo`.
             prompts: what is answered.
             frozen: the LLM.
+            engine: what samples; None = transformers.
             accelerator: of this run's processes; each takes its share.
         """
         self._options, self._accelerator = options, accelerator
         self._prompts, self._frozen = prompts, frozen
         self._reward = load_reward(options.reward, frozen)
-        self._engine = make_engine(
-            options,
-            frozen.model,
-            frozen.base,
-            accelerator,
-            longest=max(len(prompt.ids) for prompt in prompts),
-            responses=len(prompts) * options.samples,
-            batch_size=frozen.batch_size,
-        )
+        self._engine = engine
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]
-
-    def close(self) -> None:
-        """Leave nothing behind on servers."""
-        if isinstance(self._engine, Servers):
-            self._engine.close()
 
     def sample(self, round_number: int, network: ProxyNetwork | None) -> None:
         """A round of answers, ranked with those of the rounds before; None = from the frozen LLM.

@@ -283,7 +283,7 @@ class ProxyReward:
         most = MOST_TOKENS[model.device.type]
         with nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter():
             plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-            positions = read(plain, responses, self.network.config, most)
+            positions = read(responses, self.network.config, model=plain, most=most)
             embeddings = plain.get_input_embeddings().weight
         owners = torch.arange(len(responses)).repeat_interleave(positions.counts)
         return score(self.network, embeddings, positions, owners).log_ratio.cpu()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -34,9 +35,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
-from proxy.network import ProxyNetwork
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.positions import Positions, joined
 from training.console import TrainingError
 from training.policy import Decoding
+from training.positions import Response
 from training.rollout import Counts, HeadInput, Rollout, pad_responses
 from training.servers import (
     PAUSES,
@@ -59,6 +62,9 @@ _PLAIN = {
     "frequency_penalty": 0.0,
     "return_token_ids": True,
 }
+
+
+_READ_AT_ONCE = 16  # responses in a request
 
 
 class _Published(NamedTuple):
@@ -172,6 +178,21 @@ class Servers:
         urls = published.urls if published else self._urls
         return asyncio.run(share_out(urls, bodies, ask, self._at_once))
 
+    def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
+        """The positions of given responses, as `training.positions.read` returns them, up to rounding.
+
+        Raises:
+            TrainingError: a server refuses something, or none is left.
+        """
+        names = ("temperature", "top_k", "top_p", "max_candidates")
+        nucleus = {name: getattr(config, name) for name in names}
+        bodies = [
+            {"responses": [each._asdict() for each in responses[i : i + _READ_AT_ONCE]]} | nucleus
+            for i in range(0, len(responses), _READ_AT_ONCE)
+        ]
+        at_once = max(1, self._at_once // _READ_AT_ONCE)
+        return joined(asyncio.run(share_out(self._urls, bodies, _ask_positions, at_once)))
+
     def close(self) -> None:
         """Unload the proxy and remove its directory; what of it cannot be done is said."""
         directory = self._root / self._name
@@ -274,6 +295,15 @@ class Servers:
                 rows, columns = (of[some] - start).to(device), positions[some].to(device)
                 found.append(head.states[rows, columns])
         return torch.cat(found)
+
+
+async def _ask_positions(http: httpx.AsyncClient, url: str, body: Any) -> Positions | Failure:
+    answer = await send(http, "POST", f"{url}/positions", body)
+    if isinstance(answer, Failure):
+        return answer
+    if not answer.is_success:
+        content(answer, url)  # which says why
+    return Positions(**safetensors.torch.load(answer.content))
 
 
 async def _ask_response(

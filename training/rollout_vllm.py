@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -20,10 +21,14 @@ from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
 from proxy.history import TRACED_REQUESTS
-from proxy.network import ProxyNetwork
-from proxy.request import WorkerAlignment
+from proxy.ledger import callers_id
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.positions import Positions
+from proxy.positions import joined as joined_positions
+from proxy.request import ReadRequest, WorkerAlignment
 from training.console import TrainingError
 from training.policy import Decoding
+from training.positions import Response
 from training.rollout import Counts, Rollout, joined
 from training.traces import decisions, refuse_untraceable, sampling
 
@@ -155,6 +160,20 @@ class Engine:
             self._call("take_reads")  # which would fill the memory
         return found
 
+    def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
+        """The positions of given responses, as `training.positions.read` returns them, up to rounding."""
+        found = []
+        for i in range(0, len(responses), TRACED_REQUESTS):
+            some = responses[i : i + TRACED_REQUESTS]
+            inputs = [{"prompt_token_ids": each.prompt + each.response} for each in some]
+            params = [_reading(len(each.prompt), config) for each in some]
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+            self._call("take_reads")  # which would fill the memory
+            ids = [output.request_id for output in outputs]
+            read = self._call("take_positions", ids)
+            found += [Positions(**safetensors.torch.load(read[one])) for one in ids]
+        return joined_positions(found)
+
     def _publish(self, network: ProxyNetwork) -> None:
         """Put these weights in the place of the last ones; their memory is free after the next step."""
         if self._version is not None:
@@ -193,8 +212,8 @@ class Engine:
         traces = self._call("take_traces", ids)
         counts = self._call("take_alignment_counts", ids).values()
         reads = self._call("take_reads")
-        by_callers_id = {_callers_id(req_id): req_id for req_id in traces}
-        req_ids = [by_callers_id[one] for one in ids]
+        bycallers_id = {callers_id(req_id): req_id for req_id in traces}
+        req_ids = [bycallers_id[one] for one in ids]
         responses = [list(output.outputs[0].token_ids) for output in outputs]
         in_order = [traces[req_id] for req_id in req_ids]
         assert [[entry["token_id"] for entry in trace] for trace in in_order] == responses
@@ -213,6 +232,26 @@ class Engine:
     def _call(self, method: str, *args: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=args)
         return answer
+
+
+def _reading(start: int, config: ProxyConfig) -> Any:
+    """Sampling parameters of a request that is read and says nothing."""
+    from vllm import SamplingParams
+
+    read = ReadRequest(
+        start=start,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_candidates=config.max_candidates,
+    )
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        detokenize=False,
+        skip_reading_prefix_cache=True,  # what is in the cache is not computed, nor seen
+        extra_args=WorkerAlignment(read=read, shadow=False).to_extra_args(),
+    )
 
 
 def _start(settings: dict[str, Any]) -> Any:
@@ -240,11 +279,6 @@ def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> i
     blocks = 1 + requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
     tokens = blocks * CPU_BLOCK_TOKENS
     return 2 * config.num_hidden_layers * heads * head_size * tokens * model.dtype.itemsize
-
-
-def _callers_id(req_id: str) -> str:
-    """The engine's own ids are the caller's and a suffix."""
-    return req_id.rsplit("-", 1)[0]
 
 
 def _hidden_at(reads: "Sequence[Read]", places: Sequence[Place]) -> Tensor:

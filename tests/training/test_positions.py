@@ -1,5 +1,7 @@
 """Positions of given responses: what the frozen LLM would have drawn from, and where it would have said the same."""
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from proxy.positions import Positions, nucleus_of
 from tests.training.models import PROMPTS, chat, frozen_of, save_model
 from training import positions
 from training.models import Conversations
-from training.policy import Decoding, Policy, default_config, nucleus_of
+from training.policy import Decoding, Policy, default_config
 from training.positions import Cache, Response, read
 from training.rewards import Frozen
 from training.rollout import HeadInput, generate
@@ -41,7 +44,7 @@ def sampled(frozen: Frozen) -> list[Response]:
 def test_positions_are_those_of_a_plain_forward(frozen: Frozen) -> None:
     responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
     outsider = Response(responses[0].prompt, [*responses[0].response[:2], 3])
-    found = read(frozen.model, [*responses, outsider], config, most=64)
+    found = read([*responses, outsider], config, model=frozen.model, most=64)
     assert found.outside.tolist() == [0] * len(responses) + [found.outside[-1]]
     for i, (prompt, response) in enumerate(responses):
         with HeadInput(frozen.model) as head:
@@ -66,7 +69,7 @@ def test_a_token_that_the_llm_would_not_say_is_outside(frozen: Frozen) -> None:
     config = default_config(frozen.model, **NUCLEUS | {"max_candidates": 2, "top_k": 2})
     with torch.no_grad():
         never = int(frozen.model(torch.tensor([prompt])).logits[0, -1].argmin())
-    found = read(frozen.model, [Response(prompt, [never, *response])], config, most=64)
+    found = read([Response(prompt, [never, *response])], config, model=frozen.model, most=64)
     assert found.outside.item() >= 1
     assert found.share_outside == found.outside.item() / (1 + len(response))
 
@@ -76,8 +79,9 @@ def test_what_was_read_is_not_read_again(
 ) -> None:
     responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
     monkeypatch.setattr(positions, "_PART", 4)  # three files
-    cache = Cache(tmp_path, frozen.base, Accelerator(cpu=True))
-    first = cache.read(frozen.model, responses, config, 64)
+    cache = Cache(tmp_path, frozen.base, "float32", Accelerator(cpu=True))
+    reader = partial(read, model=frozen.model, most=64)
+    first = cache.read(responses, config, reader)
     (directory,) = tmp_path.iterdir()
     files = sorted(directory.iterdir())
     assert len(files) == 3
@@ -85,15 +89,14 @@ def test_what_was_read_is_not_read_again(
     files[2].unlink()
     done = []
 
-    def counted(model: Any, some: list[Response], *more: Any) -> positions.Positions:
+    def counted(some: Sequence[Response], *more: Any) -> Positions:
         done.append(len(some))
-        return read(model, some, *more)
+        return reader(some, *more)
 
-    monkeypatch.setattr(positions, "read", counted)
-    again = cache.read(frozen.model, responses, config, 64)
+    again = cache.read(responses, config, counted)
     assert done == [4, 1]
     for one, other in zip(first, again, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     narrower = config.model_copy(update={"top_p": 0.5})
-    assert len(cache.read(frozen.model, responses, narrower, 64).slots) < len(first.slots)
+    assert len(cache.read(responses, narrower, reader).slots) < len(first.slots)
     assert len(list(tmp_path.iterdir())) == 2

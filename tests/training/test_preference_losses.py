@@ -8,8 +8,8 @@ import torch
 from proxy.acceptance import Candidates
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.positions import Positions
 from training.direct import balanced
-from training.positions import Positions
 from training.preference_losses import Scores, pair_losses, score, verdict_losses
 
 COUNTS = (3, 0, 5)  # positions of three responses

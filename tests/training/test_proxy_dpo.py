@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from proxy.checkpoint import identify, load
 from tests.training.conftest import done
 from tests.training.models import frozen_of
-from training import positions
+from training import proxy_dpo
 from training.console import TrainingError
 from training.metrics import read_metrics
 from training.models import load_model
@@ -154,7 +154,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(positions, "read", interrupt)
+        patch.setattr(proxy_dpo, "read", interrupt)
         with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* goes on with --resume"):
             main(chosen)
     monkeypatch.setattr(RankedAnswers, "_respond", interrupt)  # not sampled again
@@ -170,7 +170,6 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         ({"preferences": "x", "prompts": "y", "reward": E}, "one of the two"),
         ({"prompts": "x"}, "--prompts and --reward go together"),
         ({"preferences": "x", "reward": E}, "--prompts and --reward go together"),
-        ({"preferences": "x", "rollout": "vllm"}, "samples answers to --prompts"),
         ({"prompts": "PROMPTS", "reward": "my_reward:same", "max_rows": 4}, "the same score"),
         ({"prompts": "PROMPTS", "reward": "my_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
         ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),

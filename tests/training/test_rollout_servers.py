@@ -36,6 +36,7 @@ from tests.training.test_rollout_vllm import (
     DECODING,
     ENDS,
     PROMPTS,
+    assert_read_alike,
     assert_same,
     make_network,
 )
@@ -132,6 +133,31 @@ ANSWERED = "vllm:request_success_total{"
 def loaded_on(server: Server) -> list[tuple[str, str]]:
     found = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=WAIT_SECONDS).json()["data"]
     return [(proxy["name"], proxy["version"]) for proxy in found]
+
+
+def test_given_responses_are_read_as_transformers_read_them(servers: Servers) -> None:
+    assert_read_alike(servers.read, servers._frozen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": []}, "at least 1"),
+        ({"responses": [{"prompt": [5], "response": []}]}, "at least 1"),
+        ({"responses": [{"prompt": [5], "response": [10**6]}]}, "token 1000000, and the LLM has"),
+        ({"responses": [{"prompt": [5] * 10**4, "response": [5]}]}, "10001 tokens, and at most"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"max_candidates": 0}, "greater than 0"),
+    ],
+)
+def test_what_cannot_be_read(two: list[Server], change: dict[str, Any], message: str) -> None:
+    body = {"responses": [{"prompt": [5, 6], "response": [7]}]} | change
+    url = f"{two[0].url}/positions"
+    answer = httpx.post(url, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    keyed = {"Authorization": f"Bearer {API_KEY}"}
+    assert httpx.post(url, json=body, headers=keyed, timeout=WAIT_SECONDS).status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from proxy.network import ProxyNetwork
 from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
 from training.console import TrainingError
 from training.policy import Decoding, Policy, default_config
+from training.positions import Reader, Response, read
 from training.rollout import Rollout, generate
 from training.rollout_vllm import Engine
 from training.traces import asked
@@ -102,6 +103,34 @@ def test_a_rollout_is_that_of_transformers(
     assert len(lengths) > 3 and max(lengths) == 24
     assert ours.counts.rejected > 50
     assert ours.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
+
+
+def given_responses(model: PreTrainedModel, decoding: Decoding) -> list[Response]:
+    """Its own, and some that it would not write, which share a prompt that a cache would skip."""
+    own = generate(Policy(model), PROMPTS, decoding, end_ids=ENDS, seeds=count(0)).responses
+    responses = [Response(*pair) for pair in zip(PROMPTS, own, strict=True)]
+    return responses + [Response([*range(20, 52)], [i, *range(60, 70)]) for i in range(40, 60)]
+
+
+def assert_read_alike(read_there: Reader, model: PreTrainedModel) -> None:
+    decoding = Decoding(top_k=6, top_p=0.9, temperature=0.8, max_new_tokens=24)
+    nucleus = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "max_candidates": 6}
+    config, responses = default_config(model, **nucleus), given_responses(model, decoding)
+    ours, theirs = read_there(responses, config), read(responses, config, model=model, most=256)
+    own = len(PROMPTS)
+    assert theirs.outside[:own].sum() == 0 and theirs.outside[own:].sum() > 0
+    for name in ("counts", "tokens", "outside", "slots"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    inside = theirs.logprobs > -torch.inf
+    assert torch.equal(ours.token_ids[inside], theirs.token_ids[inside])
+    for name in ("hidden", "logprobs"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
+
+
+def test_given_responses_are_read_as_transformers_read_them(
+    engine: Engine, frozen: PreTrainedModel
+) -> None:
+    assert_read_alike(engine.read, frozen)
 
 
 def test_every_rollout_has_the_weights_of_its_moment(
