@@ -4,8 +4,9 @@ A method gains from a lower temperature as much as from training, and each from 
 temperature 1 alone says which method needs it least.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.proxy_rlhf.methods import (
     ranked_samples,
     reward_of,
 )
-from benchmarks.proxy_rlhf.speakers import World, answer, by_policy, grade
+from benchmarks.proxy_rlhf.speakers import Answers, World, answer, by_policy, grade
 from proxy.checkpoint import identify, load
 from training.models import load_model
 from training.policy import Decoding, Policy
@@ -62,21 +63,33 @@ def needs_of(method: str, seed: int) -> tuple[str, ...]:
 class Method:
     """A method of a seed in memory, ready to answer under any decoding."""
 
-    def __init__(self, setting: Setting, name: str, seed: int, split: str) -> None:
+    def __init__(
+        self, setting: Setting, name: str, seed: int, split: str, share: float = 1.0
+    ) -> None:
         self.setting, self.seed, self.split = setting, seed, split
-        self.world = open_world(setting, split)
+        world = open_world(setting, split)
+        count = math.ceil(share * len(world.prompts))
+        self.world = replace(world, texts=world.texts[:count], prompts=world.prompts[:count])
+        self.frozen = frozen_texts(setting, split, seed)[:count]
         self.policy = policy_of(setting, name, seed, self.world)
         self.reward = reward_of(setting, seed, self.world) if name == BEST_OF else None
 
+    def answers(self, decoding: Decoding) -> Answers:
+        world, key = self.world, noise("decodings", self.seed)
+        if self.reward is not None:
+            return best_of(
+                ranked_samples(world, self.policy, decoding, self.reward, SIZE, key), SIZE
+            )
+        return answer(world, key, by_policy(world, self.policy, decoding))
+
     def figures(self, decoding: Decoding) -> dict[str, Any]:
         """Of its answers; no divergence where these are chosen among samples."""
-        setting, world, seed = self.setting, self.world, self.seed
-        key = noise("decodings", seed)
+        answers = self.answers(decoding)
         if self.reward is not None:
-            samples = ranked_samples(world, self.policy, decoding, self.reward, SIZE, key)
-            return grade(world, best_of(samples, SIZE), frozen_texts(setting, self.split, seed))
-        answers = answer(world, key, by_policy(world, self.policy, decoding))
-        return graded(setting, world, answers, seed, self.policy, decoding, self.split)
+            return grade(self.world, answers, self.frozen)
+        return graded(
+            self.setting, self.world, answers, self.seed, self.policy, decoding, self.split
+        )
 
 
 def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
@@ -102,11 +115,14 @@ def best_job(method: str, seed: int) -> str:
 
 
 def make_search(method: str, seed: int) -> Job:
-    """Every decoding of the grid, on validation prompts."""
+    """Every decoding of the grid, on half of the validation prompts."""
 
     def run(setting: Setting, _: Any) -> dict[str, Any]:
-        tried = Method(setting, method, seed, "validation")
-        rows = [asdict(decoding) | tried.figures(decoding) for decoding in grid_of(method)]
+        tried = Method(setting, method, seed, "validation", share=0.5)
+        rows = [
+            asdict(decoding) | grade(tried.world, tried.answers(decoding), tried.frozen)
+            for decoding in grid_of(method)
+        ]
         return {"rows": rows}
 
     return Job(search_job(method, seed), run, needs_of(method, seed))
