@@ -7,6 +7,7 @@ One line a module, in the order in which they are read best. The law and the net
 - `network`    - the network that scores the candidates of a row.
 - `checkpoint` - a trained network on disk, tied to the LLM that it was trained for.
 - `request`    - what a request may ask of it.
+- `positions`  - where responses left a proxy a choice: what it is trained on directly.
 
 In the engine:
 
@@ -18,6 +19,7 @@ In the engine:
 - `registry`   - which proxies these are: names, versions, shadows.
 - `history`    - what became of aligned tokens, by request and by proxy.
 - `metrics`    - the same for Prometheus.
+- `reading`    - positions of given responses, kept as their prefill goes by.
 - `loop`       - the law on a CPU, compiled, one row after another.
 - `loop_rows`  - a plan's rows as that loop wants them.
 - `sampler`    - the hook in the place of the draw of vLLM's sampler.

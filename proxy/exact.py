@@ -94,8 +94,10 @@ def _clocks(rates: Tensor, accept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, 
     """At each of G times: P(not rung yet), P(rung and rejected), density of ringing × dt; [G, R, K] each."""
     slowest = rates[rates > 0].min().item()
     end = _PAST_LAST - math.log(slowest)
-    logs = torch.arange(grid.start, end + grid.step, grid.step, dtype=rates.dtype)
-    scaled = rates * logs.exp().to(rates.device)[:, None, None]
+    logs = torch.arange(
+        grid.start, end + grid.step, grid.step, dtype=rates.dtype, device=rates.device
+    )
+    scaled = rates * logs.exp()[:, None, None]
     later = (-scaled).exp()
     return later, (1 - accept) * -torch.expm1(-scaled), scaled * later * grid.step
 

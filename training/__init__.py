@@ -12,6 +12,7 @@ Commands, `python -m training.NAME`, in the order of a project:
 - `dpo`             - direct preference optimisation, a baseline.
 - `estimate`        - what training a proxy will take in memory and time.
 - `proxy_ppo`       - the proxy (Proxy-RLHF).
+- `proxy_dpo`       - the proxy straight from preferences.
 - `rlhf_ppo`        - full RLHF, a baseline.
 - `self_judge`      - self-training by the model's own judgment (SELF-JUDGE).
 - `evaluate`        - a proxy beside the frozen LLM, on held-out prompts.
@@ -25,12 +26,21 @@ Rollouts and learning from them:
 - `rollout_servers` - the same from running servers.
 - `servers`         - several servers asked at once, some of which may fail.
 - `traces`          - what rollouts in vLLM have in common.
+- `engines`         - which of these samples.
 - `rewards`         - scores of finished responses.
 - `judging`         - the judge on a model in this process.
 - `judges`          - who says which of two responses is better.
 - `ppo`             - the pieces of PPO, as pure functions.
 - `online`          - what the PPO commands share.
 - `updates`         - the loop around updates from own samples.
+
+Straight from preferences:
+
+- `preferences`       - what is preferred to what: pairs and single verdicts.
+- `ranked_answers`    - the same, of an LLM's own answers that a reward ranks.
+- `positions`         - hidden states and candidates of given responses, read once and kept.
+- `preference_losses` - DPO, IPO, SimPO and KTO, of what accept/reject sampling emits.
+- `direct`            - gradient steps.
 
 Data, models, runs:
 

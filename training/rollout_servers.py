@@ -269,6 +269,7 @@ class Servers:
                 f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
                 "lower --server-requests, or take its other clients away"
             )
+        _refuse_cut(url, body, response)
         return _Answer(response, trace, receipt)
 
     @torch.inference_mode()
@@ -310,7 +311,11 @@ async def _ask_response(
     version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> list[int] | Failure:
     found = await _completed(version, http, url, body)
-    return found if isinstance(found, Failure) else found["choices"][0]["token_ids"]
+    if isinstance(found, Failure):
+        return found
+    response = found["choices"][0]["token_ids"]
+    _refuse_cut(url, body, response)
+    return response
 
 
 async def _completed(
@@ -319,7 +324,7 @@ async def _completed(
     """A whole response, by this version of the proxy; None = by the frozen LLM.
 
     Raises:
-        TrainingError: the server refuses, or ends the response too early.
+        TrainingError: the server refuses.
     """
     answer = await send(http, "POST", f"{url}/v1/completions", body)
     if isinstance(answer, Failure):
@@ -330,13 +335,19 @@ async def _completed(
         return Failure(
             f"it answers with version {found['alignment']['version']}, and not {version}"
         )
-    response = found["choices"][0]["token_ids"]
+    return found
+
+
+def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
+    """
+    Raises:
+        TrainingError: the server has ended the response too early.
+    """
     if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
         raise TrainingError(
             f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
             f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
         )
-    return found
 
 
 def name_of(output: Path) -> str:

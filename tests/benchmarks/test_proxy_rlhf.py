@@ -13,7 +13,15 @@ from benchmarks.jobs import Job, run_all, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
 from benchmarks.proxy_rlhf.decodings import GRID
-from benchmarks.proxy_rlhf.plan import BEST_OF, REWARDS, SKAM, all_jobs
+from benchmarks.proxy_rlhf.plan import (
+    BEST_OF,
+    DIRECT_LOSSES,
+    DIRECT_PAIRS,
+    DIRECT_ROUNDS,
+    REWARDS,
+    SKAM,
+    all_jobs,
+)
 from benchmarks.proxy_rlhf.speakers import (
     RepeatingPolicy,
     World,
@@ -263,7 +271,9 @@ def test_the_report(tmp_path: Path) -> None:
         "| **Proxy-RLHF, one-pass**, implicit reward | 65.0% ± 2.1% | 60.0 70.0 | 70,000 (0.99%) | 60 | 100 |  "
         "| 2.00 ± 0.10 | 12.5 | 25.0% | 50.0% |"
     ) in table
-    assert table.count("65.0%") == 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
+    direct = 1 + len(DIRECT_PAIRS) + len(DIRECT_LOSSES) + len(DIRECT_ROUNDS) + 1
+    others = 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
+    assert table.count("65.0%") == direct + others
     assert "| DPO | learning rate 3e-05, β 0.5 | 60.0% ± 3.0% | 2.00 | 100 |" in searches
     assert "| one-pass proxy | 10 updates | 65.0% ± 2.1% | 2.00 | 201 |" in searches
     assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(

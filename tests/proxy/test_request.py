@@ -22,6 +22,7 @@ def test_round_trip_through_extra_args():
             "max_rejections": 3,
             "trace": True,
             "version": "0123456789ab",
+            "read": None,
             "shadow": True,
         }
     }

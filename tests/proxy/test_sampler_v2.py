@@ -698,7 +698,9 @@ def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypat
     step(worker, b=1)
     assert [served.name for served in worker._registry.pool.proxies] == ["one"]
     worker.execute_model(
-        dataclasses.replace(scheduled, scheduled_new_reqs=[SimpleNamespace(req_id="a")])
+        dataclasses.replace(
+            scheduled, scheduled_new_reqs=[SimpleNamespace(req_id="a", sampling_params=None)]
+        )
     )
     runner.add("a", params("one", seed=1))
     assert step(worker, a=3, b=1)[0] == before

@@ -37,13 +37,13 @@ def same(prompts, completions):
 def broken(prompts, completions):
     return [float("nan")] * len(completions)
 """
-E = "my_reward:with_the_most_e"
+E = "e_reward:with_the_most_e"
 
 
 @pytest.fixture
 def options(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
     """A short run, in this process."""
-    (tmp_path / "my_reward.py").write_text(REWARD)
+    (tmp_path / "e_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     usual = {
         "model": str(work / "base"),
@@ -150,7 +150,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
     chosen = options(prompts=str(work / "world/prompts.jsonl"), reward=E, samples=2, max_rows=6)
     main(unbroken := replace(chosen, output=chosen.output.parent / "unbroken"))
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -170,8 +170,8 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         ({"preferences": "x", "prompts": "y", "reward": E}, "one of the two"),
         ({"prompts": "x"}, "--prompts and --reward go together"),
         ({"preferences": "x", "reward": E}, "--prompts and --reward go together"),
-        ({"prompts": "PROMPTS", "reward": "my_reward:same", "max_rows": 4}, "the same score"),
-        ({"prompts": "PROMPTS", "reward": "my_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
+        ({"prompts": "PROMPTS", "reward": "e_reward:same", "max_rows": 4}, "the same score"),
+        ({"prompts": "PROMPTS", "reward": "e_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
         ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),
         ({"preferences": "PAIRS", "max_length": 5}, "no preference is within 5 tokens"),
         ({"preferences": "PAIRS", "decoding": Decoding(temperature=0)}, "0 draws nothing"),
