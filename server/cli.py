@@ -226,6 +226,11 @@ def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Che
 
 
 def check_server(args: Namespace) -> None:
+    if args.model_tag and args.model != args.model_tag:
+        raise Refused(
+            f"{args.model_tag!r} belongs to no flag: --proxy, --shadow and --judge take one value each, and may be "
+            "given several times"
+        )
     if not args.model:
         raise Refused("--model DIR is missing: a directory of Hugging Face files, or a hub id")
     if args.worker_cls is None:

@@ -171,6 +171,11 @@ def test_a_proxy_that_cannot_be(cli, capsys, flag, proxy, said):
     assert f"{flag} " in line
 
 
+def test_two_proxies_behind_one_flag(cli, capsys):
+    last = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", f"b={ALIGNED}")
+    assert f"'b={ALIGNED}' belongs to no flag" in last
+
+
 def test_two_proxies_of_one_name(cli, capsys):
     line = refused(
         cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"a={ALIGNED}"
