@@ -146,6 +146,11 @@ def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], token_ids[:, :count]
 
 
+def narrower(one: int, other: int) -> int:
+    """The smaller of two top-k, of which 0 is no limit."""
+    return min(one, other) if one and other else one or other
+
+
 def draw_noise(rows: int, max_candidates: int, device: torch.device | str) -> Tensor:
     """Standard exponentials [R, 2, K] for `decide`: the race at index 0, the coins at index 1."""
     noise = torch.empty(rows, 2, max_candidates, device=device, dtype=torch.float32)

@@ -41,8 +41,8 @@ class ProxyConfig(BaseModel):
     max_rejections: int = Field(8, ge=0)  # a request may ask for another number
     use_logprob: bool = True  # whether the candidate's log-probability is a feature
     accept_bias: float = Field(2.0, allow_inf_nan=False)  # accept logit at the start: 2 = 88 %
-    # The decoding that it was trained with. The nucleus is always that of this temperature, T0; top-k
-    # and top-p are those of requests, but for greedy ones, which have none.
+    # The decoding that it was trained with. The nucleus is always that of this temperature, T0, and never
+    # wider than this top-k and top-p, which are also those of greedy requests.
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     top_k: int = Field(0, ge=0)  # 0 = no limit but max_candidates
     top_p: float = Field(1.0, gt=0, le=1)

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proxy.acceptance import Candidates, Decision, decide, draw_noise, nucleus, seeded_noise
+from proxy.acceptance import (
+    Candidates,
+    Decision,
+    decide,
+    draw_noise,
+    narrower,
+    nucleus,
+    seeded_noise,
+)
 from proxy.network import Weights, accept_logits, score_alone, state_features
 from proxy.pool import ProxyPool, ServedProxy
 
@@ -75,10 +83,17 @@ class Assignment:
 
     @property
     def truncation(self) -> tuple[int, float]:
-        """Top-k and top-p; vLLM switches those of greedy requests off, and the proxy's take their place."""
-        if self.is_greedy and self.proxy is not None:
-            return self.proxy.config.top_k, self.proxy.config.top_p
-        return self.top_k, self.top_p
+        """Top-k and top-p of its nucleus: the request's, but never wider than the proxy was trained with.
+
+        What a proxy makes of candidates that training never showed it means nothing. A greedy
+        request has none of its own.
+        """
+        if self.proxy is None:
+            return self.top_k, self.top_p
+        config = self.proxy.config
+        if self.is_greedy:
+            return config.top_k, config.top_p
+        return narrower(self.top_k, config.top_k), min(self.top_p, config.top_p)
 
     @cached_property
     def packed(self) -> bytes:

@@ -15,6 +15,7 @@ from proxy.acceptance import (
     Candidates,
     Decision,
     decide,
+    narrower,
     nucleus,
     proposal_times,
     proposed_mask,
@@ -75,7 +76,7 @@ class Policy:
         """The nucleus of [N, V] logits: at most the proxy's K; without a proxy all that `decoding` leaves.
 
         A proxy's is that of the temperature it was trained at. As in vLLM, greedy rows have no top-k and no top-p of
-        their own: a proxy's are those of its training.
+        their own: a proxy's are those of its training, and others are never wider.
         """
         rows, vocab_size = logits.shape
         is_greedy, temperature = decoding.temperature == 0, decoding.temperature
@@ -84,6 +85,8 @@ class Policy:
             temperature = self.config.temperature
             if is_greedy:
                 top_k, top_p = self.config.top_k, self.config.top_p
+            else:
+                top_k, top_p = narrower(top_k, self.config.top_k), min(top_p, self.config.top_p)
         elif is_greedy:
             return nucleus(logits, 1)
         elif not top_k and top_p == 1:

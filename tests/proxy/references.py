@@ -115,6 +115,10 @@ def sorted_nucleus(logits: np.ndarray, setting: Setting) -> tuple[list[int], lis
     if is_greedy:
         limits = {"top_k": setting.trained_top_k, "top_p": setting.trained_top_p, "min_p": 0.0}
         setting = setting._replace(**limits)
+    else:  # never wider than that of the training
+        top_ks = [k for k in (setting.top_k, setting.trained_top_k) if k]
+        top_p = min(setting.top_p, setting.trained_top_p)
+        setting = setting._replace(top_k=min(top_ks, default=0), top_p=top_p)
     scaled = logits.astype(np.float64) / setting.trained_temperature
     probs = np.exp(scaled - scaled.max())
     order = np.argsort(-scaled, kind="stable")

@@ -1,16 +1,19 @@
 """Rows of any mix of proxies, each decided as if it were alone."""
 
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import proxy.rows
-from proxy.acceptance import Candidates, noise_key, seeded_noise
-from proxy.pool import ProxyPool
+from proxy.acceptance import Candidates, noise_key, nucleus, seeded_noise
+from proxy.network import ProxyConfig
+from proxy.pool import ProxyPool, ServedProxy
 from proxy.rows import AlignedRows, Assignment, Mixture
 from tests.proxy.proxies import H, Proxy, V, unlike_proxies
+from training.policy import Decoding, Policy
 
 CPU = torch.device("cpu")
 K = 12
@@ -136,6 +139,34 @@ def test_what_is_usual_takes_no_tensor(pool, proxies):
 def test_greedy_as_vllm_has_it(temperature, is_greedy, divisor):
     assignment = Assignment("r", temperature=temperature)
     assert (assignment.is_greedy, assignment.divisor) == (is_greedy, divisor)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "found"),
+    [
+        ((16, 0.9), (0, 1.0), (16, 0.9)),
+        ((16, 0.9), (20, 0.95), (16, 0.9)),
+        ((16, 0.9), (4, 0.5), (4, 0.5)),
+        ((0, 1.0), (4, 0.5), (4, 0.5)),
+        ((0, 1.0), (0, 1.0), (0, 1.0)),
+    ],
+)
+def test_a_request_narrows_its_proxys_nucleus_and_never_widens_it(trained, asked, found):
+    config = ProxyConfig(hidden_size=H, vocab_size=V, top_k=trained[0], top_p=trained[1])
+    served = ServedProxy("one", "0" * 12, config)
+    for temperature, expected in ((0.5, found), (0.0, trained)):
+        assignment = Assignment(
+            "r", served, temperature=temperature, top_k=asked[0], top_p=asked[1]
+        )
+        assert assignment.truncation == expected
+    assert Assignment("r", top_k=asked[0], top_p=asked[1]).truncation == asked
+    policy = SimpleNamespace(network=object(), config=config)
+    decoding = Decoding(temperature=0.5, top_k=asked[0], top_p=asked[1])
+    logits = torch.randn(5, V)
+    ours = Policy.candidates(policy, logits, decoding)
+    theirs = nucleus(logits, 16, torch.full((5,), found[0] or V), torch.full((5,), found[1]))
+    assert torch.equal(ours.token_ids, theirs.token_ids)
+    assert torch.equal(ours.logprobs, theirs.logprobs)
 
 
 def test_seeded_rows_draw_from_their_seeds_alone(pool, proxies):

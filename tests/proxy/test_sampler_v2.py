@@ -265,8 +265,8 @@ def by_the_law(
     network, config = NETWORKS[proxy], NETWORKS[proxy].config
     temperature = kwargs.get("temperature", 1.0)
     is_greedy = temperature == 0
-    if is_greedy:
-        kwargs = kwargs | {"top_p": config.top_p}
+    asked = 1.0 if is_greedy else kwargs.get("top_p", 1.0)
+    kwargs = kwargs | {"top_p": min(asked, config.top_p)}
     logits = logits.unsqueeze(0) / config.temperature
     if min_p := kwargs.get("min_p"):
         logits = logits.masked_fill(logits.softmax(-1) < min_p * logits.softmax(-1).max(), -np.inf)
@@ -274,7 +274,7 @@ def by_the_law(
         logits,
         config.max_candidates,
         torch.tensor([kwargs["top_k"]]) if "top_k" in kwargs else None,
-        torch.tensor([kwargs["top_p"]]) if "top_p" in kwargs else None,
+        torch.tensor([kwargs["top_p"]]),
     )
     table = network.candidate_table(EMBEDDINGS)[candidates.token_ids]
     key = torch.tensor([noise_key(kwargs.get("seed", 0))])
