@@ -146,6 +146,19 @@ def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], token_ids[:, :count]
 
 
+def nucleus_alike(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, max_candidates: int
+) -> Candidates:
+    """`nucleus`, of [R, V] logits that are all decoded alike; top-k 0 = off."""
+    rows, vocab_size = logits.shape
+    return nucleus(
+        logits.float() / temperature,
+        min(max_candidates, vocab_size),
+        torch.full((rows,), top_k or vocab_size, device=logits.device),
+        torch.full((rows,), top_p, device=logits.device),
+    )
+
+
 def narrower(one: int, other: int) -> int:
     """The smaller of two top-k, of which 0 is no limit."""
     return min(one, other) if one and other else one or other

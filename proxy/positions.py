@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxy.acceptance import Candidates, nucleus
+from proxy.acceptance import Candidates, nucleus_alike
 from proxy.network import ProxyConfig
 from proxy.request import ReadRequest
 
@@ -49,12 +49,8 @@ def joined(parts: Sequence[Positions]) -> Positions:
 
 def nucleus_of(logits: Tensor, config: ProxyConfig | ReadRequest) -> Candidates:
     """A proxy's nucleus of [R, V] logits under the decoding that it is trained with."""
-    rows, vocab_size = logits.shape
-    return nucleus(
-        logits.float() / config.temperature,
-        min(config.max_candidates, vocab_size),
-        torch.full((rows,), config.top_k or vocab_size, device=logits.device),
-        torch.full((rows,), config.top_p, device=logits.device),
+    return nucleus_alike(
+        logits, config.temperature, config.top_k, config.top_p, config.max_candidates
     )
 
 

@@ -17,6 +17,7 @@ from proxy.acceptance import (
     decide,
     narrower,
     nucleus,
+    nucleus_alike,
     proposal_times,
     proposed_mask,
 )
@@ -94,7 +95,7 @@ class Policy:
             tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
             return Candidates(tokens, (logits.float() / temperature).log_softmax(-1))
         most = self.config.max_candidates if self.network else (top_k or vocab_size) + _MAX_TIES
-        return _nucleus(logits, temperature, top_k, top_p, most)
+        return nucleus_alike(logits, temperature, top_k, top_p, most)
 
     def sharpness(self, decoding: Decoding) -> float:
         """The power of the nucleus' probabilities that candidates are proposed by; inf = greedy."""
@@ -155,16 +156,6 @@ class Policy:
             max_rejections=self.config.max_rejections,
             sharpness=self.sharpness(decoding),
         )
-
-
-def _nucleus(logits: Tensor, temperature: float, top_k: int, top_p: float, most: int) -> Candidates:
-    rows, vocab_size = logits.shape
-    return nucleus(
-        logits.float() / temperature,
-        min(most, vocab_size),
-        torch.full((rows,), top_k or vocab_size, device=logits.device),
-        torch.full((rows,), top_p, device=logits.device),
-    )
 
 
 def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
