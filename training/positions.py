@@ -114,7 +114,8 @@ class Cache:
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
         starts = range(0, len(responses), _PART)
         paths = [target / f"{i:05}.safetensors" for i in range(len(starts))]
-        missing = [i for i, path in enumerate(paths) if _load(path) is None]
+        found = [_load(path) for path in paths]
+        missing = [i for i, part in enumerate(found) if part is None]
         total = sum(len(responses[starts[i] : starts[i] + _PART]) for i in missing)
         self._accelerator.wait_for_everyone()  # all have seen the same
         with tqdm(total=total, unit="response", desc="hidden states", disable=index > 0) as bar:
@@ -124,7 +125,8 @@ class Cache:
                     _save(paths[i], reader(some, config))
                 bar.update(len(some))
         self._accelerator.wait_for_everyone()
-        found = [_load(path) for path in paths]
+        for i in missing:
+            found[i] = _load(paths[i])
         return joined([part for part in found if part is not None])
 
     def _key(self, responses: Sequence[Response], config: ProxyConfig) -> str:
