@@ -45,9 +45,9 @@ TRAINED = {
     "direct proxy": "direct-all",
     "direct proxy, then PPO": "proxy-from-direct",
 }
+"""The jobs that train the methods."""
 PROXIES = {"one-pass proxy": "", "direct proxy": "proxy", "direct proxy, then PPO": ""}
 """Where below the job's directory the proxy is."""
-"""The jobs that train the methods."""
 METHODS = ("frozen LLM", BEST_OF, *TRAINED)
 
 
