@@ -19,6 +19,13 @@ from proxy.request import ReadRequest, alignment_of
 
 MOST_BYTES = 2**28
 """Of positions that nobody has asked for yet; beyond it the oldest are forgotten."""
+PREFILL = {
+    "max_tokens": 1,
+    "temperature": 0.0,
+    "detokenize": False,
+    "skip_reading_prefix_cache": True,  # what is in the cache is not computed, nor seen
+}
+"""vLLM's sampling parameters of a request that is read and says nothing."""
 _ROWS = 256  # whose logits are computed at once
 
 

@@ -39,6 +39,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds, random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from proxy.reading import PREFILL
 from proxy.request import EXTRA_ARGS_KEY, ReadRequest, WorkerAlignment
 
 __all__ = [
@@ -153,13 +154,7 @@ async def read_text(
 async def read_response(engine: EngineClient, token_ids: list[int], read: ReadRequest) -> str:
     """Have the workers read the response at the end of a prompt; returns the id to take it by."""
     alignment = WorkerAlignment(read=read, shadow=False)
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        detokenize=False,
-        skip_reading_prefix_cache=True,  # what is in the cache is not computed, nor seen
-        extra_args=OwnExtraArgs(alignment.to_extra_args()),
-    )
+    params = SamplingParams(**PREFILL, extra_args=OwnExtraArgs(alignment.to_extra_args()))
     request_id = f"positions-{random_uuid()}"
     async with aclosing(engine.generate(tokens_input(token_ids), params, request_id)) as outputs:
         async for _ in outputs:

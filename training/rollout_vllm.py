@@ -25,6 +25,7 @@ from proxy.ledger import callers_id
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from proxy.positions import joined as joined_positions
+from proxy.reading import PREFILL
 from proxy.request import ReadRequest, WorkerAlignment
 from training.console import TrainingError
 from training.policy import Decoding
@@ -245,13 +246,8 @@ def _reading(start: int, config: ProxyConfig) -> Any:
         top_p=config.top_p,
         max_candidates=config.max_candidates,
     )
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        detokenize=False,
-        skip_reading_prefix_cache=True,  # what is in the cache is not computed, nor seen
-        extra_args=WorkerAlignment(read=read, shadow=False).to_extra_args(),
-    )
+    alignment = WorkerAlignment(read=read, shadow=False)
+    return SamplingParams(**PREFILL, extra_args=alignment.to_extra_args())
 
 
 def _start(settings: dict[str, Any]) -> Any:
