@@ -30,20 +30,20 @@ class Collection:
 
     def __init__(self) -> None:
         self._indices: dict[Hashable, int] = {}
-        self.found = Preferences([], [], [])
+        self.preferences = Preferences([], [], [])
 
     def index(self, response: Response) -> int:
         key = (tuple(response.prompt), tuple(response.response))
         if key not in self._indices:
-            self._indices[key] = len(self.found.responses)
-            self.found.responses.append(response)
+            self._indices[key] = len(self.preferences.responses)
+            self.preferences.responses.append(response)
         return self._indices[key]
 
     def add_pair(self, better: Response, worse: Response) -> None:
-        self.found.pairs.append((self.index(better), self.index(worse)))
+        self.preferences.pairs.append((self.index(better), self.index(worse)))
 
     def add_verdict(self, response: Response, *, is_good: bool) -> None:
-        self.found.verdicts.append((self.index(response), is_good))
+        self.preferences.verdicts.append((self.index(response), is_good))
 
 
 def read_preferences(
@@ -80,11 +80,11 @@ def read_preferences(
             found.add_verdict(*responses, is_good=bool(row["label"]))
     if left_out:
         print(f"{source}: left out {left_out} preferences over {longest} tokens")
-    if not len(found.found):
+    if not len(found.preferences):
         raise TrainingError(
             f"{source}: no preference is within {longest} tokens: --max-length, or the model's own"
         )
-    return found.found
+    return found.preferences
 
 
 def _response(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:

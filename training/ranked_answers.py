@@ -94,11 +94,11 @@ class RankedAnswers:
         for answers, rewards in zip(self._answers, self._rewards, strict=True):
             for better, worse in rank(answers, rewards):
                 found.add_pair(answers[better], answers[worse])
-        if not found.found.pairs:
+        if not found.preferences.pairs:
             raise TrainingError(
                 "the reward gives all answers to a prompt the same score: there is nothing to learn"
             )
-        return found.found
+        return found.preferences
 
     def _rows(
         self, path: Path, indices: Sequence[int], round_number: int, network: ProxyNetwork | None

@@ -208,8 +208,8 @@ def test_a_prompt_is_on_one_side_of_a_split() -> None:
         for _ in range(3):
             found.add_pair(Response([prompt], [1]), Response([prompt], [2]))
         found.add_verdict(Response([prompt], [1]), is_good=True)
-    assert len(found.found.responses) == 20
-    train, held_out = split(found.found, 7, seed=0)
+    assert len(found.preferences.responses) == 20
+    train, held_out = split(found.preferences, 7, seed=0)
     assert (len(train), len(held_out)) == (32, 8)
 
     def prompts(part: Any) -> set[int]:
