@@ -90,7 +90,7 @@ def read_rows(
 def _fields_of(row: Row) -> tuple[str, ...]:
     if row.get("messages") is not None:
         return ("messages",)
-    if row.get("completion") is not None:
+    if row.get("completion") is not None and row.get("label") is not None:
         return VERDICT
     return PAIR if row.get("chosen") is not None else ("prompt",)
 

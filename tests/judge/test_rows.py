@@ -136,6 +136,7 @@ PROMPT = ("prompt",)
         ((), {"messages": [USER, SAYS], "chosen": 5}),
         ((), GOOD),
         (VERDICT, {"prompt": "Hi", "completion": "Hello!", "label": True}),
+        ((), {"prompt": "Hi", "completion": "Hello!"}),  # a prompt, whatever stands beside it
         ((), {"prompt": [USER], "completion": [{**SAYS, "content": ""}], "label": False}),
         ((), {"prompt": "Hi", "messages": None}),
     ],
