@@ -19,11 +19,14 @@ from sqlalchemy import (
     Float,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     Text,
     create_engine,
+    delete,
     event,
+    func,
     insert,
     inspect,
     select,
@@ -53,6 +56,7 @@ preferences = Table(
     Column("confidence", Float),  # of a judge: probability that `chosen` is better
     Column("chosen_calls", JSON(none_as_null=True)),  # of tools
     Column("rejected_calls", JSON(none_as_null=True)),
+    Column("caller", String(200)),  # who chose, or whose request was judged
 )
 answers = Table(
     "answers",
@@ -62,7 +66,7 @@ answers = Table(
     Column("request_id", String(200), nullable=False, index=True),  # made by the server
     Column("prompt", JSON, nullable=False),
     Column("responses", JSON, nullable=False),  # messages, by index
-    Column("caller", String(200)),  # the name of whose key it was
+    Column("caller", String(200)),  # whose request it was
 )
 
 
@@ -83,6 +87,8 @@ class Preference:
     chosen_calls: Calls | None = None
     """Of tools, where the response is not a text alone."""
     rejected_calls: Calls | None = None
+    caller: str | None = None
+    """Who chose, or whose request was judged; None = of an earlier version."""
 
     def as_row(self) -> Row:
         """As preference data, in the form that training reads.
@@ -100,6 +106,9 @@ class Preference:
         return check_row(read)
 
 
+_COLUMNS = [preferences.c.id, *(preferences.c[field.name] for field in fields(Preference))]
+
+
 class Feedback:
     """The database. Its methods block: call them from a thread of their own.
 
@@ -112,6 +121,7 @@ class Feedback:
     """
 
     def __init__(self, url: str, *, create: bool = True) -> None:
+        self.url = url
         try:
             self.engine = _open(url, create)
             if create:
@@ -138,6 +148,7 @@ class Feedback:
                 "confidence": row.confidence,
                 "chosen_calls": row.chosen_calls,
                 "rejected_calls": row.rejected_calls,
+                "caller": row.caller,
             }
             for row in rows
         ]
@@ -163,12 +174,8 @@ class Feedback:
         query = select(answers.c.prompt, answers.c.responses).where(
             answers.c.request_id == request_id, answers.c.caller == caller
         )
-        try:
-            with self.engine.connect() as connection:
-                row = connection.execute(query).first()
-        except SQLAlchemyError as error:
-            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
-        return (row.prompt, row.responses) if row else None
+        rows = self._select(query.limit(1))
+        return (rows[0].prompt, rows[0].responses) if rows else None
 
     def rows(self) -> Iterator[Preference]:
         """All preferences, the oldest first.
@@ -176,16 +183,78 @@ class Feedback:
         Raises:
             FeedbackError: they could not be read.
         """
-        columns = [preferences.c[field.name] for field in fields(Preference)]
+        for _, row in self._read(select(*_COLUMNS).order_by(preferences.c.id)):
+            yield row
+
+    def newest(
+        self, count: int, sources: Sequence[Source], caller: str | None = None
+    ) -> list[tuple[int, Preference]]:
+        """The last so many preferences of these sources and their ids, the newest first.
+
+        Args:
+            caller: only theirs; None = everybody's.
+
+        Raises:
+            FeedbackError: they could not be read.
+        """
+        query = select(*_COLUMNS).where(preferences.c.source.in_(sources))
+        if caller is not None:
+            query = query.where(preferences.c.caller == caller)
+        return list(self._read(query.order_by(preferences.c.id.desc()).limit(count)))
+
+    def last_id(self) -> int:
+        """Of the newest preference; 0 = there is none.
+
+        Raises:
+            FeedbackError: it could not be read.
+        """
+        return self._select(select(func.max(preferences.c.id)))[0][0] or 0
+
+    def counts(self) -> dict[tuple[Source, str | None], int]:
+        """How many preferences there are of each source and caller.
+
+        Raises:
+            FeedbackError: they could not be read.
+        """
+        by = preferences.c.source, preferences.c.caller
+        rows = self._select(select(*by, func.count()).group_by(*by))
+        return {(source, caller): count for source, caller, count in rows}
+
+    def forget(self, caller: str) -> dict[str, int]:
+        """Delete a caller's preferences and answers, and say how many they were.
+
+        Raises:
+            FeedbackError: nothing was deleted.
+        """
         try:
-            with self.engine.connect() as connection:
-                for row in connection.execute(select(*columns).order_by(preferences.c.id)):
-                    yield Preference(*row)
-        except (SQLAlchemyError, ValueError) as error:  # ValueError: what should be JSON is none
-            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
+            with self.engine.begin() as connection:
+                return {
+                    table.name: connection.execute(
+                        delete(table).where(table.c.caller == caller)
+                    ).rowcount
+                    for table in (preferences, answers)
+                }
+        except SQLAlchemyError as error:
+            raise FeedbackError(f"feedback could not be deleted: {_cause(error)}") from None
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _read(self, query: Select[Any]) -> Iterator[tuple[int, Preference]]:
+        """Ids and preferences of a query of `_COLUMNS`."""
+        try:
+            with self.engine.connect() as connection:
+                for number, *row in connection.execute(query):
+                    yield number, Preference(*row)
+        except (SQLAlchemyError, ValueError) as error:  # ValueError: what should be JSON is none
+            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
+
+    def _select(self, query: Select[Any]) -> Sequence[Any]:
+        try:
+            with self.engine.connect() as connection:
+                return connection.execute(query).all()
+        except SQLAlchemyError as error:
+            raise FeedbackError(f"feedback could not be read: {_cause(error)}") from None
 
     def _write(self, table: Table, values: list[dict[str, Any]]) -> None:
         if not values:

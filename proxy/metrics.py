@@ -51,8 +51,10 @@ def _counters() -> _Counters:
 
 
 def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) -> None:
-    """Add what one proxy did since the last call."""
+    """Add what one proxy did since the last call. All keys' own proxies of a name count as one."""
     counters = _counters()
+    proxy, owner, _ = proxy.partition("/")
+    version = "own" if owner else version
     counters.tokens.labels(proxy, version).inc(tokens)
     counters.proposed.labels(proxy, version).inc(proposed)
     counters.rejected.labels(proxy, version).inc(proposed - (tokens - forced))

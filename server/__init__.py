@@ -22,10 +22,13 @@
 - `judging`     - POST /judge and /judge/rank.
 - `judges`      - the judges as clients of the engine that answers.
 - `calibration` - how far the judge can be trusted, watched.
-- `feedback`    - POST /feedback: what people chose.
+- `feedback`    - POST /feedback: what people chose; DELETE: forget it.
 - `keeper`      - keeps it in the database behind the server's back.
+- `learning`    - proxies that are learned of it while serving.
+- `learned_proxy` - one of them.
+- `learner`     - the process that does so, as the server sees it.
 - `listing`     - GET /v1/models.
-- `managing`    - GET, POST and DELETE /proxies.
+- `managing`    - GET, POST and DELETE /proxies, and POST /proxies/NAME/learn.
 - `positions`   - POST /positions: given responses, read for a training elsewhere.
 - `remembered`  - what was loaded over HTTP, for a restart and for other servers.
 - `request_log` - one line of JSON a request.

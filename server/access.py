@@ -99,8 +99,12 @@ class Caller:
     """Whoever holds a key, or anybody where there is none."""
 
     name: str
+    """For logs and errors."""
     limits: Limits
     admin: bool = False
+    identity: str = "anybody"
+    """By which what is kept of a caller is known: the name that the file gives, or a hash of the key, since the
+    numbers of keys without a name change with the list of them."""
     _left: float = field(init=False)
     _at: float = field(init=False)
 
@@ -150,19 +154,25 @@ def read_access(
     stated = _parse(file) if file is not None else AccessFile()
     callers: dict[bytes, Caller] = {}
 
-    def add(name: str, digest: bytes, limits: Limits, admin: bool) -> None:
+    def add(digest: bytes, caller: Caller) -> None:
         if digest in callers:
-            raise AccessError(f"{name} and {callers[digest].name} are the same key")
-        callers[digest] = Caller(name, limits, admin)
+            raise AccessError(f"{caller.name} and {callers[digest].name} are the same key")
+        callers[digest] = caller
+
+    def add_unnamed(name: str, secret: str, admin: bool) -> None:
+        digest = _digest(secret)
+        identity = f"key {hashlib.sha256(digest).hexdigest()[:16]}"
+        add(digest, Caller(name, stated.default, admin, identity))
 
     for name, key in stated.keys.items():
         own = key.model_dump(include=set(Limits.model_fields) & key.model_fields_set)
-        add(name, key.digest(environment), stated.default.model_copy(update=own), key.admin)
+        limits = stated.default.model_copy(update=own)
+        add(key.digest(environment), Caller(name, limits, key.admin, name))
     for variable, admin in ((ADMIN_KEYS, True), (API_KEYS, False)):
         for i, secret in enumerate(environment.pop(variable, "").replace(",", " ").split(), 1):
-            add(f"{variable} {i}", _digest(secret), stated.default, admin)
+            add_unnamed(f"{variable} {i}", secret, admin)
     for i, secret in enumerate(api_keys, 1):
-        add(f"--api-key {i}", _digest(secret), stated.default, admin=False)
+        add_unnamed(f"--api-key {i}", secret, admin=False)
     return Access(callers, Caller("anybody", stated.default, admin=True))
 
 

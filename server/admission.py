@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
-from server.access import Limits
+from server.access import Caller, Limits
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
-from server.proxies import LoadedProxy, Proxies
+from server.proxies import OWNER, LoadedProxy
 from server.receipts import BySample
 from server.schemas import AlignmentOptions, JudgeOptions
 from server.state import Served
@@ -88,7 +88,18 @@ class Plan:
         return found
 
 
-def admit(path: str, body: dict[str, Any], state: Served, limits: Limits) -> Plan:
+async def wake(body: dict[str, Any], state: Served, caller: Caller) -> None:
+    """Have the proxy that a request names loaded, if it is the caller's own."""
+    if state.learning is None:
+        return
+    options = body.get(EXTRA_ARGS_KEY)
+    name = options.get("proxy") if isinstance(options, dict) else None
+    name = name or split_model_name(body.get("model"), state.models)[1]
+    if isinstance(name, str):
+        await state.learning.wake(name, caller)
+
+
+def admit(path: str, body: dict[str, Any], state: Served, caller: Caller) -> Plan:
     """Resolve names, pin the proxy's version, and refuse what cannot be. Changes `body`.
 
     The caller unpins what the plan has pinned.
@@ -112,16 +123,16 @@ def admit(path: str, body: dict[str, Any], state: Served, limits: Limits) -> Pla
         )
     given = options or AlignmentOptions.model_validate({})
     name = given.proxy or named
-    pinned = find(name, state.proxies) if name is not None else None
+    pinned = find(name, state, caller) if name is not None else None
     _check(path, body, given, name)
-    _check_limits(body, given, limits)
+    _check_limits(body, given, caller.limits)
     if path in COUNTING:
         pinned = None
     plan = Plan(
         asked_model=asked if model and is_served(model, state.models) else None,
         alignment=given.for_worker(pinned.name, pinned.version) if pinned is not None else None,
         pinned=pinned,
-        limits=limits,
+        limits=caller.limits,
         wants_receipt=name is not None or options is not None,
         best_of=given.best_of,
         judge=given.judge or JudgeOptions.model_validate({}),
@@ -133,16 +144,27 @@ def admit(path: str, body: dict[str, Any], state: Served, limits: Limits) -> Pla
     return plan
 
 
-def find(name: str, proxies: Proxies) -> LoadedProxy:
-    """What a name stands for, if it may speak."""
-    proxy = proxies.bound(name)
+def find(name: str, state: Served, caller: Caller) -> LoadedProxy | None:
+    """What a name stands for to a caller, if it may speak; None = it is to be learned yet: the frozen LLM speaks."""
+    is_learned = state.learning is not None and name in state.learning.names()
+    if state.learning is not None and is_learned:
+        proxy = state.learning.find(name, caller)
+    else:
+        proxy = state.proxies.bound(name) if OWNER not in name else None
     if proxy is None:
-        raise VLLMNotFoundError(
-            f"The proxy {name!r} is not loaded. Loaded are: {', '.join(proxies.names()) or 'none'}."
-        )
+        if is_learned:
+            return None
+        loaded = ", ".join(names(state)) or "none"
+        raise VLLMNotFoundError(f"The proxy {name!r} is not loaded. Loaded are: {loaded}.")
     if proxy.state == "shadow":
         _refuse("alignment.proxy", f"{name!r} is a shadow: it scores what is said and never acts")
     return proxy
+
+
+def names(state: Served) -> list[str]:
+    """The proxies that a request may ask for."""
+    learned = state.learning.names() if state.learning is not None else []
+    return [*dict.fromkeys([*state.proxies.names(), *learned])]
 
 
 def is_served(name: str, models: OpenAIServingModels) -> bool:

@@ -51,7 +51,7 @@ async def receipt(plan: Plan) -> dict[str, Any]:
     """The proxy, the version that the request was pinned to, and what it did, over all choices."""
     if plan.pinned is None:
         return {"proxy": None, "version": None} | dict.fromkeys(COUNTS, 0)
-    named = {"proxy": plan.pinned.name, "version": plan.pinned.version}
+    named = {"proxy": plan.pinned.shown_name, "version": plan.pinned.version}
     return named if plan.take_counts is None else named | sum_counts(await plan.all_counts())
 
 

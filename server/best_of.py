@@ -18,6 +18,7 @@ from judge.prompts import Question
 from judge.tournament import Pair, play
 from judge.verdict import Ruling
 from server import metrics
+from server.access import CALLER
 from server.admission import Plan
 from server.answers import Answer, add_receipt
 from server.engine import (
@@ -82,7 +83,9 @@ async def best_of(
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
         nonlocal compared
         questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
-        rulings = await state.judges.compare(judge, questions, principles)
+        rulings = await state.judges.compare(
+            judge, questions, principles, raw_request.scope[CALLER]
+        )
         compared += len(pairs)
         report(finished[0], {"stage": "judging", "done": compared})
         return rulings

@@ -58,7 +58,7 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request) -> 
             best = await best_of(request, plan, state, raw_request)
             answer = await add_receipt(best, plan, state)
     if state.keeper is not None and (request.n or 1) > 1:
-        answer = remember(state.keeper, request, answer, raw_request.scope[CALLER].name)
+        answer = remember(state.keeper, request, answer, raw_request.scope[CALLER].identity)
     return respond(answer, raw_request)
 
 

@@ -6,6 +6,7 @@ shows only after the LLM has been loaded costs minutes.
 
 import argparse
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -23,11 +24,12 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
-from judge.feedback import Feedback, FeedbackError
+from judge.feedback import SOURCES, Feedback, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import BaseModelId, ProxyError, identify, load
 from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
+from server.learned_proxy import Spec
 from server.plugin import AssentPlugin, install
 from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
 from server.request_log import write_to_stdout
@@ -61,6 +63,7 @@ def serve(argv: Sequence[str]) -> None:
     try:
         check_server(args)
         proxies = parse_proxies(args.proxy, args.shadow)
+        specs = parse_learn(args, proxies)
         base = check_checkpoints(args, proxies)
         adapters = check_judges(args, base)
         principles = find_principles(args, adapters)
@@ -70,6 +73,7 @@ def serve(argv: Sequence[str]) -> None:
         print(f"python -m server: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     prefer_settings(args)
+    log_as_vllm()
     if args.request_log:
         write_to_stdout()
     plugin = AssentPlugin(
@@ -83,11 +87,21 @@ def serve(argv: Sequence[str]) -> None:
         principles=principles,
         adapters=adapters,
         feedback=feedback,
+        learn=specs,
     )
     install(plugin)
     uvloop.run(run_server(args))
     if plugin.engine_died:  # vLLM ends as if all were well, and no supervisor would start it again
         raise SystemExit(1)
+
+
+def log_as_vllm() -> None:
+    """Have our messages where vLLM's go, and as detailed."""
+    vllms = logging.getLogger("vllm")
+    for name in ("server", "proxy"):
+        ours = logging.getLogger(name)
+        ours.handlers, ours.propagate = vllms.handlers, False
+        ours.setLevel(vllms.level)
 
 
 async def run_server(args: Namespace) -> None:
@@ -145,6 +159,14 @@ def parse(argv: Sequence[str]) -> Namespace:
         "SQLite file, or any URL of SQLAlchemy's. `python -m training.export` makes training data of them.",
     )
     parser.add_argument(
+        "--learn",
+        action="append",
+        metavar="NAME=FROM",
+        help="Learn a proxy while serving, and serve it under NAME as soon as it is better. FROM is `person` (people's "
+        "choices), `judge` (the judge's verdicts), both with a comma between, or `own`: one for each key, of its own "
+        "choices. With `,shadow` it only scores. Needs --feedback and --proxy-root. May be repeated.",
+    )
+    parser.add_argument(
         "--access",
         type=Path,
         metavar="FILE",
@@ -180,6 +202,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         proxy=[],
         shadow=[],
         judge=[],
+        learn=[],
         model=None,
         host="127.0.0.1",
         worker_cls=_worker_class(),
@@ -190,11 +213,13 @@ def parse(argv: Sequence[str]) -> Namespace:
     own.add_argument("--proxy", action="append", default=[])
     own.add_argument("--shadow", action="append", default=[])
     own.add_argument("--judge", action="append", default=[], type=Path)
+    own.add_argument("--learn", action="append", default=[])
     ours, theirs = own.parse_known_args(argv)
     args = parser.parse_args(theirs)
     args.proxy = [*args.proxy, *ours.proxy]  # those of a --config file first
     args.shadow = [*args.shadow, *ours.shadow]
     args.judge = [*args.judge, *ours.judge]
+    args.learn = [*args.learn, *ours.learn]
     args.model = args.model or args.model_tag
     for name in PATHS:
         value = getattr(args, name)
@@ -225,11 +250,49 @@ def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Che
     return list(proxies.values())
 
 
+def parse_learn(args: Namespace, proxies: Sequence[Checkpoint]) -> list[Spec]:
+    """The NAME=FROM of --learn, whose names may be those of proxies: what is learned takes their place."""
+    specs: dict[str, Spec] = {}
+    shadows = {proxy.name: proxy.shadow for proxy in proxies}
+    for entry in args.learn:
+        name, equals, sources = entry.partition("=")
+        parts = sources.split(",")
+        shadow = "shadow" in parts
+        kinds = tuple(dict.fromkeys(part for part in parts if part != "shadow"))
+        if not PROXY_NAME.fullmatch(name) or name in specs:
+            reason = (
+                "is given twice" if name in specs else "may only have letters, digits and . _ -"
+            )
+            raise Refused(f"--learn {entry!r}: the name {name!r} {reason}")
+        if not equals or not kinds or not {*kinds} <= {*SOURCES, "own"}:
+            raise Refused(
+                f"--learn {entry!r}: expected NAME=FROM, with FROM of person, judge, person,judge or own"
+            )
+        own = "own" in kinds
+        if own and (len(kinds) > 1 or shadow):
+            raise Refused(f"--learn {entry!r}: own stands alone")
+        if name in shadows and (own or shadow != shadows[name]):
+            reason = "each key has its own" if own else "one of both is a shadow"
+            raise Refused(
+                f"--learn {entry!r}: {name!r} is a proxy that is loaded already: {reason}"
+            )
+        check_name(name, served_names(args))
+        specs[name] = Spec(name, ("person",) if own else kinds, own=own, shadow=shadow)
+    missing = [
+        f"--{flag}"
+        for flag in ("feedback", "proxy-root")
+        if not getattr(args, flag.replace("-", "_"))
+    ]
+    if specs and missing:
+        raise Refused(f"--learn needs {' and '.join(missing)}: where verdicts and proxies are kept")
+    return list(specs.values())
+
+
 def check_server(args: Namespace) -> None:
     if args.model_tag and args.model != args.model_tag:
         raise Refused(
-            f"{args.model_tag!r} belongs to no flag: --proxy, --shadow and --judge take one value each, and may be "
-            "given several times"
+            f"{args.model_tag!r} belongs to no flag: --proxy, --shadow, --judge and --learn take one value each, "
+            "and may be given several times"
         )
     if not args.model:
         raise Refused("--model DIR is missing: a directory of Hugging Face files, or a hub id")
@@ -263,21 +326,27 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
         check_model_files(Path(args.model))
     if args.proxy_root is not None:
         args.proxy_root = args.proxy_root.absolute()
+        if args.learn:  # what is to be written there needs a place
+            args.proxy_root.mkdir(parents=True, exist_ok=True)
         if not args.proxy_root.is_dir():
             raise Refused(f"--proxy-root {args.proxy_root}: there is no such directory")
     is_needed = bool(proxies or args.judge or args.proxy_root is not None)
     if not is_needed and not any(Path(args.model).glob("*.safetensors")):
         return None
     base = identify(args.model, args.revision, cache_dir=args.download_dir)
-    models = {*(args.served_model_name or [args.model])}
-    models |= {adapter.name for adapter in args.lora_modules or ()}
     for proxy in proxies:
         flag = "--shadow" if proxy.shadow else "--proxy"
         if not proxy.directory.is_dir():
             raise Refused(f"{flag} {proxy.name}={proxy.directory}: there is no such directory")
-        check_name(proxy.name, models)
+        check_name(proxy.name, served_names(args))
         load(proxy.directory, base=base)
     return base
+
+
+def served_names(args: Namespace) -> set[str]:
+    """Of the LLM and its adapters."""
+    adapters = {adapter.name for adapter in args.lora_modules or ()}
+    return {*(args.served_model_name or [args.model])} | adapters
 
 
 def check_model_files(directory: Path) -> None:

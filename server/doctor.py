@@ -66,6 +66,12 @@ def examine(args: Namespace) -> Iterator[Finding]:
     if base is None:
         return
     yield from _proxies(args, base)
+    if args.learn:
+
+        def check() -> None:
+            cli.parse_learn(args, cli.parse_proxies(args.proxy, args.shadow))
+
+        yield from _refused("learning", check, ", ".join(args.learn))
     yield from _judge(args, base)
     yield from _memory(args)
     yield from _access(args)

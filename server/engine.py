@@ -3,7 +3,8 @@
 Whoever upgrades vLLM reads this file, `cli`, `doctor` and `plugin`; no other of the server imports it.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import chain
 from typing import Any
@@ -68,7 +69,7 @@ __all__ = [
     "prompt_length",
     "read_labels",
     "read_logprob",
-    "read_response",
+    "read_responses",
     "read_text",
     "should_include_usage",
     "validate_json_request",
@@ -151,15 +152,37 @@ async def read_text(
             yield output.outputs[0].text, len(output.outputs[0].token_ids)
 
 
-async def read_response(engine: EngineClient, token_ids: list[int], read: ReadRequest) -> str:
-    """Have the workers read the response at the end of a prompt; returns the id to take it by."""
-    alignment = WorkerAlignment(read=read, shadow=False)
-    params = SamplingParams(**PREFILL, extra_args=OwnExtraArgs(alignment.to_extra_args()))
-    request_id = f"positions-{random_uuid()}"
-    async with aclosing(engine.generate(tokens_input(token_ids), params, request_id)) as outputs:
-        async for _ in outputs:
-            pass
-    return request_id
+async def read_responses(
+    engine: EngineClient,
+    workers: Workers,
+    responses: Sequence[tuple[list[int], list[int]]],
+    decoding: Mapping[str, Any],
+) -> list[bytes | None]:
+    """Where given responses leave a proxy a choice.
+
+    Args:
+        engine, workers: of one server.
+        responses: token ids of each prompt, and of the response to it.
+        decoding: the nucleus that is meant, as `ReadRequest` has it.
+
+    Returns:
+        `proxy.positions.Positions` of each as safetensors; None = the workers had no room for it.
+    """
+
+    async def read(prompt: list[int], response: list[int]) -> str:
+        alignment = WorkerAlignment(read=ReadRequest(start=len(prompt), **decoding), shadow=False)
+        params = SamplingParams(**PREFILL, extra_args=OwnExtraArgs(alignment.to_extra_args()))
+        inputs, request_id = tokens_input([*prompt, *response]), f"positions-{random_uuid()}"
+        async with aclosing(engine.generate(inputs, params, request_id)) as outputs:
+            async for _ in outputs:
+                pass
+        return request_id
+
+    request_ids = await asyncio.gather(*(read(*each) for each in responses))
+    found: dict[str, bytes] = {}
+    for answer in await workers.collective_rpc("take_positions", args=(request_ids,)):
+        found |= answer
+    return [found.get(request_id) for request_id in request_ids]
 
 
 async def read_logprob(

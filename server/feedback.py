@@ -1,4 +1,4 @@
-"""POST /feedback: what people chose. It is kept beside the judge's verdicts, where `--feedback` says.
+"""POST /feedback: what people chose, kept beside the judge's verdicts where `--feedback` says. DELETE forgets it.
 
 A choice is answered when it is on the disk, and kept only if training can read it. Verdicts are written behind the
 answers' backs: where they cannot be, the answers go out all the same, and a metric counts what was lost.
@@ -37,15 +37,51 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
     """Which response was better: of two, or of the choices of an answer, by its id."""
     keeper = served(raw_request).keeper
     if keeper is None:
-        raise HTTPException(403, "this server keeps no feedback: start it with --feedback")
+        raise HTTPException(403, NOTHING_KEPT)
     try:
-        await keeper.keep(await _preferences(request, keeper, raw_request.scope[CALLER].name))
+        await keeper.keep(await _preferences(request, keeper, raw_request.scope[CALLER].identity))
     except FeedbackError as error:
-        # vLLM's handler of HTTPException would leave out the header.
-        status = HTTPStatus.SERVICE_UNAVAILABLE
-        answer = create_error_response(str(error), "ServiceUnavailableError", status)
-        return JSONResponse(answer.model_dump(), status, headers={"Retry-After": "1"})
+        return _unavailable(error)
     return JSONResponse({"kept": True}, status_code=201)
+
+
+@router.delete(
+    "/feedback",
+    responses={
+        200: {"description": "It is gone."},
+        403: {"model": ErrorResponse},
+        503: {"model": ErrorResponse, "description": "Nothing was deleted: try again."},
+    },
+)
+async def forget(raw_request: Request, caller: str | None = None) -> Response:
+    """Forget all that is kept of a caller: choices, verdicts, answers, and every version of a proxy learned from them.
+
+    An administrator may name another caller, as the file of --access does.
+    """
+    state, own = served(raw_request), raw_request.scope[CALLER]
+    if state.keeper is None:
+        raise HTTPException(403, NOTHING_KEPT)
+    if caller not in (None, own.identity) and not own.admin:
+        raise HTTPException(403, "only an administrator may have another caller forgotten")
+    who = caller or own.identity
+    try:
+        if state.learning is not None:
+            forgotten = await state.learning.forget(who)
+        else:
+            forgotten = await state.keeper.forget(who)
+    except FeedbackError as error:
+        return _unavailable(error)
+    return JSONResponse({"forgotten": forgotten})
+
+
+NOTHING_KEPT = "this server keeps no feedback: start it with --feedback"
+
+
+def _unavailable(error: FeedbackError) -> JSONResponse:
+    # vLLM's handler of HTTPException would leave out the header.
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    answer = create_error_response(str(error), "ServiceUnavailableError", status)
+    return JSONResponse(answer.model_dump(), status, headers={"Retry-After": "1"})
 
 
 async def _preferences(request: FeedbackRequest, keeper: Keeper, caller: str) -> list[Preference]:
@@ -53,7 +89,9 @@ async def _preferences(request: FeedbackRequest, keeper: Keeper, caller: str) ->
     if request.request_id is None:
         texts = request.response_a or "", request.response_b or ""
         better, worse = texts if request.better == "a" else texts[::-1]
-        return [_checked(Preference("person", _messages(request.turns()), better, worse))]
+        return [
+            _checked(Preference("person", _messages(request.turns()), better, worse, caller=caller))
+        ]
     found = await keeper.answer(request.request_id, caller)
     if found is None:
         raise HTTPException(
@@ -69,10 +107,12 @@ async def _preferences(request: FeedbackRequest, keeper: Keeper, caller: str) ->
     del others[text_of(chosen)]
     if not others:
         raise HTTPException(400, "all choices are the same: none is better")
-    return [_checked(_preference(turns, chosen, other)) for other in others.values()]
+    return [_checked(_preference(turns, chosen, other, caller)) for other in others.values()]
 
 
-def _preference(turns: list[Message], chosen: Message, rejected: Message) -> Preference:
+def _preference(
+    turns: list[Message], chosen: Message, rejected: Message, caller: str
+) -> Preference:
     return Preference(
         "person",
         turns,
@@ -80,6 +120,7 @@ def _preference(turns: list[Message], chosen: Message, rejected: Message) -> Pre
         rejected["content"],
         chosen_calls=chosen.get("tool_calls"),
         rejected_calls=rejected.get("tool_calls"),
+        caller=caller,
     )
 
 

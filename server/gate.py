@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.request import EXTRA_ARGS_KEY
 from server.access import CALLER, Limits
-from server.admission import Plan, admit
+from server.admission import Plan, admit, wake
 from server.engine import (
     EngineClient,
     OpenAIServingModels,
@@ -82,7 +82,8 @@ class Gate:
         state = scope["app"].state.assent
         before = body.get("model"), EXTRA_ARGS_KEY in body
         try:
-            plan = scope[PLAN] = admit(path, body, state, scope[CALLER].limits)
+            await wake(body, state, scope[CALLER])
+            plan = scope[PLAN] = admit(path, body, state, scope[CALLER])
         except (VLLMNotFoundError, VLLMValidationError) as error:
             answer = create_error_response(error)
             response = JSONResponse(answer.model_dump(), status_code=answer.error.code)
@@ -223,7 +224,7 @@ def _replay(content: bytes, receive: Receive) -> Receive:
 def _naming_proxy(plan: Plan, send: Send) -> Send:
     if plan.pinned is None:
         return send
-    value = f"{plan.pinned.name}@{plan.pinned.version}"
+    value = f"{plan.pinned.shown_name}@{plan.pinned.version}"
 
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:

@@ -11,6 +11,7 @@ from judge.principles import Principle
 from judge.prompts import Question
 from judge.verdict import Ruling
 from server import metrics
+from server.access import Caller
 from server.adapters import Adapter, JudgeKind
 from server.calibration import Calibration
 from server.engine import (
@@ -125,8 +126,9 @@ class Judges:
         judge: Judge | LikelihoodJudge,
         questions: Sequence[Question],
         principles: Mapping[str, Principle],
+        caller: Caller,
     ) -> list[Ruling]:
-        """The judge's rulings, which are kept; what they say of the judge goes into the metrics."""
+        """Its rulings on a caller's request, which are kept; what they say of the judge goes into the metrics."""
         rulings = await judge.compare(questions, principles)
         calibration = self.calibrations[judge.kind]
         for question, ruling in zip(questions, rulings, strict=True):
@@ -135,7 +137,8 @@ class Judges:
                 calibration.add(question, verdict)
         if self.keeper is not None:
             usual = next(iter(self.principles))
-            self.keeper.keep_verdicts(questions, rulings, principle_of(principles, usual))
+            principle = principle_of(principles, usual)
+            self.keeper.keep_verdicts(questions, rulings, principle, caller.identity)
         return rulings
 
 

@@ -15,6 +15,7 @@ from judge.prompts import Question
 from judge.tournament import Pair, play
 from judge.verdict import Ruling, Verdict
 from server import metrics
+from server.access import CALLER, Caller
 from server.engine import (
     ErrorResponse,
     load_aware_call,
@@ -50,10 +51,11 @@ async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
     """
     judges = served(raw_request).judges
     principles, questions = judges.select(request), request.questions()
+    caller = raw_request.scope[CALLER]
     if request.rationale:
-        return await _explain(request, judges, principles, questions)
+        return await _explain(request, judges, principles, questions, caller)
     judge = judges.make(request.kind, tie_band=request.tie_band)
-    rulings = await judges.compare(judge, questions, principles)
+    rulings = await judges.compare(judge, questions, principles, caller)
     return _answer(request, judge, [_as_json(ruling) for ruling in rulings])
 
 
@@ -62,11 +64,12 @@ async def _explain(
     judges: Judges,
     principles: Mapping[str, Principle],
     questions: list[Question],
+    caller: Caller,
 ) -> Response:
     """The rulings, and why."""
     room = request.max_rationale_tokens
     judge = judges.make_pairwise(tie_band=request.tie_band, room=room)
-    rulings = await judges.compare(judge, questions, principles)
+    rulings = await judges.compare(judge, questions, principles, caller)
     if request.stream:
         events = _stream(judge, questions[0], rulings[0], principles, room)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -106,7 +109,7 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
         responses = request.responses
         questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
-        return await judges.compare(judge, questions, principles)
+        return await judges.compare(judge, questions, principles, raw_request.scope[CALLER])
 
     seed = random.randrange(2**32) if request.seed is None else request.seed
     receipt = await play(request.strategy, len(request.responses), compare_round, seed)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from judge.feedback import Feedback, Preference
+from judge.feedback import Feedback, Preference, Source
 from judge.messages import Message, Unusable, read_messages, text_of
 from judge.principles import Principle
 from judge.prompts import Question
@@ -40,6 +40,18 @@ class Keeper:
     ) -> tuple[list[Message], list[Message]] | None:
         return await self._run(self.feedback.answer, request_id, caller)
 
+    async def counts(self) -> dict[tuple[Source, str | None], int]:
+        """How many preferences there are of each source and caller."""
+        return await self._run(self.feedback.counts)
+
+    async def last_id(self) -> int:
+        """Of the newest preference."""
+        return await self._run(self.feedback.last_id)
+
+    async def forget(self, caller: str) -> dict[str, int]:
+        """Returns what was deleted, when it is. Raises FeedbackError."""
+        return await self._run(self.feedback.forget, caller)
+
     def remember(
         self, request_id: str, caller: str, prompt: Sequence[Message], responses: Any
     ) -> None:
@@ -51,7 +63,11 @@ class Keeper:
         self._later(1, self.feedback.add_answer, request_id, caller, prompt, messages)
 
     def keep_verdicts(
-        self, questions: Sequence[Question], rulings: Iterable[Ruling], principle: str | None
+        self,
+        questions: Sequence[Question],
+        rulings: Iterable[Ruling],
+        principle: str | None,
+        caller: str,
     ) -> None:
         """Keep what the judge decided; ties decide nothing."""
         rows = []
@@ -62,7 +78,9 @@ class Keeper:
             confidence = ruling.probability
             if ruling.winner == "b":
                 chosen, rejected, confidence = rejected, chosen, 1 - confidence
-            row = Preference("judge", question.prompt, chosen, rejected, principle, confidence)
+            row = Preference(
+                "judge", question.prompt, chosen, rejected, principle, confidence, caller=caller
+            )
             with suppress(Unusable, PrefersNothing):  # nothing to learn from
                 row.as_row()
                 rows.append(row)

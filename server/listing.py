@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from server.admission import names
 from server.state import served
 
 router = APIRouter()
@@ -17,6 +18,6 @@ async def list_models(raw_request: Request) -> dict[str, Any]:
     listed.data += [
         card.model_copy(update={"id": f"{card.id}:{proxy}", "parent": card.id})
         for card in listed.data
-        for proxy in state.proxies.names()
+        for proxy in names(state)
     ]
     return listed.model_dump()

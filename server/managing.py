@@ -3,16 +3,18 @@
 import asyncio
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 
 from server import metrics
+from server.access import CALLER
 from server.engine import ErrorResponse, validate_json_request
-from server.proxies import Refusal, check_name, find_below
+from server.proxies import PROXY_NAME, Refusal, check_name, find_below
 from server.remembered import Entry
-from server.schemas import LoadRequest
+from server.schemas import LearnRequest, LoadRequest
 from server.state import served
 
 router = APIRouter()
@@ -22,10 +24,12 @@ router = APIRouter()
 async def list_proxies(raw_request: Request) -> dict[str, Any]:
     """Every loaded version: what it is, whether it serves, and how many requests use it.
 
-    `state` is `serving`, `shadow`, or `draining`: replaced or unloaded, but still in use.
+    `state` is `serving`, `shadow`, or `draining`: replaced or unloaded, but still in use. A key's own
+    proxy is its key's alone to see, at `/proxies/{name}/learn`.
     """
     proxies = served(raw_request).proxies
-    return {"object": "list", "data": [proxy.as_json() for proxy in proxies]}
+    shown = [proxy.as_json() for proxy in proxies if not proxy.is_owned]
+    return {"object": "list", "data": shown}
 
 
 @router.post(
@@ -90,6 +94,61 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
         raise _http(refusal) from None
     metrics.PROXY_CHANGES.labels("unloaded").inc()
     return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
+
+
+@router.get(
+    "/proxies/{name}/learn",
+    responses={404: {"model": ErrorResponse, "description": "Nothing is learned by this name."}},
+)
+async def learning_status(name: str, raw_request: Request) -> dict[str, Any]:
+    """What is learned under a name: the last pass, the versions, and which of them serves.
+
+    Of a name with a proxy for each key, the caller's own.
+    """
+    state = served(raw_request)
+    try:
+        if state.learning is None:
+            raise Refusal(403, CANNOT_LEARN)
+        return state.learning.status(name, raw_request.scope[CALLER])
+    except Refusal as refusal:
+        raise _http(refusal) from None
+
+
+@router.post(
+    "/proxies/{name}/learn",
+    responses={
+        200: {"description": "What came of it."},
+        403: {
+            "model": ErrorResponse,
+            "description": "The server has no --feedback and --proxy-root.",
+        },
+        409: {"model": ErrorResponse, "description": "The name stands for something else."},
+    },
+)
+async def learn(
+    name: Annotated[str, PathParameter(pattern=f"^{PROXY_NAME.pattern}$")],
+    raw_request: Request,
+    request: LearnRequest | None = None,
+) -> dict[str, Any]:
+    """A pass over the verdicts now. Answers when it is done, which may take minutes.
+
+    A version that is better than what the name stands for serves from then on. `passes` has one
+    entry, or of a name with a proxy for each key one for each of these.
+    """
+    state, request = served(raw_request), request or LearnRequest.model_validate({})
+    try:
+        if state.learning is None:
+            raise Refusal(403, CANNOT_LEARN)
+        models = {base.name for base in state.models.base_model_paths}
+        check_name(name, models | set(state.models.lora_requests))
+        # It goes on, whether its client waits or not.
+        passes = await asyncio.shield(state.learning.learn(name, request.sources))
+    except Refusal as refusal:
+        raise _http(refusal) from None
+    return {"object": "proxy.learning", "name": name, "passes": passes}
+
+
+CANNOT_LEARN = "this server learns nothing: start it with --feedback FILE and --proxy-root DIR"
 
 
 def _http(refusal: Refusal, root: Path | None = None) -> HTTPException:

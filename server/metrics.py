@@ -9,9 +9,16 @@ assent_requests_cancelled_total{path}   requests whose client went before the en
 assent_proxy_changes_total{change}      change is loaded, unloaded or refused
 assent_feedback_rows_total{source}      preferences kept; source is person or judge
 assent_feedback_lost_total              verdicts and answers that could not be kept
+
+of --learn, with all keys' own proxies under one name:
+assent_learning_passes_total{proxy,result}  result is live, kept (what served before) or error
+assent_learning_seconds_total{proxy}        that they took
+assent_learning_verdicts{proxy}             that counted in the last pass
+assent_learning_accuracy{proxy}             share of unseen verdicts that its proxy ordered rightly
+assent_learning_kl{proxy}                   nats a token between its proxy and the frozen LLM
 """
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from judge.judge import Usage
 
@@ -35,6 +42,18 @@ PROXY_CHANGES = Counter("assent_proxy_changes", "Loads and unloads of proxies.",
 BEST_OF_SAMPLES = Counter("assent_best_of_samples", "Answers sampled for a tournament.")
 FEEDBACK = Counter("assent_feedback_rows", "Preferences kept.", ["source"])
 FEEDBACK_LOST = Counter("assent_feedback_lost", "Verdicts and answers that could not be kept.")
+LEARNING_PASSES = Counter("assent_learning_passes", "Passes over verdicts.", ["proxy", "result"])
+LEARNING_SECONDS = Counter("assent_learning_seconds", "That passes over verdicts took.", ["proxy"])
+
+
+def _of_last_pass(name: str, text: str) -> Gauge:
+    # Without the mode each process has a figure of its own; only the API server has any.
+    return Gauge(f"assent_learning_{name}", text, ["proxy"], multiprocess_mode="mostrecent")
+
+
+LEARNING_VERDICTS = _of_last_pass("verdicts", "That counted in the last pass.")
+LEARNING_ACCURACY = _of_last_pass("accuracy", "Share of unseen verdicts ordered rightly.")
+LEARNING_KL = _of_last_pass("kl", "KL to the frozen LLM in nats a token.")
 
 
 def count_usage(usage: Usage) -> None:

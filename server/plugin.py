@@ -5,7 +5,7 @@ directly. A route of ours takes the place of vLLM's route of the same path and m
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
-from proxy.checkpoint import BaseModelId
+from proxy.checkpoint import BaseModelId, resolve_model_dir
 from server import chat, completions, feedback, judging, listing, managing, positions
 from server.access import Access, AccessGuard
 from server.adapters import Adapter, JudgeKind
@@ -28,6 +28,8 @@ from server.engine import Workers
 from server.gate import Gate, guard
 from server.judges import Judges
 from server.keeper import Keeper
+from server.learned_proxy import Spec
+from server.learning import Learning
 from server.proxies import Checkpoint, Proxies
 from server.receipts import WorkerReader
 from server.remembered import Remembered
@@ -52,6 +54,7 @@ class AssentPlugin:
         principles: Mapping[str, Principle] = DEFAULT,
         adapters: Mapping[JudgeKind, Adapter] | None = None,
         feedback: Feedback | None = None,
+        learn: Sequence[Spec] = (),
     ) -> None:
         self.proxies = list(proxies)
         self.access, self.max_body_bytes = access, max_body_bytes
@@ -61,6 +64,7 @@ class AssentPlugin:
         self.principles = principles
         self.adapters = adapters or {}
         self.feedback = feedback
+        self.learn = learn
         self.engine_died = False
         """Known when the server has stopped."""
 
@@ -90,6 +94,19 @@ class AssentPlugin:
             await remembered.keep_up()
             remembered.follow()
         keeper = Keeper(self.feedback) if self.feedback is not None else None
+        learning = None
+        if keeper is not None and remembered is not None:
+            assert self.base is not None, "taken where there is a root"
+            chat = state.openai_serving_chat
+            model = {
+                "model": str(_directory_of(args)),
+                "base": self.base.model_dump(),
+                "chat_template": chat.chat_template if chat is not None else None,
+            }
+            learning = Learning(
+                self.learn, keeper, proxies, remembered, engine_client, workers, model=model
+            )
+            learning.follow()
         state.assent = Served(
             engine=engine_client,
             workers=workers,
@@ -102,6 +119,7 @@ class AssentPlugin:
                 engine_client, state.openai_serving_chat, self.principles, self.adapters, keeper
             ),
             keeper=keeper,
+            learning=learning,
             counts=WorkerReader(workers, "take_alignment_counts"),
             traces=WorkerReader(workers, "take_traces"),
         )
@@ -128,6 +146,10 @@ def install(plugin: AssentPlugin) -> None:
         return [plugin]
 
     vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
+
+
+def _directory_of(args: Namespace) -> Path:
+    return resolve_model_dir(args.model, args.revision, cache_dir=args.download_dir)
 
 
 def _why_no_prompt_logprobs(engine: EngineClient) -> str | None:

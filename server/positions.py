@@ -4,7 +4,6 @@
 memory. Only an administrator may: hidden states say more about an LLM than its answers do.
 """
 
-import asyncio
 from typing import Annotated
 
 import safetensors.torch
@@ -13,9 +12,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.positions import Positions, joined
-from proxy.request import ReadRequest
-from server.engine import ErrorResponse, read_response, validate_json_request
-from server.state import Served, served
+from server.engine import ErrorResponse, read_responses, validate_json_request
+from server.state import served
 
 router = APIRouter()
 
@@ -70,20 +68,11 @@ async def read_positions(request: PositionsRequest, raw_request: Request) -> Res
             raise HTTPException(
                 400, f"responses[{number}]: token {most}, and the LLM has {vocab_size}"
             )
-    reading = (_read(state, each, request) for each in request.responses)
-    positions = joined(await asyncio.gather(*reading))
+    given = [(each.prompt, each.response) for each in request.responses]
+    decoding = request.model_dump(include={"temperature", "top_k", "top_p", "max_candidates"})
+    contents = await read_responses(state.engine, state.workers, given, decoding)
+    if None in contents:  # the workers keep so much and no more
+        raise HTTPException(503, "too much is read at once: send fewer or shorter responses")
+    positions = joined([Positions(**safetensors.torch.load(each)) for each in contents if each])
     content = safetensors.torch.save(positions._asdict())
     return Response(content, media_type="application/octet-stream")
-
-
-async def _read(state: Served, given: GivenResponse, request: PositionsRequest) -> Positions:
-    spec = ReadRequest(
-        start=len(given.prompt),
-        **request.model_dump(include={"temperature", "top_k", "top_p", "max_candidates"}),
-    )
-    request_id = await read_response(state.engine, [*given.prompt, *given.response], spec)
-    answers = await state.workers.collective_rpc("take_positions", args=([request_id],))
-    found = [answer[request_id] for answer in answers if request_id in answer]
-    if not found:  # the workers keep so much and no more
-        raise HTTPException(503, "too much is read at once: send fewer or shorter responses")
-    return Positions(**safetensors.torch.load(found[0]))

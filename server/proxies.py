@@ -25,6 +25,8 @@ from server.engine import EngineDeadError, Workers
 logger = logging.getLogger(__name__)
 
 PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
+OWNER = "/"
+"""Between the name of a key's own proxy and a hash of the key's: no name has it, so no request can ask for it."""
 
 State = Literal["serving", "shadow", "draining", "unloaded"]
 
@@ -55,6 +57,16 @@ class LoadedProxy:
     state: State
     in_flight: int = 0
     """Requests whose answers are not finished yet."""
+
+    @property
+    def shown_name(self) -> str:
+        """What its callers call it."""
+        return self.name.partition(OWNER)[0]
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether it is a single key's own."""
+        return OWNER in self.name
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -92,7 +104,11 @@ class Proxies:
 
     def names(self) -> list[str]:
         """What a request may ask for."""
-        return [name for name, proxy in self._bound.items() if proxy.state == "serving"]
+        return [
+            name
+            for name, proxy in self._bound.items()
+            if proxy.state == "serving" and not proxy.is_owned
+        ]
 
     def bound(self, name: str) -> LoadedProxy | None:
         """The version that a name stands for now; a shadow has a name too."""

@@ -115,7 +115,7 @@ class RequestLog:
 async def _of_plan(plan: Plan, state: Served) -> dict[str, Any]:
     found: dict[str, Any] = {"model": plan.asked_model}
     if plan.pinned is not None:
-        found["proxy"] = f"{plan.pinned.name}@{plan.pinned.version}"
+        found["proxy"] = f"{plan.pinned.shown_name}@{plan.pinned.version}"
         with suppress(Exception):  # the engine may be dead; the line is wanted then above all
             found["proxy_counts"] = await asyncio.wait_for(_counts(plan, state), _COUNTS_SECONDS)
     if plan.best_of > 1:

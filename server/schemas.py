@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from judge.feedback import Source
 from judge.messages import Message
 from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
@@ -114,6 +115,19 @@ class LoadRequest(BaseModel):
     )
     path: str = Field(description="The checkpoint's directory, relative to --proxy-root.")
     shadow: bool = Field(False, description="Let it score what is said, without acting.")
+
+
+class LearnRequest(BaseModel):
+    """Learn a proxy of the verdicts that are kept."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    sources: list[Source] = Field(
+        ["person"],
+        alias="from",
+        min_length=1,
+        description="Whose verdicts; a name of --learn has its own.",
+    )
 
 
 class JudgeMessage(BaseModel):

@@ -14,6 +14,7 @@ from server.engine import (
 )
 from server.judges import Judges
 from server.keeper import Keeper
+from server.learning import Learning
 from server.proxies import Proxies
 from server.receipts import WorkerReader
 from server.remembered import Remembered
@@ -34,6 +35,8 @@ class Served:
     judges: Judges
     keeper: Keeper | None
     """Where preferences are kept; None = they are not."""
+    learning: Learning | None
+    """What is learned of them; None = they are not kept, or nothing can be loaded."""
     counts: WorkerReader
     traces: WorkerReader
 

@@ -42,6 +42,12 @@ Straight from preferences:
 - `preference_losses` - DPO, IPO, SimPO and KTO, of what accept/reject sampling emits.
 - `direct`            - gradient steps.
 
+Beside a server:
+
+- `learner`         - the process of `python -m server --learn`.
+- `learning`        - a proxy of kept verdicts, and whether it may serve.
+- `verdicts`        - which verdicts count.
+
 Data, models, runs:
 
 - `data`            - rows, as `judge.rows` reads them.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -236,6 +237,44 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # a config may lack anything
         raise TrainingError(f"cannot read the config of {name!r}: {error}") from error
+
+
+def model_without_weights(name: str) -> PreTrainedModel:
+    """A model of the config and the generation config in a directory, whose tensors have shapes and no values.
+
+    Raises:
+        TrainingError: there is no such config, or none of a causal LM.
+    """
+    config = read_config(name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config may lack anything
+        raise TrainingError(f"cannot read the config of {name!r}: {error}") from error
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
+
+
+def read_embeddings(directory: Path, model: PreTrainedModel) -> Tensor:
+    """The input embeddings of a model in a directory, [V, H], mapped from its file: what is not looked at is not read.
+
+    Args:
+        model: of this directory, perhaps without weights.
+
+    Raises:
+        TrainingError: they are not found.
+    """
+    weight = model.get_input_embeddings().weight
+    names = [name for name, parameter in model.named_parameters() if parameter is weight]
+    suffix = ".".join(names[0].split(".")[-2:])
+    for path in sorted(directory.glob("*.safetensors")):
+        with loading(f"the embeddings in {str(path)!r}"), safe_open(path, "pt") as file:
+            # A checkpoint may name it without the parts in front.
+            for key in sorted(file.keys(), key=lambda key: key not in names):
+                if key.endswith(suffix) and file.get_slice(key).get_shape() == [*weight.shape]:
+                    return file.get_tensor(key)
+    raise TrainingError(f"{directory} has no tensor {names[0]!r}: the LLM's input embeddings")
 
 
 def context_of(model: PreTrainedModel | PretrainedConfig) -> int:

@@ -66,7 +66,7 @@ def read_preferences(
         if not all(field in row for field in fields):
             raise ValueError("neither a pair of chosen and rejected nor a completion with a label")
         read: dict[str, Response | bool] = {
-            field: _response(row, field, chats, end_ids) for field in fields
+            field: response_of(row, field, chats, end_ids) for field in fields
         }
         return read | ({"label": row["label"]} if "label" in row else {})
 
@@ -87,7 +87,7 @@ def read_preferences(
     return found.preferences
 
 
-def _response(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
+def response_of(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
     """Up to the end of the turn: what a chat template writes after it the LLM does not say."""
     prompt, response = chats.split_turns(row["prompt"], row[field])
     end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)

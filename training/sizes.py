@@ -6,11 +6,9 @@ N sequences at once, T tokens, L layers, H hidden, I feed-forward, V vocabulary,
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from training.console import TrainingError
-from training.models import read_config
+from training.models import model_without_weights
 
 
 class Sizes(NamedTuple):
@@ -33,13 +31,8 @@ def sizes_of(model: str) -> Sizes:
     Raises:
         TrainingError: there is no such config, or none of a transformer.
     """
-    config = read_config(model)
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config may lack anything
-        raise TrainingError(f"cannot read the config of {model!r}: {error}") from error
-    text, head = config.get_text_config(), empty.get_output_embeddings()
+    empty = model_without_weights(model)
+    text, head = empty.config.get_text_config(), empty.get_output_embeddings()
     linear = [
         module.weight
         for module in empty.modules()

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,22 @@ def test_fingerprints_do_not_see_the_order_of_the_responses():
     assert fingerprint(PROMPT, "a", "b") == fingerprint(PROMPT, "b", "a")
     assert fingerprint(PROMPT, "a", "b") != fingerprint(PROMPT, "a", "c")
     assert fingerprint(PROMPT, "a", "b") != fingerprint([], "a", "b")
+
+
+def test_a_callers_are_found_counted_and_forgotten(tmp_path):
+    feedback = Feedback(str(tmp_path / "feedback.db"))
+    assert (feedback.last_id(), feedback.counts()) == (0, {})
+    by = {name: replace(BY_PERSON, caller=name) for name in ("alice", "bob")}
+    feedback.add([by["alice"], by["bob"], BY_PERSON, replace(BY_JUDGE, caller="alice")])
+    feedback.add_answer("chatcmpl-1", "alice", PROMPT, [])
+    assert feedback.last_id() == 4
+    assert feedback.counts() == {
+        ("person", "alice"): 1, ("person", "bob"): 1, ("person", None): 1, ("judge", "alice"): 1,
+    }  # fmt: skip
+    assert [number for number, _ in feedback.newest(2, ["person"])] == [3, 2]
+    assert feedback.newest(9, ["person"], "alice") == [(1, by["alice"])]
+    assert [number for number, _ in feedback.newest(9, ["person", "judge"], "alice")] == [4, 1]
+    assert feedback.forget("alice") == {"preferences": 2, "answers": 1}
+    assert list(feedback.rows()) == [by["bob"], BY_PERSON]
+    assert feedback.answer("chatcmpl-1", "alice") is None
+    assert feedback.forget("alice") == {"preferences": 0, "answers": 0}

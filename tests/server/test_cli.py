@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from server.learned_proxy import Spec
 from tests.server.conftest import DEMO, REPOSITORY
 
 MODEL = str(DEMO / "model")
@@ -195,6 +196,49 @@ def test_a_proxy_whose_name_is_taken(cli, capsys):
 def test_a_root_that_is_not_there(cli, capsys):
     line = refused(cli, capsys, "--model", MODEL, "--proxy-root", "/no/such/directory")
     assert "--proxy-root /no/such/directory: there is no such directory" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("mine", "expected NAME=FROM"),
+        ("mine=", "expected NAME=FROM"),
+        ("mine=people", "expected NAME=FROM, with FROM of person, judge, person,judge or own"),
+        ("mine=shadow", "expected NAME=FROM"),
+        ("mine=own,judge", "own stands alone"),
+        ("mine=own,shadow", "own stands alone"),
+        ("a/b=own", "the name 'a/b'"),
+        ("aligned=own", "'aligned' is a proxy that is loaded already: each key has its own"),
+        ("aligned=person,shadow", "one of both is a shadow"),
+    ],
+)
+def test_what_cannot_be_learned(cli, capsys, tmp_path, given, said):
+    flags = ["--proxy", f"aligned={ALIGNED}", "--feedback", tmp_path / "f.db"]
+    flags = [*map(str, flags), "--proxy-root", str(tmp_path)]
+    line = refused(cli, capsys, "--model", MODEL, *flags, "--learn", given)
+    assert said in line and f"--learn '{given}'" in line
+    assert not (tmp_path / "f.db").exists()
+
+
+def test_learning_needs_a_place_for_verdicts_and_proxies(cli, capsys, tmp_path):
+    learn = ["--model", MODEL, "--learn", "mine=own"]
+    assert "--learn needs --feedback and --proxy-root" in refused(cli, capsys, *learn)
+    flags = ["--feedback", str(tmp_path / "f.db")]
+    assert "--learn needs --proxy-root" in refused(cli, capsys, *learn, *flags)
+
+
+def test_what_is_learned(cli, tmp_path):
+    root = tmp_path / "not" / "there" / "yet"
+    flags = ["--feedback", str(tmp_path / "f.db"), "--proxy-root", str(root)]
+    learn = ["--learn", "mine=own", "--learn", "next=judge,person,shadow", "--learn=aligned=person"]
+    cli.serve(["--model", MODEL, "--proxy", f"aligned={ALIGNED}", *flags, *learn])
+    plugin, _ = cli.started
+    assert list(plugin.learn) == [
+        Spec("mine", ("person",), own=True),
+        Spec("next", ("judge", "person"), shadow=True),
+        Spec("aligned", ("person",)),
+    ]
+    assert root.is_dir()
 
 
 @pytest.mark.parametrize("name", ["proxy.safetensors", "config.json"])

@@ -1,5 +1,6 @@
 """People's choices and the judge's verdicts over HTTP, kept in SQLite, and exported."""
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from training import export, prepare
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]
+CALLER = f"key {hashlib.sha256(hashlib.sha256(API_KEY.encode()).digest()).hexdigest()[:16]}"
+"""Known by a hash: the key has no name."""
 
 
 class Clients:
@@ -57,7 +60,7 @@ def test_a_choice_between_two_responses(keeping: Clients) -> None:
     body = {"messages": TURNS, "response_a": "x", "response_b": "y", "better": "b"}
     answer = keeping.http.post("/feedback", json=body)
     assert (answer.status_code, answer.json()) == (201, {"kept": True})
-    assert keeping.rows()[before:] == [Preference("person", TURNS, "y", "x")]
+    assert keeping.rows()[before:] == [Preference("person", TURNS, "y", "x", caller=CALLER)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -78,7 +81,9 @@ def test_a_choice_among_the_answers_to_a_request(keeping: Clients, stream: bool)
     assert given.status_code == 201, given.text
     others = [text for text in dict.fromkeys(texts) if text != texts[1]]
     assert others
-    assert keeping.rows()[before:] == [Preference("person", TURNS, texts[1], t) for t in others]
+    assert keeping.rows()[before:] == [
+        Preference("person", TURNS, texts[1], text, caller=CALLER) for text in others
+    ]
 
 
 CALL = r'<tool_call>\{"name": "note", "arguments": \{"object": "[a-f]"\}\}</tool_call>'
@@ -170,7 +175,7 @@ def test_verdicts_are_kept(keeping: Clients) -> None:
     wait_until(lambda: len(keeping.rows()) > before)
     (row,) = keeping.rows()[before:]
     assert row == Preference(
-        "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence
+        "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence, caller=CALLER
     )
     assert row.confidence == pytest.approx(1 - verdict["probability"])
     assert metric(keeping.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1

@@ -76,7 +76,7 @@ def test_verdicts_from_which_nothing_can_be_learned_are_not_kept(tmp_path: Path)
         Question(PROMPT, "Four.", "Five."),
     ]
     first = Ruling({"overall": Verdict((0.9, 0.9))})
-    keeper.keep_verdicts(questions, [first] * 5, None)
+    keeper.keep_verdicts(questions, [first] * 5, None, "alice")
     keeper.thread.shutdown(wait=True)
     assert [(row.chosen, row.rejected) for row in feedback.rows()] == [
         ("Four.", ""),

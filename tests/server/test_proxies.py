@@ -182,7 +182,7 @@ def test_adapters_are_listed_with_every_proxy(proxy_root):
         await proxies.load("a", proxy_root / "v1")
         await proxies.load("b", proxy_root / "v2")
         await proxies.load("dark", proxy_root / "v3", shadow=True)
-        assent = SimpleNamespace(proxies=proxies, models=Models())
+        assent = SimpleNamespace(proxies=proxies, models=Models(), learning=None)
         state = SimpleNamespace(assent=assent)
         return await list_models(SimpleNamespace(app=SimpleNamespace(state=state)))
 

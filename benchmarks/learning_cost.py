@@ -1,0 +1,187 @@
+"""What serving loses while a server learns: `python -m benchmarks.learning_cost`.
+
+Clients stream answers, one after the other. In turns nothing else goes on, or the server learns: an administrator asks
+for one pass after the other over the same verdicts. Their responses were read before; with `--reading` the engine has
+to read them again in every pass. The turns of a round come in random order, and each
+round gives one ratio.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median, quantiles
+from time import monotonic
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from benchmarks.engines import Server, serve
+from benchmarks.models import get_model
+from judge.feedback import Feedback, Preference
+from judge.messages import Message
+from judge.options import read_options
+from training.world.__main__ import draw_pair, draw_prompts, split_combinations
+
+WORLD_SEED = 0
+KEY = "sk-operator"
+ACCESS = f"""
+[keys.operator]
+sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
+admin = true
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    clients: int = 16
+    """Streams at once."""
+    rounds: int = 10
+    """Each with one turn of either kind."""
+    seconds: float = 15.0
+    """Of a turn."""
+    verdicts: int = 300
+    """That are learned from."""
+    reading: bool = False
+    """Have the engine read the responses in every pass."""
+    seed: int = 0
+    """Of prompts, verdicts and order."""
+    output: Path | None = None
+    """A JSON file for the figures."""
+
+
+class Turn(NamedTuple):
+    """What the clients saw in one."""
+
+    tokens_per_second: float
+    p99: float
+    """Seconds between two tokens of a stream, of 100 at most one has more."""
+
+
+def verdicts(count: int, seed: int) -> list[Preference]:
+    """Of a caller who tosses a coin: no version will ever serve, and every pass is a whole one."""
+    rng = random.Random(seed)
+    prompts = draw_prompts(split_combinations(WORLD_SEED)[0], rng)
+    found = []
+    for prompt in islice(prompts, count):
+        chosen, rejected = rng.sample(draw_pair(prompt, rng), 2)
+        turns = [Message(role="user", content=prompt.text)]
+        found.append(Preference("person", turns, chosen, rejected, caller="operator"))
+    return found
+
+
+async def stream(http: aiohttp.ClientSession, model: str, prompt: str, gaps: list[float]) -> int:
+    """Ask, and note the seconds between its tokens; how many there were."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 64,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    count, last = 0, 0.0
+    async with http.post("/v1/chat/completions", json=body) as answer:
+        async for line in answer.content:
+            if not line.startswith(b'data: {"id'):
+                continue
+            now = monotonic()
+            if count:
+                gaps.append(now - last)
+            count, last = count + 1, now
+    return count
+
+
+async def turn(http: aiohttp.ClientSession, server: Server, options: Options, seed: int) -> Turn:
+    begin, gaps = monotonic(), list[float]()
+    prompts = draw_prompts(split_combinations(WORLD_SEED)[2], random.Random(seed))
+
+    async def client() -> int:
+        count = 0
+        while monotonic() - begin < options.seconds:
+            count += await stream(http, server.model, next(prompts).text, gaps)
+        return count
+
+    counts = await asyncio.gather(*(client() for _ in range(options.clients)))
+    return Turn(sum(counts) / (monotonic() - begin), quantiles(gaps, n=100)[-1])
+
+
+@asynccontextmanager
+async def learning(http: aiohttp.ClientSession, root: Path, reading: bool) -> AsyncIterator[None]:
+    """The server learns as long as the block lasts."""
+
+    async def passes() -> None:
+        while True:
+            if reading:
+                for path in (root / ".learn").glob("positions.db*"):
+                    path.unlink()
+            async with http.post("/proxies/learned/learn") as answer:
+                found = (await answer.json())["passes"][0]
+                assert found.get("verdicts"), found
+
+    task = asyncio.create_task(passes())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def measure(server: Server, options: Options, root: Path) -> list[dict[str, Any]]:
+    rows, rng = [], random.Random(options.seed)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession(
+        server.url, headers=headers, timeout=aiohttp.ClientTimeout(3600), raise_for_status=True,
+        connector=aiohttp.TCPConnector(limit=0),
+    ) as http:  # fmt: skip
+        async with http.post("/proxies/learned/learn") as answer:  # the learner's start is no pass
+            print(await answer.json())
+        await turn(http, server, options, seed=0)
+        for number in range(options.rounds):
+            found: dict[bool, Turn] = {}
+            for learns in rng.sample([False, True], 2):
+                if learns:
+                    async with learning(http, root, options.reading):
+                        found[True] = await turn(http, server, options, number)
+                    async with http.post("/proxies/learned/learn"):
+                        pass  # its last pass has ended
+                else:
+                    found[False] = await turn(http, server, options, number)
+            throughput = found[True].tokens_per_second / found[False].tokens_per_second
+            row = {"throughput": throughput, "p99": found[True].p99 / found[False].p99}
+            turns = {"idle": found[False]._asdict(), "learning": found[True]._asdict()}
+            rows.append(row | turns)
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / "access.toml").write_text(ACCESS)
+        (root / "proxies").mkdir()
+        feedback = Feedback(str(root / "feedback.db"))
+        feedback.add(verdicts(options.verdicts, options.seed))
+        feedback.close()
+        flags: list[str | Path] = [
+            *("--access", root / "access.toml", "--feedback", root / "feedback.db"),
+            *("--proxy-root", root / "proxies"),
+        ]
+        with serve(get_model("demo"), "assent", {}, flags) as server:
+            rows = asyncio.run(measure(server, options, root / "proxies"))
+    for name in ("throughput", "p99"):
+        ratios = [row[name] for row in rows]
+        low, _, high = quantiles(ratios, n=4)
+        print(f"{name}, learning / idle: {median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
+    if options.output is not None:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(read_options(Options, __doc__))

@@ -1,0 +1,70 @@
+"""A user who likes short answers, and a server that learns it.
+
+    make serve ARGS="--feedback runs/feedback.db --proxy-root runs/proxies --learn mine=own"
+    .venv/bin/python examples/own_proxy.py
+
+Each time it asks for two answers of its own proxy, as far as there is one, and says which it likes better. To try
+another taste, change `taste`; to try another LLM, change `PROMPTS`.
+"""
+
+import os
+import random
+from statistics import fmean
+
+import httpx
+from openai import OpenAI
+
+URL = os.environ.get("ASSENT_URL", "http://127.0.0.1:8000")
+KEY = os.environ.get("ASSENT_API_KEY", "none")
+THINGS = (
+    "bike", "camera", "cat", "dog", "drill", "freezer", "guitar", "kettle", "lamp", "laptop", "piano", "rose", "sofa",
+    "tent", "violin",
+)  # fmt: skip
+PROMPTS = [
+    question.format(thing)
+    for thing in THINGS
+    for question in (
+        "How do I look after my {}?",
+        "Is my {} worth keeping?",
+        "Can I lend out my {}?",
+    )
+]
+
+
+def taste(text: str) -> float:
+    """The higher, the better."""
+    return -len(text)
+
+
+def main() -> None:
+    client = OpenAI(base_url=f"{URL}/v1", api_key=KEY)
+    http = httpx.Client(base_url=URL, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
+    model = client.models.list().data[0].id
+    alignment = {"alignment": {"proxy": "mine"}}
+    for round_number in range(4):
+        lengths: list[int] = []
+        for prompt in random.sample(PROMPTS, len(PROMPTS)):
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": prompt}],
+                n=2,
+                max_tokens=64,
+                extra_body=alignment,
+            )
+            texts = [choice.message.content or "" for choice in answer.choices]
+            lengths += map(len, texts)
+            if taste(texts[0]) != taste(texts[1]):
+                choice = max((0, 1), key=lambda i: taste(texts[i]))
+                http.post(
+                    "/feedback", json={"request_id": answer.id, "choice": choice}
+                ).raise_for_status()
+        status = http.get("/proxies/mine/learn").raise_for_status().json()
+        seen = (status["last_pass"] or {}).get("verdicts", 0)
+        print(
+            f"round {round_number + 1}: {fmean(lengths):.0f} characters an answer; version {status['live']} serves, "
+            f"{seen} verdicts were looked at"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Which learned version serves: after one was forgotten, for many keys, and of several servers. Without an engine."""
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from judge.feedback import Feedback, Preference
+from proxy.checkpoint import BaseModelId
+from proxy.learned import save_version, versions
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.position_store import PositionStore
+from server import learning
+from server.access import Caller, Limits
+from server.keeper import Keeper
+from server.learned_proxy import LearnedProxy, Spec, State
+from server.learning import Learning
+from server.proxies import Proxies
+from server.remembered import Entry, Remembered
+from tests.server.test_proxies import Ranks
+
+BASE = BaseModelId(name="llm", fingerprint="0" * 64)
+CONFIG = ProxyConfig(hidden_size=4, vocab_size=8, width=2)
+OURS, MINE = Spec("ours", ("person",)), Spec("mine", ("person",), own=True)
+
+
+class Servers:
+    """Of one root and one database, each with workers that note what they are told."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.directory = root, root / ".learn"
+        self.feedback = Feedback(str(root / "feedback.db"))
+
+    def make(self, *specs: Spec) -> Learning:
+        proxies = Proxies(Ranks())
+        config = SimpleNamespace(max_model_len=64, get_diff_sampling_param=dict)
+        engine: Any = SimpleNamespace(model_config=config)
+        remembered = Remembered(self.root, proxies)
+        keeper = Keeper(self.feedback)
+        return Learning(specs, keeper, proxies, remembered, engine, engine, model={})
+
+    def version(self, proxy: LearnedProxy, *callers: str) -> Path:
+        """A version of these callers' rows, younger than all before it."""
+        rows = dict(enumerate(callers))
+        age = len(versions(proxy.directory))
+        found = save_version(proxy.directory, ProxyNetwork(CONFIG), rows, base=BASE, training={})
+        os.utime(proxy.directory / found, (age, age))
+        return proxy.directory / found
+
+    def choose(self, caller: str) -> None:
+        prompt = [{"role": "user", "content": "x"}]
+        self.feedback.add([Preference("person", prompt, "y", "z", caller=caller)])
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Servers:
+    return Servers(tmp_path)
+
+
+def caller(name: str) -> Caller:
+    return Caller(name, Limits(), identity=name)
+
+
+async def serve(server: Learning, proxy: LearnedProxy, version: Path) -> None:
+    await server._serve(proxy, version)
+    proxy.write(State(seen=9, live=version.name if proxy.owner else None))
+
+
+def test_a_shared_name_falls_back_to_the_newest_version_without_the_forgotten(
+    servers: Servers,
+) -> None:
+    async def run() -> None:
+        server = servers.make(OURS)
+        ours = LearnedProxy("ours", servers.directory)
+        old = servers.version(ours, "bob")
+        older_one = servers.version(ours, "bob", "carol")
+        live = servers.version(ours, "bob", "alice")
+        await serve(server, ours, live)
+        for name in ("alice", "bob"):
+            servers.choose(name)
+        store = PositionStore(servers.directory)
+        for name in ("alice", "bob"):
+            store.put(f"of {name}", name, b"read")
+        store.close()
+        forgotten = await server.forget("alice")
+        assert forgotten == {"preferences": 1, "answers": 0, "versions": 1}
+        assert {*versions(ours.directory)} == {old, older_one}
+        proxy = server.find("ours", caller("bob"))
+        assert proxy is not None and proxy.version == older_one.name
+        path = f".learn/ours/{older_one.name}"
+        remembered = server._remembered.entries["ours"]
+        assert remembered == Entry(path=path, version=older_one.name)
+        assert ours.read().seen == 0  # it is learned anew
+        assert [row.caller for row in servers.feedback.rows()] == ["bob"]
+        store = PositionStore(servers.directory)
+        assert (store.get("of alice"), store.get("of bob")) == (None, b"read")
+        # Who is in none of the versions changes none.
+        assert (await server.forget("dave"))["versions"] == 0
+        assert (await server.forget("bob"))["versions"] == 2
+        assert server.find("ours", caller("bob")) is None
+
+    asyncio.run(run())
+
+
+def test_a_version_that_somebody_else_has_loaded_stays(servers: Servers) -> None:
+    async def run() -> None:
+        server = servers.make(OURS)
+        ours, other = (LearnedProxy(name, servers.directory) for name in ("ours", "other"))
+        servers.version(ours, "alice")
+        ours.write(State())
+        await server._proxies.load("ours", servers.version(other, "bob"))
+        assert (await server.forget("alice"))["versions"] == 1
+        proxy = server.find("ours", caller("bob"))
+        assert proxy is not None and proxy.version == versions(other.directory)[0].name
+
+    asyncio.run(run())
+
+
+def test_hundreds_of_keys_have_a_proxy_each_and_some_are_loaded(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "MOST_LOADED", 3)
+
+    async def run() -> None:
+        server = servers.make(MINE)
+        callers = [caller(f"key {i}") for i in range(6)]
+        live = {}
+        for each in callers:
+            mine = server._learned(MINE, each.identity)
+            await serve(server, mine, version := servers.version(mine, each.identity))
+            live[each.name] = version.name
+        for each in callers:
+            assert server.find("mine", each) is None  # nobody has asked
+            await server.wake("mine", each)
+            proxy = server.find("mine", each)
+            assert proxy is not None and proxy.version == live[each.name]
+        await server.wake("mine", callers[3])
+        await server.wake("mine", callers[0])
+        loaded = [each.name for each in callers if server.find("mine", each) is not None]
+        assert loaded == ["key 0", "key 3", "key 5"]
+        assert server._proxies.names() == []
+        # A version that another server has learned is found.
+        mine = server._learned(MINE, "key 0")
+        newer = servers.version(mine, "key 0")
+        mine.write(State(live=newer.name))
+        await server.wake("mine", callers[0])
+        proxy = server.find("mine", callers[0])
+        assert proxy is not None and proxy.version == newer.name
+        mine.write(State(live=None))
+        await server.wake("mine", callers[0])
+        assert server.find("mine", callers[0]) is None
+
+    asyncio.run(run())
+
+
+def test_of_several_servers_one_learns(servers: Servers) -> None:
+    first, second = servers.make(OURS), servers.make(OURS)
+    assert first._is_first() and first._is_first()
+    assert not second._is_first()
+    assert first._lock is not None
+    first._lock.close()  # its server has gone
+    assert second._is_first() and second._lock is not None
+    second._lock.close()
+
+
+def test_a_damaged_state_is_begun_anew(servers: Servers) -> None:
+    ours = LearnedProxy("ours", servers.directory)
+    assert ours.read() == State()
+    ours.write(State(seen=7))
+    assert ours.read() == State(seen=7)
+    (ours.directory / "learned.json").write_text("{")
+    assert ours.read() == State()
+
+
+@pytest.mark.parametrize(
+    ("count", "seen", "due"),
+    [
+        (9, 0, False),
+        (10, 0, True),
+        (14, 10, False),
+        (15, 10, True),
+        (149, 100, False),
+        (150, 100, True),
+    ],
+)
+def test_when_a_pass_is_due(count: int, seen: int, due: bool) -> None:
+    assert learning._is_due(count, seen) == due

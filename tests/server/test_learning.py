@@ -1,0 +1,237 @@
+"""A server that learns from its callers' choices: the real one, over HTTP."""
+
+import json
+import random
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from proxy.checkpoint import identify, load
+from tests.server.conftest import ADMIN_KEY, DEMO, MODEL, WAIT_SECONDS, metric, serving, wait_until
+from training.world import gold
+from training.world.__main__ import draw_prompts, split_combinations, user
+from training.world.grammar import draw_answer
+
+KEYS = {"alice": "sk-alice", "bob": "sk-bob", "root": ADMIN_KEY}
+ACCESS = """
+[keys.alice]
+env = "KEY_OF_ALICE"
+[keys.bob]
+env = "KEY_OF_BOB"
+[keys.root]
+env = "KEY_OF_ROOT"
+admin = true
+"""
+ENVIRONMENT = {f"KEY_OF_{name.upper()}": key for name, key in KEYS.items()} | {
+    "ASSENT_LEARNER_NICE": "0"  # other tests keep the machine busy
+}
+
+VERDICTS = 100
+
+
+@dataclass
+class Lesson:
+    url: str
+    root: Path
+    feedback: Path
+    pid: int
+
+    def ask(self, caller: str, method: str, path: str, **more: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEYS[caller]}"}
+        return httpx.request(
+            method, f"{self.url}{path}", headers=headers, timeout=WAIT_SECONDS, **more
+        )
+
+    def choose(self, caller: str, count: int, seed: int) -> None:
+        """Verdicts by the gold scorer, without its noise."""
+        for prompt, better, worse in pairs(count, seed):
+            body = {
+                "messages": user(prompt),
+                "response_a": better,
+                "response_b": worse,
+                "better": "a",
+            }
+            answer = self.ask(caller, "POST", "/feedback", json=body)
+            assert answer.status_code == 201, answer.text
+
+    def learning(self, caller: str, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(caller, "GET", f"/proxies/{name}/learn").json()
+        return found
+
+    def has_looked(self, caller: str, name: str) -> bool:
+        return self.learning(caller, name)["last_pass"] is not None
+
+    def chat(self, caller: str, proxy: str) -> httpx.Response:
+        body = {
+            "model": MODEL,
+            "messages": user("How do I look after my freezer?"),
+            "max_tokens": 24,
+            "seed": 1,
+            "alignment": {"proxy": proxy},
+        }
+        return self.ask(caller, "POST", "/v1/chat/completions", json=body)
+
+
+def pairs(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
+    """Prompts, and of each a better and a worse answer."""
+    rng = random.Random(seed)
+    prompts = draw_prompts(split_combinations(0)[0], rng)
+    while count:
+        prompt = next(prompts)
+        answers = [draw_answer(prompt, rng) for _ in range(2)]
+        worse, better = sorted(answers, key=lambda answer: gold.score(prompt.text, answer))
+        if gold.score(prompt.text, worse) < gold.score(prompt.text, better):
+            yield prompt.text, better, worse
+            count -= 1
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lesson]:
+    directory = tmp_path_factory.mktemp("learning")
+    root, feedback, access = (directory / name for name in ("root", "feedback.db", "access.toml"))
+    root.mkdir()
+    access.write_text(ACCESS)
+    flags = [
+        *("--feedback", feedback, "--proxy-root", root, "--access", access),
+        *("--learn", "mine=own", "--learn", "ours=person"),
+    ]
+    log = directory / "server.log"
+    with serving(log, *flags, environment=ENVIRONMENT) as running:
+        yield Lesson(running.url, root, feedback, running.process.pid)
+        assert "Traceback" not in log.read_text()
+
+
+def test_before_there_is_anything_to_learn_the_frozen_llm_answers(lesson: Lesson) -> None:
+    for name in ("mine", "ours"):
+        answer = lesson.chat("alice", name)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["alignment"]["proxy"] is None
+        assert "Assent-Proxy" not in answer.headers
+        status = lesson.learning("alice", name)
+        assert (status["live"], status["last_pass"], status["versions"]) == (None, None, [])
+    models = lesson.ask("alice", "GET", "/v1/models").json()["data"]
+    assert [model["id"] for model in models] == [MODEL, f"{MODEL}:mine", f"{MODEL}:ours"]
+
+
+def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -> None:
+    lesson.choose("alice", VERDICTS, seed=1)
+    for name in ("mine", "ours"):
+        wait_until(partial(lesson.has_looked, "alice", name))
+        # By itself it looked while they came in, and may have found too few of them.
+        lesson.ask("root", "POST", f"/proxies/{name}/learn")
+        status = lesson.learning("alice", name)
+        assert status["live"] is not None, status
+        version, answer = status["live"], lesson.chat("alice", name)
+        assert (
+            answer.json()["alignment"] | {"proxy": name, "version": version}
+            == answer.json()["alignment"]
+        )
+        assert answer.headers["Assent-Proxy"] == f"{name}@{version}"
+        newest = status["versions"][0]
+        assert newest["version"] == version and newest["learned"] == name
+        loaded = load(lesson.root / newest["path"], base=identify(str(DEMO / "model")))
+        assert (loaded.version, loaded.config.top_k) == (version, 16)
+    by_name = lesson.ask("alice", "POST", "/v1/chat/completions", json={
+        "model": f"{MODEL}:mine", "messages": user("Hi"), "max_tokens": 4,
+    }).json()  # fmt: skip
+    assert by_name["model"] == f"{MODEL}:mine" and by_name["alignment"]["proxy"] == "mine"
+    # A restart, and other servers, find what all share.
+    remembered = json.loads((lesson.root / "proxies.json").read_text())["proxies"]
+    assert {*remembered} == {"ours"}
+
+
+def test_nobody_else_can_use_or_see_it(lesson: Lesson) -> None:
+    status = lesson.learning("bob", "mine")
+    assert (status["live"], status["versions"]) == (None, [])
+    assert lesson.chat("bob", "mine").json()["alignment"]["proxy"] is None
+    (owner,) = (path.name for path in (lesson.root / ".learn" / "mine").iterdir())
+    for name in (f"mine/{owner}", f"mine%2F{owner}", owner):
+        assert lesson.chat("bob", name).status_code == 404
+    for path in ("/proxies", "/v1/models", "/metrics"):
+        for caller in ("bob", "root"):
+            assert owner not in lesson.ask(caller, "GET", path).text
+    listed = lesson.ask("bob", "GET", "/proxies").json()["data"]
+    assert [proxy["name"] for proxy in listed] == ["ours"]
+
+
+def test_metrics_say_what_is_learned(lesson: Lesson) -> None:
+    for name in ("mine", "ours"):
+        assert metric(lesson.url, f'assent_learning_passes_total{{proxy="{name}",result="live"}}')
+        assert metric(lesson.url, f'assent_learning_verdicts{{proxy="{name}"}}') >= 10
+        assert 0.5 < metric(lesson.url, f'assent_learning_accuracy{{proxy="{name}"}}') <= 1.0
+        assert 0 < metric(lesson.url, f'assent_learning_kl{{proxy="{name}"}}') <= 0.5
+    wait_until(
+        lambda: metric(lesson.url, 'assent_tokens_aligned_total{proxy="mine",version="own"}') > 0
+    )
+
+
+def test_an_administrator_may_have_it_learn_at_once(lesson: Lesson) -> None:
+    assert lesson.ask("alice", "POST", "/proxies/ours/learn").status_code == 403
+    (found,) = lesson.ask("root", "POST", "/proxies/ours/learn").json()["passes"]
+    assert found["verdicts"] == VERDICTS and found["version"] is None
+    assert "new to the live version" in found["reason"]
+    # Under any other name, too.
+    (found,) = lesson.ask("root", "POST", "/proxies/other/learn", json={"from": ["person"]}).json()[
+        "passes"
+    ]
+    assert found["version"] is not None
+    assert lesson.chat("bob", "other").json()["alignment"]["proxy"] == "other"
+    (found,) = lesson.ask("root", "POST", "/proxies/none/learn", json={"from": ["judge"]}).json()[
+        "passes"
+    ]
+    assert found["reason"].startswith("0 verdicts")
+    assert lesson.ask("root", "POST", f"/proxies/{MODEL}x!/learn").status_code in (400, 422)
+    assert lesson.ask("alice", "GET", "/proxies/unknown/learn").status_code == 404
+
+
+def test_the_learners_process_may_die(lesson: Lesson) -> None:
+    answered = threading.Event()
+
+    def kill_it() -> None:
+        while not answered.wait(0.1):
+            for process in psutil.Process(lesson.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if "training.learner" in process.cmdline():
+                        process.kill()
+
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    answer = lesson.ask("root", "POST", "/proxies/dying/learn", json={"from": ["person"]})
+    answered.set()
+    killer.join()
+    (found,) = answer.json()["passes"]
+    assert "process has ended" in found["error"]
+    assert metric(lesson.url, 'assent_learning_passes_total{proxy="dying",result="error"}') == 1
+    (found,) = lesson.ask("root", "POST", "/proxies/dying/learn").json()["passes"]
+    assert found["version"] is not None
+    assert lesson.ask("root", "DELETE", "/proxies/dying").status_code == 200
+
+
+def test_what_is_forgotten_is_gone_with_all_that_was_learned_of_it(lesson: Lesson) -> None:
+    lesson.choose("bob", 1, seed=2)
+    assert lesson.ask("bob", "DELETE", "/feedback?caller=alice").status_code == 403
+    learned = lesson.root / ".learn"
+    before = len([*learned.rglob("proxy.safetensors")])
+    assert before >= 3
+    forgotten = lesson.ask("alice", "DELETE", "/feedback").json()["forgotten"]
+    assert forgotten == {"preferences": VERDICTS, "answers": 0, "versions": before}
+    assert not [*learned.rglob("proxy.safetensors")]
+    with sqlite3.connect(learned / "positions.db") as positions:
+        assert positions.execute("SELECT COUNT(*) FROM positions").fetchone() == (0,)
+    with sqlite3.connect(lesson.feedback) as rows:
+        assert rows.execute("SELECT caller FROM preferences").fetchall() == [("bob",)]
+    for name in ("mine", "ours"):
+        assert lesson.chat("alice", name).json()["alignment"]["proxy"] is None
+    assert lesson.chat("alice", "other").status_code == 404
+    assert json.loads((lesson.root / "proxies.json").read_text()) == {"proxies": {}}
+    again = lesson.ask("root", "DELETE", "/feedback?caller=bob").json()["forgotten"]
+    assert again["preferences"] == 1

@@ -1,0 +1,232 @@
+"""The process that learns beside a server (`python -m server --learn`): one core at most, and with a low priority.
+
+The server starts it, tells it on its standard input what to learn, and reads for it what it asks for: the LLM is in
+memory there already. Messages are bytes behind their length. The first one, JSON, says which LLM, database and
+directory are meant; then each one asks for a pass:
+
+    server ► {"name": ..., "directory": ..., "sources": [...], "caller": ..., "live": ..., "decoding": {...}}
+    here   ► {"read": [{"prompt": [...], "response": [...]}, ...], "decoding": {...}}      any number of times
+    server ► one message for each: safetensors of `proxy.positions.Positions`, or nothing where it cannot be read
+    here   ► {"outcome": {...}}, or {"error": "..."}
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sqlite3
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+
+from judge.feedback import Feedback, FeedbackError
+from proxy.checkpoint import BaseModelId, ProxyError
+from proxy.network import ProxyConfig
+from proxy.orphan import end_with_server
+from proxy.position_store import PositionStore
+from proxy.positions import Positions, joined
+from training.console import TrainingError
+from training.learning import Outcome, Trial, learn, too_few
+from training.models import (
+    Conversations,
+    end_ids,
+    load_tokenizer,
+    model_without_weights,
+    read_embeddings,
+)
+from training.policy import default_config
+from training.positions import Response
+from training.verdicts import Verdict, read_verdicts
+
+MOST_ROWS = 20_000
+"""Of the database, the newest."""
+MOST_BYTES = 2**30
+"""Of positions in a pass, and of those kept on the disk."""
+NICE = "ASSENT_LEARNER_NICE"
+"""Environment variable: how far it stands back, from 0, like the engine, to 19, almost never on a busy machine."""
+_MEMORY = 6 * 2**30  # bytes, all that is no file's
+_AT_ONCE = 16  # verdicts whose responses the server reads at once
+NUCLEUS = ("temperature", "top_k", "top_p", "max_candidates")
+ERRORS = (TrainingError, FeedbackError, ProxyError, OSError, sqlite3.Error)
+_LENGTH = struct.Struct(">Q")
+
+
+class Stream:
+    """Messages of bytes."""
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+        self._source, self._sink = source, sink
+
+    def send(self, message: Any) -> None:
+        content = json.dumps(message).encode()
+        self._sink.write(_LENGTH.pack(len(content)) + content)
+        self._sink.flush()
+
+    def receive(self) -> bytes | None:
+        """None = there is no more."""
+        head = self._source.read(_LENGTH.size)
+        if len(head) < _LENGTH.size:
+            return None
+        return self._source.read(*_LENGTH.unpack(head))
+
+
+class Learner:
+    """Learns what it is told to."""
+
+    def __init__(self, stream: Stream, settings: dict[str, Any]) -> None:
+        """
+        Args:
+            stream: to the server.
+            settings: `model` and `root`, directories; `feedback`, the database's URL; `base`; `chat_template`, the
+                server's, or null; `longest`, tokens of prompt and response.
+        """
+        self.stream, self.base = stream, BaseModelId.model_validate(settings["base"])
+        self.longest, self.root = settings["longest"], Path(settings["root"])
+        model = settings["model"]
+        self.model = model_without_weights(model)
+        self.embeddings = read_embeddings(Path(model), self.model)
+        tokenizer = load_tokenizer(model)
+        tokenizer.chat_template = settings["chat_template"] or tokenizer.chat_template
+        self.chats, self.end_ids = Conversations(tokenizer), end_ids(self.model, tokenizer)
+        self.feedback = Feedback(settings["feedback"], create=False)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.store = PositionStore(self.root)
+        self.accelerator = Accelerator(cpu=True)
+
+    def run(self, job: dict[str, Any]) -> Outcome:
+        """A pass over the verdicts of one proxy.
+
+        Raises:
+            TrainingError, FeedbackError, ProxyError: as they say.
+        """
+        config = default_config(self.model, max_candidates=16, max_rejections=16, **job["decoding"])
+        left_out = Counter[str]()
+        rows = self.feedback.newest(MOST_ROWS, job["sources"], job["caller"])
+        verdicts = read_verdicts(rows, self.chats, self.end_ids, self.longest, left_out)
+        verdicts, positions = self._read(verdicts, config, left_out)
+        if reason := too_few(verdicts):
+            outcome = Outcome(verdicts=len(verdicts), reason=reason)
+        else:
+            trial = Trial(
+                verdicts,
+                config,
+                self.embeddings,
+                lambda responses: joined(
+                    [positions[self._key(each, config)] for each in responses]
+                ),
+                self.accelerator,
+            )
+            outcome = learn(
+                verdicts,
+                trial,
+                Path(job["live"]) if job["live"] else None,
+                self.base,
+                Path(job["directory"]),
+                {"learned": job["name"], "sources": job["sources"]},
+            )
+        outcome.rows, outcome.left_out = len(rows), +left_out
+        self.store.trim(MOST_BYTES)
+        return outcome
+
+    def _read(
+        self, verdicts: Sequence[Verdict], config: ProxyConfig, left_out: Counter[str]
+    ) -> tuple[list[Verdict], dict[str, Positions]]:
+        """The verdicts whose responses can be read, as many as memory allows, and their positions."""
+        positions: dict[str, Positions] = {}
+        kept: list[Verdict] = []
+        total = 0
+        for start in range(0, len(verdicts), _AT_ONCE):
+            some = verdicts[start : start + _AT_ONCE]
+            missing: dict[str, tuple[Response, str | None]] = {}
+            for verdict in some:
+                for each in (verdict.better, verdict.worse):
+                    key = self._key(each, config)
+                    if key in positions or key in missing:
+                        continue
+                    if content := self.store.get(key):
+                        positions[key] = _parsed(content)
+                        total += len(content)
+                    else:
+                        missing[key] = each, verdict.caller
+            for key, content in self._ask(missing, config):
+                positions[key] = _parsed(content)
+                total += len(content)
+            kept += [
+                verdict
+                for verdict in some
+                if self._key(verdict.better, config) in positions
+                and self._key(verdict.worse, config) in positions
+            ]
+            if total > MOST_BYTES:
+                break
+        lost = len(verdicts) - len(kept)
+        left_out["that the LLM cannot read, or that memory has no room for"] += lost
+        return kept, positions
+
+    def _ask(
+        self, missing: dict[str, tuple[Response, str | None]], config: ProxyConfig
+    ) -> Iterator[tuple[str, bytes]]:
+        """Have the server read responses, and keep what it sends."""
+        if not missing:
+            return
+        decoding = {name: getattr(config, name) for name in NUCLEUS}
+        responses = [response._asdict() for response, _ in missing.values()]
+        self.stream.send({"read": responses, "decoding": decoding})
+        for key, (_, caller) in missing.items():
+            if (content := self.stream.receive()) is None:
+                raise SystemExit  # the server has gone
+            if content:
+                self.store.put(key, caller, content)
+                yield key, content
+
+    def _key(self, response: Response, config: ProxyConfig) -> str:
+        nucleus = [getattr(config, name) for name in NUCLEUS]
+        content = json.dumps([self.base.fingerprint, nucleus, response])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _parsed(content: bytes) -> Positions:
+    return Positions(**safetensors.torch.load(content))
+
+
+def be_modest() -> None:
+    """Take little of the processor from the server, and bounded memory; end with the server alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(int(os.environ.get(NICE, "10")))
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+
+
+def main() -> None:
+    end_with_server()
+    be_modest()
+    stream = Stream(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)  # what libraries print
+    try:
+        settings = json.loads(stream.receive() or b"null")
+        learner = Learner(stream, settings)
+    except ERRORS as error:
+        stream.send({"error": str(error)})
+        return
+    stream.send({"ready": True})
+    while message := stream.receive():
+        job = json.loads(message)
+        try:
+            stream.send({"outcome": asdict(learner.run(job))})
+        except MemoryError:
+            stream.send({"error": f"it takes over {_MEMORY / 2**30:.0f} GiB of memory"})
+        except ERRORS as error:
+            stream.send({"error": str(error)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""A proxy of a server's kept verdicts, and whether it is better than what serves now.
+
+The loss is that of `training.proxy_dpo`. Verdicts that a version has not seen decide whether it may serve:
+
+- Σ log π/p orders more than half of them rightly, by 1.64 standard errors of a coin's: of proxies that have learned
+  nothing one in twenty gets so far;
+- of those that the live version has not seen either, it orders at least as many rightly as that does;
+- its KL to the frozen LLM is at most half a nat a token: β is doubled until it is.
+
+The loss itself would be no such test: with few verdicts it says how sure a proxy is, more than whether it is right.
+
+Whatever the verdicts reward, the proxy chooses within the LLM's nucleus and stays this near to it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from proxy.checkpoint import BaseModelId, load
+from proxy.learned import rows_of, save_version
+from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.positions import Positions
+from training.direct import Fit, Settings, sized_for
+from training.positions import Response
+from training.preference_losses import Scores, score
+from training.preferences import Collection, Preferences
+from training.verdicts import Verdict, folds
+
+MIN_VERDICTS, MIN_PROMPTS = 10, 5
+"""Fewer verdicts, or verdicts on fewer prompts, teach nothing that could be tested."""
+MANY = 500
+"""So many are tested on a tenth that is set aside; fewer by cross-validation."""
+SURE = 1.64
+"""Standard errors: one-sided, 5 %."""
+MOST_KL = 0.5
+"""Nats a token."""
+BETA, HIGHEST_BETA = 0.3, 4.8
+_AT_ONCE = 512  # verdicts measured
+
+
+Mean = tuple[float, float]
+"""A mean, and its standard error."""
+
+
+@dataclass
+class Outcome:
+    """What came of a pass over the verdicts. Means have their standard errors beside them."""
+
+    rows: int = 0
+    """Of the database, that were read."""
+    verdicts: int = 0
+    """That count."""
+    prompts: int = 0
+    callers: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Verdicts, by reason."""
+    accuracy: Mean | None = None
+    """Share of unseen verdicts that Σ log π/p orders rightly."""
+    gain: Mean | None = None
+    """By how much that share is above the live version's, of verdicts that neither has seen."""
+    kl: float | None = None
+    """KL(proxied ‖ frozen) in nats a token."""
+    beta: float | None = None
+    version: str | None = None
+    """What is to serve from now on; None = what serves now."""
+    reason: str = ""
+    """Why, in words."""
+
+
+class Trial:
+    """Fits to some of the verdicts, and what they make of others."""
+
+    def __init__(
+        self,
+        verdicts: Sequence[Verdict],
+        config: ProxyConfig,
+        embeddings: Tensor,
+        read: Callable[[Sequence[Response]], Positions],
+        accelerator: Accelerator,
+    ) -> None:
+        """
+        Args:
+            verdicts: all of them.
+            config: of the proxy, but for its width.
+            embeddings: the LLM's input embeddings, [V, H].
+            read: positions of responses.
+            accelerator: of this process.
+        """
+        collection = Collection()
+        for verdict in verdicts:
+            collection.add_pair(verdict.better, verdict.worse)
+        self.preferences = collection.preferences
+        self.sized = sized_for(len(verdicts))
+        self.config = config.model_copy(update={"width": self.sized.width})
+        self.embeddings, self.accelerator = embeddings, accelerator
+        self.positions = read(self.preferences.responses)
+
+    def fit(self, numbers: Sequence[int], beta: float = BETA) -> ProxyNetwork:
+        """A proxy of these verdicts."""
+        settings = Settings(
+            loss="dpo",
+            beta=beta,
+            kl_weight=0.0,
+            caution_weight=0.1,
+            learning_rate=2e-3,
+            max_grad_norm=1.0,
+            epochs=self.sized.epochs,
+            batch_size=self.sized.batch_size,
+            weight_decay=self.sized.weight_decay,
+            seed=0,
+        )
+        fit = Fit(self.config, self.embeddings, self.positions, settings, self.accelerator)
+        train, nothing = (
+            Preferences(self.preferences.responses, [self.preferences.pairs[i] for i in some], [])
+            for some in (numbers, ())
+        )
+        for _ in fit.epochs(train, nothing):
+            pass
+        return fit.network
+
+    def is_right(self, network: ProxyNetwork, numbers: Sequence[int]) -> Tensor:
+        """Whether Σ log π/p orders each of these verdicts rightly: [N], 1 or 0."""
+        log_ratios = self._score(network, numbers).log_ratio
+        return (log_ratios[0::2] > log_ratios[1::2]).double()
+
+    def kl(self, network: ProxyNetwork, numbers: Sequence[int]) -> float:
+        """KL(proxied ‖ frozen) in nats a token of these verdicts' responses."""
+        scores = self._score(network, numbers)
+        return (scores.kl.sum() / scores.tokens.sum()).item()
+
+    @torch.no_grad()
+    def _score(self, network: ProxyNetwork, numbers: Sequence[int]) -> Scores:
+        responses = torch.tensor([self.preferences.pairs[i] for i in numbers]).flatten()
+        parts = [
+            score(network, self.embeddings, *self.positions.of(part))
+            for part in responses.split(2 * _AT_ONCE)
+        ]
+        return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def too_few(verdicts: Sequence[Verdict]) -> str:
+    """Why nothing can be learned of them; empty = it can."""
+    prompts = len({verdict.prompt for verdict in verdicts})
+    if len(verdicts) >= MIN_VERDICTS and prompts >= MIN_PROMPTS:
+        return ""
+    return (
+        f"{len(verdicts)} verdicts on {prompts} prompts: it takes {MIN_VERDICTS} on {MIN_PROMPTS}"
+    )
+
+
+def learn(
+    verdicts: Sequence[Verdict],
+    trial: Trial,
+    live: Path | None,
+    base: BaseModelId,
+    target: Path,
+    about: dict[str, Any],
+) -> Outcome:
+    """Fit, test, and where it is better save: in a directory of the version's name below `target`.
+
+    Args:
+        verdicts: that count, and are not `too_few`.
+        trial: of them.
+        live: the checkpoint that serves now; None = the frozen LLM.
+        base: the LLM.
+        about: what the checkpoint is to say of where it comes from.
+    """
+    prompts = [verdict.prompt for verdict in verdicts]
+    outcome = Outcome(
+        verdicts=len(verdicts),
+        prompts=len({*prompts}),
+        callers=len({verdict.caller for verdict in verdicts}),
+    )
+    seen = rows_of(live) if live is not None else {}
+    if all(verdict.row in seen for verdict in verdicts):
+        outcome.reason = "no verdict is new to the live version"
+        return outcome
+    parts = [part for part in folds(prompts, few=MANY) if all(part)]
+    right = torch.zeros(len(verdicts), dtype=torch.float64)
+    for train, held_out in parts:
+        network = trial.fit(train)
+        right[held_out] = trial.is_right(network, held_out)
+    tested = [i for _, held_out in parts for i in held_out]
+    if not tested:
+        outcome.reason = "no verdict could be set aside to test on"
+        return outcome
+    outcome.accuracy = _mean(right[tested])
+    if outcome.accuracy[0] - 0.5 <= SURE * 0.5 / math.sqrt(len(tested)):
+        outcome.reason = "it does not order unseen verdicts surely better than a coin"
+        return outcome
+    if live is not None:
+        unseen = [i for i in tested if verdicts[i].row not in seen]
+        if not unseen:
+            outcome.reason = "none of the new verdicts was set aside to test on"
+            return outcome
+        of_live = trial.is_right(load(live, base=base).network, unseen)
+        outcome.gain = _mean(right[unseen] - of_live)
+        if outcome.gain[0] < 0:
+            outcome.reason = "the live version orders more of the unseen verdicts rightly"
+            return outcome
+    is_whole = len(parts) > 1
+    learned_from = list(range(len(verdicts))) if is_whole else parts[0][0]
+    beta, network = BETA, trial.fit(learned_from) if is_whole else network
+    while (kl := trial.kl(network, learned_from)) > MOST_KL and beta < HIGHEST_BETA:
+        beta *= 2
+        network = trial.fit(learned_from, beta)
+    outcome.kl, outcome.beta = kl, beta
+    if kl > MOST_KL:
+        outcome.reason = f"it moves {kl:.2f} nats a token away from the LLM; {MOST_KL} are allowed"
+        return outcome
+    about = about | {
+        "verdicts": len(learned_from),
+        "prompts": outcome.prompts,
+        "callers": outcome.callers,
+        "accuracy": outcome.accuracy,
+        "kl_a_token": kl,
+        "beta": beta,
+    }
+    rows = {verdicts[i].row: verdicts[i].caller for i in learned_from}
+    outcome.version = save_version(target, network, rows, base=base, training=about)
+    outcome.reason = "it orders unseen verdicts better than what served"
+    return outcome
+
+
+def _mean(values: Tensor) -> Mean:
+    return values.mean().item(), values.std(correction=0).item() / math.sqrt(len(values))
