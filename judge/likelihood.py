@@ -1,13 +1,14 @@
-"""The likelihood-ratio judge: a response's score is β · log(π_lora / π_base), of a LoRA trained on preferences.
+"""The likelihood-ratio judge: a response's score is β · log(π / π_base), with π of a LoRA trained on preferences.
 
 The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290), which makes the
 probability that one response beats another sigmoid(score - score'). It reads each response alone: there is no order and
-no bias for a position, and N samples cost N readings, however many pairs are compared.
+no bias for a position, and N samples cost N readings, however many pairs are compared. In the place of the LoRA π may
+be the LLM with a proxy (`proxy.likelihood`).
 """
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from judge.judge import Usage
 from judge.messages import Message, text_of
@@ -24,7 +25,7 @@ class Reading(NamedTuple):
 
 
 ReadScores = Callable[[list[Reading]], Awaitable[list[float]]]
-"""Readings -> log π_lora(response | prompt) - log π_base(response | prompt) of each, in nats."""
+"""Readings -> log π(response | prompt) - log π_base(response | prompt) of each, in nats."""
 
 
 class LikelihoodJudge:
@@ -32,13 +33,13 @@ class LikelihoodJudge:
 
     Args:
         tokenizer: the LLM's
-        read_scores: how to ask the engine, which reads each response twice
-        beta: what the LoRA was trained with
+        read_scores: how to ask the engine
+        beta: what π was trained with
         max_tokens: a prompt's and its response's most
         tie_band: see Verdict
+        kind: whose likelihood it is
+        readings: how often the engine reads a response
     """
-
-    kind = "likelihood"
 
     def __init__(
         self,
@@ -48,8 +49,11 @@ class LikelihoodJudge:
         beta: float,
         max_tokens: int,
         tie_band: float = 0.0,
+        kind: Literal["likelihood", "proxy"] = "likelihood",
+        readings: int = 2,
     ) -> None:
         self.tokenizer, self.read_scores = tokenizer, read_scores
+        self.kind, self.readings = kind, readings
         self.beta, self.max_tokens, self.tie_band = beta, max_tokens, tie_band
         self.usage = Usage()
         self._scores: dict[tuple[tuple[tuple[str, str], ...], str], float] = {}
@@ -71,8 +75,8 @@ class LikelihoodJudge:
         read = await self.read_scores(list(new.values())) if new else []
         self._scores |= dict(zip(new, read, strict=True))
         for each in new.values():
-            self.usage.prompt_tokens += 2 * (len(each.prompt) + len(each.response))
-            self.usage.completion_tokens += 2
+            self.usage.prompt_tokens += self.readings * (len(each.prompt) + len(each.response))
+            self.usage.completion_tokens += self.readings
         return [
             Ruling({self.kind: self._verdict(cut)}, truncated=cut is not question)
             for cut, question in zip(short, questions, strict=True)

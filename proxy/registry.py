@@ -62,6 +62,8 @@ class Registry:
                 "max_candidates": loaded.config.max_candidates,
                 "max_rejections": loaded.config.max_rejections,
                 "temperature": loaded.config.temperature,
+                "top_k": loaded.config.top_k,
+                "top_p": loaded.config.top_p,
                 "num_parameters": loaded.network.num_parameters(),
                 "base": loaded.base.model_dump(),
                 "training": loaded.training,

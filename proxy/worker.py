@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -28,6 +29,7 @@ from proxy import sampler as sampler_v1
 from proxy.checkpoint import BaseModelId, LoadedProxy, ProxyError, identify, load
 from proxy.hook import Step
 from proxy.ledger import Ledger
+from proxy.likelihood import log_ratios
 from proxy.network import ProxyNetwork
 from proxy.orphan import end_with_server
 from proxy.reading import Reader
@@ -268,7 +270,30 @@ class ProxyGPUWorker(GPUWorker):
             By these ids, `proxy.positions.Positions` of one response each, as safetensors. What was
             asked for before, or too long ago, is not in it.
         """
-        return self._reader.take(list(request_ids))
+        found = self._reader.take(list(request_ids))
+        return {key: safetensors.torch.save(each._asdict()) for key, each in found.items()}
+
+    @raised_by_last_rank
+    def take_log_ratios(
+        self, request_ids: Iterable[str], name: str, version: str
+    ) -> dict[str, float]:
+        """How much likelier a proxy makes what was read in requests with `read`: nats, `proxy.likelihood`.
+
+        Args:
+            request_ids: as for `take_positions`; the nucleus that they asked for has to be the proxy's.
+            name, version: of a loaded proxy.
+
+        Raises:
+            ProxyError: no such proxy is loaded.
+        """
+        proxy = self._registry.find(name, version)
+        if proxy is None:
+            raise ProxyError(f"No proxy {name!r} of version {version} is loaded.")
+        weights, table = self._registry.pool.alone(proxy)
+        return {
+            key: log_ratios(weights, table, proxy.config, positions).item()
+            for key, positions in self._reader.take(list(request_ids)).items()
+        }
 
     # --- inside ---
 

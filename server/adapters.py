@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from judge.principles import Principle, principles_of
 from proxy.checkpoint import BaseModelId
 
-JudgeKind = Literal["pairwise", "likelihood"]
+JudgeKind = Literal["pairwise", "likelihood", "proxy"]
+"""The LLM or a LoRA that is shown two responses; a LoRA, or a proxy, that scores each by its likelihood."""
 
 _KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows

@@ -7,7 +7,8 @@ of the body, so that vLLM's own handlers find a request for the frozen LLM.
 import asyncio
 import json
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from server.access import Caller, Limits
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
 from server.proxies import OWNER, LoadedProxy
 from server.receipts import BySample
-from server.schemas import AlignmentOptions, JudgeOptions
+from server.schemas import AlignmentOptions, JudgeOptions, JudgeSettings
 from server.state import Served
 
 CHAT = "/v1/chat/completions"
@@ -165,6 +166,31 @@ def names(state: Served) -> list[str]:
     """The proxies that a request may ask for."""
     learned = state.learning.names() if state.learning is not None else []
     return [*dict.fromkeys([*state.proxies.names(), *learned])]
+
+
+@asynccontextmanager
+async def judging_proxy(
+    settings: JudgeSettings, state: Served, caller: Caller
+) -> AsyncIterator[LoadedProxy | None]:
+    """The proxy that is to judge, loaded as long as the block lasts; None = another kind of judge does.
+
+    Raises VLLMNotFoundError (404) where there is none such, VLLMValidationError (400) where nothing was learned yet.
+    """
+    if settings.proxy is None:
+        yield None
+        return
+    if state.learning is not None:
+        await state.learning.wake(settings.proxy, caller)
+    proxy = find(settings.proxy, state, caller)
+    if proxy is None:
+        raise VLLMValidationError(
+            f"proxy: nothing was learned as {settings.proxy!r} yet", parameter="proxy"
+        )
+    state.proxies.pin(proxy)
+    try:
+        yield proxy
+    finally:
+        state.proxies.unpin(proxy)
 
 
 def is_served(name: str, models: OpenAIServingModels) -> bool:

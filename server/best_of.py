@@ -18,8 +18,8 @@ from judge.prompts import Question
 from judge.tournament import Pair, play
 from judge.verdict import Ruling
 from server import metrics
-from server.access import CALLER
-from server.admission import Plan
+from server.access import CALLER, Caller
+from server.admission import Plan, find, judging_proxy
 from server.answers import Answer, add_receipt
 from server.engine import (
     ChatCompletionRequest,
@@ -43,8 +43,11 @@ Report = Callable[[ChatCompletionResponse, dict[str, Any]], None]
 """Told of progress: any finished sample, and how far it is."""
 
 
-def check_best_of(request: ChatRequest, plan: Plan, state: Served) -> None:
-    """Raises VLLMValidationError (400) before anything is sampled that could not be judged."""
+def check_best_of(request: ChatRequest, plan: Plan, state: Served, caller: Caller) -> None:
+    """Raises VLLMValidationError (400) before anything is sampled that could not be judged.
+
+    VLLMNotFoundError (404) where the proxy that is to judge is not loaded.
+    """
 
     def refuse(parameter: str, reason: str) -> None:
         raise VLLMValidationError(f"{parameter} {reason}", parameter=parameter)
@@ -54,6 +57,8 @@ def check_best_of(request: ChatRequest, plan: Plan, state: Served) -> None:
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
     state.judges.select(plan.judge)
+    if plan.judge.proxy is not None:
+        find(plan.judge.proxy, state, caller)
     conversation(request.messages)
 
 
@@ -77,24 +82,26 @@ async def best_of(
     finished = list(samples.values())
     texts = [_text(sample) for sample in finished]
     turns = conversation(request.messages)
-    principles, judge = state.judges.select(plan.judge), state.judges.make(plan.judge.kind)
+    principles, caller = state.judges.select(plan.judge), raw_request.scope[CALLER]
     compared = 0
 
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
         nonlocal compared
         questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
-        rulings = await state.judges.compare(
-            judge, questions, principles, raw_request.scope[CALLER]
-        )
+        rulings = await state.judges.compare(judge, questions, principles, caller)
         compared += len(pairs)
         report(finished[0], {"stage": "judging", "done": compared})
         return rulings
 
     metrics.BEST_OF_SAMPLES.inc(len(texts))
-    try:
-        receipt = await play(plan.judge.strategy, len(texts), compare_round, _seed(request, plan))
-    finally:
-        metrics.count_usage(judge.usage)
+    async with judging_proxy(plan.judge, state, caller) as proxy:
+        judge = state.judges.make(plan.judge.kind, proxy)
+        try:
+            receipt = await play(
+                plan.judge.strategy, len(texts), compare_round, _seed(request, plan)
+            )
+        finally:
+            metrics.count_usage(judge.usage)
     metrics.COMPARISONS.labels(plan.judge.strategy).observe(compared)
     metrics.BEST_OF_SECONDS.observe(monotonic() - start)
     answer = _choose(finished, receipt.ranking[: request.n or 1])

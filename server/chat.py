@@ -48,7 +48,7 @@ async def create_chat_completion(request: ChatRequest, raw_request: Request) -> 
         drawn = await state.chat.create_chat_completion(request, raw_request)
         answer = await add_receipt(drawn, plan, state)
     else:
-        check_best_of(request, plan, state)
+        check_best_of(request, plan, state, raw_request.scope[CALLER])
         if request.stream:
             wants_usage = _wants_usage(request, state)
             answer = await stream_best_of(

@@ -157,16 +157,20 @@ async def read_responses(
     workers: Workers,
     responses: Sequence[tuple[list[int], list[int]]],
     decoding: Mapping[str, Any],
-) -> list[bytes | None]:
-    """Where given responses leave a proxy a choice.
+    take: str = "take_positions",
+    *arguments: Any,
+) -> list[Any]:
+    """Where given responses leave a proxy a choice, or what else the workers make of that.
 
     Args:
         engine, workers: of one server.
         responses: token ids of each prompt, and of the response to it.
         decoding: the nucleus that is meant, as `ReadRequest` has it.
+        take: the workers' method that hands it over; it is given the requests' ids and `arguments`.
 
     Returns:
-        `proxy.positions.Positions` of each as safetensors; None = the workers had no room for it.
+        Of each what the method returns, by default `proxy.positions.Positions` as safetensors; None = the workers
+        had no room for it.
     """
 
     async def read(prompt: list[int], response: list[int]) -> str:
@@ -179,8 +183,8 @@ async def read_responses(
         return request_id
 
     request_ids = await asyncio.gather(*(read(*each) for each in responses))
-    found: dict[str, bytes] = {}
-    for answer in await workers.collective_rpc("take_positions", args=(request_ids,)):
+    found: dict[str, Any] = {}
+    for answer in await workers.collective_rpc(take, args=(request_ids, *arguments)):
         found |= answer
     return [found.get(request_id) for request_id in request_ids]
 

@@ -19,12 +19,18 @@ from server.engine import (
     LoRARequest,
     OpenAIServingChat,
     VLLMValidationError,
+    Workers,
     read_labels,
     read_logprob,
+    read_responses,
     read_text,
 )
 from server.keeper import Keeper, principle_of
+from server.proxies import LoadedProxy
 from server.schemas import JudgeSettings
+
+DEFAULT_BETA = 0.3
+"""Of a proxy whose checkpoint names none."""
 
 
 class Judges:
@@ -33,6 +39,7 @@ class Judges:
     def __init__(
         self,
         engine: EngineClient,
+        workers: Workers,
         chat: OpenAIServingChat | None,
         principles: Mapping[str, Principle],
         adapters: Mapping[JudgeKind, Adapter],
@@ -40,13 +47,14 @@ class Judges:
     ) -> None:
         """
         Args:
-            engine: of the LLM that judges.
+            engine, workers: of the LLM that judges.
             chat: vLLM's handler, for the chat template that the server was told to use.
             principles: all that there are; the first is the one to judge by where none is named.
             adapters: LoRAs that judge in the place of the LLM itself.
             keeper: of the verdicts; None = they are not kept.
         """
-        self.engine, self.principles, self.adapters = engine, principles, adapters
+        self.engine, self.workers = engine, workers
+        self.principles, self.adapters = principles, adapters
         self.keeper = keeper
         self.tokenizer = _Tokenizer(engine, chat)
         self.context: int = engine.model_config.max_model_len
@@ -61,11 +69,11 @@ class Judges:
 
         Raises VLLMValidationError (400) for an unknown one, or a judge that there is not.
         """
-        if settings.kind == "likelihood":
-            if settings.kind not in self.adapters:
+        if settings.kind != "pairwise":
+            if settings.kind == "likelihood" and settings.kind not in self.adapters:
                 _refuse("kind", "this server has no likelihood judge: start it with --judge DIR")
             if settings.principles is not None:
-                _refuse("principles", "are for pairwise judges: a likelihood judge has none")
+                _refuse("principles", f"are for pairwise judges: a {settings.kind} judge has none")
             return {}
         for name in settings.principles or ():
             if name not in self.principles:
@@ -75,9 +83,20 @@ class Judges:
         return {name: self.principles[name] for name in names}
 
     def make(
-        self, kind: JudgeKind = "pairwise", *, tie_band: float = 0.0
+        self,
+        kind: JudgeKind = "pairwise",
+        proxy: LoadedProxy | None = None,
+        *,
+        tie_band: float = 0.0,
     ) -> Judge | LikelihoodJudge:
-        """A judge for one request; `tie_band` as in Verdict."""
+        """A judge for one request.
+
+        Args:
+            proxy: of kind `proxy`; to be kept loaded as long as it judges.
+            tie_band: as in Verdict.
+        """
+        if proxy is not None:
+            return self._make_proxy(proxy, tie_band)
         if kind == "likelihood":
             return self._make_likelihood(tie_band)
         return self.make_pairwise(tie_band=tie_band)
@@ -119,6 +138,30 @@ class Judges:
             beta=self.adapters["likelihood"].beta,
             max_tokens=self.context - 1,
             tie_band=tie_band,
+        )
+
+    def _make_proxy(self, proxy: LoadedProxy, tie_band: float) -> LikelihoodJudge:
+        about = proxy.description
+        decoding = {key: about[key] for key in ("temperature", "top_k", "top_p", "max_candidates")}
+        beta = about["training"].get("beta") or DEFAULT_BETA
+        version = proxy.name, proxy.version
+
+        async def scores(readings: list[Reading]) -> list[float]:
+            found = await read_responses(
+                self.engine, self.workers, readings, decoding, "take_log_ratios", *version
+            )
+            if None in found:  # the workers keep so much and no more
+                raise RuntimeError("too much is read at once: ask for fewer or shorter responses")
+            return found
+
+        return LikelihoodJudge(
+            self.tokenizer,
+            scores,
+            beta=beta,
+            max_tokens=self.context - 1,
+            tie_band=tie_band,
+            kind="proxy",
+            readings=1,
         )
 
     async def compare(

@@ -16,6 +16,7 @@ from judge.tournament import Pair, play
 from judge.verdict import Ruling, Verdict
 from server import metrics
 from server.access import CALLER, Caller
+from server.admission import judging_proxy
 from server.engine import (
     ErrorResponse,
     load_aware_call,
@@ -54,8 +55,9 @@ async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
     caller = raw_request.scope[CALLER]
     if request.rationale:
         return await _explain(request, judges, principles, questions, caller)
-    judge = judges.make(request.kind, tie_band=request.tie_band)
-    rulings = await judges.compare(judge, questions, principles, caller)
+    async with judging_proxy(request, served(raw_request), caller) as proxy:
+        judge = judges.make(request.kind, proxy, tie_band=request.tie_band)
+        rulings = await judges.compare(judge, questions, principles, caller)
     return _answer(request, judge, [_as_json(ruling) for ruling in rulings])
 
 
@@ -103,16 +105,18 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
 
     `judge.tournament.replay` finds the same ranking from them without a model.
     """
-    judges = served(raw_request).judges
-    principles, judge, turns = judges.select(request), judges.make(request.kind), request.turns()
+    judges, caller = served(raw_request).judges, raw_request.scope[CALLER]
+    principles, turns = judges.select(request), request.turns()
 
     async def compare_round(pairs: list[Pair]) -> list[Ruling]:
         responses = request.responses
         questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
-        return await judges.compare(judge, questions, principles, raw_request.scope[CALLER])
+        return await judges.compare(judge, questions, principles, caller)
 
     seed = random.randrange(2**32) if request.seed is None else request.seed
-    receipt = await play(request.strategy, len(request.responses), compare_round, seed)
+    async with judging_proxy(request, served(raw_request), caller) as proxy:
+        judge = judges.make(request.kind, proxy)
+        receipt = await play(request.strategy, len(request.responses), compare_round, seed)
     metrics.count_usage(judge.usage)
     metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, receipt.rounds)))
     return JSONResponse(receipt.as_json() | {"usage": judge.usage.as_json()})

@@ -116,7 +116,12 @@ class AssentPlugin:
             proxies=proxies,
             remembered=remembered,
             judges=Judges(
-                engine_client, state.openai_serving_chat, self.principles, self.adapters, keeper
+                engine_client,
+                workers,
+                state.openai_serving_chat,
+                self.principles,
+                self.adapters,
+                keeper,
             ),
             keeper=keeper,
             learning=learning,

@@ -1,6 +1,6 @@
 """What a request may say. Unknown keys inside our own objects are errors."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -31,8 +31,18 @@ class JudgeSettings(BaseModel):
     )
     kind: JudgeKind = Field(
         "pairwise",
-        description="Who judges: the LLM (or its LoRA), shown both responses, or a LoRA that scores each.",
+        description="Who judges: the LLM (or its LoRA), shown both responses, or a LoRA or a proxy that scores each.",
     )
+    proxy: str | None = Field(
+        None,
+        description="With kind `proxy`: the loaded proxy that makes the better response likelier.",
+    )
+
+    @model_validator(mode="after")
+    def _proxy_of_its_kind(self) -> Self:
+        if (self.kind == "proxy") != (self.proxy is not None):
+            raise ValueError("kind `proxy` and the name of a proxy go together")
+        return self
 
 
 class JudgeOptions(JudgeSettings):
@@ -191,8 +201,8 @@ class JudgeRequest(Conversation, JudgeSettings):
 
     @model_validator(mode="after")
     def _one_pair_or_many(self) -> "JudgeRequest":
-        if self.rationale and self.kind == "likelihood":
-            raise ValueError("rationale: a likelihood judge has only a score, and cannot say why")
+        if self.rationale and self.kind != "pairwise":
+            raise ValueError(f"rationale: a {self.kind} judge has only a score, and cannot say why")
         single = (self.prompt, self.messages, self.response_a, self.response_b)
         if self.pairs is not None:
             if any(each is not None for each in single):
