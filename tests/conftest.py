@@ -15,6 +15,8 @@ import pytest
 # One thread for one engine: with more of them than free cores, vLLM's CPU build collapses at random. Before torch is
 # imported, and for all processes that tests start. The tests pass with any number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test has two threads, one that waits for the other leaves the core to whoever works.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts the tests in the background has all that they start ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 `multiprocessing`'s fork server imports what others have written, once for all tests of a worker. Our own modules are
 imported by every command anew, in a process of its own, with an environment, streams, signals and an exit code.
+What a command would have `multiprocessing` spawn, as vLLM does with its engines and their workers, is forked from it.
 """
 
 import atexit
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import popen_fork
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 # What the commands import when they start. Not vLLM, which looks at the environment meanwhile, nor numba: an engine
@@ -42,12 +45,14 @@ class Command:
         self,
         *arguments: str | Path,
         environment: Mapping[str, str] = os.environ,
+        directory: Path | None = None,
         new_session: bool = False,
         log: Path | None = None,
     ) -> None:
         """
         Args:
             environment: all of it.
+            directory: where it runs; None = here.
             new_session: as in `subprocess.Popen`.
             log: file that gets what it prints and says on stderr; None = `communicate` gives both.
         """
@@ -55,7 +60,13 @@ class Command:
         self._outputs = (log, log) if log else (_empty_file(), _empty_file())
         self._process = _context.Process(
             target=_run,
-            args=(self._arguments, dict(environment), Path.cwd(), self._outputs, new_session),
+            args=(
+                self._arguments,
+                dict(environment),
+                directory or Path.cwd(),
+                self._outputs,
+                new_session,
+            ),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -119,7 +130,22 @@ def _run(
     more = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [str(directory), *more]
     sys.argv = ["-m", *arguments[1:]]
+    _heed_environment()
+    setattr(SpawnProcess, "_Popen", staticmethod(popen_fork.Popen))  # noqa: B010
+    os.register_at_fork(after_in_child=_begin_as_if_spawned)
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which `multiprocessing` leaves out
+
+
+def _begin_as_if_spawned() -> None:
+    signal.set_wakeup_fd(-1)  # of the parent's event loop
+    _heed_environment()
+
+
+def _heed_environment() -> None:
+    """What torch asked of it when it was imported."""
+    import torch._dynamo
+
+    torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"

@@ -1,5 +1,6 @@
 """A tiny LLM with random weights, and vLLM engines that serve it in this process."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,7 +95,10 @@ def make_llm(model_dir: Path) -> Iterator[Callable[..., Any]]:
             return engines[key]
 
         yield make
+        # vLLM collects garbage twice for each engine, half a second each time; once for all will do.
+        patch.setattr(gc, "collect", lambda generation=2: 0)
         engines.clear()
         cleanup_dist_env_and_memory()
+    gc.collect()
     os.environ.clear()
     os.environ.update(environment)

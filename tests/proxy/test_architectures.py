@@ -5,16 +5,14 @@ All engines run one after another in one other process (tests/proxy/architecture
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.proxy.architectures import ARCHITECTURES
+from tests.warm import Command
 
-REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 1500  # a busy machine; an idle one takes 50
 
 # float32 through other kernels: 4e-6 is seen for the head, 1e-4 for all layers; a wrong row is off by 2 or more.
@@ -48,16 +46,8 @@ def results(
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    with log.open("wb") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", "tests.proxy.architectures", str(found), *names],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        ).returncode
+    process = Command("tests.proxy.architectures", found, *names, environment=environment, log=log)
+    code = process.wait(TIMEOUT_SECONDS)
     lines = found.read_text().splitlines() if found.exists() else []
     answers = {answer.pop("architecture"): answer for answer in map(json.loads, lines)}
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])

@@ -7,14 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.warm import Command
+
 TIMEOUT_SECONDS = 1500  # a busy machine; an idle one takes 25
 NUM_TOKENS = 24
 PLAIN, WITH_PROXY = range(4), range(4, 12)  # requests, in their order
@@ -33,15 +32,13 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.proxy.tensor_parallel", str(result)],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: no rank outlives the tests
-        )
+    process = Command(
+        "tests.proxy.tensor_parallel",
+        result,
+        environment=environment,
+        new_session=True,  # a group of its own: no rank outlives the tests
+        log=log,
+    )
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(TIMEOUT_SECONDS)

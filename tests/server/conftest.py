@@ -107,7 +107,7 @@ def serving(
 ) -> Iterator[Server]:
     """`python -m server` with the demo's LLM, from when it is healthy until it has stopped.
 
-    With `warm` its first process begins with libraries that are imported already; its engine's never does.
+    With `warm` it begins with libraries that are imported already, and its engine as a fork of it instead of anew.
     """
     port = free_port()
     command = [

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -11,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from server.learned_proxy import Spec
-from tests.server.conftest import DEMO, REPOSITORY
+from tests.server.conftest import DEMO
+from tests.warm import run
 
 MODEL = str(DEMO / "model")
 ALIGNED = DEMO / "proxies" / "aligned"
@@ -315,9 +314,8 @@ def test_a_database_that_cannot_be(cli, capsys, tmp_path):
 
 
 def test_the_command_itself():
-    """As a person types it; the rest of this file calls the same function in this process."""
-    command = [sys.executable, "-m", "server", "--model", MODEL, "--proxy", "a=/no/such/directory"]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    """In a process of its own, as a person starts it; the rest of this file calls the same function in this process."""
+    ended = run("server", "--model", MODEL, "--proxy", "a=/no/such/directory")
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
         "python -m server: error: --proxy a=/no/such/directory: there is no such directory"

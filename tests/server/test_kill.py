@@ -54,6 +54,7 @@ def in_flight(running):
     return sum(proxy["in_flight"] for proxy in found)
 
 
+@pytest.mark.slow  # test_survival.py does the same to an engine that is one process
 def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """It alone, as the kernel does where memory runs out: its successor needs the device."""
     with serving(tmp_path / "log", *proxy_flags(), environment=APART, warm=False) as running:

@@ -44,6 +44,7 @@ def killed(root, tmp_path_factory):
                 == 201
             )
         family = psutil.Process(running.process.pid).children(recursive=True)
+        assert family  # the engine, at least
         running.process.send_signal(signal.SIGKILL)  # it alone, as the kernel does
         running.process.wait()
         _, left = psutil.wait_procs(family, timeout=WAIT_SECONDS)

@@ -1,6 +1,7 @@
 """docs/align-your-model.md, followed to the letter: every block on it is run, in order, with the real server.
 
 Only the size differs: a tiny model and a small preference file in the place of the page's, and the options in `TINY`.
+The shell reads every block; where it calls `python -m`, the command starts from `tests.warm`.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import Server, _stop, _wait_until_healthy, free_port
+from tests.warm import Command
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "align-your-model.md"
@@ -25,6 +27,8 @@ TINY = {
     "training.proxy_ppo": "--steps 1 --episodes 16 --decoding.max-new-tokens 16",
     "training.evaluate": "--num-prompts 5",
 }
+# Prints the arguments of each call: how many, and which.
+NOTE_CALLS = """python() { printf '%s\\0' "$#" "$@"; }\n"""
 
 
 class Follower:
@@ -50,8 +54,9 @@ class Follower:
             return self.export(text)
         if text.startswith("python -m server"):
             return self.serve(text)
-        tiny = re.sub(r"python -m (training\.\w+)", lambda m: f"{m[0]} {TINY[m[1]]}", text)
-        return self.run(["bash", "-euo", "pipefail", "-c", tiny])
+        if text.startswith("python -m"):
+            return "".join(map(self.train, self.calls(text)))
+        return self.run(["bash", "-euo", "pipefail", "-c", text])
 
     def run(self, command: list[str]) -> str:
         result = subprocess.run(
@@ -59,6 +64,28 @@ class Follower:
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         return result.stdout
+
+    def calls(self, text: str) -> list[list[str]]:
+        """The module and the arguments of each `python -m` in a block, as the shell hands them over."""
+        words = self.run(["bash", "-euo", "pipefail", "-c", NOTE_CALLS + text]).split("\0")[:-1]
+        calls = []
+        while words:
+            end = 1 + int(words[0])
+            assert words[1] == "-m"
+            calls.append(words[2:end])
+            words = words[end:]
+        return calls
+
+    def train(self, call: list[str]) -> str:
+        module, *arguments = call
+        command = Command(
+            *(module, *TINY[module].split(), *arguments),
+            environment=self.environment,
+            directory=self.directory,
+        )
+        out, err = command.communicate()
+        assert command.wait() == 0, f"{call}\n{out}\n{err}"
+        return out
 
     def export(self, text: str) -> str:
         names = re.findall(r"^export (\w+)=\S+$", text, re.MULTILINE)
@@ -75,16 +102,15 @@ class Follower:
         return ""
 
     def serve(self, text: str) -> str:
+        (call,) = self.calls(text)
         log = self.directory / "server.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                ["bash", "-c", f"exec {text.strip()} --port {self.port}"],
-                cwd=self.directory,
-                env=self.environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = Command(
+            *(*call, "--port", str(self.port)),
+            environment=self.environment,
+            directory=self.directory,
+            new_session=True,
+            log=log,
+        )
         self.stack.callback(_stop, process)
         _wait_until_healthy(process, Server(f"http://127.0.0.1:{self.port}", log, process))
         return ""

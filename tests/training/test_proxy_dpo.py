@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from proxy.checkpoint import identify, load
-from tests.training.conftest import done
+from tests.training.conftest import done, done_by_two
 from tests.training.models import frozen_of
 from training import proxy_dpo
 from training.console import TrainingError
@@ -136,9 +136,8 @@ def test_two_processes_give_the_result_of_one(work: Path, tmp_path: Path) -> Non
         "training.proxy_dpo", "--model", work / "base", "--preferences", work / "world/preferences.jsonl",
         "--max-rows", "40", "--dtype", "float32", "--epochs", "2", "--batch-size", "7",
     )  # fmt: skip
-    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
     done(*command, "--output", tmp_path / "one")
-    done(*launch, *command, "--output", tmp_path / "two")
+    done_by_two(*command, "--output", tmp_path / "two")
     one, two = (load_file(tmp_path / name / "proxy.safetensors") for name in ("one", "two"))
     for name, value in one.items():  # up to rounding, which Adam may enlarge
         torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-4)
