@@ -20,12 +20,13 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import matplotlib
@@ -68,8 +69,10 @@ HOSTILE = "hostile"
 class Options:
     """What to measure."""
 
+    parts: tuple[Literal["tastes", "best_of"], ...] = ("tastes", "best_of")
+    """What to measure; the figures of the other part stay."""
     judge: Path | None = None
-    """A LoRA from `training.reward_model --lora-rank`; none = only tastes are measured."""
+    """For best_of: a LoRA from `training.reward_model --lora-rank`."""
     users: int = 5
     """Of each taste."""
     verdicts: tuple[int, ...] = (0, 10, 30, 100, 300)
@@ -353,32 +356,40 @@ def draw(
 
 
 def main(options: Options) -> None:
-    """Each part is written when it is done."""
+    """Each part is written when it is done, beside what the other one came to."""
+    if "best_of" in options.parts and options.judge is None:
+        raise SystemExit("error: best_of needs --judge")
     options.output.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {"seed": options.seed}
-    names = [f"{taste}-{i}" for taste in TASTES for i in range(options.users)] + [f"{HOSTILE}-0"]
-    parts: list[tuple[str, list[str], Any, list[str | Path]]] = [
-        ("users", names, measure_tastes, ["--learn", "mine=own"])
-    ]
-    if options.judge is not None:
-        flags: list[str | Path] = ["--learn", "quick=judge", "--judge", options.judge]
-        parts.append(("best_of", [], measure_best_of, flags))
-    for part, keys, measure, more in parts:
-        with tempfile.TemporaryDirectory() as directory:
-            root = Path(directory)
-            entries = [f"[keys.{name}]\nsha256 = {digest(name)}" for name in keys]
-            entries.append(f"[keys.{OPERATOR}]\nsha256 = {digest(OPERATOR)}\nadmin = true")
-            (root / "access.toml").write_text("\n".join(entries))
-            (root / "proxies").mkdir()
-            flags = [
-                *("--access", root / "access.toml", "--feedback", root / "feedback.db"),
-                *("--proxy-root", root / "proxies", *more),
-            ]
-            with serve(get_model("demo"), "assent", {}, flags) as server:
-                figures[part] = asyncio.run(measure(server, options))
-        (options.output / "learning.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    path = options.output / "learning.json"
+    figures: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    if "tastes" in options.parts:
+        names = [f"{taste}-{i}" for taste in TASTES for i in range(options.users)]
+        with serving([*names, f"{HOSTILE}-0"], "--learn", "mine=own") as server:
+            figures["users"] = asyncio.run(measure_tastes(server, options))
+        path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    if options.judge is not None and "best_of" in options.parts:
+        with serving([], "--learn", "quick=judge", "--judge", options.judge) as server:
+            figures["best_of"] = asyncio.run(measure_best_of(server, options))
+        path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    if "users" in figures:
         plot(figures, options.output / "learning.png")
-    print(markdown(figures))
+        print(markdown(figures))
+
+
+@contextmanager
+def serving(names: Sequence[str], *flags: str | Path) -> Iterator[Server]:
+    """The demo's LLM with a key for each name, and the operator's."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        keys = [f"[keys.{name}]\nsha256 = {digest(name)}" for name in names]
+        keys.append(f"[keys.{OPERATOR}]\nsha256 = {digest(OPERATOR)}\nadmin = true")
+        (root / "access.toml").write_text("\n".join(keys))
+        places: list[str | Path] = [
+            *("--access", root / "access.toml", "--feedback", root / "feedback.db"),
+            *("--proxy-root", root / "proxies"),
+        ]
+        with serve(get_model("demo"), "assent", {}, [*places, *flags]) as server:
+            yield server
 
 
 def digest(name: str) -> str:
