@@ -98,7 +98,13 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
 
 @router.get(
     "/proxies/{name}/learn",
-    responses={404: {"model": ErrorResponse, "description": "Nothing is learned by this name."}},
+    responses={
+        403: {
+            "model": ErrorResponse,
+            "description": "The server has no --feedback and --proxy-root.",
+        },
+        404: {"model": ErrorResponse, "description": "Nothing is learned by this name."},
+    },
 )
 async def learning_status(name: str, raw_request: Request) -> dict[str, Any]:
     """What is learned under a name: the last pass, the versions, and which of them serves.
@@ -118,6 +124,7 @@ async def learning_status(name: str, raw_request: Request) -> dict[str, Any]:
     "/proxies/{name}/learn",
     responses={
         200: {"description": "What came of it."},
+        400: {"model": ErrorResponse, "description": "No name, or nobody's verdicts."},
         403: {
             "model": ErrorResponse,
             "description": "The server has no --feedback and --proxy-root.",

@@ -181,6 +181,9 @@ def learn(
     if all(verdict.row in seen for verdict in verdicts):
         outcome.reason = "no verdict is new to the live version"
         return outcome
+    if not len(trial.positions.slots):
+        outcome.reason = "the LLM leaves a proxy nothing to choose in these responses"
+        return outcome
     parts = [part for part in folds(prompts, few=MANY) if all(part)]
     right = torch.zeros(len(verdicts), dtype=torch.float64)
     for train, held_out in parts:

@@ -54,7 +54,8 @@ def score(
     slots, owners = positions.slots.to(device)[:, None], owners.to(device)
     sizes = (candidates.logprobs > -torch.inf).sum(-1)
     hidden = positions.hidden.to(device)
-    sums = embeddings.new_zeros(4, count, dtype=torch.float32)
+    # Responses without a choice have a gradient, too: of 0.
+    sums = embeddings.new_zeros(4, count, dtype=torch.float32) + 0 * table.sum()
     most = candidates.logprobs.shape[-1]
     narrower = 1
     for width in (*(w for w in _WIDTHS if w < most), most):

@@ -1,5 +1,6 @@
 """What a server learns of verdicts: fits to made-up positions, in which one half of the vocabulary is preferred."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ class Scripted(Trial):
             kl: nats a token at the usual β; it falls as 1 / β.
         """
         self.count, self.right, self.of_live, self.kl_at_first = len(found), right, of_live, kl
+        self.positions = read([verdict.better for verdict in found])
         self.fits: list[tuple[int, float]] = []  # how many verdicts, and β
 
     def fit(self, numbers: Sequence[int], beta: float = learning.BETA) -> ProxyNetwork:
@@ -190,6 +192,44 @@ def test_few_are_all_learned_from_and_of_many_a_tenth_is_set_aside(tmp_path: Pat
     ((count, _),) = many.fits
     assert 0.8 * learning.MANY < count < learning.MANY
     assert sorted(len(rows_of(path)) for path in versions(tmp_path)) == [50, count]
+
+
+def first(found: Positions, count: int) -> Positions:
+    return found._replace(
+        hidden=found.hidden[:count],
+        token_ids=found.token_ids[:count],
+        logprobs=found.logprobs[:count],
+        slots=found.slots[:count],
+    )
+
+
+def test_responses_that_leave_no_choice_teach_nothing(
+    tmp_path: Path, embeddings: torch.Tensor
+) -> None:
+    def nothing(responses: Sequence[Response]) -> Positions:
+        found = read(responses)
+        return first(found, 0)._replace(counts=torch.zeros_like(found.counts))
+
+    found = verdicts(40)
+    trial = Trial(found, CONFIG, embeddings, nothing, Accelerator(cpu=True))
+    outcome = learn(found, trial, None, BASE, tmp_path, {})
+    assert outcome.version is None and "nothing to choose" in outcome.reason
+
+
+def test_some_responses_may_leave_no_choice(tmp_path: Path, embeddings: torch.Tensor) -> None:
+    """Whole batches of them, even."""
+
+    def some(responses: Sequence[Response]) -> Positions:
+        found = read(responses)
+        counts = torch.zeros_like(found.counts)
+        counts[:2] = PLACES
+        return first(found, 2 * PLACES)._replace(counts=counts)
+
+    found = verdicts(40)
+    trial = Trial(found, CONFIG, embeddings, some, Accelerator(cpu=True))
+    network = trial.fit(range(40))
+    assert trial.is_right(network, range(40)).sum() <= 1  # without a choice both are alike
+    assert math.isfinite(trial.kl(network, range(40)))
 
 
 def test_too_few_verdicts_or_prompts() -> None:
