@@ -18,6 +18,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -222,10 +223,11 @@ def main() -> None:
         job = json.loads(message)
         try:
             stream.send({"outcome": asdict(learner.run(job))})
-        except MemoryError:
-            stream.send({"error": f"it takes over {_MEMORY / 2**30:.0f} GiB of memory"})
         except ERRORS as error:
             stream.send({"error": str(error)})
+        except Exception as error:  # a fault of ours, or no memory: the next pass may do
+            traceback.print_exc()
+            stream.send({"error": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":
