@@ -9,7 +9,9 @@ another taste, change `taste`; to try another LLM, change `PROMPTS`.
 
 import os
 import random
+import time
 from statistics import fmean
+from typing import Any
 
 import httpx
 from openai import OpenAI
@@ -41,6 +43,7 @@ def main() -> None:
     http = httpx.Client(base_url=URL, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
     model = client.models.list().data[0].id
     alignment = {"alignment": {"proxy": "mine"}}
+    sent = 0
     for round_number in range(4):
         lengths: list[int] = []
         for prompt in random.sample(PROMPTS, len(PROMPTS)):
@@ -55,15 +58,21 @@ def main() -> None:
             lengths += map(len, texts)
             if taste(texts[0]) != taste(texts[1]):
                 choice = max((0, 1), key=lambda i: taste(texts[i]))
-                http.post(
-                    "/feedback", json={"request_id": answer.id, "choice": choice}
-                ).raise_for_status()
-        status = http.get("/proxies/mine/learn").raise_for_status().json()
-        seen = (status["last_pass"] or {}).get("verdicts", 0)
-        print(
-            f"round {round_number + 1}: {fmean(lengths):.0f} characters an answer; version {status['live']} serves, "
-            f"{seen} verdicts were looked at"
-        )
+                chosen = {"request_id": answer.id, "choice": choice}
+                http.post("/feedback", json=chosen).raise_for_status()
+                sent += 1
+        print(f"round {round_number + 1}: {fmean(lengths):.0f} characters an answer")
+        learned = wait_for_a_look(http, sent)
+        print(f"  {learned['last_pass']['reason']}; version {learned['live']} serves")
+
+
+def wait_for_a_look(http: httpx.Client, sent: int) -> Any:
+    """What has been learned, once most verdicts were looked at: the server looks when there are half as many more."""
+    while True:
+        learned = http.get("/proxies/mine/learn").raise_for_status().json()
+        if learned["last_pass"] and learned["last_pass"].get("rows", 0) >= sent / 1.5:
+            return learned
+        time.sleep(1)
 
 
 if __name__ == "__main__":

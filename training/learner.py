@@ -134,7 +134,7 @@ class Learner:
                 Path(job["directory"]),
                 {"learned": job["name"], "sources": job["sources"]},
             )
-        outcome.rows, outcome.left_out = len(rows), +left_out
+        outcome.rows, outcome.left_out = len(rows), dict(+left_out)
         self.store.trim(MOST_BYTES)
         return outcome
 

@@ -123,6 +123,7 @@ def test_before_there_is_anything_to_learn_the_frozen_llm_answers(lesson: Lesson
 
 
 def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -> None:
+    lesson.choose("alice", 3, seed=1)  # which the same again replace
     lesson.choose("alice", VERDICTS, seed=1)
     for name in ("mine", "ours"):
         wait_until(partial(lesson.has_looked, "alice", name))
@@ -130,6 +131,9 @@ def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -
         lesson.ask("root", "POST", f"/proxies/{name}/learn")
         status = lesson.learning("alice", name)
         assert status["live"] is not None, status
+        if (looked := status["last_pass"])["rows"] == VERDICTS + 3:
+            assert looked["verdicts"] == VERDICTS
+            assert looked["left_out"] == {"that a later one replaces": 3}
         version, answer = status["live"], lesson.chat("alice", name)
         assert (
             answer.json()["alignment"] | {"proxy": name, "version": version}
@@ -223,7 +227,7 @@ def test_what_is_forgotten_is_gone_with_all_that_was_learned_of_it(lesson: Lesso
     before = len([*learned.rglob("proxy.safetensors")])
     assert before >= 3
     forgotten = lesson.ask("alice", "DELETE", "/feedback").json()["forgotten"]
-    assert forgotten == {"preferences": VERDICTS, "answers": 0, "versions": before}
+    assert forgotten == {"preferences": VERDICTS + 3, "answers": 0, "versions": before}
     assert not [*learned.rglob("proxy.safetensors")]
     with sqlite3.connect(learned / "positions.db") as positions:
         assert positions.execute("SELECT COUNT(*) FROM positions").fetchone() == (0,)
