@@ -138,7 +138,7 @@ async def measure(server: Server, options: Options, root: Path) -> list[dict[str
     headers = {"Authorization": f"Bearer {KEY}"}
     async with aiohttp.ClientSession(
         server.url, headers=headers, timeout=aiohttp.ClientTimeout(3600), raise_for_status=True,
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
     ) as http:  # fmt: skip
         async with http.post("/proxies/learned/learn") as answer:  # the learner's start is no pass
             print(await answer.json())
