@@ -171,7 +171,8 @@ class ProxyGPUWorker(GPUWorker):
 
         Returns:
             The proxy's entry in `list_proxies`: name, version, directory, shadow, max_candidates,
-            max_rejections, temperature, num_parameters, num_bytes, base (name, fingerprint), training.
+            max_rejections, temperature, top_k, top_p, num_parameters, num_bytes, base (name,
+            fingerprint), training.
 
         Raises:
             ProxyError: the checkpoint cannot be read, or belongs to another LLM.

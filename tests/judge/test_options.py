@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 import judge
 import training
 from judge.options import OptionError, Positive, read_options
-from training import dpo, proxy_ppo, sft
+from training import dpo, learner, proxy_ppo, sft
 from training.policy import Decoding
 
 
 def commands() -> list[ModuleType]:
-    """All modules that are run with `python -m`."""
+    """All modules that a user runs with `python -m`."""
     names = [
         f"{package.__name__}.{each.name}"
         for package in (training, judge)
@@ -31,6 +31,7 @@ def commands() -> list[ModuleType]:
         module
         for module in modules
         if '__name__ == "__main__"' in Path(str(module.__file__)).read_text()
+        and module is not learner  # which the server starts, and talks to
     ]
 
 

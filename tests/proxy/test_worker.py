@@ -463,6 +463,8 @@ def test_loading_describes_the_proxy(aligned, checkpoints, base):
         "max_candidates": 6,
         "max_rejections": 2,
         "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
         "num_parameters": 18_690,
         # H 64, V 288, W 64, float32: state, product, logprob, score, bias, candidate table
         "num_bytes": 4 * (64 * 128 + 64 * 64 + 64 + 64 + 1 + 288 * 128),
