@@ -7,7 +7,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-FILE_NAME = "positions.db"
+FILE_NAME = ".positions.db"
 
 
 class PositionStore:

@@ -31,7 +31,7 @@ from server.access import Access, AccessError, read_access
 from server.adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.learned_proxy import Spec
 from server.plugin import AssentPlugin, install
-from server.proxies import PROXY_NAME, Checkpoint, Refusal, check_name
+from server.proxies import LEARNED_NAME, PROXY_NAME, Checkpoint, Refusal, check_name
 from server.request_log import write_to_stdout
 
 DRAIN_SECONDS = 30.0
@@ -259,10 +259,11 @@ def parse_learn(args: Namespace, proxies: Sequence[Checkpoint]) -> list[Spec]:
         parts = sources.split(",")
         shadow = "shadow" in parts
         kinds = tuple(dict.fromkeys(part for part in parts if part != "shadow"))
-        if not PROXY_NAME.fullmatch(name) or name in specs:
-            reason = (
-                "is given twice" if name in specs else "may only have letters, digits and . _ -"
+        if not LEARNED_NAME.fullmatch(name) or name in specs:
+            allowed = (
+                "may only have letters, digits and . _ -, and begins with one of the first two"
             )
+            reason = "is given twice" if name in specs else allowed
             raise Refused(f"--learn {entry!r}: the name {name!r} {reason}")
         if not equals or not kinds or not {*kinds} <= {*SOURCES, "own"}:
             raise Refused(

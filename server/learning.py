@@ -9,7 +9,7 @@ way keep theirs, other servers with this --proxy-root follow, and the older vers
     <proxy root>/.learn/ours/<version>/             checkpoint, and the rows that it comes from
     <proxy root>/.learn/ours/learned.json           what came of the last pass
     <proxy root>/.learn/mine/<hash of a key>/...    the same for each key's own
-    <proxy root>/.learn/positions.db                what the LLM read of these rows
+    <proxy root>/.learn/.positions.db               what the LLM read of these rows
 
 `own` is a proxy for each key, of this key's choices alone. It is loaded when its key asks for it; no other key can ask
 for it, or sees it. Of several servers with this root one learns.

@@ -12,12 +12,14 @@ from fastapi.responses import JSONResponse, Response
 from server import metrics
 from server.access import CALLER
 from server.engine import ErrorResponse, validate_json_request
-from server.proxies import PROXY_NAME, Refusal, check_name, find_below
+from server.proxies import LEARNED_NAME, Refusal, check_name, find_below
 from server.remembered import Entry
 from server.schemas import LearnRequest, LoadRequest
 from server.state import served
 
 router = APIRouter()
+
+LearnedName = Annotated[str, PathParameter(pattern=f"^{LEARNED_NAME.pattern}$")]
 
 
 @router.get("/proxies")
@@ -99,6 +101,7 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
 @router.get(
     "/proxies/{name}/learn",
     responses={
+        400: {"model": ErrorResponse, "description": "No name of a proxy that is learned."},
         403: {
             "model": ErrorResponse,
             "description": "The server has no --feedback and --proxy-root.",
@@ -106,7 +109,7 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
         404: {"model": ErrorResponse, "description": "Nothing is learned by this name."},
     },
 )
-async def learning_status(name: str, raw_request: Request) -> dict[str, Any]:
+async def learning_status(name: LearnedName, raw_request: Request) -> dict[str, Any]:
     """What is learned under a name: the last pass, the versions, and which of them serves.
 
     Of a name with a proxy for each key, the caller's own.
@@ -133,7 +136,7 @@ async def learning_status(name: str, raw_request: Request) -> dict[str, Any]:
     },
 )
 async def learn(
-    name: Annotated[str, PathParameter(pattern=f"^{PROXY_NAME.pattern}$")],
+    name: LearnedName,
     raw_request: Request,
     request: LearnRequest | None = None,
 ) -> dict[str, Any]:

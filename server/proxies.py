@@ -25,6 +25,8 @@ from server.engine import EngineDeadError, Workers
 logger = logging.getLogger(__name__)
 
 PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
+LEARNED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Of one that is learned, whose directory has this name: no dot comes first."""
 OWNER = "/"
 """Between the name of a key's own proxy and a hash of the key's: no name has it, so no request can ask for it."""
 

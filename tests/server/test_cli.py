@@ -207,6 +207,8 @@ def test_a_root_that_is_not_there(cli, capsys):
         ("mine=own,judge", "own stands alone"),
         ("mine=own,shadow", "own stands alone"),
         ("a/b=own", "the name 'a/b'"),
+        ("..=person", "the name '..'"),
+        (".lock=person", "the name '.lock'"),
         ("aligned=own", "'aligned' is a proxy that is loaded already: each key has its own"),
         ("aligned=person,shadow", "one of both is a shadow"),
     ],
