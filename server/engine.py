@@ -159,6 +159,7 @@ async def read_responses(
     decoding: Mapping[str, Any],
     take: str = "take_positions",
     *arguments: Any,
+    at_once: int = 16,
 ) -> list[Any]:
     """Where given responses leave a proxy a choice, or what else the workers make of that.
 
@@ -167,6 +168,7 @@ async def read_responses(
         responses: token ids of each prompt, and of the response to it.
         decoding: the nucleus that is meant, as `ReadRequest` has it.
         take: the workers' method that hands it over; it is given the requests' ids and `arguments`.
+        at_once: responses in the engine; the workers keep what was read of these, and have bounded room for it.
 
     Returns:
         Of each what the method returns, by default `proxy.positions.Positions` as safetensors; None = the workers
@@ -182,11 +184,15 @@ async def read_responses(
                 pass
         return request_id
 
-    request_ids = await asyncio.gather(*(read(*each) for each in responses))
-    found: dict[str, Any] = {}
-    for answer in await workers.collective_rpc(take, args=(request_ids, *arguments)):
-        found |= answer
-    return [found.get(request_id) for request_id in request_ids]
+    taken: list[Any] = []
+    for start in range(0, len(responses), at_once):
+        some = responses[start : start + at_once]
+        request_ids = await asyncio.gather(*(read(*each) for each in some))
+        found: dict[str, Any] = {}
+        for answer in await workers.collective_rpc(take, args=(request_ids, *arguments)):
+            found |= answer
+        taken += [found.get(request_id) for request_id in request_ids]
+    return taken
 
 
 async def read_logprob(

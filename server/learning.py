@@ -306,12 +306,10 @@ class Learning:
     ) -> list[bytes]:
         """For the learner: what the LLM reads in responses, a few at a time."""
         given = [(each["prompt"], each["response"]) for each in responses]
-        found: list[bytes] = []
-        for start in range(0, len(given), _READ_AT_ONCE):
-            some = given[start : start + _READ_AT_ONCE]
-            contents = await read_responses(self._engine, self._workers, some, decoding)
-            found += [content or b"" for content in contents]
-        return found
+        contents = await read_responses(
+            self._engine, self._workers, given, decoding, at_once=_READ_AT_ONCE
+        )
+        return [content or b"" for content in contents]
 
     # --- which there are ---
 
