@@ -15,7 +15,6 @@ The gold scorer gives the verdicts of the first taste, and grades; the server se
 import asyncio
 import hashlib
 import json
-import math
 import random
 import re
 import tempfile
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from time import monotonic
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ import matplotlib
 from matplotlib import pyplot
 from openai import AsyncOpenAI
 
+from benchmarks.dial import WORLD_SEED, held_out_prompts, mean
 from benchmarks.engines import Server, serve
 from benchmarks.models import REPOSITORY, get_model
 from judge.options import read_options
@@ -41,7 +41,6 @@ from training.world.__main__ import draw_prompts, split_combinations
 
 matplotlib.use("Agg")
 
-WORLD_SEED = 0  # of the demo's data, by which the held-out combinations are known
 OPERATOR = "operator"
 WAIT_SECONDS = 1800.0
 
@@ -95,17 +94,6 @@ def asked_prompts(seed: str) -> Iterator[str]:
     """Of the training's split, without an end."""
     prompts = draw_prompts(split_combinations(WORLD_SEED)[0], random.Random(seed))
     return (prompt.text for prompt in prompts)
-
-
-def held_out(number: int, seed: int) -> list[str]:
-    """Of the test split."""
-    prompts = draw_prompts(split_combinations(WORLD_SEED)[2], random.Random(seed))
-    return [prompt.text for prompt in islice(prompts, number)]
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """And its standard error."""
-    return fmean(values), stdev(values) / math.sqrt(len(values))
 
 
 class Client:
@@ -212,7 +200,7 @@ async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any
         User(
             taste,
             Client(server, f"{taste}-{i}", turn),
-            held_out(options.prompts, options.seed + number),
+            held_out_prompts(options.prompts, options.seed + number),
             asked_prompts(f"{options.seed} {taste} {i}"),
         )
         for number, (taste, i) in enumerate(names)
@@ -236,7 +224,7 @@ async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any
 
 async def measure_best_of(server: Server, options: Options) -> list[dict[str, Any]]:
     turn = asyncio.Semaphore(options.at_once)
-    client, prompts = Client(server, OPERATOR, turn), held_out(options.graded, options.seed)
+    client, prompts = Client(server, OPERATOR, turn), held_out_prompts(options.graded, options.seed)
     asked, rng, done = asked_prompts(f"{options.seed} best of"), random.Random(options.seed), 0
     best_of = {"best_of": 8, "judge": {"kind": "likelihood"}}
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from benchmarks.dial import WORLD_SEED
 from benchmarks.engines import Server, serve
 from benchmarks.models import get_model
 from judge.feedback import Feedback, Preference
@@ -29,7 +30,6 @@ from judge.messages import Message
 from judge.options import read_options
 from training.world.__main__ import draw_pair, draw_prompts, split_combinations
 
-WORLD_SEED = 0
 KEY = "sk-operator"
 ACCESS = f"""
 [keys.operator]
