@@ -14,6 +14,8 @@ from proxy.checkpoint import WEIGHTS_FILE, BaseModelId, save
 from proxy.network import ProxyNetwork
 
 ROWS_FILE = "rows.json"
+MIN_VERDICTS = 10
+"""Fewer teach nothing that could be tested."""
 KEPT = 3
 """Versions of a proxy, beside the live one."""
 

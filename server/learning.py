@@ -31,7 +31,7 @@ from typing import Any, TextIO
 
 from judge.feedback import Source
 from proxy.checkpoint import CONFIG_FILE
-from proxy.learned import prune, rows_of, versions
+from proxy.learned import MIN_VERDICTS, prune, rows_of, versions
 from proxy.position_store import FILE_NAME as POSITIONS_FILE
 from proxy.position_store import PositionStore
 from server import metrics
@@ -51,7 +51,6 @@ IDLE_SECONDS = 60.0
 """After which the learner's process ends."""
 PASS_SECONDS = 1800.0
 """That a pass may take, reading included."""
-MIN_VERDICTS = 10
 MIN_NEW, GROWTH = 5, 1.5
 """Verdicts must have grown by so much since the last pass: then all passes together cost a few times the last."""
 MOST_LOADED = 64

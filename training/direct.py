@@ -28,10 +28,10 @@ class Settings:
 
     loss: Loss
     beta: float
-    kl_weight: float
-    caution_weight: float
-    learning_rate: float
-    max_grad_norm: float
+    kl_weight: float = 0.0
+    caution_weight: float = 0.1
+    learning_rate: float = 2e-3
+    max_grad_norm: float = 1.0
     epochs: int
     batch_size: int
     weight_decay: float

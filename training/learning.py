@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proxy.checkpoint import BaseModelId, load
-from proxy.learned import rows_of, save_version
+from proxy.learned import MIN_VERDICTS, rows_of, save_version
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from training.direct import Fit, Settings, sized_for
@@ -32,8 +32,8 @@ from training.preference_losses import Scores, score
 from training.preferences import Collection, Preferences
 from training.verdicts import Verdict, folds
 
-MIN_VERDICTS, MIN_PROMPTS = 10, 5
-"""Fewer verdicts, or verdicts on fewer prompts, teach nothing that could be tested."""
+MIN_PROMPTS = 5
+"""Verdicts on fewer teach nothing that could be tested."""
 MANY = 500
 """So many are tested on a tenth that is set aside; fewer by cross-validation."""
 SURE = 1.64
@@ -106,10 +106,6 @@ class Trial:
         settings = Settings(
             loss="dpo",
             beta=beta,
-            kl_weight=0.0,
-            caution_weight=0.1,
-            learning_rate=2e-3,
-            max_grad_norm=1.0,
             epochs=self.sized.epochs,
             batch_size=self.sized.batch_size,
             weight_decay=self.sized.weight_decay,

@@ -105,13 +105,13 @@ class Options(RowOptions, EngineOptions):
     """auto = dpo of pairs, kto of single verdicts."""
     beta: Positive | None = None
     """β: the higher, the nearer to the frozen LLM. None = 0.3; for ipo 0.1, for simpo 2."""
-    kl_weight: NonNegative = 0.0
+    kl_weight: NonNegative = Settings.kl_weight
     """Price of a nat of KL(proxied ‖ frozen) in a response."""
-    caution_weight: NonNegative = 0.1
+    caution_weight: NonNegative = Settings.caution_weight
     """Price of rejecting even the best candidate: of (log a)², at each position."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = Settings.learning_rate
     """AdamW's, falling linearly to 0."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive = Settings.max_grad_norm
     """Gradients are scaled down to this norm."""
     epochs: PositiveInt | None = None
     """Passes over the preferences; the best by the held-out loss counts."""
