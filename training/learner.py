@@ -18,6 +18,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,11 @@ MOST_ROWS = 20_000
 MOST_BYTES = 2**30
 """Of positions in a pass, and of those kept on the disk."""
 NICE = "ASSENT_LEARNER_NICE"
-"""Environment variable: how far it stands back, from 0, like the engine, to 19, almost never on a busy machine."""
+"""Environment variable: its niceness, 1 to 19; 0: the engine's priority, and no rest while others are busy."""
 _MEMORY = 6 * 2**30  # bytes, all that is no file's
+_SLICE = 0.01  # seconds of processor time after which it looks whether the machine is busy
+_BUSY = 1.1  # seconds on the clock for each of processor time; more means that it had to wait
+_SHARE = 0.1  # of a core, at most, while the machine is busy
 _AT_ONCE = 16  # verdicts whose responses the server reads at once
 NUCLEUS = ("temperature", "top_k", "top_p", "max_candidates")
 ERRORS = (TrainingError, FeedbackError, ProxyError, OSError, sqlite3.Error)
@@ -202,9 +206,28 @@ def _parsed(content: bytes) -> Positions:
 def be_modest() -> None:
     """Take little of the processor from the server, and bounded memory; end with the server alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(int(os.environ.get(NICE, "10")))
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+    if nice := int(os.environ.get(NICE, "10")):
+        os.nice(nice)
+        signal.signal(signal.SIGPROF, Rest())
+        signal.setitimer(signal.ITIMER_PROF, _SLICE, _SLICE)
+
+
+class Rest:
+    """Called after each slice of processor time: sleeps, while there are others who want the core.
+
+    A low priority alone does not keep their caches warm, nor the memory's bandwidth free.
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._used = time.monotonic(), time.process_time()
+
+    def __call__(self, *_: object) -> None:
+        wall, used = time.monotonic() - self._wall, time.process_time() - self._used
+        if wall > _BUSY * used:
+            time.sleep(used * (1 / _SHARE - 1))
+        self._wall, self._used = time.monotonic(), time.process_time()
 
 
 def main() -> None:

@@ -123,23 +123,32 @@ def make_frozen(seed: int) -> Job:
     return Job(f"frozen/{seed}", run, ("world",))
 
 
-def make_reward(kind: str, seed: int) -> Job:
+def make_reward(kind: str, seed: int, num_pairs: int | None = None) -> Job:
+    """Of all pairs, or of so many of them; jobs know the latter as the reward `<kind>-<num_pairs>`."""
+
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         with timed(result):
             reward_model.main(
                 reward_model.Options(
                     model=str(setting.model),
-                    preferences=setting.data("preferences"),
-                    output=directory,
+                    preferences=str(_some_pairs(setting, directory, num_pairs, seed)),
+                    output=directory / "model" if num_pairs else directory,
                     overwrite=True,
                     kind=kind,  # type: ignore[arg-type]
+                    epochs=passes(num_pairs),
                     seed=seed,
                 )
             )
         return result
 
-    return Job(f"reward-{kind}/{seed}", run, ("world",))
+    name = f"{kind}-{num_pairs}" if num_pairs else kind
+    return Job(f"reward-{name}/{seed}", run, ("world",))
+
+
+def passes(num_pairs: int | None) -> float:
+    """Over so many pairs; fewer want more of them."""
+    return 1.0 if num_pairs is None else max(1.0, min(20.0, 12_000 / num_pairs))
 
 
 def _needs(reward: str, seed: int) -> tuple[str, ...]:
@@ -150,7 +159,10 @@ def _needs(reward: str, seed: int) -> tuple[str, ...]:
 
 
 def _reward(setting: Setting, reward: str, seed: int) -> str:
-    return reward if reward == "self-judge" else str(setting.directory(f"reward-{reward}/{seed}"))
+    if reward == "self-judge":
+        return reward
+    directory = setting.directory(f"reward-{reward}/{seed}")
+    return str(directory / "model" if reward[-1].isdigit() else directory)
 
 
 def updates(trainer: online.Trainer, steps: int, result: dict[str, Any]) -> None:
@@ -298,25 +310,32 @@ def make_dpo(
     needs: tuple[str, ...] = (),
     split: str = "test",
     file: str = "world/preferences.jsonl",
+    num_pairs: int | None = None,
 ) -> Job:
+    """On the file's pairs, or on so many of the world's."""
+
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, beta = choose(setting)
         result: dict[str, Any] = {"learning_rate": learning_rate, "beta": beta}
+        pairs = (
+            _some_pairs(setting, directory, num_pairs, seed) if num_pairs else setting.work / file
+        )
         options = dpo.Options(
             model=str(setting.model),
-            preferences=str(setting.work / file),
-            output=directory,
+            preferences=str(pairs),
+            output=directory / "model" if num_pairs else directory,
             overwrite=True,
             learning_rate=learning_rate,
             beta=beta,
+            epochs=passes(num_pairs),
             seed=seed,
         )
         with timed(result):
             dpo.main(options)
-        pairs = (setting.work / file).read_text().count("\n")
-        result["updates"] = -(-pairs // options.batch_size)
-        result["parameters"] = load_model(str(directory))[0].num_parameters()
-        return result | {"row": tuned(setting, directory, seed, split)}
+        count = pairs.read_text().count("\n")
+        result["updates"] = int(-(-count // options.batch_size) * options.epochs)
+        result["parameters"] = load_model(str(options.output))[0].num_parameters()
+        return result | {"row": tuned(setting, options.output, seed, split)}
 
     return Job(name, run, (f"frozen/{seed}", *needs))
 
