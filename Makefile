@@ -6,7 +6,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all lint check soak format demo lock clean
+.PHONY: help install serve test test-all lint check wheel soak format demo lock clean
 
 DEVICE ?= cpu
 VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
@@ -43,7 +43,10 @@ lint: install  ## formatter, linter and types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-check: lint test  ## all that CI runs
+wheel: install  ## build the wheel, and try it in an empty environment and an empty directory
+	deploy/install/wheel.sh
+
+check: lint test wheel  ## all that CI runs
 
 soak: install  ## a crowd of clients for 15 minutes, on a server of its own (ARGS="--minutes 1")
 	$(BIN)/python -m benchmarks.soak $(ARGS)

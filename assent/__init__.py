@@ -1,0 +1,1 @@
+"""The command `assent`: one way to all commands of `server`, `judge` and `training`."""

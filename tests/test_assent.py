@@ -1,0 +1,79 @@
+"""The command `assent`, as somebody types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assent.__main__ import COMMANDS, training_commands
+
+ROOT = Path(__file__).parents[1]
+
+
+def assent(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "assent", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_all_commands(flag):
+    result = assent(flag)
+    assert result.returncode == 0
+    assert all(f"assent {name}" in result.stdout for name in (*COMMANDS, "train"))
+
+
+def test_without_a_command_the_help_is_shown_as_an_error():
+    result = assent()
+    assert result.returncode == 2 and "assent serve" in result.stdout
+
+
+def test_the_version():
+    assert assent("--version").stdout == "assent 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("server",), "assent: there is no command 'server': did you mean `assent serve`?"),
+        (("xyz",), "assent: there is no command 'xyz': there are serve, doctor, judge, plan, train"),
+        (("train", "proxy-pop"), "did you mean `assent train proxy-ppo`?"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_command_is_refused_in_one_line(arguments, hint):
+    result = assent(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert hint in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_training_commands_are_listed_with_a_summary():
+    result = assent("train", "--help")
+    assert result.returncode == 0
+    commands = training_commands()
+    assert {"proxy-ppo", "proxy-dpo", "reward-model", "sft", "evaluate"} <= set(commands)
+    assert not {"ppo", "models", "learner"} & set(commands)  # modules that are no commands
+    for name, summary in commands.items():
+        assert summary and f"{name} " in result.stdout and summary in result.stdout
+
+
+@pytest.mark.parametrize("name", ["export", "proxy_dpo"])  # either spelling
+def test_a_command_gets_its_arguments(name):
+    result = assent("train", name, "--no-such-option", "1")
+    assert result.returncode == 2 and "no-such-option" in result.stdout + result.stderr
+
+
+def test_a_directory_of_the_same_name_does_no_harm(tmp_path):
+    """Where `assent` is installed, the current directory is not searched for its modules."""
+    for name in ("server", "judge", "training"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('somebody else')")
+    code = (
+        "import sys; sys.path.remove(''); sys.argv = ['assent', 'judge', '--help']\n"
+        "from assent.__main__ import main; main()"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "How good is a judge?" in result.stdout
