@@ -92,6 +92,7 @@ def draw(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
 
 
 def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     rows = curves(setting, seeds)
     print("| method | pairs | gold win rate | by seed | KL, nats |\n|---|---|---|---|---|")
     for method, by_count in rows.items():
