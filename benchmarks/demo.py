@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from judge.options import read_options
 from training.data import read_rows
-from training.evaluate import flaw_rates, win_rate
-from training.world import gold
+from training.toy_data import reference_scorer
+from training.toy_data.grading import flaw_rates, win_rate
 
 SEED_BLOCK = 1_000_000
 CLEAR_DIFFERENCE = 2.0
@@ -142,7 +142,7 @@ async def judge(options: Options) -> dict[str, Any]:
         chosen = []
         for (messages, a, b), verdict in zip(pairs, verdicts, strict=True):
             text = messages[-1]["content"]
-            difference = gold.score(text, a) - gold.score(text, b)
+            difference = reference_scorer.score(text, a) - reference_scorer.score(text, b)
             if abs(difference) >= least:
                 chosen.append(((difference > 0) == (verdict["probability"] > 0.5), verdict))
         n = len(chosen)

@@ -8,13 +8,10 @@ seed; the frozen answers that they are compared with have another.
 """
 
 import json
-import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice, product, zip_longest
+from itertools import count, product, zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -23,19 +20,19 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 from benchmarks.models import DEMO, REPOSITORY
+from benchmarks.toy_prompts import held_out_prompts, mean
 from judge.options import read_options
 from proxy.checkpoint import BaseModelId, identify, load
-from training.evaluate import win_rate
-from training.models import Conversations, end_ids, load_model
+from training.conversations import Conversations
+from training.models import end_ids, load_model
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
-from training.world import gold
-from training.world.__main__ import draw_prompts, split_combinations
+from training.toy_data import reference_scorer
+from training.toy_data.grading import win_rate
 
 matplotlib.use("Agg")
 
 LABEL_DISTANCE = 0.11  # nats
-WORLD_SEED = 0  # of the demo's data, by which the held-out combinations are known
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,6 @@ class Options:
     """Of the CPU; more than there are free cores are much slower than one."""
     output: Path = REPOSITORY / "docs"
     """Directory for dial.png, temperature.png and dial.json."""
-
-
-def held_out_prompts(count: int, seed: int) -> list[str]:
-    """Texts of `count` prompts of the world's test split."""
-    _, _, test = split_combinations(WORLD_SEED)
-    return [prompt.text for prompt in islice(draw_prompts(test, random.Random(seed)), count)]
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """And its standard error."""
-    return fmean(values), stdev(values) / math.sqrt(len(values))
 
 
 class Speaker:
@@ -116,7 +102,7 @@ def measure(options: Options) -> dict[str, Any]:
         policy = Policy(speaker.model, proxy.network, strength)
         is_trained = temperature == proxy.config.temperature
         rollout, texts = speaker.answer(policy, temperature, options.seed, measure_kl=is_trained)
-        golds = [gold.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
+        golds = [reference_scorer.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
         rate = win_rate(speaker.texts, texts, frozen[temperature])
         counts = rollout.counts
         point = {
@@ -134,7 +120,7 @@ def measure(options: Options) -> dict[str, Any]:
         points.append(point)
     figures: dict[str, Any] = {"prompts": len(speaker.texts), "seed": options.seed}
     for temperature, texts in frozen.items():
-        golds = [gold.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
+        golds = [reference_scorer.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
         values = dict(zip(("gold", "gold_se"), mean(golds), strict=True))
         figures.setdefault("frozen", []).append({"temperature": temperature} | values)
     return figures | {"points": points}

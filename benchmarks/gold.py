@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from training.world import gold
+from training.toy_data import reference_scorer
 
 
 def scores(prompts: Sequence[Sequence[dict[str, str]]], completions: Sequence[str]) -> list[float]:
     """Of answers to prompts of the world's, of one turn each."""
     return [
-        gold.score(prompt[-1]["content"], completion)
+        reference_scorer.score(prompt[-1]["content"], completion)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from benchmarks.dial import WORLD_SEED
 from benchmarks.engines import Server, serve
 from benchmarks.models import get_model
+from benchmarks.toy_prompts import DATA_SEED
 from judge.feedback import Feedback, Preference
 from judge.messages import Message
 from judge.options import read_options
-from training.world.__main__ import draw_pair, draw_prompts, split_combinations
+from training.toy_data.files import draw_pair, draw_prompts, split_combinations
 
 KEY = "sk-operator"
 ACCESS = f"""
@@ -69,7 +69,7 @@ class Turn(NamedTuple):
 def verdicts(count: int, seed: int) -> list[Preference]:
     """Of a caller who tosses a coin: no version will ever serve, and every pass is a whole one."""
     rng = random.Random(seed)
-    prompts = draw_prompts(split_combinations(WORLD_SEED)[0], rng)
+    prompts = draw_prompts(split_combinations(DATA_SEED)[0], rng)
     found = []
     for prompt in islice(prompts, count):
         chosen, rejected = rng.sample(draw_pair(prompt, rng), 2)
@@ -101,7 +101,7 @@ async def stream(http: aiohttp.ClientSession, model: str, prompt: str, gaps: lis
 
 async def turn(http: aiohttp.ClientSession, server: Server, options: Options, seed: int) -> Turn:
     begin, gaps = monotonic(), list[float]()
-    prompts = draw_prompts(split_combinations(WORLD_SEED)[2], random.Random(seed))
+    prompts = draw_prompts(split_combinations(DATA_SEED)[2], random.Random(seed))
 
     async def client() -> int:
         count = 0

@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
-from benchmarks.dial import held_out_prompts
 from benchmarks.models import DEMO
+from benchmarks.toy_prompts import held_out_prompts
 from judge.options import read_options
 from proxy.acceptance import Candidates, nucleus
 from proxy.checkpoint import identify, load
-from training.models import Conversations, load_model
+from training.conversations import Conversations
+from training.models import load_model
 from training.policy import Decoding, Policy
 from training.rollout import generate
 

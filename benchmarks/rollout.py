@@ -19,15 +19,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.clock import Clock
-from benchmarks.dial import held_out_prompts
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import compare
+from benchmarks.toy_prompts import held_out_prompts
 from judge.options import read_options
 from proxy.checkpoint import identify, load
-from training.models import Conversations, end_ids
+from training.conversations import Conversations
+from training.models import end_ids
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
-from training.rollout_vllm import Engine
+from training.rollout_vllm import VLLMBackend
 
 PROMPT_TOKENS = 24  # where the prompts are random words
 
@@ -84,7 +85,7 @@ def measure(options: Options) -> dict[str, Any]:
     base = identify(str(model.directory))
     network = load(model.proxy, base=base).network.to(options.device)
     prompts = make_prompts(model, tokenizer, options.episodes)
-    engine = Engine(
+    engine = VLLMBackend(
         frozen,
         model.directory,
         base,

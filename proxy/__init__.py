@@ -6,6 +6,7 @@ One line a module, in the order in which they are read best. The law and the net
 - `exact`      - the same law in closed form: the probability of each token.
 - `network`    - the network that scores the candidates of a row.
 - `checkpoint` - a trained network on disk, tied to the LLM that it was trained for.
+- `reward_file` - `reward.json`: what a reward or judge on disk is, and its LLM.
 - `likelihood` - how much likelier a proxy makes responses: a reward, and a judge.
 - `learned`    - versions that a server learns, on disk.
 - `request`    - what a request may ask of it.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from judge.principles import Principle, principles_of
 from proxy.checkpoint import BaseModelId
+from proxy.reward_file import RewardFile
 
 JudgeKind = Literal["pairwise", "likelihood", "proxy"]
 """The LLM or a LoRA that is shown two responses; a LoRA, or a proxy, that scores each by its likelihood."""
@@ -26,14 +27,6 @@ _FIRST_ID = 1_000_000  # vLLM counts the adapters that it is given from 1
 
 class AdapterError(ValueError):
     """A directory that is no judge for this LLM; the message says why."""
-
-
-class _RewardFile(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    kind: Literal["implicit", "scalar", "judge"]
-    beta: float
-    base: BaseModelId
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeK
 
 def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
     try:
-        reward = _RewardFile.model_validate_json((directory / "reward.json").read_bytes())
+        reward = RewardFile.read(directory)
     except (OSError, ValidationError):
         raise AdapterError(
             f"{directory} has no reward.json that says what it is: it is written by "

@@ -30,7 +30,7 @@ APART = {
         "adapters", "data_parallel", "features", "kill", "survival",
     )),
     *(f"tests/training/test_{name}.py" for name in (
-        "architectures", "decides_alike", "estimate", "judges", "judgments", "rewards", "rollout_servers",
+        "architectures", "decides_alike", "estimate", "judgments", "pair_judges", "rewards", "rollout_servers",
         "rollout_vllm", "self_judge", "supervised",
     )),
 }  # fmt: skip

@@ -122,9 +122,9 @@ def test_the_list_of_vllm_files_is_not_stale() -> None:
         ("judge/a.py", "import proxy", "judge/a.py:1: judge/ must not import proxy"),
         ("server/a.py", "import json, training", "server/a.py:1: server/ must not import training"),
         (
-            "training/world/a.py",
+            "training/toy_data/a.py",
             "def f():\n    from server import chat",
-            "training/world/a.py:2: training/ must not import server",
+            "training/toy_data/a.py:2: training/ must not import server",
         ),
         (
             "training/a.py",

@@ -1,81 +1,97 @@
-"""Offline commands that make what the server loads, and what they are made of. One line a module.
+"""Offline commands that produce what the server loads, and the modules that they are built from. One line a module.
 
 Commands, `python -m training.NAME`, in the order of a project:
 
 - `demo`            - the bundled demo, from nothing.
-- `base_model`      - a small untrained Llama, where no model can be downloaded.
+- `base_model`      - a small untrained Llama, for machines that cannot download a model.
 - `prepare`         - checks preference pairs and sets some aside.
-- `export`          - kept feedback as preference data.
+- `export`          - feedback that the server kept, as preference data.
 - `sft`             - supervised fine-tuning.
-- `jsft`            - the same with judgments: one model learns to answer and to judge.
-- `reward_model`    - a reward from preference pairs: scalar, or implicit, whose LoRA is a judge too.
-- `dpo`             - direct preference optimisation, a baseline.
-- `estimate`        - what training a proxy will take in memory and time.
-- `proxy_ppo`       - the proxy (Proxy-RLHF).
-- `proxy_dpo`       - the proxy straight from preferences.
+- `jsft`            - supervised fine-tuning on answers and judgments: one model learns to answer and to judge.
+- `reward_model`    - a reward from preference pairs: scalar, or implicit, whose LoRA is also a judge.
+- `dpo`             - direct preference optimisation of the LLM, a baseline.
+- `estimate`        - memory and time of training a proxy.
+- `proxy_ppo`       - a proxy with PPO (Proxy-RLHF).
+- `proxy_dpo`       - a proxy with DPO on preferences.
 - `rlhf_ppo`        - full RLHF, a baseline.
-- `self_judge`      - self-training by the model's own judgment (SELF-JUDGE).
-- `evaluate`        - a proxy beside the frozen LLM, on held-out prompts.
+- `self_judge`      - self-training with the model's own judgments (SELF-JUDGE).
+- `evaluate`        - a proxy against the frozen LLM on held-out prompts.
 
-Rollouts and learning from them:
+Rollouts:
 
-- `policy`          - who decides what is said.
-- `rollout`         - responses from transformers, every decision of the proxy recorded.
-- `rollout_vllm`    - the same from vLLM, in this process.
-- `rollout_worker`  - vLLM's workers that keep what the proxy reads.
-- `rollout_servers` - the same from running servers.
-- `servers`         - several servers asked at once, some of which may fail.
-- `traces`          - what rollouts in vLLM have in common.
-- `engines`         - which of these samples.
-- `rewards`         - scores of finished responses.
-- `judging`         - the judge on a model in this process.
-- `judges`          - who says which of two responses is better.
-- `ppo`             - the pieces of PPO, as pure functions.
-- `online`          - what the PPO commands share.
-- `updates`         - the loop around updates from own samples.
+- `policy`               - the sampling policy: the frozen LLM under a decoding, with or without a proxy.
+- `rollout`              - samples responses with transformers and records the proxy's decisions.
+- `rollout_backends`     - the protocol of the backends, and the options that choose one.
+- `rollout_transformers` - the transformers backend.
+- `rollout_vllm`         - the vLLM backend, in this process.
+- `rollout_worker`       - vLLM's workers for it, which keep hidden states.
+- `rollout_servers`      - the servers backend.
+- `server_requests`      - its requests to one server.
+- `servers`              - distributes requests to several servers, some of which may fail.
+- `traces`               - what both vLLM backends read from traces.
 
-Straight from preferences:
+Learning from rollouts:
 
-- `preferences`       - what is preferred to what: pairs and single verdicts.
-- `ranked_answers`    - the same, of an LLM's own answers that a reward ranks.
+- `prompts`         - prompts as the LLM reads them.
+- `on_policy`       - base class and loop of trainers that learn from their own samples.
+- `ppo_trainer`     - base class of the PPO trainers.
+- `ppo`             - the formulas of PPO, as pure functions.
+- `rewards`         - rewards: scores of finished responses.
+- `reward_loading`  - loads the reward that `--reward` names.
+- `model_judge`     - the pairwise judge on a model in this process.
+- `pair_judges`     - judges of pairs: models by principles, or rewards by their scores.
+
+Learning from preferences:
+
+- `preferences`       - pairs and single verdicts.
+- `preference_report` - what is printed about them.
+- `ranked_answers`    - preferences from an LLM's own answers, ranked by a reward.
 - `positions`         - hidden states and candidates of given responses, read once and kept.
-- `preference_losses` - DPO, IPO, SimPO and KTO, of what accept/reject sampling emits.
-- `direct`            - gradient steps.
+- `preference_losses` - DPO, IPO, SimPO and KTO on the distribution that accept/reject sampling emits.
+- `direct`            - fits a proxy to recorded positions.
 
 Beside a server:
 
 - `learner`         - the process of `python -m server --learn`.
-- `learning`        - a proxy of kept verdicts, and whether it may serve.
+- `learning`        - fits a proxy to the kept verdicts and tests whether it may serve.
 - `verdicts`        - which verdicts count.
 
-Data, models, runs:
+Data and models:
 
 - `data`            - rows, as `judge.rows` reads them.
-- `judgments`       - judgments to learn, from preference pairs.
-- `models`          - models, tokenizers, chats as they read them.
-- `supervised`      - training on sequences with a weight per token.
+- `conversations`   - chats as token ids.
+- `judgments`       - judgment examples from preference pairs.
 - `pairs`           - preference pairs as token ids, and as a model's inputs.
-- `pair_trainer`    - training on them: DPO, the implicit and the scalar reward.
-- `logprobs`        - log-probabilities without whole logits.
+- `models`          - loads models and tokenizers.
+- `adapters`        - a LoRA on the frozen LLM, on or off per call.
+- `model_inputs`    - batches of token ids as a model's inputs.
+- `logprobs`        - log-probabilities without the logits of a whole batch.
+- `supervised`      - training on sequences with a weight per token.
+- `pair_trainer`    - training on pairs: DPO, the implicit and the scalar reward.
 - `micro_batches`   - a batch in parts that fit the memory.
-- `memory`          - how many tokens these are: what training takes.
-- `machine`         - and what there is.
-- `sizes`           - formulas for memory and operations of an LLM.
-- `checkpoints`     - a killed run of transformers' trainer goes on.
-- `state`           - and so does one of ours.
-- `output`          - what a command writes: nothing is destroyed, an unfinished run is known again.
-- `saving`          - a directory is saved whole.
-- `metrics`         - a run's figures and curves.
-- `console`         - errors of the user's: one line, exit code 2.
+- `memory`          - how many tokens fit at once.
+- `machine`         - the memory that the machine has.
+- `sizes`           - formulas for an LLM's memory and operations.
 
-`world` is the bundled world: prompts, answers, preferences, and the gold scorer that grades them.
+Runs:
+
+- `console`         - errors of the user in one line, exit code 2.
+- `output`          - the output directory of a run.
+- `output_checks`   - what is refused before anything is written.
+- `run_marker`      - `assent_run.json`, by which a run is recognised.
+- `saving`          - saves a directory as a whole.
+- `checkpoints`     - resumes runs of transformers' trainer.
+- `state`           - resumes the other runs.
+- `metrics`         - a run's metrics and curves.
+
+`toy_data` is the bundled data set with its reference scorer; `world` is the name of the command that writes it.
 """
 
 import sys
 from types import TracebackType
 
 
-def _say_interrupted(
+def _report_interrupt(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     if issubclass(kind, KeyboardInterrupt):
@@ -84,7 +100,6 @@ def _say_interrupted(
         sys.__excepthook__(kind, error, trace)
 
 
-if sys.argv[:1] == [
-    "-m"
-]:  # Python looks for a command, whose imports take seconds; `console` guards the rest
-    sys.excepthook = _say_interrupted
+# Python is still looking for the command, whose imports take seconds. After them `console` handles Ctrl-C.
+if sys.argv[:1] == ["-m"]:
+    sys.excepthook = _report_interrupt

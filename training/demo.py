@@ -16,7 +16,7 @@ from judge.options import PositiveShare, Seed
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from training import base_model, jsft, output, proxy_ppo, reward_model
 from training.console import Interrupted, main_guard, read_options
-from training.world import __main__ as world
+from training.toy_data import files as toy_files
 
 MODEL_FILES = (
     "config.json",
@@ -87,8 +87,8 @@ def _make(options: Options) -> None:
 
     stage(
         data / "preferences_test.jsonl",
-        lambda: world.main(
-            world.Options(
+        lambda: toy_files.main(
+            toy_files.Options(
                 output=data,
                 seed=seed,
                 num_sft=some(60_000),

@@ -14,9 +14,9 @@ from torch import Tensor
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from training.console import TrainingError
+from training.on_policy import descend
 from training.preference_losses import Loss, Scores, pair_losses, score, verdict_losses
 from training.preferences import Preferences, as_verdicts
-from training.updates import descend
 
 Row = dict[str, float]
 _MEASURED = 512  # pairs at once

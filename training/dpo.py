@@ -18,17 +18,17 @@ from transformers import TrainingArguments
 from judge.options import Positive, Seed
 from proxy.checkpoint import resolve_model_dir
 from training import checkpoints, output
+from training.adapters import lora_config
 from training.console import main_guard, read_options
+from training.conversations import Conversations
 from training.data import RowOptions
 from training.memory import Plan, Work, plan
 from training.metrics import TrainerMetrics
 from training.models import (
-    Conversations,
     context_of,
     end_ids,
     load_model,
     load_tokenizer,
-    lora_config,
     read_config,
     refuse_unknown,
 )
@@ -108,7 +108,7 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
         *pairs,
         beta=options.beta,
         resume=options.resume,
-        most=planned.tokens,
+        max_tokens=planned.tokens,
         callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)

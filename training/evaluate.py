@@ -7,13 +7,11 @@ gold scorer says which answer is better. `docs/metrics.md` defines the figures.
 """
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,15 +23,17 @@ from torch import Tensor
 from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
 from training.console import TrainingError, main_guard, read_options
+from training.conversations import Conversations
 from training.data import Message, Row, RowOptions, read_as
 from training.memory import responses_at_once
-from training.models import Conversations, end_ids, load_model, load_tokenizer, refuse_unknown
-from training.output import check_file, write_whole
+from training.models import end_ids, load_model, load_tokenizer, refuse_unknown
+from training.output import check_file
 from training.policy import Decoding, Policy
-from training.rewards import Frozen, Sample, load_reward, reward_bytes
+from training.reward_loading import load_reward, reward_bytes
+from training.rewards import Frozen, Sample
 from training.rollout import Rollout, generate
+from training.run_marker import write_whole
 from training.sizes import sizes_of
-from training.world import gold
 
 Answers = list[Sample]
 
@@ -66,27 +66,6 @@ class Options(RowOptions):
     """Replace that file where it is there already."""
     seed: Seed = 1
     """Of the noise; the frozen LLM gets another."""
-
-
-def win_rate(
-    prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]
-) -> tuple[float, float]:
-    """Share of prompts whose answer in `ours` has the higher gold score, ties counting half, and its standard error."""
-    wins = []
-    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-        difference = gold.score(prompt, a) - gold.score(prompt, b)
-        wins.append(0.5 + 0.5 * math.copysign(1, difference) if difference else 0.5)
-    return fmean(wins), stdev(wins) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
-
-
-def flaw_rates(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Share of answers that fail in each quality, and in `any`."""
-    counts: Counter[str] = Counter()
-    for prompt, answer in zip(prompts, answers, strict=True):
-        flaws = gold.flaws(prompt, answer)
-        counts.update(flaws)
-        counts["any"] += bool(flaws)
-    return {quality: counts[quality] / len(answers) for quality in (*gold.WEIGHTS, "any")}
 
 
 def evaluate(options: Options) -> dict[str, Any]:
@@ -153,7 +132,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         figures["kl_nats_per_response"] = kl.mean().item()
         figures["kl_nats_per_response_se"] = standard_error(kl)
     if not rewards:
-        return figures | _graded_by_gold(ours, theirs)
+        return figures | _graded_by_reference_scorer(ours, theirs)
     by_reward = {name: compare(reward(ours), reward(theirs)) for name, reward in rewards.items()}
     return figures | {"rewards": by_reward}
 
@@ -177,7 +156,9 @@ def compare(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
     }
 
 
-def _graded_by_gold(ours: Answers, theirs: Answers) -> dict[str, Any]:
+def _graded_by_reference_scorer(ours: Answers, theirs: Answers) -> dict[str, Any]:
+    from training.toy_data.grading import flaw_rates, win_rate  # not loaded where rewards compare
+
     texts = [sample.messages[-1]["content"] for sample in ours]
     proxied, frozen = ([sample.text for sample in answers] for answers in (ours, theirs))
     try:

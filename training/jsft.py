@@ -18,11 +18,13 @@ from pydantic import NonNegativeInt
 from judge.options import Positive
 from judge.principles import FILE_NAME, principles_of, read_principles, write_principles
 from proxy.checkpoint import identify, resolve_model_dir
-from training import output, rewards, supervised
+from proxy.reward_file import RewardFile
+from training import output, supervised
 from training.checkpoints import WRITES
 from training.console import TrainingError, main_guard, read_options
+from training.conversations import Conversations
 from training.judgments import judgment_examples, read_pairs
-from training.models import Conversations, context_of, load_tokenizer, read_config
+from training.models import context_of, load_tokenizer, read_config
 from training.output import Run
 from training.supervised import read_answers, train
 
@@ -80,8 +82,7 @@ def _train(options: Options, run: Run) -> None:
     def add(saved: Path) -> None:
         write_principles(saved / FILE_NAME, principles)
         if options.lora_rank:
-            config = rewards.RewardConfig(kind="judge", base=identify(options.model))
-            rewards.write_reward_config(saved, config)
+            RewardFile(kind="judge", base=identify(options.model)).write(saved)
 
     train(tokenizer, answers + judgments, options, run, options.lora_rank, add)
 

@@ -37,14 +37,9 @@ from proxy.orphan import end_with_server
 from proxy.position_store import PositionStore
 from proxy.positions import Positions, joined
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.learning import Outcome, Trial, learn, too_few
-from training.models import (
-    Conversations,
-    end_ids,
-    load_tokenizer,
-    model_without_weights,
-    read_embeddings,
-)
+from training.models import end_ids, load_tokenizer, model_without_weights, read_embeddings
 from training.policy import default_config
 from training.positions import Response
 from training.verdicts import Verdict, read_verdicts

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from training.adapters import CausalLM
+
 CHUNK = 2**25
 """Logits at once; 128 MiB in float32."""
 
@@ -57,6 +59,27 @@ def _logprobs(model: PreTrainedModel, whole: Any, states: Tensor, targets: Tenso
     if len(parts) == 1 or not torch.is_grad_enabled():
         return torch.cat([of(*part) for part in parts])
     return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+
+
+def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """log π of the responses' tokens, 0 elsewhere; without the logits of the others, nor those of all at once.
+
+    Args:
+        ids: [N, T + 1], padded on the right: under a causal mask that changes nothing before it
+        mask: [N, T] bool, True = the token after the position belongs to the response
+
+    Returns:
+        [N, T] nats.
+    """
+    kept = mask.flatten().nonzero().squeeze(-1)
+    places = kept + kept // mask.shape[1]  # the position before, in rows that are longer by one
+    logprobs = model(input_ids=ids, places=places, targets=ids[:, 1:][mask])
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T], natural log."""
+    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:

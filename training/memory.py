@@ -17,17 +17,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from training.adapters import lora_config
 from training.checkpoints import PLAN_FILE
 from training.console import TrainingError
 from training.logprobs import CHUNK
 from training.machine import Machine, machine, say
-from training.models import (
-    attention_of,
-    loading,
-    lora_config,
-    read_config,
-    register_attention,
-)
+from training.models import attention_of, loading, read_config, register_attention
 from training.sizes import Sizes, activation_bytes, rollout_bytes
 
 SLACK = 1.25

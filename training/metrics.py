@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from training.output import remove, write_whole
+from training.output import remove
+from training.run_marker import write_whole
 
 METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
 _EVENTS = f"{EVENTS_DIRECTORY}/events.out.tfevents.*"

@@ -37,12 +37,12 @@ def _give_back() -> None:
 class MicroBatchTrainer(Trainer):
     """transformers' trainer, of batches in parts."""
 
-    most: int
+    max_tokens: int
     """Tokens at once, padding included."""
 
-    def __init__(self, *args: Any, most: int, **more: Any) -> None:
+    def __init__(self, *args: Any, max_tokens: int, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.most = most
+        self.max_tokens = max_tokens
         if self.args.n_gpu > 1:
             raise TrainingError(
                 f"{self.args.n_gpu} GPUs are visible: start with `accelerate launch -m`, or name one in "

@@ -3,14 +3,10 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jinja2 import TemplateError
-from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -21,105 +17,12 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from judge.messages import Message, as_texts
 from training.console import TrainingError
 from training.logprobs import add_logprobs
-
-
-class CausalLM(Protocol):
-    """What is asked of a causal LM, with a LoRA or without."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, **inputs: Any) -> Any: ...
-
-
-class Conversations:
-    """Turns chats into token ids the way the server will."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            raise TrainingError("the model's tokenizer has no chat template; give it one first")
-        self.tokenizer = tokenizer
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids up to where the assistant begins to speak."""
-        return self._encode(messages, add_generation_prompt=True)
-
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation that ends with an answer."""
-        return self._encode(messages, add_generation_prompt=False)
-
-    def split_ids(
-        self, prompt: Sequence[Message], response: str | Message
-    ) -> tuple[list[int], list[int]]:
-        """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
-        turn = (
-            Message(role="assistant", content=response) if isinstance(response, str) else response
-        )
-        return self.split_turns(prompt, [turn])
-
-    def split_turns(
-        self, prompt: Sequence[Message], turns: Sequence[Message]
-    ) -> tuple[list[int], list[int]]:
-        """`prompt_ids(prompt)`, and the ids of the turns that follow, the assistant's first."""
-        ids = self.ids([*prompt, *turns])
-        start = self.prompt_ids(prompt)
-        if ids[: len(start)] != start:
-            raise TrainingError(
-                "the chat template writes a conversation with an answer differently from one that awaits it; "
-                "such a template cannot be trained on answer by answer"
-            )
-        return start, ids[len(start) :]
-
-    def as_given(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the chat template gets them, which may know less than they say.
-
-        Where it knows no developer, vLLM has it read system messages, all of them as one at the start; where it writes
-        no tool calls, they are written as the judge reads them.
-        """
-        if not self._writes_calls and any("tool_calls" in message for message in messages):
-            messages = as_texts(messages)
-        roles = {message["role"] for message in messages}
-        if "developer" not in roles or "developer" in str(self.tokenizer.chat_template):
-            return list(messages)
-        instructing = ("system", "developer")
-        instructions = [m["content"] for m in messages if m["role"] in instructing and m["content"]]
-        others = [message for message in messages if message["role"] not in instructing]
-        return [Message(role="system", content="\n\n".join(instructions)), *others]
-
-    @cached_property
-    def _writes_calls(self) -> bool:
-        """Whether the chat template writes tool calls."""
-        function = {"name": "name_of_a_probe", "arguments": {}}
-        call = {"id": "123456789", "type": "function", "function": function}
-        asked = Message(role="user", content="x")
-        called = Message(role="assistant", content="", tool_calls=[call])
-        try:
-            text = self.tokenizer.apply_chat_template([asked, called], tokenize=False)
-        except TemplateError:
-            return False
-        return "name_of_a_probe" in text
-
-    def _encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        try:
-            return self.tokenizer.apply_chat_template(
-                self.as_given(messages),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        # TypeError: a template that calculates with what is not there.
-        except (TemplateError, TypeError) as error:
-            raise TrainingError(
-                f"the model's chat template refuses the conversation: {error}"
-            ) from None
 
 
 def load_model(
@@ -298,83 +201,3 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
             "token; set eos_token_id in generation_config.json"
         )
     return found
-
-
-def lora_config(rank: int) -> LoraConfig:
-    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
-    return LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-class Adapted:
-    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self._lora = model.base_model
-        self._lora.disable_adapter_layers()
-
-    @property
-    def device(self) -> torch.device:
-        return self._lora.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._lora.enable_adapter_layers()
-        try:
-            return self._lora(**inputs)
-        finally:
-            self._lora.disable_adapter_layers()
-
-
-class Other:
-    """The LLM with another LoRA than the one that learns, in calls of this object alone."""
-
-    def __init__(self, model: PeftModel, name: str) -> None:
-        self._lora, self._name, self._own = model, name, model.active_adapter
-
-    @property
-    def device(self) -> torch.device:
-        return self._lora.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._lora.set_adapter(self._name)
-        try:
-            return self._lora.base_model(**inputs)
-        finally:
-            self._lora.set_adapter(self._own)
-
-
-class Plain:
-    """The LLM without the LoRA that has been put on it."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self._lora = model
-
-    @property
-    def device(self) -> torch.device:
-        return self._lora.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        with self._lora.disable_adapter():
-            return self._lora.base_model(**inputs)
-
-
-def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """log π of the responses' tokens, 0 elsewhere; without the logits of the others, nor those of all at once.
-
-    Args:
-        ids: [N, T + 1], padded on the right: under a causal mask that changes nothing before it
-        mask: [N, T] bool, True = the token after the position belongs to the response
-
-    Returns:
-        [N, T] nats.
-    """
-    kept = mask.flatten().nonzero().squeeze(-1)
-    places = kept + kept // mask.shape[1]  # the position before, in rows that are longer by one
-    logprobs = model(input_ids=ids, places=places, targets=ids[:, 1:][mask])
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
-
-
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T], natural log."""
-    return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")

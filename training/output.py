@@ -13,50 +13,31 @@ which have a fingerprint, and for what is not in a path (a data set or a model o
 """
 
 import errno
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import get_int_from_env
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
-from proxy.checkpoint import fingerprint
 from training.console import Interrupted, TrainingError
-
-MARKER = "assent_run.json"
-# What a run that goes on may have otherwise: it changes no result.
-_FREE = (
-    *("output", "work", "resume", "overwrite", "save_every"),
-    *("servers", "proxy_root", "server_requests", "cache"),
-    *("strict", "max_skipped"),
+from training.output_checks import (
+    listed,
+    refuse_foreign,
+    refuse_inputs,
+    refuse_other_run,
+    refuse_unwritable,
 )
-# Of a directory that is an input: what is read of a model, beside its weights, or of a data set.
-_READ = (
-    *("*.json", "*.jinja", "*.txt", "*.model"),
-    *("*.jsonl", "*.parquet", "*.csv", "*.arrow", "data/*"),
+from training.run_marker import (
+    Marker,
+    digest_of,
+    read_marker,
+    settings_of,
+    write_marker,
 )
-
-
-class Marker(BaseModel):
-    """What `assent_run.json` says."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    command: str
-    options: dict[str, Any]
-    inputs: dict[str, str]
-    """A digest of each."""
-    files: list[str]
-    """What the run writes: names and patterns, below the directory; of a finished one, what it has written."""
-    finished: bool = False
 
 
 class Run:
@@ -89,7 +70,7 @@ class Run:
             names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
             if names and not overwrite:
                 raise TrainingError(
-                    f"{target} is not empty ({_listed(names)}) and holds no run of {command}: name another directory, "
+                    f"{target} is not empty ({listed(names)}) and holds no run of {command}: name another directory, "
                     "or write beside what is there with --overwrite"
                 )
         elif before.command != command:
@@ -97,7 +78,7 @@ class Run:
                 f"{target} holds what {before.command} made, and this is {command}: name another directory"
             )
         elif self._resumes:
-            _refuse_others(target, before, self._marker)
+            refuse_other_run(target, before, self._marker)
             if before.finished:
                 print(f"{target}: this run is finished; there is nothing to do")
         elif not overwrite:
@@ -121,16 +102,18 @@ class Run:
         if self._before is not None and not self._resumes:
             remove(self.directory, self._before.files)
         marker = self._before if self._resumes and self._before else self._marker
-        _write(self.directory, marker.model_copy(update={"finished": False}))
+        write_marker(self.directory, marker.model_copy(update={"finished": False}))
 
     def finish(self) -> None:
         """Say in the marker that the run has reached its end, and what it wrote: what comes later is not the run's."""
         if self._has_started and _is_main_process():
-            marker = _read(self.directory)
+            marker = read_marker(self.directory)
             assert marker is not None, "written at the start"
             found = {path for pattern in marker.files for path in self.directory.glob(pattern)}
             files = sorted(escape(str(path.relative_to(self.directory))) for path in found)
-            _write(self.directory, marker.model_copy(update={"files": files, "finished": True}))
+            write_marker(
+                self.directory, marker.model_copy(update={"files": files, "finished": True})
+            )
 
     def left(self) -> str:
         """What a run that ends too early leaves, and how to go on."""
@@ -170,14 +153,14 @@ def run(
     resumes = getattr(options, "resume", False) if resume is None else resume
     inputs = {name: getattr(options, name) for name in reads}
     refuse_inputs(target, inputs)
-    _refuse_unwritable(target, is_directory=True)
+    refuse_unwritable(target, is_directory=True)
     marker = Marker(
         command=command,
         options=settings_of(options, reads),
-        inputs={name: _digest(value) for name, value in inputs.items()},
+        inputs={name: digest_of(value) for name, value in inputs.items()},
         files=list(writes),
     )
-    before = _read(target)
+    before = read_marker(target)
     if getattr(options, "resume", False) and options.overwrite:
         raise TrainingError("--resume goes on with a run and --overwrite begins anew: give one")
     this = Run(target, marker, before, can_resume=hasattr(options, "resume"), resumes=resumes)
@@ -205,58 +188,23 @@ def _is_of_writing(error: Exception) -> bool:
     return "I/O error" in str(error) or "inline_container" in str(error)
 
 
-def _refuse_others(target: Path, before: Marker, now: Marker) -> None:
-    """
-    Raises:
-        TrainingError: the run that is to go on had other options or inputs.
-    """
-    options = _differing(before.options, now.options)
-    inputs = _differing(before.inputs, now.inputs)
-    found = [f"other options ({', '.join(options)})"] if options else []
-    found += [f"other data or models ({', '.join(inputs)})"] if inputs else []
-    if found:
-        raise TrainingError(
-            f"--resume: {target} is of a run with {' and '.join(found)}: go on with the same, or begin anew with "
-            "--overwrite"
-        )
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-
-
-def refuse_foreign(directory: Path, names: Iterable[str], own: Iterable[str]) -> None:
-    """
-    Raises:
-        TrainingError: a file has the name of one that the run writes, and is not its own.
-    """
-    ours = {path for pattern in own for path in directory.glob(pattern)}
-    foreign = {path for pattern in names for path in directory.glob(pattern)} - ours
-    if foreign:
-        found = _listed(sorted(str(path.relative_to(directory)) for path in foreign))
-        raise TrainingError(
-            f"{directory} has files that this run would replace and did not write ({found}): move them, or name "
-            "another directory"
-        )
-
-
 def claim(directory: Path, names: Sequence[str]) -> None:
     """Note that the run in the directory writes these too. Where no run was begun, nothing is noted.
 
     Raises:
         TrainingError: one of them is there and is not the run's.
     """
-    marker = _read(directory)
+    marker = read_marker(directory)
     if marker is None:
         return
     refuse_foreign(directory, names, marker.files)
     files = [*marker.files, *(name for name in names if name not in marker.files)]
-    _write(directory, marker.model_copy(update={"files": files}))
+    write_marker(directory, marker.model_copy(update={"files": files}))
 
 
 def is_own(path: Path) -> bool:
     """Whether the run in its directory has written it; where no run was begun, there is nobody else's."""
-    marker = _read(path.parent)
+    marker = read_marker(path.parent)
     return marker is None or any(path.match(pattern) for pattern in marker.files)
 
 
@@ -281,128 +229,14 @@ def check_file(options: Any, *, reads: Sequence[str]) -> None:
     """
     target: Path = options.output
     refuse_inputs(target, {name: getattr(options, name) for name in reads})
-    _refuse_unwritable(target, is_directory=False)
+    refuse_unwritable(target, is_directory=False)
     if target.exists() and not options.overwrite:
         raise TrainingError(
             f"{target} is there already: name another file, or replace it with --overwrite"
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def refuse_inputs(target: Path, inputs: dict[str, Any]) -> None:
-    """
-    Raises:
-        TrainingError: the target is an input, is in one, or holds one, links followed.
-    """
-    output = target.resolve()
-    for name, value in inputs.items():
-        for each in _each(value):
-            path = Path(str(each).partition(":///")[2] or each)  # a database may be a URL
-            if not path.exists():  # the name of something elsewhere
-                continue
-            found = path.resolve()
-            how = (
-                "is" if found == output
-                else "is in" if output.is_relative_to(found)
-                else "holds" if found.is_relative_to(output)
-                else None
-            )  # fmt: skip
-            if how:
-                raise TrainingError(
-                    f"{target} {how} an input, {_flag(name)} {each}: name another path"
-                )
-
-
-def _refuse_unwritable(target: Path, *, is_directory: bool) -> None:
-    if is_directory and target.exists() and not target.is_dir():
-        raise TrainingError(f"{target} is a file, and must be a directory")
-    if not is_directory and target.is_dir():
-        raise TrainingError(f"{target} is a directory, and must be a file")
-    ancestor = target if is_directory else target.absolute().parent
-    while not ancestor.exists():
-        ancestor = ancestor.absolute().parent
-    if not ancestor.is_dir():
-        raise TrainingError(f"{target}: {ancestor} is a file, and must be a directory")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise TrainingError(f"{target}: {ancestor} cannot be written to")
-
-
-def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
-    """The options that a run must go on with, as JSON has them; inputs are compared by what they hold."""
-    settings = json.loads(json.dumps(asdict(options), default=str))
-    return {name: value for name, value in settings.items() if name not in (*_FREE, *reads)}
-
-
-def _digest(value: Any) -> str:
-    """Of all that an input holds."""
-    digest = hashlib.sha256()
-    for each in _each(value):
-        path = Path(each)
-        if path.is_file():
-            _add_file(digest, path)
-        elif path.is_dir():
-            if any(path.glob("*.safetensors")):
-                digest.update(fingerprint(path).encode())
-            for file in sorted({file for pattern in _READ for file in path.glob(pattern)}):
-                if file.is_file() and file.name != MARKER:
-                    digest.update(file.name.encode())
-                    _add_file(digest, file)
-        else:
-            digest.update(str(each).encode())
-    return digest.hexdigest()
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-
-
-def _each(value: Any) -> list[str | Path]:
-    """The inputs of an option: none, one or several."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, tuple) else [value]
-
-
-def _read(directory: Path) -> Marker | None:
-    """
-    Raises:
-        TrainingError: the marker is damaged.
-    """
-    path = directory / MARKER
-    if not path.is_file():
-        return None
-    try:
-        return Marker.model_validate_json(path.read_bytes())
-    except ValidationError:
-        raise TrainingError(
-            f"{path} is damaged, so nothing says what is in {directory}: name another directory"
-        ) from None
-
-
-def _write(directory: Path, marker: Marker) -> None:
-    write_whole(directory / MARKER, marker.model_dump_json(indent=2) + "\n")
-
-
 def _is_main_process() -> bool:
     """Of those that `accelerate launch`, torchrun or MPI started; told before they know each other."""
     names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     return get_int_from_env(names, 0) == 0
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -61,7 +61,8 @@ class PairTrainer(MicroBatchTrainer):
         rows = inputs["index"].tolist()
         lengths = [self.tokens(self.pairs[row]) for row in rows]
         return [
-            ([rows[i] for i in part], len(rows)) for part in split_by_tokens(lengths, self.most)
+            ([rows[i] for i in part], len(rows))
+            for part in split_by_tokens(lengths, self.max_tokens)
         ]
 
     def part_loss(self, model: Any, part: tuple[list[int], int]) -> Tensor:
@@ -131,7 +132,7 @@ class ImplicitTrainer(PairTrainer):
         self.model.train()  # for the same rounding
         with self.accelerator.split_between_processes(list(range(len(self.pairs)))) as mine:
             pairs = [self.pairs[i] for i in mine]
-            parts = split_by_tokens([self.tokens(pair) for pair in pairs], self.most)
+            parts = split_by_tokens([self.tokens(pair) for pair in pairs], self.max_tokens)
             done: list[tuple[int, list[float]]] = []
             with tqdm(
                 total=len(pairs),

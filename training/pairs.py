@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.data import PAIR, Row, RowOptions, read_as
-from training.models import Conversations
 
 _ALIKE = {torch.float32: 1e-3}
 _ALIKE_ROUNDED = 0.05

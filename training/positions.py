@@ -26,7 +26,7 @@ from proxy.network import ProxyConfig
 from proxy.positions import Positions, choices, joined, nucleus_of
 from training.logprobs import CHUNK, logits_of
 from training.micro_batches import split_by_tokens
-from training.rollout import HeadInput, pad_responses
+from training.model_inputs import HeadInput, pad_responses
 
 _PART = 512  # responses in a file
 
@@ -48,7 +48,7 @@ Reader = Callable[[Sequence[Response], ProxyConfig], Positions]
 
 @torch.inference_mode()
 def read(
-    responses: Sequence[Response], config: ProxyConfig, *, model: PreTrainedModel, most: int
+    responses: Sequence[Response], config: ProxyConfig, *, model: PreTrainedModel, max_tokens: int
 ) -> Positions:
     """One pass of the frozen LLM.
 
@@ -56,9 +56,9 @@ def read(
         responses: N of them.
         config: the proxy's: temperature, top-k, top-p and the number of candidates.
         model: the frozen LLM, from `training.models.load_model`.
-        most: tokens at once, padding included; a longer response is read alone.
+        max_tokens: in one batch, padding included; a longer response is read alone.
     """
-    batches = split_by_tokens([each.length for each in responses], most)
+    batches = split_by_tokens([response.length for response in responses], max_tokens)
     parts = [_read_batch(model, [responses[i] for i in batch], config) for batch in batches]
     order = torch.tensor([i for batch in batches for i in batch])
     return joined(parts).of(order.argsort())[0]

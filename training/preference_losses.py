@@ -107,3 +107,19 @@ def verdict_losses(scores: Scores, is_good: Tensor, reference: Tensor, *, beta: 
     """
     signs = torch.where(is_good, 1.0, -1.0)
     return 1 - torch.sigmoid(beta * signs * (scores.log_ratio - reference))
+
+
+def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> Tensor:
+    """Of each pair, p · L(Δ) + (1 − p) · L(−Δ), from Δ in nats and p = `sure`: [N], [N] -> [N].
+
+    L is for sigmoid −log σ(β Δ), for hinge max(0, 1 − β Δ), for ipo (Δ − 1 / 2β)².
+    """
+
+    def one_sided(deltas: Tensor) -> Tensor:
+        if loss == "sigmoid":
+            return -F.logsigmoid(beta * deltas)
+        if loss == "hinge":
+            return (1 - beta * deltas).clamp(min=0)
+        return (deltas - 1 / (2 * beta)).square()
+
+    return sure * one_sided(margins) + (1 - sure) * one_sided(-margins)

@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.data import Row, RowOptions, read_as
-from training.models import Conversations
 from training.positions import Response
 
 
@@ -112,6 +112,15 @@ def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferenc
         _part(preferences, (n for n in range(len(said)) if n not in aside)),
         _part(preferences, sorted(aside)),
     )
+
+
+def together(train: Preferences, held_out: Preferences) -> tuple[Preferences, Preferences]:
+    """Both as parts of the same responses."""
+    first = len(train.responses)
+    responses = [*train.responses, *held_out.responses]
+    pairs = [(better + first, worse + first) for better, worse in held_out.pairs]
+    verdicts = [(index + first, good) for index, good in held_out.verdicts]
+    return replace(train, responses=responses), Preferences(responses, pairs, verdicts)
 
 
 def _all(preferences: Preferences) -> list[tuple[int, int] | tuple[int, bool]]:

@@ -22,8 +22,9 @@ from judge.options import Seed
 from proxy.checkpoint import resolve_model_dir
 from training import output
 from training.console import TrainingError, main_guard, read_options
+from training.conversations import Conversations
 from training.data import ABOUT_A_PAIR, PAIR, Row, RowOptions, read_as
-from training.models import Conversations, load_tokenizer
+from training.models import load_tokenizer
 from training.output import Run
 
 

@@ -22,8 +22,7 @@ launch -m training.proxy_dpo ...`) each takes its share, and the result is that 
 """
 
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,17 +34,15 @@ from tqdm import tqdm
 from judge.options import NonNegative, Positive, Seed
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, identify, resolve_model_dir, save
 from proxy.network import ProxyNetwork
-from proxy.positions import Positions
 from training import output
 from training.console import TrainingError, main_guard, read_options
+from training.conversations import Conversations
 from training.data import RowOptions
 from training.direct import Fit, Row, Settings, sized_for
-from training.engines import EngineOptions, make_engine, refuse_half_named_servers
 from training.machine import say
-from training.memory import MOST_TOKENS, responses_at_once
+from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
 from training.models import (
-    Conversations,
     context_of,
     end_ids,
     load_model,
@@ -53,18 +50,26 @@ from training.models import (
     read_config,
     refuse_unknown,
 )
+from training.on_policy import start
 from training.output import Run
 from training.policy import Decoding, default_config
-from training.positions import Cache, Reader, read
+from training.positions import Cache
 from training.preference_losses import Loss
-from training.preferences import Preferences, read_preferences, split
+from training.preference_report import report_fit, report_positions
+from training.preferences import Preferences, read_preferences, split, together
+from training.prompts import Prompt, read_prompts
 from training.proxy_ppo import decoding_of
 from training.ranked_answers import SAMPLES, RankedAnswers
-from training.rewards import Frozen, reward_bytes
-from training.rollout_servers import Servers
-from training.rollout_vllm import Engine
+from training.reward_loading import reward_bytes
+from training.rewards import Frozen
+from training.rollout_backends import (
+    BackendOptions,
+    RolloutBackend,
+    make_backend,
+    refuse_incomplete_servers,
+)
+from training.run_marker import settings_of
 from training.sizes import sizes_of
-from training.updates import Prompt, read_prompts, start
 
 POSITIONS = "positions"
 WRITES = (
@@ -72,14 +77,12 @@ WRITES = (
     *(f"{POSITIONS}/*", f"{SAMPLES}/*.jsonl"),
 )
 READS = ("model", "preferences", "held_out", "prompts", "reward")
-MOST_OUTSIDE = 0.1
-"""Of all tokens outside the nucleus: more of them teach a proxy little."""
 BETAS: dict[Loss, float] = {"dpo": 0.3, "ipo": 0.1, "simpo": 2.0, "kto": 0.3}
 _ASIDE, _FEW = 500, 500  # preferences: set aside at most, and too few to set any aside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RowOptions, EngineOptions):
+class Options(RowOptions, BackendOptions):
     """Options of training a proxy on preferences."""
 
     model: str
@@ -147,7 +150,7 @@ class Options(RowOptions, EngineOptions):
     """Of weights, order, samples, and what is set aside."""
 
 
-class Trainer:
+class ProxyDPOTrainer:
     """Samples, reads and fits, beside a frozen LLM."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
@@ -169,7 +172,7 @@ class Trainer:
                 max(len(prompt.ids) for prompt in self.prompts),
                 options.decoding.max_new_tokens,
                 dtype.itemsize,
-                reward_bytes(options.reward, dtype) + options.engine_bytes(),
+                reward_bytes(options.reward, dtype) + options.backend_bytes(),
             )
         self.model = load_model(directory, dtype=dtype)[0]
         self.model.to(accelerator.device).eval().requires_grad_(False)
@@ -185,7 +188,7 @@ class Trainer:
             use_logprob=options.use_logprob,
         )
         self.embeddings = self.model.get_input_embeddings().weight.detach()
-        self.engine: Engine | Servers | None = None
+
         kept_in = options.cache or options.output / POSITIONS
         self.cache = Cache(kept_in, self.base, options.dtype, accelerator)
 
@@ -200,7 +203,7 @@ class Trainer:
         else:
             network, last = self._from_preferences(run)
         if self.accelerator.is_main_process:
-            training = {"options": output.settings_of(self.options, ()), "last": last}
+            training = {"options": settings_of(self.options, ()), "last": last}
             version = save(self.options.output, network, base=self.base, training=training)
             print(f"{self.options.output}: version {version}")
 
@@ -210,10 +213,10 @@ class Trainer:
         tokens = (each.prompt + each.response for each in parts[0].responses)
         refuse_unknown(self.model, self.tokenizer, tokens)
         longest = max(each.length for each in parts[0].responses)
-        self.engine = self._make_engine(longest, len(parts[0].responses))
+        backend = self._make_backend(longest, len(parts[0].responses))
         run.start()
-        with self._metrics() as metrics:
-            return self._fit(*parts, metrics)
+        with closing(backend), self._metrics() as metrics:
+            return self._fit(*parts, backend, metrics)
 
     def _from_answers(self, run: Run) -> tuple[ProxyNetwork, Row]:
         options = self.options
@@ -227,16 +230,16 @@ class Trainer:
             self.batch_size,
         )
         longest = max(len(prompt.ids) for prompt in self.prompts)
-        self.engine = self._make_engine(longest, len(self.prompts) * options.samples)
-        answers = RankedAnswers(options, self.prompts, frozen, self.engine, self.accelerator)
+        backend = self._make_backend(longest, len(self.prompts) * options.samples)
+        answers = RankedAnswers(options, self.prompts, frozen, backend, self.accelerator)
         run.start()
         network, row = None, Row()
-        leaving = closing(self.engine) if isinstance(self.engine, Servers) else nullcontext()
-        with leaving, self._metrics() as metrics:
+        with closing(backend), self._metrics() as metrics:
             for number in range(options.rounds):
                 answers.sample(number, network)
                 run.saved = f"round {number + 1} of {options.rounds}"
-                network, row = self._fit(*self._parts(answers.preferences()), metrics)
+                parts = self._parts(answers.preferences())
+                network, row = self._fit(*parts, backend, metrics)
         assert network is not None, "there is a round"
         return network, row
 
@@ -253,9 +256,9 @@ class Trainer:
         chats = Conversations(self.tokenizer)
         return read_preferences(source, chats, self.end_ids, longest, options, limit)
 
-    def _make_engine(self, longest: int, responses: int) -> Engine | Servers | None:
-        """What samples, and reads, in the place of transformers: prompts or responses of up to so many tokens."""
-        return make_engine(
+    def _make_backend(self, longest: int, responses: int) -> RolloutBackend:
+        """For prompts, or whole responses, of up to `longest` tokens."""
+        return make_backend(
             self.options,
             self.model,
             self.base,
@@ -270,16 +273,16 @@ class Trainer:
         return Metrics(self.options.output) if is_main else nullcontext()
 
     def _fit(
-        self, train: Preferences, held_out: Preferences, metrics: Metrics | None
+        self,
+        train: Preferences,
+        held_out: Preferences,
+        backend: RolloutBackend,
+        metrics: Metrics | None,
     ) -> tuple[ProxyNetwork, Row]:
         """The best proxy, and its figures."""
         options = self.options
-        most = MOST_TOKENS[self.accelerator.device.type]
-        reader: Reader = partial(read, model=self.model, most=most)
-        if self.engine is not None:
-            reader = self.engine.read
-        positions = self.cache.read(train.responses, self.config, reader)
-        describe(positions)
+        positions = self.cache.read(train.responses, self.config, backend.read)
+        report_positions(positions)
         sized = sized_for(len(train))
         width = options.width or sized.width
         loss = loss_of(options, train, held_out)
@@ -310,7 +313,7 @@ class Trainer:
             if metrics is not None:
                 metrics.add(row | {"step": len(metrics.rows) + 1})
         if len(held_out):
-            report(fit.best_row, len(held_out))
+            report_fit(fit.best_row, len(held_out))
         return fit.best, fit.best_row
 
 
@@ -329,55 +332,12 @@ def loss_of(options: Options, *parts: Preferences) -> Loss:
     return options.loss
 
 
-def report(row: dict[str, float], count: int) -> None:
-    """Say how good a reward the proxy is."""
-    share = row["held_out_accuracy"]
-    error = (share * (1 - share) / count) ** 0.5
-    say(
-        f"after pass {row['step']:.0f}: {share:.1%} ± {error:.1%} of {count} held-out preferences are ordered rightly "
-        f"by Σ log π/p, at {row['held_out_kl']:.2f} nats of KL a response"
-    )
-
-
-def describe(positions: Positions) -> None:
-    """Say how much of the responses the LLM would have written itself.
-
-    Raises:
-        TrainingError: there is nothing to choose.
-    """
-    if not len(positions.slots):
-        raise TrainingError(
-            "every position has a single candidate, or a token outside the nucleus: raise --decoding.top-k or "
-            "--decoding.top-p"
-        )
-    share, tokens = positions.share_outside, int(positions.tokens.sum())
-    size = sum(tensor.nbytes for tensor in positions) / 1e6
-    say(
-        f"{len(positions.counts):,} responses of {tokens:,} tokens, {len(positions.slots):,} of which leave a choice "
-        f"({size:.0f} MB); {share:.1%} lie outside the LLM's nucleus"
-    )
-    if share > MOST_OUTSIDE:
-        say(
-            "warning: these are not what this LLM would write, and a proxy learns little from them: have it answer "
-            "itself, with --prompts and --reward, or widen the nucleus with --decoding.top-p and --max-candidates"
-        )
-
-
-def together(train: Preferences, held_out: Preferences) -> tuple[Preferences, Preferences]:
-    """Both as parts of the same responses."""
-    first = len(train.responses)
-    responses = [*train.responses, *held_out.responses]
-    pairs = [(better + first, worse + first) for better, worse in held_out.pairs]
-    verdicts = [(index + first, good) for index, good in held_out.verdicts]
-    return replace(train, responses=responses), Preferences(responses, pairs, verdicts)
-
-
 def refuse_mixed(options: Options) -> None:
     """
     Raises:
         TrainingError: neither preferences nor prompts with a reward are given, or both.
     """
-    refuse_half_named_servers(options)
+    refuse_incomplete_servers(options)
     if (options.preferences is None) == (options.prompts is None):
         raise TrainingError(
             "give --preferences, or --prompts and --reward: one of the two is learned from"
@@ -389,7 +349,7 @@ def refuse_mixed(options: Options) -> None:
 def main(options: Options) -> None:
     with output.run(options, "training.proxy_dpo", reads=READS, writes=WRITES) as run:
         if not run.is_finished:
-            Trainer(options, start()).train(run)
+            ProxyDPOTrainer(options, start()).train(run)
 
 
 if __name__ == "__main__":

@@ -33,20 +33,19 @@ from torch import Tensor
 from judge.options import Finite, NonNegative, Positive
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 from proxy.network import ProxyNetwork
-from training import online, output
+from training import output, ppo_trainer
 from training.console import TrainingError, main_guard, read_options
-from training.engines import EngineOptions, make_engine, refuse_half_named_servers
-from training.online import PATIENCE, Episodes
+from training.on_policy import WRITES, averaged, start, train
 from training.policy import Decoding, Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
-from training.rollout import Decisions, Rollout, generate
-from training.rollout_servers import Servers
+from training.ppo_trainer import PATIENCE, Episodes
+from training.rollout import Decisions, Rollout
+from training.rollout_backends import BackendOptions, make_backend, refuse_incomplete_servers
 from training.sizes import decision_bytes
-from training.updates import WRITES, averaged, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(online.Options, EngineOptions):
+class Options(ppo_trainer.Options, BackendOptions):
     """Options of proxy training."""
 
     learning_rate: Positive = 2e-3
@@ -68,18 +67,17 @@ class Options(online.Options, EngineOptions):
     its own then."""
 
 
-class Trainer(online.Trainer):
+class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
     """Trains the proxy; the LLM stays as it is."""
 
     policy_class = Policy
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        refuse_half_named_servers(options)
-        self.options = options
+        refuse_incomplete_servers(options)
         super().__init__(options, accelerator)
         self.network = self.learner = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
-        self.engine = make_engine(
+        self.backend = make_backend(
             options,
             self.model,
             self.base,
@@ -87,6 +85,7 @@ class Trainer(online.Trainer):
             longest=self.longest,
             responses=options.episodes,
             batch_size=self.batch_size,
+            policy_class=self.policy_class,
         )
         accelerator.print(
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
@@ -97,7 +96,7 @@ class Trainer(online.Trainer):
         decisions = 2 * options.episodes * options.decoding.max_new_tokens
         # Those recorded, those that are learned from, and what is computed from these in float32.
         learned = 3 * decision_bytes(self.sizes, decisions, 4)
-        return super().beside() + learned + options.engine_bytes()
+        return super().beside() + learned + options.backend_bytes()
 
     def make_network(self) -> ProxyNetwork:
         """The proxy before training."""
@@ -120,22 +119,12 @@ class Trainer(online.Trainer):
         return ProxyNetwork(config)
 
     def close(self) -> None:
-        """Leave nothing behind on servers."""
-        if isinstance(self.engine, Servers):
-            self.engine.close()
+        """Release what the backend holds outside this process."""
+        self.backend.close()
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
         decoding, ends = self.options.decoding, self.end_ids
-        if self.engine is not None:
-            return self.engine.generate(self.network, prompts, decoding, end_ids=ends, seeds=seeds)
-        return generate(
-            self.policy_class(self.model, self.network),
-            prompts,
-            decoding,
-            end_ids=ends,
-            seeds=seeds,
-            batch_size=self.batch_size,
-        )
+        return self.backend.generate(self.network, prompts, decoding, end_ids=ends, seeds=seeds)
 
     def evaluate(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
         """Accept logits and values of recorded decisions: [D] both."""
@@ -251,7 +240,7 @@ def main(options: Options) -> None:
     with output.run(options, "training.proxy_ppo", reads=reads, writes=writes) as run:
         if run.is_finished:
             return
-        with closing(Trainer(options, start())) as trainer:
+        with closing(ProxyPPOTrainer(options, start())) as trainer:
             train(trainer, run)
 
 

@@ -17,16 +17,14 @@ from tqdm import tqdm
 from proxy.network import ProxyNetwork
 from training.console import TrainingError
 from training.machine import say
-from training.online import refuse_bad_rewards
-from training.output import write_whole
-from training.policy import Policy
 from training.positions import Response
+from training.ppo_trainer import refuse_bad_rewards
 from training.preferences import Collection, Preferences
-from training.rewards import Frozen, load_reward
-from training.rollout import generate
-from training.rollout_servers import Servers
-from training.rollout_vllm import Engine
-from training.updates import Prompt, samples_of
+from training.prompts import Prompt, samples_of
+from training.reward_loading import load_reward
+from training.rewards import Frozen
+from training.rollout_backends import RolloutBackend
+from training.run_marker import write_whole
 
 SAMPLES = "samples"
 _IN_A_FILE = 512  # answers, about
@@ -40,7 +38,7 @@ class RankedAnswers:
         options: Any,
         prompts: Sequence[Prompt],
         frozen: Frozen,
-        engine: Engine | Servers | None,
+        backend: RolloutBackend,
         accelerator: Accelerator,
     ) -> None:
         """
@@ -48,13 +46,13 @@ class RankedAnswers:
             options: of `training.proxy_dpo`.
             prompts: what is answered.
             frozen: the LLM.
-            engine: what samples; None = transformers.
+            backend: samples the answers.
             accelerator: of this run's processes; each takes its share.
         """
         self._options, self._accelerator = options, accelerator
         self._prompts, self._frozen = prompts, frozen
         self._reward = load_reward(options.reward, frozen)
-        self._engine = engine
+        self._backend = backend
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]
 
@@ -120,7 +118,13 @@ class RankedAnswers:
         with self._accelerator.split_between_processes(list(indices)) as mine:
             prompts = [self._prompts[index] for index in mine for _ in range(size)]
             seeds = [first_seed + index * size + i for index in mine for i in range(size)]
-            responses = self._respond(network, [prompt.ids for prompt in prompts], seeds)
+            responses = self._backend.responses(
+                network,
+                [prompt.ids for prompt in prompts],
+                options.decoding,
+                end_ids=self._frozen.end_ids,
+                seeds=seeds,
+            )
             samples = samples_of(self._frozen.tokenizer, prompts, responses)
             rewards = self._reward(samples)
             refuse_bad_rewards(rewards)
@@ -137,21 +141,6 @@ class RankedAnswers:
                     }
                 )
         return gather_object(rows)
-
-    def _respond(
-        self, network: ProxyNetwork | None, prompts: list[list[int]], seeds: list[int]
-    ) -> list[list[int]]:
-        decoding, ends = self._options.decoding, self._frozen.end_ids
-        if self._engine is not None:
-            return self._engine.responses(network, prompts, decoding, end_ids=ends, seeds=seeds)
-        return generate(
-            Policy(self._frozen.model, network),
-            prompts,
-            decoding,
-            end_ids=ends,
-            seeds=seeds,
-            batch_size=self._frozen.batch_size,
-        ).responses
 
 
 def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:

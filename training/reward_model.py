@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from proxy.checkpoint import identify, resolve_model_dir
-from training import checkpoints, dpo, output, rewards
+from proxy.reward_file import RewardFile
+from training import checkpoints, dpo, output
 from training.console import TrainingError, main_guard, read_options
 from training.metrics import TrainerMetrics
 from training.models import attention_of, load_tokenizer, loading, refuse_unknown
@@ -40,8 +41,8 @@ def main(options: Options) -> None:
         train = dpo.train if options.kind == "implicit" else _train_scalar
         trainer, tokenizer = train(options, run)
         base = identify(options.model)
-        config = rewards.RewardConfig(kind=options.kind, beta=options.beta, base=base)
-        dpo.save(options, trainer, tokenizer, lambda at: rewards.write_reward_config(at, config))
+        reward = RewardFile(kind=options.kind, beta=options.beta, base=base)
+        dpo.save(options, trainer, tokenizer, reward.write)
 
 
 def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
@@ -62,7 +63,7 @@ def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
         scorer,
         dpo.arguments(options, planned),
         *pairs,
-        most=planned.tokens,
+        max_tokens=planned.tokens,
         callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)

@@ -12,60 +12,38 @@
 - `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returning N numbers.
 """
 
-import importlib
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
-from judge.principles import principles_of
 from judge.prompts import Question
 from proxy.checkpoint import (
-    WEIGHTS_FILE,
     BaseModelId,
-    FingerprintMismatch,
-    ProxyError,
-    load,
-    resolve_model_dir,
 )
 from proxy.network import ProxyNetwork
+from training.adapters import CausalLM, WithoutAdapter
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.data import Message
-from training.judging import ModelJudge
+from training.logprobs import response_logprobs
 from training.memory import MOST_TOKENS
-from training.models import (
-    Adapted,
-    CausalLM,
-    Conversations,
-    Other,
-    Plain,
-    attention_of,
-    context_of,
-    load_model,
-    loading,
-    refuse_unknown,
-    response_logprobs,
-)
+from training.model_inputs import pad_responses
+from training.model_judge import ModelJudge
+from training.models import context_of, refuse_unknown
 from training.policy import Decoding, Policy
 from training.positions import Response, read
 from training.preference_losses import score
-from training.rollout import generate, pad_responses
+from training.rollout import generate
 
-REWARD_FILE = "reward.json"
-ADAPTER_FILE = "adapter_config.json"  # as peft names it
 SELF_JUDGE = "self-judge"
 
 
@@ -76,18 +54,6 @@ class Sample(NamedTuple):
     text: str
     prompt_ids: list[int]
     response_ids: list[int]  # with the end of the turn, where it was reached
-
-
-class RewardConfig(BaseModel):
-    """What `reward.json` beside a reward model's weights says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["implicit", "scalar", "judge"]
-    beta: float = 0.0
-    """Scale of the implicit reward; of no other."""
-    base: BaseModelId
-    """The model that it was trained from: π_ref of the implicit reward."""
 
 
 class Reward(Protocol):
@@ -110,124 +76,7 @@ class Frozen:
     @property
     def plain(self) -> CausalLM:
         """Without a LoRA that learns on it."""
-        return Plain(self.model) if isinstance(self.model, PeftModel) else self.model
-
-
-def load_reward(name: str, frozen: Frozen) -> Reward:
-    """The reward that `name` stands for; see the module's docstring.
-
-    Raises:
-        TrainingError: there is no such reward, or it is damaged.
-        FingerprintMismatch: an implicit reward, or a judge, that was trained from another LLM.
-    """
-    kind, _, principle = name.partition(":")
-    if kind == SELF_JUDGE:
-        directory = Path(frozen.model.name_or_path)
-        (judge,) = model_judges(
-            frozen.plain, frozen, directory, (principle,) if principle else ()
-        ).values()
-        return JudgeReward(judge, frozen)
-    directory = Path(name)
-    if (directory / REWARD_FILE).is_file():
-        return _load_ours(directory, frozen)
-    if (directory / WEIGHTS_FILE).is_file():
-        return ProxyReward(load(directory, base=frozen.base).network, frozen)
-    module, _, function = name.partition(":")
-    if function and not directory.exists():
-        return FunctionReward(name, _import(name, module, function))
-    return _load_classifier(name, frozen)
-
-
-def _load_ours(directory: Path, frozen: Frozen) -> Reward:
-    try:
-        config = RewardConfig.model_validate_json((directory / REWARD_FILE).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise TrainingError(f"{directory / REWARD_FILE} is damaged: {error}") from None
-    if config.kind == "scalar":
-        return _load_classifier(str(directory), frozen)
-    if config.base.fingerprint != frozen.base.fingerprint:
-        raise FingerprintMismatch(
-            f"the reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
-            f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
-        )
-    tuned: CausalLM
-    if (directory / ADAPTER_FILE).is_file():
-        tuned = _add_lora(frozen.model, directory)
-    else:
-        whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
-        tuned = whole.eval().to(frozen.model.device)
-    if config.kind == "judge":
-        (judge,) = model_judges(tuned, frozen, directory).values()
-        return JudgeReward(judge, frozen)
-    return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
-
-
-def reward_bytes(name: str, dtype: torch.dtype) -> float:
-    """What the weights of the reward that `name` stands for take in memory, beside the frozen LLM's."""
-    directory = Path(name)
-    if not directory.is_dir():
-        if ":" in name or name == SELF_JUDGE:
-            return 0.0
-        try:
-            directory = resolve_model_dir(name)
-        except ProxyError:  # `load_reward` says what is wrong
-            return 0.0
-    stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return stored * dtype.itemsize / 2  # most are stored in bfloat16
-
-
-def model_judges(
-    model: CausalLM, frozen: Frozen, directory: Path, principles: Sequence[str] = ()
-) -> dict[str, ModelJudge]:
-    """A judge for each of the principles named, which are those of the directory; none = the first there is.
-
-    Raises TrainingError for an unknown principle.
-    """
-    known, context = principles_of(directory), context_of(frozen.model)
-    for name in principles:
-        if name not in known:
-            raise TrainingError(f"unknown principle {name!r}; known are {', '.join(known)}")
-    return {
-        name: ModelJudge(model, frozen.tokenizer, known[name], context, frozen.batch_size)
-        for name in principles or (next(iter(known)),)
-    }
-
-
-def _add_lora(model: PreTrainedModel | PeftModel, directory: Path) -> CausalLM:
-    with loading(f"the LoRA in {directory}"):
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(directory), "reward")
-            return Other(model, "reward")
-        return Adapted(PeftModel.from_pretrained(model, directory))
-
-
-def _load_classifier(name: str, frozen: Frozen) -> Reward:
-    like = frozen.model
-    try:
-        scorer = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=like.dtype, attn_implementation=attention_of(name)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of safetensors, tokenizers, a config without a key...
-        raise TrainingError(
-            f"{name!r} is no reward: neither a directory with the {REWARD_FILE} that training.reward_model writes, "
-            f"nor a sequence-classification model, nor module:function, nor {SELF_JUDGE} ({error})"
-        ) from None
-    if scorer.config.num_labels != 1:
-        raise TrainingError(
-            f"{name!r} has {scorer.config.num_labels} labels: a reward model has one, its score"
-        )
-    if not tokenizer.chat_template:
-        raise TrainingError(f"the tokenizer of {name!r} has no chat template; give it one first")
-    return ScalarReward(scorer.eval().to(like.device), tokenizer, frozen.batch_size)
-
-
-def _import(name: str, module: str, function: str) -> Callable[..., Any]:
-    with loading(f"the reward {name!r}"):
-        found = getattr(importlib.import_module(module), function)
-    if not callable(found):
-        raise TrainingError(f"the reward {name!r} is no function: {found!r}")
-    return found
+        return WithoutAdapter(self.model) if isinstance(self.model, PeftModel) else self.model
 
 
 class ImplicitReward:
@@ -283,7 +132,7 @@ class ProxyReward:
         most = MOST_TOKENS[model.device.type]
         with nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter():
             plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-            positions = read(responses, self.network.config, model=plain, most=most)
+            positions = read(responses, self.network.config, model=plain, max_tokens=most)
             embeddings = plain.get_input_embeddings().weight
         owners = torch.arange(len(responses)).repeat_interleave(positions.counts)
         return score(self.network, embeddings, positions, owners).log_ratio.cpu()
@@ -375,8 +224,3 @@ def _refuse_long(rows: Sequence[list[int]], model: PreTrainedModel) -> None:
             f"the reward's model would have to read {longest} tokens and reads {most}: "
             "lower --max-prompt-tokens or --decoding.max-new-tokens"
         )
-
-
-def write_reward_config(directory: Path, config: RewardConfig) -> None:
-    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-    (directory / REWARD_FILE).write_text(text, encoding="utf-8")

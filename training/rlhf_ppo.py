@@ -22,21 +22,23 @@ from transformers import AutoModel
 
 from judge.options import NonNegative, Positive, Share
 from proxy.checkpoint import resolve_model_dir
-from training import online, output
+from training import output, ppo_trainer
 from training.console import TrainingError, main_guard, read_options
+from training.logprobs import response_logprobs
 from training.memory import Work, plan
 from training.micro_batches import split_by_tokens
-from training.models import load_model, loading, response_logprobs
-from training.online import Episodes
+from training.model_inputs import pad_responses
+from training.models import load_model, loading
+from training.on_policy import WRITES, averaged, start, train
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
-from training.rollout import Rollout, generate, pad_responses
+from training.ppo_trainer import Episodes
+from training.rollout import Rollout, generate
 from training.saving import MODEL_FILES, saving
-from training.updates import WRITES, averaged, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(online.Options):
+class Options(ppo_trainer.Options):
     """Options of full RLHF."""
 
     learning_rate: Positive = 5e-5
@@ -87,7 +89,7 @@ class Critic(nn.Module):
         return self.head(self.body(ids).last_hidden_state).squeeze(-1)
 
 
-class Trainer(online.Trainer):
+class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
     """Trains an actor and a critic; computes in `dtype`, with weights in float32."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
@@ -96,7 +98,6 @@ class Trainer(online.Trainer):
             raise TrainingError(
                 "full RLHF draws from the whole distribution: leave temperature 1, top_k 0 and top_p 1"
             )
-        self.options = options
         super().__init__(options, accelerator)
         directory, device = resolve_model_dir(options.model), accelerator.device
         # Not copies of the frozen one, into which a reward may have put its LoRA.
@@ -129,7 +130,7 @@ class Trainer(online.Trainer):
             graphs=2,
         )
         lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a proxy"
-        self.most = plan(work, lower).tokens
+        self.max_tokens = plan(work, lower).tokens
         return super().plan_memory()
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
@@ -158,7 +159,7 @@ class Trainer(online.Trainer):
             part = whole[(whole >= first) & (whole < first + count)] - first
             tokens = self.accelerator.reduce(batch.mask[part].sum(), "sum")
             sums = torch.zeros(4, device=batch.ids.device)
-            for some in split_by_tokens([lengths[i] for i in part.tolist()], self.most):
+            for some in split_by_tokens([lengths[i] for i in part.tolist()], self.max_tokens):
                 parts = self._losses(batch.rows(part[some]))
                 (parts[0] + options.value_weight * parts[1]).div(tokens).backward()
                 sums += parts.detach()
@@ -235,7 +236,7 @@ def main(options: Options) -> None:
     reads, writes = ("model", "reward", "prompts"), (*WRITES, *MODEL_FILES)
     with output.run(options, "training.rlhf_ppo", reads=reads, writes=writes) as run:
         if not run.is_finished:
-            train(Trainer(options, start()), run)
+            train(RLHFTrainer(options, start()), run)
 
 
 if __name__ == "__main__":

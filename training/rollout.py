@@ -5,10 +5,9 @@ the lm_head's input, and draw the same noise for the same seed. One forward of t
 candidates are rejected.
 """
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from proxy.acceptance import Candidates, Decision, noise_key, seeded_noise
 from proxy.exact import divergence
 from training.console import TrainingError
+from training.model_inputs import HeadInput, pad_left
 from training.models import context_of
 from training.policy import Decoding, Draw, Policy, Proposals
 
@@ -170,36 +170,6 @@ def _generate_batch(
     return records.rollout(responses)
 
 
-def pad_left(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Token ids as a model's inputs: `input_ids`, `attention_mask`, `position_ids`, each [N, T]."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row, device=device)
-        mask[i, width - len(row) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
-
-def pad_responses(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Prompt and response of each, padded on the right: ids [N, T], and which are the response's: [N, T] bool.
-
-    Under a causal mask the padding changes nothing before it: these are all that a model need be given.
-    """
-    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
-    is_response = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row, device=device)
-        is_response[i, len(prompt) : len(row)] = True
-    return ids, is_response
-
-
 def _step(
     policy: Policy,
     logits: Tensor,  # [N, V]
@@ -220,44 +190,6 @@ def _step(
         kl = divergence(emission, policy.frozen(some, decoding))
         records.kl[alive] += kl.float()
     return decision
-
-
-class HeadInput:
-    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
-
-    def __init__(self, model: PreTrainedModel, *, logits_of_last: bool = False) -> None:
-        """
-        Args:
-            model: any with a head and a key-value cache.
-            logits_of_last: have the head compute the last position's logits alone, whatever goes into it; those of all
-                positions would be the largest thing in memory by far.
-
-        Raises:
-            TrainingError: it lacks one of the two.
-        """
-        self._logits_of_last = logits_of_last
-        self._head = model.get_output_embeddings()
-        has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-        if self._head is None or not has_cache:
-            missing = "key-value cache" if self._head is not None else "output embeddings"
-            raise TrainingError(f"{type(model).__name__} has no {missing}: a proxy needs both")
-
-    def __enter__(self) -> "HeadInput":
-        self._handle = self._head.register_forward_pre_hook(self._tap)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-    def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Of rows that lie apart torch would make a batch, with a copy of the head's weights for each.
-        self.states = inputs[0].contiguous()  # [N, T, H]
-        return (self.states[:, -1:].contiguous() if self._logits_of_last else self.states,)
-
-    @property
-    def rows(self) -> Tensor:
-        """Of the last position: [N, H]."""
-        return self.states[:, -1]
 
 
 class _Records:

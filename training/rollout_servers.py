@@ -24,10 +24,8 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import httpx
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -38,9 +36,11 @@ from proxy.checkpoint import BaseModelId, save
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions, joined
 from training.console import TrainingError
+from training.model_inputs import HeadInput, pad_responses
 from training.policy import Decoding
 from training.positions import Response
-from training.rollout import Counts, HeadInput, Rollout, pad_responses
+from training.rollout import Counts, Rollout
+from training.server_requests import ask_positions, ask_response, ask_traced
 from training.servers import (
     PAUSES,
     Failure,
@@ -49,10 +49,9 @@ from training.servers import (
     content,
     listed,
     message_of,
-    send,
     share_out,
 )
-from training.traces import Entry, decisions, refuse_untraceable, sampling
+from training.traces import decisions, refuse_untraceable, sampling
 
 # What else would be a server's own: its defaults are those of the model's generation config.
 _PLAIN = {
@@ -75,13 +74,7 @@ class _Published(NamedTuple):
     urls: list[str]
 
 
-class _Answer(NamedTuple):
-    response: list[int]
-    trace: list[Entry]
-    counts: dict[str, int]
-
-
-class Servers:
+class ServersBackend:
     """Servers with the frozen LLM, and on each of them one proxy, whose weights each rollout brings along."""
 
     def __init__(
@@ -141,7 +134,7 @@ class Servers:
             | {"prompt": prompt, "alignment": {"proxy": published.name, "trace": True}}
             for prompt, seed in zip(prompts, islice(seeds, len(prompts)), strict=True)
         ]
-        ask = partial(self._ask, published.version)
+        ask = partial(ask_traced, published.version)
         answers = asyncio.run(share_out(published.urls, bodies, ask, self._at_once))
         responses = [answer.response for answer in answers]
 
@@ -174,7 +167,7 @@ class Servers:
             sampling(decoding, end_ids, seed) | _PLAIN | {"prompt": prompt} | alignment
             for prompt, seed in zip(prompts, islice(seeds, len(prompts)), strict=True)
         ]
-        ask = partial(_ask_response, published.version if published else None)
+        ask = partial(ask_response, published.version if published else None)
         urls = published.urls if published else self._urls
         return asyncio.run(share_out(urls, bodies, ask, self._at_once))
 
@@ -191,7 +184,7 @@ class Servers:
             for i in range(0, len(responses), _READ_AT_ONCE)
         ]
         at_once = max(1, self._at_once // _READ_AT_ONCE)
-        return joined(asyncio.run(share_out(self._urls, bodies, _ask_positions, at_once)))
+        return joined(asyncio.run(share_out(self._urls, bodies, ask_positions, at_once)))
 
     def close(self) -> None:
         """Unload the proxy and remove its directory; what of it cannot be done is said."""
@@ -252,26 +245,6 @@ class Servers:
                 shutil.rmtree(old, ignore_errors=True)
         return _Published(self._name, version, urls)
 
-    async def _ask(
-        self, version: str, http: httpx.AsyncClient, url: str, body: dict[str, Any]
-    ) -> _Answer | Failure:
-        """
-        Raises:
-            TrainingError: the server refuses, or its answer does not tell all that was decided.
-        """
-        found = await _completed(version, http, url, body)
-        if isinstance(found, Failure):
-            return found
-        receipt, response = found["alignment"], found["choices"][0]["token_ids"]
-        (trace,) = receipt["trace"]
-        if receipt["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
-            raise TrainingError(
-                f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
-                "lower --server-requests, or take its other clients away"
-            )
-        _refuse_cut(url, body, response)
-        return _Answer(response, trace, receipt)
-
     @torch.inference_mode()
     def _hidden_at(
         self,
@@ -296,58 +269,6 @@ class Servers:
                 rows, columns = (of[some] - start).to(device), positions[some].to(device)
                 found.append(head.states[rows, columns])
         return torch.cat(found)
-
-
-async def _ask_positions(http: httpx.AsyncClient, url: str, body: Any) -> Positions | Failure:
-    answer = await send(http, "POST", f"{url}/positions", body)
-    if isinstance(answer, Failure):
-        return answer
-    if not answer.is_success:
-        content(answer, url)  # which says why
-    return Positions(**safetensors.torch.load(answer.content))
-
-
-async def _ask_response(
-    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
-) -> list[int] | Failure:
-    found = await _completed(version, http, url, body)
-    if isinstance(found, Failure):
-        return found
-    response = found["choices"][0]["token_ids"]
-    _refuse_cut(url, body, response)
-    return response
-
-
-async def _completed(
-    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
-) -> Any | Failure:
-    """A whole response, by this version of the proxy; None = by the frozen LLM.
-
-    Raises:
-        TrainingError: the server refuses.
-    """
-    answer = await send(http, "POST", f"{url}/v1/completions", body)
-    if isinstance(answer, Failure):
-        return answer
-    found = content(answer, url)
-    if version is not None and found["alignment"]["version"] != version:
-        # which servers that keep in step may mend
-        return Failure(
-            f"it answers with version {found['alignment']['version']}, and not {version}"
-        )
-    return found
-
-
-def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
-    """
-    Raises:
-        TrainingError: the server has ended the response too early.
-    """
-    if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
-        raise TrainingError(
-            f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
-            f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
-        )
 
 
 def name_of(output: Path) -> str:

@@ -48,7 +48,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-class Engine:
+class VLLMBackend:
     """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along.
 
     A rollout keeps the hidden state of every token on the device, beside the memory that vLLM is given.
@@ -174,6 +174,9 @@ class Engine:
             read = self._call("take_positions", ids)
             found += [Positions(**safetensors.torch.load(read[one])) for one in ids]
         return joined_positions(found)
+
+    def close(self) -> None:
+        """Nothing is left: the engine ends with this process."""
 
     def _publish(self, network: ProxyNetwork) -> None:
         """Put these weights in the place of the last ones; their memory is free after the next step."""

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import get_peft_model
@@ -31,26 +30,27 @@ from judge.principles import FILE_NAME, principles_of, write_principles
 from judge.prompts import Question
 from judge.verdict import Ruling
 from proxy.checkpoint import resolve_model_dir
-from training import output, updates
+from training import on_policy, output
+from training.adapters import CausalLM, lora_config
 from training.console import TrainingError, main_guard, read_options
-from training.judges import load_judges, rule
+from training.logprobs import response_logprobs
 from training.memory import Work, plan
 from training.micro_batches import split_by_tokens
-from training.models import (
-    CausalLM,
-    load_model,
-    lora_config,
-    response_logprobs,
-)
+from training.model_inputs import pad_responses
+from training.models import load_model
+from training.on_policy import WRITES, averaged, start, train
+from training.pair_judges import load_judges, rule
 from training.policy import Decoding, Policy
-from training.rewards import Reward, load_reward, reward_bytes
-from training.rollout import generate, pad_responses
+from training.preference_losses import preference_losses
+from training.prompts import Prompt, read_prompts
+from training.reward_loading import load_reward, reward_bytes
+from training.rewards import Reward
+from training.rollout import generate
 from training.saving import MODEL_FILES, saving
-from training.updates import WRITES, Prompt, averaged, read_prompts, start, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(updates.Options):
+class Options(on_policy.Options):
     """Options of self-training."""
 
     held_out: str
@@ -101,13 +101,12 @@ class Pairs(NamedTuple):
     rulings: list[Ruling]  # [N], of the first answer against the second
 
 
-class Trainer(updates.Learner):
+class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
     """The policy, its initial self, and who watches it."""
 
     shown = "margin"
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        self.options = options
         super().__init__(options, accelerator)
         device = accelerator.device
         self.directory = directory = resolve_model_dir(options.model)
@@ -154,7 +153,7 @@ class Trainer(updates.Learner):
             beside=self.beside() - learned + (0 if options.lora_rank else self.weights),
         )
         lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a LoRA"
-        self.most = plan(work, lower).tokens
+        self.max_tokens = plan(work, lower).tokens
         return super().plan_memory()
 
     def _load_outside(self, directory: Path) -> Reward:
@@ -224,7 +223,7 @@ class Trainer(updates.Learner):
             part = whole[(whole >= first) & (whole < first + count)] - first
             total = self.accelerator.reduce(differs[part].sum(), "sum").clamp(min=1)
             sums = torch.zeros(3, device=device)
-            for which in split_by_tokens([lengths[i] for i in part.tolist()], self.most):
+            for which in split_by_tokens([lengths[i] for i in part.tolist()], self.max_tokens):
                 some = part[which]
                 both = torch.cat([some, some + count])
                 with self._autocast():
@@ -329,28 +328,12 @@ def _logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     return response_logprobs(model, ids[:, :width], mask[:, : width - 1]).sum(-1)
 
 
-def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> Tensor:
-    """Of each pair, p · L(Δ) + (1 − p) · L(−Δ), from Δ in nats and p = `sure`: [N], [N] -> [N].
-
-    L is for sigmoid −log σ(β Δ), for hinge max(0, 1 − β Δ), for ipo (Δ − 1 / 2β)².
-    """
-
-    def one_sided(deltas: Tensor) -> Tensor:
-        if loss == "sigmoid":
-            return -F.logsigmoid(beta * deltas)
-        if loss == "hinge":
-            return (1 - beta * deltas).clamp(min=0)
-        return (deltas - 1 / (2 * beta)).square()
-
-    return sure * one_sided(margins) + (1 - sure) * one_sided(-margins)
-
-
 def main(options: Options) -> None:
     reads = ("model", "prompts", "held_out", "judge", "outside")
     writes = (*WRITES, *MODEL_FILES)
     with output.run(options, "training.self_judge", reads=reads, writes=writes) as run:
         if not run.is_finished:
-            train(Trainer(options, start()), run)
+            train(SelfJudgeTrainer(options, start()), run)
 
 
 if __name__ == "__main__":

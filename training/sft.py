@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from training import output, supervised
 from training.checkpoints import WRITES
 from training.console import main_guard, read_options
-from training.models import Conversations, load_tokenizer
+from training.conversations import Conversations
+from training.models import load_tokenizer
 from training.output import Run
 from training.supervised import read_answers, train
 

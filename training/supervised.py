@@ -20,20 +20,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from judge.options import NonNegative, Positive, Seed, Share
 from training import checkpoints
+from training.adapters import lora_config
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.data import Row, RowOptions, read_as
+from training.logprobs import token_logprobs
 from training.memory import Work, plan
 from training.metrics import TrainerMetrics
 from training.micro_batches import MicroBatchTrainer, split_by_tokens
-from training.models import (
-    Conversations,
-    context_of,
-    load_model,
-    lora_config,
-    read_config,
-    refuse_unknown,
-    token_logprobs,
-)
+from training.models import context_of, load_model, read_config, refuse_unknown
 from training.output import Run
 from training.saving import saving
 
@@ -151,12 +146,12 @@ class _WeightedTrainer(MicroBatchTrainer):
 
     def parts(self, inputs: Any) -> list[Sequences]:
         ids, weights = inputs["input_ids"], inputs["weights"]
-        if ids.numel() <= self.most:
+        if ids.numel() <= self.max_tokens:
             return [Sequences(ids, weights)]
         lengths = inputs["lengths"].tolist()
         return [
             Sequences(*(tensor[part, : _padded(lengths[part[0]])] for tensor in (ids, weights)))
-            for part in split_by_tokens([_padded(length) for length in lengths], self.most)
+            for part in split_by_tokens([_padded(length) for length in lengths], self.max_tokens)
         ]
 
     def part_loss(self, model: Any, part: Sequences) -> Tensor:
@@ -219,7 +214,7 @@ def train(
     batch_size = min(options.batch_size, len(kept))
     steps = math.ceil(len(kept) / batch_size) * options.epochs
     trainer = _WeightedTrainer(
-        most=planned.tokens,
+        max_tokens=planned.tokens,
         model=model,
         args=TrainingArguments(
             **checkpoints.arguments(options.output, options.save_every),

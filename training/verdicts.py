@@ -10,8 +10,8 @@ from judge.feedback import Preference, fingerprint
 from judge.messages import Unusable, text_of
 from judge.rows import PrefersNothing
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.export import has_secret
-from training.models import Conversations
 from training.positions import Response
 from training.preferences import response_of
 

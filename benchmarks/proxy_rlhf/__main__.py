@@ -4,7 +4,7 @@ All methods side by side on the bundled world, three training seeds each. What i
 stopped goes on where it was. `--scale 0.01` shows the path in minutes, with results that mean nothing.
 """
 
-from benchmarks.jobs import command
+from benchmarks.comparison.jobs import command
 from benchmarks.proxy_rlhf import report
 from benchmarks.proxy_rlhf.plan import all_jobs
 

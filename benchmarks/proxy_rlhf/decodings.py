@@ -13,17 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import Job, Setting
-from benchmarks.proxy_rlhf.methods import (
-    best_of,
-    frozen_texts,
-    graded,
-    noise,
-    open_world,
-    ranked_samples,
-    reward_of,
-)
-from benchmarks.proxy_rlhf.speakers import Answers, World, answer, by_policy, grade
+from benchmarks.comparison.answers import Answers, EvaluationSet, answer, by_policy, grade
+from benchmarks.comparison.evaluation import frozen_texts, graded, noise, open_evaluation_set
+from benchmarks.comparison.jobs import Job, Setting
+from benchmarks.proxy_rlhf.methods import best_of, ranked_samples, reward_of
 from proxy.checkpoint import identify, load
 from training.models import load_model
 from training.policy import Decoding, Policy
@@ -67,38 +60,40 @@ class Method:
         self, setting: Setting, name: str, seed: int, split: str, share: float = 1.0
     ) -> None:
         self.setting, self.seed, self.split = setting, seed, split
-        world = open_world(setting, split)
-        count = math.ceil(share * len(world.prompts))
-        self.world = replace(world, texts=world.texts[:count], prompts=world.prompts[:count])
+        evaluation = open_evaluation_set(setting, split)
+        count = math.ceil(share * len(evaluation.prompts))
+        self.evaluation = replace(
+            evaluation, texts=evaluation.texts[:count], prompts=evaluation.prompts[:count]
+        )
         self.frozen = frozen_texts(setting, split, seed)[:count]
-        self.policy = policy_of(setting, name, seed, self.world)
-        self.reward = reward_of(setting, seed, self.world) if name == BEST_OF else None
+        self.policy = policy_of(setting, name, seed, self.evaluation)
+        self.reward = reward_of(setting, seed, self.evaluation) if name == BEST_OF else None
 
     def answers(self, decoding: Decoding) -> Answers:
-        world, key = self.world, noise("decodings", self.seed)
+        evaluation, key = self.evaluation, noise("decodings", self.seed)
         if self.reward is not None:
             return best_of(
-                ranked_samples(world, self.policy, decoding, self.reward, SIZE, key), SIZE
+                ranked_samples(evaluation, self.policy, decoding, self.reward, SIZE, key), SIZE
             )
-        return answer(world, key, by_policy(world, self.policy, decoding))
+        return answer(evaluation, key, by_policy(evaluation, self.policy, decoding))
 
     def figures(self, decoding: Decoding) -> dict[str, Any]:
         """Of its answers; no divergence where these are chosen among samples."""
         answers = self.answers(decoding)
         if self.reward is not None:
-            return grade(self.world, answers, self.frozen)
+            return grade(self.evaluation, answers, self.frozen)
         return graded(
-            self.setting, self.world, answers, self.seed, self.policy, decoding, self.split
+            self.setting, self.evaluation, answers, self.seed, self.policy, decoding, self.split
         )
 
 
-def policy_of(setting: Setting, method: str, seed: int, world: World) -> Policy:
+def policy_of(setting: Setting, method: str, seed: int, evaluation: EvaluationSet) -> Policy:
     if method not in TRAINED:
-        return Policy(world.model)
+        return Policy(evaluation.model)
     directory = setting.directory(f"{TRAINED[method]}/{seed}")
     if method in PROXIES:
         base = identify(str(setting.model))
-        return Policy(world.model, load(directory / PROXIES[method], base=base).network)
+        return Policy(evaluation.model, load(directory / PROXIES[method], base=base).network)
     return Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
 
 
@@ -120,7 +115,7 @@ def make_search(method: str, seed: int) -> Job:
     def run(setting: Setting, _: Any) -> dict[str, Any]:
         tried = Method(setting, method, seed, "validation", share=0.5)
         rows = [
-            asdict(decoding) | grade(tried.world, tried.answers(decoding), tried.frozen)
+            asdict(decoding) | grade(tried.evaluation, tried.answers(decoding), tried.frozen)
             for decoding in grid_of(method)
         ]
         return {"rows": rows}

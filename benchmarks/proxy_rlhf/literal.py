@@ -6,15 +6,22 @@ candidate of each, and a rejected one stays in the cache behind a mask that nobo
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.comparison.answers import answer, grade
+from benchmarks.comparison.evaluation import frozen_texts, noise, open_evaluation_set
+from benchmarks.comparison.jobs import Job, Setting
+from benchmarks.comparison.trainings import Choose, needs_of_reward, proxy_options, train_proxy
 from proxy.acceptance import Candidates, noise_key, nucleus, proposal_times, seeded_noise
 from training import proxy_ppo
+from training.model_inputs import HeadInput
 from training.policy import Decoding
-from training.rollout import Counts, Decisions, HeadInput, Rollout
+from training.rollout import Counts, Decisions, Rollout
 
 
 class LiteralNetwork(nn.Module):
@@ -47,7 +54,7 @@ def _normalised(hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden.float(), hidden.shape[-1:])
 
 
-class LiteralTrainer(proxy_ppo.Trainer):
+class LiteralTrainer(proxy_ppo.ProxyPPOTrainer):
     """`training.proxy_ppo` with the literal proxy in the place of the one-pass one."""
 
     network: LiteralNetwork  # type: ignore[assignment]
@@ -186,3 +193,24 @@ def generate(
     order = decisions.episodes.argsort(stable=True)
     decisions = Decisions(*(column[order] for column in decisions))
     return Rollout(responses, decisions, Counts(*totals.tolist()), None)
+
+
+def make_literal_proxy(
+    name: str,
+    reward: str,
+    seed: int,
+    choose: Choose,
+    needs: tuple[str, ...] = (),
+    split: str = "test",
+) -> Job:
+    """`benchmarks.comparison.trainings.make_proxy` for the literal proxy, whose answers have no exact divergence."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = proxy_options(setting, directory, reward, seed, choose(setting))
+        trainer, result = train_proxy(LiteralTrainer, options)
+        evaluation = open_evaluation_set(setting, split)
+        answers = answer(evaluation, noise("proxy", seed), trainer.roll_out)
+        frozen = frozen_texts(setting, split, seed)
+        return result | {"row": grade(evaluation, answers, frozen)}
+
+    return Job(name, run, (*needs_of_reward(reward, seed), *needs))

@@ -12,18 +12,18 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.jobs import Job, Setting, command
-from benchmarks.proxy_rlhf.methods import (
-    make_direct,
+from benchmarks.comparison.jobs import Job, Setting, command
+from benchmarks.comparison.trainings import (
+    fixed,
     make_dpo,
     make_frozen,
     make_proxy,
     make_reward,
-    make_world,
+    make_toy_data,
 )
-from benchmarks.proxy_rlhf.plan import DIRECT_PAIRS, fixed
+from benchmarks.proxy_rlhf.methods import make_direct
+from benchmarks.proxy_rlhf.plan import DIRECT_PAIRS
 from benchmarks.proxy_rlhf.report import pooled
-from training import proxy_ppo
 
 PAIRS = (100, 300, 1000, 3000)
 """For the methods that are not direct; with 30 a reward model learns nothing."""
@@ -39,7 +39,7 @@ METHODS = {
 
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
-    jobs = [Job("world", make_world)]
+    jobs = [Job("world", make_toy_data)]
     for seed in seeds:
         jobs.append(make_frozen(seed))
         jobs += [make_direct(f"direct-{count}", seed, count) for count in DIRECT_PAIRS]
@@ -52,7 +52,6 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
                     f"proxy-implicit{suffix}/{seed}",
                     f"implicit{suffix}",
                     seed,
-                    proxy_ppo.Trainer,
                     fixed(UPDATES),
                 ),
                 make_dpo(f"dpo{suffix}/{seed}", seed, fixed(DPO), num_pairs=count),

@@ -4,36 +4,30 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from benchmarks.jobs import Job, Setting
-from benchmarks.proxy_rlhf.decodings import decoding_jobs
-from benchmarks.proxy_rlhf.literal import LiteralTrainer
-from benchmarks.proxy_rlhf.methods import (
-    RepeatingTrainer,
-    make_best_of,
-    make_direct,
+from benchmarks.comparison.jobs import Job, Setting
+from benchmarks.comparison.trainings import (
+    fixed,
     make_dpo,
     make_frozen,
     make_proxy,
     make_reward,
-    make_rlhf,
-    make_threshold,
-    make_world,
+    make_toy_data,
 )
-from training import proxy_ppo
+from benchmarks.proxy_rlhf.ablations import RepeatingTrainer, make_threshold
+from benchmarks.proxy_rlhf.decodings import decoding_jobs
+from benchmarks.proxy_rlhf.literal import make_literal_proxy
+from benchmarks.proxy_rlhf.methods import make_best_of, make_direct, make_rlhf
 from training.policy import Decoding
 
 REWARDS = ("implicit", "scalar", "self-judge")
 BEST_OF = (2, 4, 8, 16)
 SKAM: dict[str, dict[str, Any]] = {
     "without the nucleus": {"max_candidates": 64, "decoding": Decoding(top_k=0, top_p=1.0)},
-    "with repeats": {},
+    "with repeats": {"trainer_class": RepeatingTrainer},
     "without a limit": {"max_rejections": 16},
 }
 """Options of the proxy without one of SKAM's parts; repeats need a law of their own."""
-FORMS: dict[str, type[proxy_ppo.Trainer]] = {
-    "literal": LiteralTrainer,
-    "proxy": proxy_ppo.Trainer,
-}
+FORMS: dict[str, Callable[..., Job]] = {"literal": make_literal_proxy, "proxy": make_proxy}
 DPO_SEARCH = [(1e-4, 0.05), (1e-4, 0.5), (3e-5, 0.1), (3e-5, 0.5), (1e-5, 0.1)]
 """Learning rate and β."""
 RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)]
@@ -55,7 +49,7 @@ SEARCHES: dict[str, list[Any]] = {
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     """In the order in which they are begun, where what they need is done."""
-    jobs = [Job("world", make_world)]
+    jobs = [Job("world", make_toy_data)]
     for seed in seeds:
         jobs += [make_frozen(seed), make_reward("implicit", seed)]
     for i, pair in enumerate(RLHF_SEARCH):
@@ -63,11 +57,11 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
         jobs.append(make_rlhf(name, "implicit", seeds[0], choose, split="validation"))
     for i, pair in enumerate(DPO_SEARCH):
         jobs.append(make_dpo(f"dpo-search/{i}", seeds[0], fixed(pair), split="validation"))
-    for form, trainer in FORMS.items():
+    for form, make in FORMS.items():
         for updates, names in zip(PROXY_SEARCH, searches(form, seeds), strict=True):
             for name, seed in zip(names, seeds, strict=True):
                 choose = fixed(updates)
-                jobs.append(make_proxy(name, "implicit", seed, trainer, choose, split="validation"))
+                jobs.append(make(name, "implicit", seed, choose, split="validation"))
     tuned = {method: chosen(searches(method, seeds), grid) for method, grid in SEARCHES.items()}
     for seed in seeds:
         jobs.append(make_dpo(f"dpo/{seed}", seed, *tuned["dpo"]))
@@ -75,11 +69,9 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             if reward == "scalar":
                 jobs.append(make_reward(reward, seed))
             jobs.append(make_rlhf(f"rlhf-{reward}/{seed}", reward, seed, *tuned["rlhf"]))
-            for form, trainer in FORMS.items():
-                jobs.append(
-                    make_proxy(f"{form}-{reward}/{seed}", reward, seed, trainer, *tuned[form])
-                )
-        plain = f"proxy-without-logprob/{seed}"
+            for form, make in FORMS.items():
+                jobs.append(make(f"{form}-{reward}/{seed}", reward, seed, *tuned[form]))
+        name = f"proxy-without-logprob/{seed}"
         jobs += [
             make_threshold(seed),
             *direct_jobs(seed),
@@ -87,18 +79,16 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
                 f"proxy-from-direct/{seed}",
                 "implicit",
                 seed,
-                FORMS["proxy"],
                 *tuned["proxy"],
                 start_from=f"direct-all/{seed}",
             ),
             make_best_of("best-of", seed, None, BEST_OF),
             make_best_of("proxy-best-of", seed, f"proxy-implicit/{seed}", (8,)),
-            make_proxy(plain, "implicit", seed, FORMS["proxy"], *tuned["proxy"], use_logprob=False),
+            make_proxy(name, "implicit", seed, *tuned["proxy"], use_logprob=False),
         ]
         for part, settings in SKAM.items():
-            trainer = RepeatingTrainer if part == "with repeats" else FORMS["proxy"]
             name = f"skam-{part.replace(' ', '-')}/{seed}"
-            jobs.append(make_proxy(name, "implicit", seed, trainer, *tuned["proxy"], **settings))
+            jobs.append(make_proxy(name, "implicit", seed, *tuned["proxy"], **settings))
     return jobs + decoding_jobs(seeds)
 
 
@@ -113,10 +103,6 @@ def direct_jobs(seed: int) -> list[Job]:
         ),
         *(make_direct(f"direct-sampled-{rounds}", seed, rounds=rounds) for rounds in DIRECT_ROUNDS),
     ]
-
-
-def fixed(value: Any) -> Callable[[Setting], Any]:
-    return lambda setting: value
 
 
 def searches(method: str, seeds: tuple[int, ...]) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from benchmarks.jobs import Setting
+from benchmarks.comparison.answers import pooled_error
+from benchmarks.comparison.jobs import Setting
 from benchmarks.proxy_rlhf.decodings import GRID, METHODS, best_job, search_job
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
@@ -90,11 +91,6 @@ def pooled(figures: list[Row]) -> Row:
     pool["win_rates"] = rates
     pool["win_rate_se"] = pooled_error([row["win_rate_se"] for row in figures])
     return pool
-
-
-def pooled_error(errors: Sequence[float]) -> float:
-    """The standard error of a mean over seeds, as if all prompts of all seeds were independent."""
-    return math.sqrt(fmean(error**2 for error in errors) / len(errors))
 
 
 def parameters_of(model: Path) -> int:

@@ -5,7 +5,7 @@ Judges side by side on the bundled world, and what is trained by them, beside th
 run are added to those in self_judge.json. `--scale 0.01` shows the path in minutes, with results that mean nothing.
 """
 
-from benchmarks.jobs import command
+from benchmarks.comparison.jobs import command
 from benchmarks.self_judge import report
 from benchmarks.self_judge.plan import all_jobs
 

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.jobs import Setting
-from benchmarks.proxy_rlhf.methods import DECODING
-from benchmarks.proxy_rlhf.speakers import World
+from benchmarks.comparison.answers import EvaluationSet
+from benchmarks.comparison.evaluation import DECODING
+from benchmarks.comparison.jobs import Setting
 from judge.messages import Message
 from judge.prompts import Question
 from judge.tournament import Pair, Receipt, play
 from judge.verdict import TIE, Ruling, Verdict
 from proxy.checkpoint import identify
-from training.judges import load_judges, rule
 from training.models import load_model
+from training.pair_judges import load_judges, rule
 from training.rewards import Frozen
-from training.world import gold, principles
+from training.toy_data import principles, reference_scorer
 
 CLEAR = 2.0
 """Pairs differ clearly where their gold scores differ by as much."""
@@ -52,11 +52,11 @@ MAJORITY = By("reward-judge", tuple(principles.PRINCIPLES))
 """All principles at once; as many times the cost."""
 
 
-def judge_of(setting: Setting, world: World, by: By, seed: int) -> Rule:
+def judge_of(setting: Setting, evaluation: EvaluationSet, by: By, seed: int) -> Rule:
     # Loaded anew: a judge that is a LoRA stays on its model.
     model = load_model(str(setting.model), dtype=torch.bfloat16)[0].eval()
     base = identify(str(setting.model))
-    frozen = Frozen(model, world.tokenizer, base, DECODING, world.end_ids, BATCH)
+    frozen = Frozen(model, evaluation.tokenizer, base, DECODING, evaluation.end_ids, BATCH)
     place = str(setting.directory(f"{by.job}/{seed}")) if by.job else None
     return partial(rule, load_judges(place, frozen, by.principles))
 
@@ -97,8 +97,10 @@ def preferred(row: dict[str, Any], quality: str | None = None) -> float:
 
     def score(answer: str) -> float:
         if quality is None:
-            return gold.score(text, answer)
-        return -gold.WEIGHTS[quality] * (quality in gold.flaws(text, answer))
+            return reference_scorer.score(text, answer)
+        return -reference_scorer.WEIGHTS[quality] * (
+            quality in reference_scorer.flaws(text, answer)
+        )
 
     chosen, rejected = (score(row[side][-1]["content"]) for side in ("chosen", "rejected"))
     return chosen - rejected

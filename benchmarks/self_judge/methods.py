@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import Job, Setting, timed
-from benchmarks.proxy_rlhf.methods import (
+from benchmarks.comparison.answers import answer, by_policy
+from benchmarks.comparison.evaluation import (
+    DATA_SEED,
     DECODING,
-    SEED_OF_THE_WORLD,
     frozen_texts,
     noise,
-    open_world,
+    open_evaluation_set,
     tuned,
 )
-from benchmarks.proxy_rlhf.speakers import answer, by_policy
+from benchmarks.comparison.jobs import Job, Setting, timed
 from benchmarks.self_judge.judges import (
     JUDGES,
     MAJORITY,
@@ -35,11 +35,11 @@ from judge.tournament import STRATEGIES
 from proxy.checkpoint import identify, load
 from training import jsft, reward_model, self_judge
 from training.data import read_rows
-from training.evaluate import win_rate
 from training.models import load_model
 from training.policy import Policy
-from training.world import __main__ as world_files
-from training.world import gold, principles
+from training.toy_data import files as toy_files
+from training.toy_data import principles, reference_scorer
+from training.toy_data.grading import win_rate
 
 SAMPLES = 16
 CEILING = "gold itself"
@@ -74,15 +74,15 @@ def make_judge(seed: int, **settings: Any) -> Job:
 
 def make_more(setting: Setting, directory: Path) -> dict[str, Any]:
     """Twice the pairs, the first half of them the world's own, and half as many judgments by principle, in one file."""
-    options = world_files.Options(
+    options = toy_files.Options(
         output=directory,
         overwrite=True,
-        seed=SEED_OF_THE_WORLD,
+        seed=DATA_SEED,
         num_sft=1,
         num_preferences=2 * setting.num_pairs,
         num_held_out=1,
     )
-    world_files.main(options)
+    toy_files.main(options)
     rows = [(directory / f"{name}.jsonl").read_text() for name in ("preferences", "judgments")]
     (directory / MORE).write_text("".join(rows))
     return {"pairs": "".join(rows).count("\n")}
@@ -114,17 +114,17 @@ def make_judged(seed: int) -> Job:
     """What every judge says of the held-out pairs, and the LoRA by each principle of what differs by it."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        world = open_world(setting, "test")
+        evaluation = open_evaluation_set(setting, "test")
         rows = read_rows(setting.data("preferences_test"))[: setting.num_test]
         by_principle = {}
         for principle, quality in principles.QUALITIES.items():
             judgments = read_rows(setting.data("judgments_test"))[: setting.num_test]
             of_it = [row for row in judgments if row["principle"] == principle]
-            judge = judge_of(setting, world, By("reward-judge", (principle,)), seed)
+            judge = judge_of(setting, evaluation, By("reward-judge", (principle,)), seed)
             by_principle[principle] = agreement(judge, of_it, quality)
         return {
             "judges": {
-                name: agreement(judge_of(setting, world, by, seed), rows)
+                name: agreement(judge_of(setting, evaluation, by, seed), rows)
                 for name, by in (JUDGES | {"self-judge, LoRA, majority": MAJORITY}).items()
             },
             "principles": by_principle,
@@ -138,16 +138,16 @@ def make_samples(speaker: str, seed: int, size: int) -> Job:
     """So many answers to each prompt by the frozen LLM, by a proxy on it or by a trained model."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        world = open_world(setting, "test")
-        model, network = world.model, None
+        evaluation = open_evaluation_set(setting, "test")
+        model, network = evaluation.model, None
         place = setting.directory(f"{speaker}/{seed}")
         if (place / "proxy.safetensors").exists():
             network = load(place, base=identify(str(setting.model))).network
         elif speaker != "frozen":
             model = load_model(str(place), dtype=torch.bfloat16)[0].eval()
-        roll_out = by_policy(world, Policy(model, network), DECODING)
+        roll_out = by_policy(evaluation, Policy(model, network), DECODING)
         key = noise("best of" if speaker == "frozen" else "proxy best of", seed)
-        drawn = [answer(world, key + 10 * i, roll_out) for i in range(size)]
+        drawn = [answer(evaluation, key + 10 * i, roll_out) for i in range(size)]
         (directory / "texts.json").write_text(json.dumps([each.texts for each in drawn]))
         return {"cpu_seconds": sum(each.cpu_seconds for each in drawn)}
 
@@ -162,21 +162,23 @@ def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
     samples = f"samples-{speaker}/{seed}"
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        world = open_world(setting, "test")
+        evaluation = open_evaluation_set(setting, "test")
         texts = json.loads((setting.directory(samples) / "texts.json").read_text())
         reference = frozen_texts(setting, "test", seed)
         rows: dict[str, dict[int, Any]] = {}
         for name in judges:
-            judge = judge_of(setting, world, JUDGES[name], seed)
+            judge = judge_of(setting, evaluation, JUDGES[name], seed)
             standing = [list(row) for row in zip(*texts, strict=True)]  # by prompt
             rows[name] = {}
             while True:
                 first = [row[0] for row in standing]
-                rows[name][len(texts) // len(standing[0])] = win_rate(world.texts, first, reference)
+                rows[name][len(texts) // len(standing[0])] = win_rate(
+                    evaluation.texts, first, reference
+                )
                 if len(standing[0]) == 1:
                     break
-                standing = knock_out_round(judge, world.texts, standing)
-        rows[CEILING] = ceiling(world.texts, texts, reference)
+                standing = knock_out_round(judge, evaluation.texts, standing)
+        rows[CEILING] = ceiling(evaluation.texts, texts, reference)
         return {"rows": rows}
 
     return Job(f"best-of-{speaker}/{seed}", run, (f"frozen/{seed}", samples, *judges_of(seed)))
@@ -189,7 +191,7 @@ def ceiling(
     sizes = [2**i for i in range(len(texts).bit_length())]
     chosen = {
         size: [
-            max(row, key=lambda text: gold.score(prompt, text))
+            max(row, key=lambda text: reference_scorer.score(prompt, text))
             for prompt, row in zip(prompts, zip(*texts[:size], strict=True), strict=True)
         ]
         for size in sizes
@@ -202,14 +204,14 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
     samples = f"samples-frozen/{seed}"
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        world = open_world(setting, "test")
+        evaluation = open_evaluation_set(setting, "test")
         texts = json.loads((setting.directory(samples) / "texts.json").read_text())
-        judge = judge_of(setting, world, By("reward-judge"), seed)
+        judge = judge_of(setting, evaluation, By("reward-judge"), seed)
         count = max(2, int(num_prompts * setting.scale))
         chosen: dict[str, list[tuple[float, int, bool, bool]]] = {name: [] for name in STRATEGIES}
-        for place, prompt in enumerate(world.texts[:count]):
+        for place, prompt in enumerate(evaluation.texts[:count]):
             answers = [sample[place] for sample in texts]
-            golds = [gold.score(prompt, each) for each in answers]
+            golds = [reference_scorer.score(prompt, each) for each in answers]
             rulings = all_rulings(judge, prompt, answers)
             everyones = play_known("round-robin", SAMPLES, place, rulings).winner
             for name in STRATEGIES:

@@ -3,15 +3,15 @@ of the judges and of self-training by hand."""
 
 from typing import Any
 
-from benchmarks.jobs import Job
-from benchmarks.proxy_rlhf.methods import (
+from benchmarks.comparison.jobs import Job
+from benchmarks.comparison.trainings import (
+    fixed,
     make_dpo,
     make_frozen,
     make_proxy,
     make_reward,
-    make_world,
+    make_toy_data,
 )
-from benchmarks.proxy_rlhf.plan import fixed
 from benchmarks.self_judge.judges import JUDGES
 from benchmarks.self_judge.methods import (
     MORE,
@@ -25,7 +25,6 @@ from benchmarks.self_judge.methods import (
     make_self_training,
     make_strategies,
 )
-from training.proxy_ppo import Trainer
 
 LORA: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
 """Of all judges that are one."""
@@ -53,7 +52,7 @@ SPEAKERS: dict[str, tuple[int, tuple[str, ...]]] = {
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     """Each after what it needs, a seed as a whole before the next, but for DPO, the longest that nothing needs."""
     ours, more = "world/preferences.jsonl", f"more/{MORE}"
-    jobs = [Job("world", make_world), Job("more", make_more)]
+    jobs = [Job("world", make_toy_data), Job("more", make_more)]
     for seed in seeds:
         jobs += [
             make_likelihood(f"reward-more/{seed}", seed, more, ("more",), **LORA),
@@ -62,10 +61,7 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
             make_reward("implicit", seed),
             make_reward("scalar", seed),
             make_frozen(seed),
-            *(
-                make_proxy(f"proxy-{each}/{seed}", each, seed, Trainer, UPDATES)
-                for each in TEACHERS
-            ),
+            *(make_proxy(f"proxy-{each}/{seed}", each, seed, UPDATES) for each in TEACHERS),
             make_self_training("more", seed, **SELF_TRAINING),
             make_self_training("judge", seed, **SELF_TRAINING),
             make_judged(seed),

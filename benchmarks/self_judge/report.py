@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.jobs import Setting
-from benchmarks.proxy_rlhf.report import pooled_error
+from benchmarks.comparison.answers import pooled_error
+from benchmarks.comparison.jobs import Setting
 from benchmarks.self_judge.judges import JUDGES, Rate
 from benchmarks.self_judge.methods import CEILING
 from benchmarks.self_judge.plan import SPEAKERS

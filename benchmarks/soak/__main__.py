@@ -30,7 +30,7 @@ from benchmarks.soak.crowd import Crowd, ask_quietly
 from benchmarks.soak.requests import FIXED, MOVING, questions
 from judge.options import read_options
 from proxy.checkpoint import load, save
-from training.world.__main__ import draw_prompts, split_combinations
+from training.toy_data.files import draw_prompts, split_combinations
 
 WATCH_SECONDS = 5.0
 

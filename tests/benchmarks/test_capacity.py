@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.capacity import (
+from benchmarks.queueing import (
     Engine,
     Work,
     engines_needed,

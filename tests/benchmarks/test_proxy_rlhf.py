@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.jobs import Job, run_all, run_job, setting_of
+from benchmarks.comparison.answers import EvaluationSet, by_policy, divergence
+from benchmarks.comparison.jobs import Job, run_all, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.proxy_rlhf import literal, report
+from benchmarks.proxy_rlhf.ablations import RepeatingPolicy
 from benchmarks.proxy_rlhf.decodings import GRID
 from benchmarks.proxy_rlhf.plan import (
     BEST_OF,
@@ -22,29 +24,24 @@ from benchmarks.proxy_rlhf.plan import (
     SKAM,
     all_jobs,
 )
-from benchmarks.proxy_rlhf.speakers import (
-    RepeatingPolicy,
-    World,
-    by_policy,
-    divergence,
-)
 from proxy.acceptance import Candidates
 from proxy.network import ProxyNetwork
-from training.models import Conversations, end_ids, load_model
-from training.output import MARKER
+from training.conversations import Conversations
+from training.models import end_ids, load_model
 from training.policy import Decoding, Policy, default_config
 from training.rollout import generate
+from training.run_marker import MARKER
 
 TEXTS = ("Is my dog worth keeping?", "I have 30 pounds for my rose. Is that enough?", "Hi")
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def evaluation() -> EvaluationSet:
     model, tokenizer = load_model(str(DEMO / "model"))
     chats = Conversations(tokenizer)
     prompts = [chats.prompt_ids([{"role": "user", "content": text}]) for text in TEXTS * 8]
     ends = end_ids(model, tokenizer)
-    return World(model.eval(), tokenizer, ends, list(TEXTS * 8), prompts)
+    return EvaluationSet(model.eval(), tokenizer, ends, list(TEXTS * 8), prompts)
 
 
 def indifferent_proxy(model: torch.nn.Module, accept_logit: float, limit: int) -> ProxyNetwork:
@@ -56,24 +53,24 @@ def indifferent_proxy(model: torch.nn.Module, accept_logit: float, limit: int) -
 
 @pytest.mark.parametrize(("accept_logit", "limit"), [(0.0, 8), (-1.0, 3), (-4.0, 16)])
 def test_the_literal_loop_draws_what_the_one_pass_law_draws(
-    world: World, accept_logit: float, limit: int
+    evaluation: EvaluationSet, accept_logit: float, limit: int
 ) -> None:
     """With the same answer to every candidate the two differ in nothing, in float32."""
     one_pass = generate(
-        Policy(world.model, indifferent_proxy(world.model, accept_logit, limit)),
-        world.prompts,
+        Policy(evaluation.model, indifferent_proxy(evaluation.model, accept_logit, limit)),
+        evaluation.prompts,
         Decoding(max_new_tokens=24),
-        end_ids=world.end_ids,
+        end_ids=evaluation.end_ids,
         seeds=count(5),
     )
     network = literal.LiteralNetwork(256, 16, accept_logit)
     torch.nn.init.zeros_(network.policy[-1].weight)
     looped = literal.generate(
-        world.model,
+        evaluation.model,
         network,
-        world.prompts,
+        evaluation.prompts,
         Decoding(max_new_tokens=24),
-        end_ids=world.end_ids,
+        end_ids=evaluation.end_ids,
         seeds=count(5),
         max_candidates=16,
         max_rejections=limit,
@@ -88,17 +85,17 @@ def test_the_literal_loop_draws_what_the_one_pass_law_draws(
     assert sets[0] == sets[1]
 
 
-def test_the_literal_proxy_reads_the_state_after_the_candidate(world: World) -> None:
+def test_the_literal_proxy_reads_the_state_after_the_candidate(evaluation: EvaluationSet) -> None:
     torch.manual_seed(0)
     network = literal.LiteralNetwork(256, 16, 0.0)
-    prompts, decoding = world.prompts[:3], Decoding(max_new_tokens=6)
+    prompts, decoding = evaluation.prompts[:3], Decoding(max_new_tokens=6)
     rollout = literal.generate(
-        world.model, network, prompts, decoding, end_ids=(), seeds=count(), max_candidates=16, max_rejections=8
+        evaluation.model, network, prompts, decoding, end_ids=(), seeds=count(), max_candidates=16, max_rejections=8
     )  # fmt: skip
     decisions = rollout.decisions
     with torch.no_grad():
         for episode, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True)):
-            body = world.model.model(torch.tensor([prompt + response])).last_hidden_state[0]
+            body = evaluation.model.model(torch.tensor([prompt + response])).last_hidden_state[0]
             said = set(response)
             rows = [
                 i
@@ -114,20 +111,22 @@ def test_the_literal_proxy_reads_the_state_after_the_candidate(world: World) -> 
                 assert nearest < 1e-3
 
 
-def repeating_policy(world: World, logits: torch.Tensor, limit: int) -> RepeatingPolicy:
-    policy = RepeatingPolicy(world.model, indifferent_proxy(world.model, 0.0, limit))
+def repeating_policy(
+    evaluation: EvaluationSet, logits: torch.Tensor, limit: int
+) -> RepeatingPolicy:
+    policy = RepeatingPolicy(evaluation.model, indifferent_proxy(evaluation.model, 0.0, limit))
     policy.accept_logits = lambda hidden, candidates: logits  # type: ignore[method-assign]
     return policy
 
 
-def test_the_law_with_repeats(world: World) -> None:
+def test_the_law_with_repeats(evaluation: EvaluationSet) -> None:
     """Each figure can be had by hand: p = 1/2, 1/2; a = 1/2, 1; at most 2 rejections.
 
     Frequencies of 40,000 draws lie within 5 standard errors of it: a false alarm in 1.2e-6 / 2 a side.
     """
     logits = torch.tensor([[0.0, 80.0]])
     candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.5, 0.5]]).log())
-    policy = repeating_policy(world, logits, limit=2)
+    policy = repeating_policy(evaluation, logits, limit=2)
     expected = torch.tensor([[6 / 16, 10 / 16]], dtype=torch.float64)
     torch.testing.assert_close(policy.emission(candidates, logits, Decoding()), expected)
     rows = 40_000
@@ -149,39 +148,49 @@ def test_the_law_with_repeats(world: World) -> None:
     assert int(proposals.accepted.sum()) == rows - int(decision.forced.sum())
 
 
-def test_a_single_candidate_is_taken_without_asking(world: World) -> None:
-    policy = repeating_policy(world, torch.tensor([[-80.0, -80.0]]), limit=2)
+def test_a_single_candidate_is_taken_without_asking(evaluation: EvaluationSet) -> None:
+    policy = repeating_policy(evaluation, torch.tensor([[-80.0, -80.0]]), limit=2)
     candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.0, -torch.inf]]))
     emission = policy.emission(candidates, torch.tensor([[-80.0, -80.0]]), Decoding())
     assert emission.tolist() == [[1.0, 0.0]]
 
 
 def test_divergence_is_nothing_without_a_cut_and_the_surprise_of_greedy_tokens(
-    world: World,
+    evaluation: EvaluationSet,
 ) -> None:
     uncut, greedy = Decoding(top_k=0, top_p=1.0, max_new_tokens=8), Decoding(temperature=0)
-    rollout = by_policy(world, Policy(world.model), uncut)(world.prompts, count())
-    assert divergence(world, rollout.responses, Policy(world.model), uncut)[0] == pytest.approx(
-        0, abs=1e-4
-    )
-    (response,) = by_policy(world, Policy(world.model), greedy)(
-        world.prompts[:1], count()
+    rollout = by_policy(evaluation, Policy(evaluation.model), uncut)(evaluation.prompts, count())
+    assert divergence(evaluation, rollout.responses, Policy(evaluation.model), uncut)[
+        0
+    ] == pytest.approx(0, abs=1e-4)
+    (response,) = by_policy(evaluation, Policy(evaluation.model), greedy)(
+        evaluation.prompts[:1], count()
     ).responses
-    ids = torch.tensor([world.prompts[0] + response])
+    ids = torch.tensor([evaluation.prompts[0] + response])
     with torch.no_grad():
-        logprobs = world.model(ids).logits.log_softmax(-1)[0, len(world.prompts[0]) - 1 : -1]
+        logprobs = evaluation.model(ids).logits.log_softmax(-1)[
+            0, len(evaluation.prompts[0]) - 1 : -1
+        ]
     surprise = -sum(logprobs[t, token].item() for t, token in enumerate(response))
-    alone = World(world.model, world.tokenizer, world.end_ids, world.texts, world.prompts[:1] * 2)
-    measured, _ = divergence(alone, [response, response], Policy(world.model), greedy)
+    alone = EvaluationSet(
+        evaluation.model,
+        evaluation.tokenizer,
+        evaluation.end_ids,
+        evaluation.texts,
+        evaluation.prompts[:1] * 2,
+    )
+    measured, _ = divergence(alone, [response, response], Policy(evaluation.model), greedy)
     assert measured == pytest.approx(surprise, rel=1e-4)
 
 
-def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(world: World) -> None:
+def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(
+    evaluation: EvaluationSet,
+) -> None:
     decoding = Decoding(max_new_tokens=12)
-    policy = Policy(world.model, indifferent_proxy(world.model, 60.0, 8))
-    responses = by_policy(world, policy, decoding)(world.prompts, count()).responses
-    proxied = divergence(world, responses, policy, decoding)
-    frozen = divergence(world, responses, Policy(world.model), decoding)
+    policy = Policy(evaluation.model, indifferent_proxy(evaluation.model, 60.0, 8))
+    responses = by_policy(evaluation, policy, decoding)(evaluation.prompts, count()).responses
+    proxied = divergence(evaluation, responses, policy, decoding)
+    frozen = divergence(evaluation, responses, Policy(evaluation.model), decoding)
     assert proxied[0] == pytest.approx(frozen[0], rel=1e-3)
     assert 0 < frozen[0] < 0.06 * 12  # at most −log 0.95 a position, with top-k a little more
 

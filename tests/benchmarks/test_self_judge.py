@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.jobs import Job, run_job, setting_of
+from benchmarks.comparison.jobs import Job, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.self_judge import report
 from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, play_known
@@ -18,7 +18,7 @@ from benchmarks.self_judge.plan import SPEAKERS, all_jobs
 from judge.prompts import Question
 from judge.tournament import replay
 from judge.verdict import Ruling, Verdict
-from training.world.__main__ import assistant, user
+from training.toy_data.files import assistant, user
 
 
 def longer_wins(questions: Sequence[Question]) -> list[Ruling]:

@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from training.evaluate import flaw_rates, win_rate
-from training.world import gold
-from training.world.__main__ import draw_pair, draw_prompts, split_combinations
-from training.world.grammar import Prompt
+from training.toy_data import reference_scorer
+from training.toy_data.files import draw_pair, draw_prompts, split_combinations
+from training.toy_data.grading import flaw_rates, win_rate
+from training.toy_data.grammar import Prompt
 
 SEED = 0  # of `make demo`: another would hold out other combinations
 NUM_PROMPTS = 200
@@ -69,7 +69,7 @@ def test_judge_agrees_with_gold_where_answers_differ_clearly(
     while len(pairs) < NUM_PAIRS:
         prompt = next(held_out)
         a, b = draw_pair(prompt, rng)
-        difference = gold.score(prompt.text, a) - gold.score(prompt.text, b)
+        difference = reference_scorer.score(prompt.text, a) - reference_scorer.score(prompt.text, b)
         if abs(difference) >= 2:
             pairs.append({"prompt": prompt.text, "response_a": a, "response_b": b})
             better.append(difference > 0)

@@ -17,9 +17,9 @@ import pytest
 
 from proxy.checkpoint import identify, load
 from tests.server.conftest import ADMIN_KEY, DEMO, MODEL, WAIT_SECONDS, metric, serving, wait_until
-from training.world import gold
-from training.world.__main__ import draw_prompts, split_combinations, user
-from training.world.grammar import draw_answer
+from training.toy_data import reference_scorer
+from training.toy_data.files import draw_prompts, split_combinations, user
+from training.toy_data.grammar import draw_answer
 
 KEYS = {"alice": "sk-alice", "bob": "sk-bob", "root": ADMIN_KEY}
 ACCESS = """
@@ -88,8 +88,10 @@ def pairs(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
     while count:
         prompt = next(prompts)
         answers = [draw_answer(prompt, rng) for _ in range(2)]
-        worse, better = sorted(answers, key=lambda answer: gold.score(prompt.text, answer))
-        if gold.score(prompt.text, worse) < gold.score(prompt.text, better):
+        worse, better = sorted(
+            answers, key=lambda answer: reference_scorer.score(prompt.text, answer)
+        )
+        if reference_scorer.score(prompt.text, worse) < reference_scorer.score(prompt.text, better):
             yield prompt.text, better, worse
             count -= 1
 

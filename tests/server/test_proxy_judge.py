@@ -9,7 +9,8 @@ import torch
 from judge.prompts import response_ids
 from tests.server.conftest import DEMO, MODEL
 from tests.training.models import frozen_of
-from training.rewards import Sample, load_reward
+from training.reward_loading import load_reward
+from training.rewards import Sample
 
 QUESTION = "How do I look after my freezer?"
 TURNS = [{"role": "user", "content": QUESTION}]

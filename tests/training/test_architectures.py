@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from proxy.checkpoint import identify, load
 from proxy.network import ProxyNetwork
+from proxy.reward_file import RewardConfig
 from tests.training.models import (
     ANSWERS,
     ARCHITECTURES,
@@ -24,17 +25,12 @@ from tests.training.models import (
     save_model,
 )
 from training import jsft, proxy_ppo, reward_model, sft
+from training.conversations import Conversations
 from training.metrics import read_metrics
-from training.models import Conversations, load_model
+from training.models import load_model
 from training.policy import Decoding, Policy, default_config
-from training.rewards import (
-    Frozen,
-    RewardConfig,
-    Sample,
-    load_reward,
-    sequence_logprobs,
-    write_reward_config,
-)
+from training.reward_loading import load_reward
+from training.rewards import Frozen, Sample, sequence_logprobs, write_reward_config
 from training.rollout import Rollout, generate
 
 TOP_K, TOP_P, MAX_REJECTIONS = 16, 0.95, 3
@@ -185,7 +181,7 @@ def test_an_update_trains_the_proxy_and_never_the_llm(
         dtype=dtype,
         width=8,
     )
-    trainer = proxy_ppo.Trainer(options, Accelerator(cpu=True))
+    trainer = proxy_ppo.ProxyPPOTrainer(options, Accelerator(cpu=True))
     before = [
         {k: v.clone() for k, v in m.state_dict().items()} for m in (trainer.model, trainer.network)
     ]

@@ -14,7 +14,8 @@ from training import evaluate, sft
 from training.console import TrainingError, main_guard
 from training.models import load_model, refuse_unknown
 from training.policy import Decoding
-from training.rewards import Frozen, load_reward
+from training.reward_loading import load_reward
+from training.rewards import Frozen
 from training.sizes import sizes_of
 
 MODEL = DEMO / "model"

@@ -16,10 +16,11 @@ from proxy.network import ProxyNetwork
 from tests.training.memory import TensorBytes
 from tests.training.models import ARCHITECTURES, data_rows, save_model
 from training import estimate, proxy_ppo
+from training.adapters import lora_config
 from training.console import TrainingError
 from training.estimate import Options, proxy_of, trained
 from training.logprobs import add_logprobs
-from training.models import load_model, lora_config
+from training.models import load_model
 from training.policy import Decoding, Policy, default_config
 from training.rewards import sequence_logprobs
 from training.rollout import generate
@@ -209,7 +210,7 @@ def test_the_peak_of_an_update(tmp_path: Path, response: int, phase: str, dtype:
         dtype=dtype,
         width=8,
     )
-    trainer = proxy_ppo.Trainer(options, Accelerator(cpu=True))
+    trainer = proxy_ppo.ProxyPPOTrainer(options, Accelerator(cpu=True))
     trainer.step(0)  # makes gradients and Adam's moments
     with TensorBytes() as bytes_:
         row = trainer.step(1)

@@ -14,12 +14,14 @@ from judge.prompts import Question, judge_prompt_ids
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import jsft
 from training.console import TrainingError
+from training.conversations import Conversations
 from training.data import RowOptions
-from training.judging import ModelJudge
 from training.judgments import judgment_examples, read_pairs
 from training.metrics import read_metrics
-from training.models import Conversations, load_model
-from training.rewards import Frozen, JudgeReward, Sample, load_reward
+from training.model_judge import ModelJudge
+from training.models import load_model
+from training.reward_loading import load_reward
+from training.rewards import Frozen, JudgeReward, Sample
 
 PRINCIPLES = {**DEFAULT, "manners": Principle(system="Choose the more polite.")}
 REASONS = {"rationale_chosen": "it is kind.", "rationale_rejected": "it is rude."}

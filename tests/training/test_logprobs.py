@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.training.models import ARCHITECTURES, save_model
 from training import logprobs
-from training.models import load_model, response_logprobs
+from training.logprobs import response_logprobs
+from training.models import load_model
 
 TOLERANCE = 1e-5  # relative: float32 sums in another order, 40 times its precision
 CHUNK = 3 * 281  # logits at once: three positions, or two

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.training.memory import TensorBytes
 from tests.training.models import data_rows, save_model
 from training import dpo, machine, memory, proxy_ppo, reward_model, sft
+from training.adapters import lora_config
 from training.console import TrainingError
 from training.logprobs import add_logprobs
 from training.machine import Machine, cgroup_free
 from training.memory import Need, Plan, Work, fit, need, responses_at_once
-from training.models import load_model, lora_config
+from training.models import load_model
 from training.sizes import sizes_of
 
 FEWER, MORE = (
@@ -167,7 +168,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(
     def load(*arguments: Any, **more: Any) -> None:
         raise AssertionError("loaded")
 
-    for module in ("dpo", "supervised", "updates"):
+    for module in ("dpo", "supervised", "on_policy"):
         monkeypatch.setattr(f"training.{module}.load_model", load)
     monkeypatch.setattr(reward_model, "_scorer", load)
     common = {"model": str(wide), "output": tmp_path / "out"}

@@ -31,9 +31,9 @@ from training import (
     sft,
 )
 from training.console import Interrupted, TrainingError
-from training.output import MARKER
+from training.run_marker import MARKER, write_whole
 from training.saving import saving
-from training.world import __main__ as world
+from training.toy_data import files as toy_files
 
 MODEL = DEMO / "model"
 
@@ -297,7 +297,7 @@ def test_a_database_given_as_a_url(tmp_path: Path) -> None:
         export.main(options)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, world], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("command", [*COMMANDS, toy_files], ids=lambda x: x.__name__)
 def test_paths_that_cannot_be(command: ModuleType, tmp_path: Path) -> None:
     inputs = {
         name: ("nowhere",) if kind is tuple else kind("nowhere")
@@ -320,7 +320,7 @@ def test_a_file_is_replaced_where_told_to(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is there already: .* replace it with --overwrite"):
         evaluate.main(evaluate.Options(**inputs, output=figures))
     output.check_file(evaluate.Options(**inputs, output=figures, overwrite=True), reads=())
-    output.write_whole(figures, "later")
+    write_whole(figures, "later")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["later"]
 
 
@@ -328,7 +328,7 @@ def test_a_file_is_replaced_where_told_to(tmp_path: Path) -> None:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
     sizes = {"num_sft": 40, "num_preferences": 10, "num_prompts": 5, "num_held_out": 5}
-    world.main(world.Options(output=directory / "world", **sizes))
+    toy_files.main(toy_files.Options(output=directory / "world", **sizes))
     return directory / "world" / "sft.jsonl"
 
 

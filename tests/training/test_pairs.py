@@ -86,9 +86,9 @@ def trainer_of(kind: str, directory: Path, output: Path, most: int) -> Any:
     arguments = dpo.arguments(options, Plan(most, False))
     pairs = some_pairs()
     if kind == "scalar":
-        return ScalarTrainer(_scorer(str(directory)), arguments, pairs, [], most=most)
+        return ScalarTrainer(_scorer(str(directory)), arguments, pairs, [], max_tokens=most)
     model = load_model(str(directory))[0]
-    return ImplicitTrainer(model, arguments, pairs, [], most=most, beta=BETA, resume=False)
+    return ImplicitTrainer(model, arguments, pairs, [], max_tokens=most, beta=BETA, resume=False)
 
 
 @pytest.mark.parametrize("kind", ["implicit", "scalar"])

@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from proxy.positions import Positions, nucleus_of
 from tests.training.models import PROMPTS, chat, frozen_of, save_model
 from training import positions
-from training.models import Conversations
+from training.conversations import Conversations
+from training.model_inputs import HeadInput
 from training.policy import Decoding, Policy, default_config
 from training.positions import Cache, Response, read
 from training.rewards import Frozen
-from training.rollout import HeadInput, generate
+from training.rollout import generate
 
 DECODING = Decoding(top_k=6, top_p=0.9, max_new_tokens=12)
 NUCLEUS = {"temperature": 1.0, "top_k": 6, "top_p": 0.9, "max_candidates": 6}
@@ -43,7 +44,7 @@ def sampled(frozen: Frozen) -> list[Response]:
 @torch.inference_mode()
 def test_positions_are_those_of_a_plain_forward(frozen: Frozen) -> None:
     responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
-    found = read(responses, config, model=frozen.model, most=64)
+    found = read(responses, config, model=frozen.model, max_tokens=64)
     assert found.outside.tolist() == [0] * len(responses)
     for i, (prompt, response) in enumerate(responses):
         with HeadInput(frozen.model) as head:
@@ -68,7 +69,7 @@ def test_a_token_that_the_llm_would_not_say_is_outside(frozen: Frozen) -> None:
     config = default_config(frozen.model, **NUCLEUS | {"max_candidates": 2, "top_k": 2})
     with torch.no_grad():
         never = int(frozen.model(torch.tensor([prompt])).logits[0, -1].argmin())
-    found = read([Response(prompt, [never, *response])], config, model=frozen.model, most=64)
+    found = read([Response(prompt, [never, *response])], config, model=frozen.model, max_tokens=64)
     assert found.outside.item() >= 1
     assert found.share_outside == found.outside.item() / (1 + len(response))
 
@@ -79,7 +80,7 @@ def test_what_was_read_is_not_read_again(
     responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
     monkeypatch.setattr(positions, "_PART", 4)  # three files
     cache = Cache(tmp_path, frozen.base, "float32", Accelerator(cpu=True))
-    reader = partial(read, model=frozen.model, most=64)
+    reader = partial(read, model=frozen.model, max_tokens=64)
     first = cache.read(responses, config, reader)
     (directory,) = tmp_path.iterdir()
     files = sorted(directory.iterdir())

@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from proxy.checkpoint import identify, load
 from tests.training.conftest import done, done_by_two
 from tests.training.models import frozen_of
-from training import proxy_dpo
 from training.console import TrainingError
 from training.metrics import read_metrics
 from training.models import load_model
+from training.on_policy import start
 from training.policy import Decoding, Policy
 from training.positions import Response
 from training.preferences import Collection, split
-from training.proxy_dpo import Options, Trainer, main
-from training.ranked_answers import RankedAnswers, rank
-from training.rewards import Sample, load_reward
+from training.proxy_dpo import Options, ProxyDPOTrainer, main
+from training.ranked_answers import rank
+from training.reward_loading import load_reward
+from training.rewards import Sample
 from training.rollout import generate
-from training.updates import start
+from training.rollout_transformers import TransformersBackend
 
 REWARD = """
 def with_the_most_e(prompts, completions):
@@ -82,7 +83,7 @@ def test_a_reward_is_learned_from_prompts_and_a_second_round(
     )
     main(chosen)
     model, tokenizer = load_model(chosen.model)
-    trainer = Trainer(replace(chosen, output=chosen.output / "other"), start())
+    trainer = ProxyDPOTrainer(replace(chosen, output=chosen.output / "other"), start())
     prompts = [prompt.ids for prompt in trainer.prompts]
 
     def e_of(network: Any) -> torch.Tensor:
@@ -122,7 +123,7 @@ def test_a_proxy_is_a_reward(work: Path, options: Callable[..., Options]) -> Non
     chosen = options(**pairs_of(work), held_out=str(work / "world/preferences.jsonl"))
     main(chosen)
     frozen = frozen_of(work / "base")
-    trainer = Trainer(replace(chosen, output=chosen.output / "other"), start())
+    trainer = ProxyDPOTrainer(replace(chosen, output=chosen.output / "other"), start())
     found = trainer._read(str(chosen.preferences))
     reward = load_reward(str(chosen.output), frozen)
     scores = reward([Sample([], "", *response) for response in found.responses])
@@ -153,10 +154,10 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy_dpo, "read", interrupt)
+        patch.setattr(TransformersBackend, "read", interrupt)
         with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* goes on with --resume"):
             main(chosen)
-    monkeypatch.setattr(RankedAnswers, "_respond", interrupt)  # not sampled again
+    monkeypatch.setattr(TransformersBackend, "responses", interrupt)  # not sampled again
     main(replace(chosen, resume=True))
     ours, theirs = (load_file(o.output / "proxy.safetensors") for o in (chosen, unbroken))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

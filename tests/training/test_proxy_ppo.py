@@ -18,10 +18,10 @@ from tests.training.conftest import done, done_by_two
 from tests.warm import Command, run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
-from training.online import PATIENCE, refuse_constant_reward
-from training.output import MARKER
 from training.policy import Decoding
+from training.ppo_trainer import PATIENCE, refuse_constant_reward
 from training.proxy_ppo import Options, main, refuse_idle_proxy
+from training.run_marker import MARKER
 from training.state import STATE_FILE
 
 

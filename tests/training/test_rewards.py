@@ -16,9 +16,11 @@ from proxy.network import ProxyNetwork
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import reward_model
 from training.console import TrainingError
-from training.models import Conversations, load_model
+from training.conversations import Conversations
+from training.models import load_model
 from training.policy import Decoding, Policy, default_config
-from training.rewards import Frozen, Sample, load_reward
+from training.reward_loading import load_reward
+from training.rewards import Frozen, Sample
 from training.rollout import generate
 
 

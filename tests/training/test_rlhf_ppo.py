@@ -16,11 +16,11 @@ from tests.warm import Command, run
 from training import reward_model
 from training.metrics import read_metrics
 from training.models import load_model
+from training.on_policy import start
 from training.policy import Decoding
 from training.rewards import Sample
-from training.rlhf_ppo import Options, Trainer
+from training.rlhf_ppo import Options, RLHFTrainer
 from training.state import STATE_FILE
-from training.updates import start
 
 
 def brevity(samples: Sequence[Sample]) -> Tensor:
@@ -48,7 +48,7 @@ def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
 
 
 def test_it_learns_what_is_rewarded(options: Callable[..., Options]) -> None:
-    trainer = Trainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), start())
+    trainer = RLHFTrainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), start())
     trainer.reward = brevity
     rows = [trainer.step(index) for index in range(6)]
     # The rollouts' standard errors are about 1 token: 6 are far outside of what chance does.
@@ -61,7 +61,7 @@ def test_a_dear_divergence_keeps_the_actor_at_its_reference(
 ) -> None:
     few = {"steps": 4, "episodes": 16, "decoding": Decoding(top_k=0, top_p=1.0, max_new_tokens=16)}
     free, kept = (
-        Trainer(options(**few, learning_rate=1e-4, kl_weight=weight), start())
+        RLHFTrainer(options(**few, learning_rate=1e-4, kl_weight=weight), start())
         for weight in (0.0, 10.0)
     )
     kls = []
@@ -85,7 +85,7 @@ def test_a_reward_s_lora_stays_out_of_the_actor(
             lora_rank=2,
         )
     )
-    trainer = Trainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), start())
+    trainer = RLHFTrainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), start())
     names = load_file(work / "base/model.safetensors").keys()
     assert trainer.step(0)["reward_std"] > 0
     trainer.save({})

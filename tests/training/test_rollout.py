@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from proxy.network import ProxyNetwork
 from training.console import TrainingError
-from training.models import Conversations, load_model
+from training.conversations import Conversations
+from training.models import load_model
 from training.policy import Decoding, Policy, default_config
 from training.rollout import Rollout, generate
 

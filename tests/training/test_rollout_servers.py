@@ -41,12 +41,12 @@ from tests.training.test_rollout_vllm import (
     make_network,
 )
 from training.console import TrainingError
-from training.engines import refuse_half_named_servers
-from training.output import settings_of
 from training.policy import Decoding, Policy
 from training.proxy_ppo import Options
 from training.rollout import Rollout, generate
-from training.rollout_servers import Servers, name_of
+from training.rollout_backends import refuse_half_named_servers
+from training.rollout_servers import ServersBackend, name_of
+from training.run_marker import settings_of
 
 NAME = "learner"
 TEACHING = "How do I look after my freezer?", "Can I open my kettle with a fork?", "Is my dog ill?"
@@ -88,9 +88,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., Servers]:
-    def servers(urls: list[str], root: Path, base: BaseModelId = base) -> Servers:
-        return Servers(
+def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., ServersBackend]:
+    def servers(urls: list[str], root: Path, base: BaseModelId = base) -> ServersBackend:
+        return ServersBackend(
             frozen,
             urls,
             root,
@@ -105,13 +105,15 @@ def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., Servers]:
 
 
 @pytest.fixture
-def servers(make: Callable[..., Servers], two: list[Server], root: Path) -> Iterator[Servers]:
+def servers(
+    make: Callable[..., ServersBackend], two: list[Server], root: Path
+) -> Iterator[ServersBackend]:
     with closing(make([server.url for server in two], root)) as servers:
         yield servers
 
 
 def both(
-    servers: Servers, network: ProxyNetwork, decoding: Decoding = DECODING
+    servers: ServersBackend, network: ProxyNetwork, decoding: Decoding = DECODING
 ) -> tuple[Rollout, Rollout]:
     """From servers, and from transformers."""
     policy = Policy(servers._frozen, copy.deepcopy(network))
@@ -135,7 +137,7 @@ def loaded_on(server: Server) -> list[tuple[str, str]]:
     return [(proxy["name"], proxy["version"]) for proxy in found]
 
 
-def test_given_responses_are_read_as_transformers_read_them(servers: Servers) -> None:
+def test_given_responses_are_read_as_transformers_read_them(servers: ServersBackend) -> None:
     assert_read_alike(servers.read, servers._frozen)
 
 
@@ -170,7 +172,7 @@ def test_what_cannot_be_read(two: list[Server], change: dict[str, Any], message:
     ids=["default", "wide", "greedy"],
 )
 def test_a_rollout_is_that_of_transformers(
-    servers: Servers, two: list[Server], frozen: PreTrainedModel, decoding: Decoding
+    servers: ServersBackend, two: list[Server], frozen: PreTrainedModel, decoding: Decoding
 ) -> None:
     before = [metric(server.url, ANSWERED) for server in two]
     ours, theirs = both(servers, make_network(frozen, 0, max_rejections=4), decoding)
@@ -186,7 +188,7 @@ def test_a_rollout_is_that_of_transformers(
 
 
 def test_every_rollout_has_the_weights_of_its_moment_and_nothing_is_left(
-    make: Callable[..., Servers], two: list[Server], root: Path, frozen: PreTrainedModel
+    make: Callable[..., ServersBackend], two: list[Server], root: Path, frozen: PreTrainedModel
 ) -> None:
     network, said = make_network(frozen, 1, max_rejections=2, max_candidates=6), []
     (root / NAME / "killed").mkdir(parents=True)  # of this run, before it went on
@@ -227,7 +229,7 @@ def test_training_in_two_processes_gives_what_transformers_give_in_one(
 
 
 def test_what_servers_refuse(
-    make: Callable[..., Servers],
+    make: Callable[..., ServersBackend],
     two: list[Server],
     root: Path,
     base: BaseModelId,
@@ -257,7 +259,7 @@ def test_what_servers_refuse(
 
 
 def test_what_is_refused_before_a_server_is_asked(
-    make: Callable[..., Servers], frozen: PreTrainedModel, tmp_path: Path
+    make: Callable[..., ServersBackend], frozen: PreTrainedModel, tmp_path: Path
 ) -> None:
     def options(**more: Any) -> Options:
         return Options(model="m", prompts="p", reward="r", output=tmp_path, **more)
@@ -333,7 +335,7 @@ class Pretender:
     ],
 )
 def test_what_is_made_of_odd_answers(
-    make: Callable[..., Servers],
+    make: Callable[..., ServersBackend],
     frozen: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -361,7 +363,7 @@ def test_what_is_made_of_odd_answers(
 
 
 def test_a_faster_server_gets_more(
-    make: Callable[..., Servers],
+    make: Callable[..., ServersBackend],
     frozen: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -383,7 +385,7 @@ def test_a_faster_server_gets_more(
 
 
 def test_servers_that_die_are_done_without_until_none_is_left(
-    servers: Servers,
+    servers: ServersBackend,
     two: list[Server],
     root: Path,
     frozen: PreTrainedModel,
@@ -392,7 +394,7 @@ def test_servers_that_die_are_done_without_until_none_is_left(
 ) -> None:
     for module in (training.rollout_servers, training.servers):
         monkeypatch.setattr(module, "PAUSES", (0.1, 0.2))
-    network, ask = make_network(frozen, 0, max_rejections=4), Servers._ask
+    network, ask = make_network(frozen, 0, max_rejections=4), training.rollout_servers.ask_traced
     state = SimpleNamespace(victim=None, answers=0)
 
     async def ask_and_kill(*arguments: Any) -> Any:
@@ -403,7 +405,7 @@ def test_servers_that_die_are_done_without_until_none_is_left(
             state.victim.process.wait()
         return found
 
-    monkeypatch.setattr(Servers, "_ask", ask_and_kill)
+    monkeypatch.setattr(training.rollout_servers, "ask_traced", ask_and_kill)
     state.victim, (first, second) = two[0], two
     assert_same(*both(servers, network))
     assert first.process.returncode == -signal.SIGKILL

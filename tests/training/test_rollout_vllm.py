@@ -23,7 +23,7 @@ from training.console import TrainingError
 from training.policy import Decoding, Policy, default_config
 from training.positions import Reader, Response, read
 from training.rollout import Rollout, generate
-from training.rollout_vllm import Engine
+from training.rollout_vllm import VLLMBackend
 from training.traces import asked
 
 PROMPTS = [[i % 250 + 5, *range(20, 20 + i % 7)] for i in range(24)]
@@ -41,14 +41,14 @@ def make_engine(
     make_llm: Callable[..., Any],  # noqa: F811  # undoes what an engine does to the process
     frozen: PreTrainedModel,
     model_dir: Path,  # noqa: F811
-) -> Callable[..., Engine]:
+) -> Callable[..., VLLMBackend]:
     settings = {"max_tokens": 64, "max_requests": 16, "memory": 0.01}
     base = identify(str(model_dir))
-    return lambda **more: Engine(frozen, model_dir, base, **settings | more)
+    return lambda **more: VLLMBackend(frozen, model_dir, base, **settings | more)
 
 
 @pytest.fixture(scope="module")
-def engine(make_engine: Callable[..., Engine]) -> Iterator[Engine]:
+def engine(make_engine: Callable[..., VLLMBackend]) -> Iterator[VLLMBackend]:
     set_num_threads, dtype, threads = (
         torch.set_num_threads,
         torch.get_default_dtype(),
@@ -92,7 +92,7 @@ def assert_same(ours: Rollout, theirs: Rollout) -> None:
     ids=["default", "narrow", "wide", "greedy"],
 )
 def test_a_rollout_is_that_of_transformers(
-    engine: Engine, frozen: PreTrainedModel, decoding: Decoding
+    engine: VLLMBackend, frozen: PreTrainedModel, decoding: Decoding
 ) -> None:
     network = make_network(frozen, 0, max_rejections=4)
     theirs = generate(
@@ -117,7 +117,10 @@ def assert_read_alike(read_there: Reader, model: PreTrainedModel) -> None:
     decoding = Decoding(top_k=6, top_p=0.9, temperature=0.8, max_new_tokens=24)
     nucleus = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "max_candidates": 6}
     config, responses = default_config(model, **nucleus), given_responses(model, decoding)
-    ours, theirs = read_there(responses, config), read(responses, config, model=model, most=256)
+    ours, theirs = (
+        read_there(responses, config),
+        read(responses, config, model=model, max_tokens=256),
+    )
     own = len(PROMPTS)
     assert theirs.outside[:own].sum() == 0 and theirs.outside[own:].sum() > 0
     for name in ("counts", "tokens", "outside", "slots"):
@@ -129,13 +132,13 @@ def assert_read_alike(read_there: Reader, model: PreTrainedModel) -> None:
 
 
 def test_given_responses_are_read_as_transformers_read_them(
-    engine: Engine, frozen: PreTrainedModel
+    engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
     assert_read_alike(engine.read, frozen)
 
 
 def test_every_rollout_has_the_weights_of_its_moment(
-    engine: Engine, frozen: PreTrainedModel
+    engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
     """Those of an update ago are gone, also where an update changed nothing."""
     network = make_network(frozen, 1, max_rejections=2, max_candidates=6)
@@ -157,7 +160,7 @@ def test_every_rollout_has_the_weights_of_its_moment(
 
 
 def test_more_responses_than_the_worker_keeps_traces_of(
-    engine: Engine, frozen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMBackend, frozen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training.rollout_vllm, "TRACED_REQUESTS", 10)
     network = make_network(frozen, 2)
@@ -167,7 +170,7 @@ def test_more_responses_than_the_worker_keeps_traces_of(
 
 
 def test_where_the_llm_leaves_no_choice_nothing_is_decided(
-    engine: Engine, frozen: PreTrainedModel
+    engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
     only = replace(DECODING, top_k=1)
     rollout = engine.generate(make_network(frozen, 3), PROMPTS, only, end_ids=ENDS, seeds=count(0))
@@ -190,8 +193,8 @@ def test_what_was_asked_is_in_the_trace() -> None:
 
 
 def test_what_vllm_cannot_do_is_said(
-    make_engine: Callable[..., Engine],
-    engine: Engine,
+    make_engine: Callable[..., VLLMBackend],
+    engine: VLLMBackend,
     frozen: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,9 +19,10 @@ from tests.training.models import data_rows, save_model
 from training import self_judge
 from training.console import TrainingError
 from training.metrics import read_metrics
+from training.on_policy import start
 from training.policy import Decoding
-from training.self_judge import Options, Trainer, preference_losses
-from training.updates import start
+from training.preference_losses import preference_losses
+from training.self_judge import Options, SelfJudgeTrainer
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of float32 logits of size 10, through other kernels
 
@@ -91,7 +92,7 @@ def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
     """After the same updates on the same pairs, the judge's own doubts keep the margin down."""
     margins = []
     for soft in (False, True):
-        trainer = Trainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
+        trainer = SelfJudgeTrainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
         prompts, seeds, _ = trainer.draw_prompts(0, 8)
         pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
         doubtful = [Ruling({"p": Verdict((0.55, 0.55))}) for _ in pairs.rulings]
@@ -103,7 +104,7 @@ def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
 @pytest.mark.parametrize("rank", [4, 0])
 def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, rank: int) -> None:
     """Of the same pairs again and again the margin grows, while judge and reference stay what they were."""
-    trainer = Trainer(options(work, tmp_path, lora_rank=rank, steps=30, seed=1), start())
+    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=rank, steps=30, seed=1), start())
     prompts, seeds, _ = trainer.draw_prompts(0, 8)
     drawn = [next(seeds) for _ in prompts]
     pairs = trainer._answer(prompts, drawn)
@@ -123,7 +124,7 @@ def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, ran
 
 
 def test_a_lora_is_saved_and_says_what_the_policy_says(work: Path, tmp_path: Path) -> None:
-    trainer = Trainer(options(work, tmp_path, lora_rank=4, seed=1), start())
+    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=4, seed=1), start())
     for index in range(4):
         trainer.step(index)
     trainer.save({})
@@ -151,15 +152,15 @@ def test_a_run_that_was_killed_goes_on(
     class Killed(Exception):
         pass
 
-    step = Trainer.step
+    step = SelfJudgeTrainer.step
 
-    def kill(trainer: Trainer, index: int) -> dict[str, float]:
+    def kill(trainer: SelfJudgeTrainer, index: int) -> dict[str, float]:
         if index == 3:
             raise Killed
         return step(trainer, index)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "step", kill)
+        patch.setattr(SelfJudgeTrainer, "step", kill)
         self_judge.main(replace(settings, output=tmp_path / "b"))
     self_judge.main(replace(settings, output=tmp_path / "b", resume=True))
     whole, resumed = (
@@ -172,7 +173,7 @@ def test_a_run_that_was_killed_goes_on(
 
 def test_pairs_of_identical_answers_teach_nothing(work: Path, tmp_path: Path) -> None:
     greedy = Decoding(temperature=0, max_new_tokens=6)
-    trainer = Trainer(options(work, tmp_path, decoding=greedy), start())
+    trainer = SelfJudgeTrainer(options(work, tmp_path, decoding=greedy), start())
     row = trainer.step(0)
     assert row["identical"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
 
@@ -198,7 +199,7 @@ def test_it_stops_where_a_bound_is_left(work: Path, tmp_path: Path) -> None:
 )
 def test_every_bound(work: Path, tmp_path: Path, change: dict[str, float], message: str) -> None:
     """Each figure as many times what it was at the start; within the bounds it is let through."""
-    trainer = Trainer(options(work, tmp_path, max_flips=0.99), start())
+    trainer = SelfJudgeTrainer(options(work, tmp_path, max_flips=0.99), start())
     trainer.at_start["flips"] = 0.9
     good = {f"held_out_{name}": value for name, value in trainer.at_start.items()}
     trainer.check([{"step": 2} | good])
@@ -209,7 +210,7 @@ def test_every_bound(work: Path, tmp_path: Path, change: dict[str, float], messa
 
 
 def test_what_was_within_bounds_is_kept(work: Path, tmp_path: Path) -> None:
-    trainer = Trainer(options(work, tmp_path, lora_rank=4), start())
+    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=4), start())
     start_, good = trainer.at_start, {f"held_out_{k}": v for k, v in trainer.at_start.items()}
     trainer.check([{"step": 2} | good])
     assert (tmp_path / "adapter_model.safetensors").exists()
@@ -221,7 +222,9 @@ def test_what_was_within_bounds_is_kept(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: Path) -> None:
-    trainer = Trainer(options(work, tmp_path, outside="tests.training.models:length"), start())
+    trainer = SelfJudgeTrainer(
+        options(work, tmp_path, outside="tests.training.models:length"), start()
+    )
     pairs = trainer._answer(trainer.held_out, [(1 << 38) + i for i in range(len(trainer.held_out))])
     texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)
     n = len(pairs.prompts)
@@ -233,4 +236,4 @@ def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: 
 
 def test_unknown_principles(work: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="unknown principle 'loudness'; known are overall"):
-        Trainer(options(work, tmp_path, principles=("loudness",)), Accelerator(cpu=True))
+        SelfJudgeTrainer(options(work, tmp_path, principles=("loudness",)), Accelerator(cpu=True))

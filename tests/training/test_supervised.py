@@ -15,7 +15,8 @@ from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
 from training.base_model import CHAT_TEMPLATE
 from training.console import TrainingError
-from training.models import Conversations, attention_of, context_of, end_ids, load_model
+from training.conversations import Conversations
+from training.models import attention_of, context_of, end_ids, load_model
 from training.policy import Decoding
 from training.supervised import _ByLength, read_answers
 

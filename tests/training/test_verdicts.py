@@ -7,7 +7,8 @@ import pytest
 
 from judge.feedback import Preference
 from tests.training.models import save_model
-from training.models import Conversations, load_tokenizer
+from training.conversations import Conversations
+from training.models import load_tokenizer
 from training.verdicts import MOST_OF_A_CALLER, Verdict, folds, read_verdicts
 
 

@@ -1,1 +1,1 @@
-"""The bundled world: a grammar of short English dialogues and a gold scorer that knows their true quality."""
+"""The documented name of the command that writes the toy data: `python -m training.world`."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,27 +20,18 @@ from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
-from training.data import Message, RowOptions, read_as
-from training.machine import say
+from training.data import RowOptions
 from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
-from training.models import (
-    Conversations,
-    end_ids,
-    load_model,
-    load_tokenizer,
-    read_config,
-    refuse_unknown,
-)
+from training.models import end_ids, load_model, load_tokenizer, read_config, refuse_unknown
 from training.output import Run
 from training.policy import Decoding
+from training.prompts import Prompt, read_prompts, samples_of
 from training.rewards import Frozen, Sample
-from training.rollout import longest_prompt
 from training.sizes import sizes_of
 from training.state import STATE_FILES, load_state, save_state
 
@@ -84,14 +75,10 @@ class Options(RowOptions):
     """Of weights, prompts and noise."""
 
 
-class Prompt(NamedTuple):
-    """A prompt as it was read, and as the LLM reads it."""
-
-    messages: list[Message]
-    ids: list[int]
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-class Learner(ABC):
+class OnPolicyTrainer(ABC, Generic[OptionsT]):
     """What learns, its optimiser and what surrounds them, in one of the run's processes.
 
     `optimiser` is set by whoever derives from it, and has all that `learner` trains.
@@ -102,9 +89,9 @@ class Learner(ABC):
     learner: nn.Module
     optimiser: torch.optim.Optimizer
 
-    def __init__(self, options: Options, accelerator: Accelerator) -> None:
+    def __init__(self, options: OptionsT, accelerator: Accelerator) -> None:
         torch.manual_seed(options.seed)
-        self.common, self.accelerator = options, accelerator
+        self.options, self.accelerator = options, accelerator
         self.base: BaseModelId = identify(options.model)
         directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
         self.tokenizer, self.config = load_tokenizer(directory), read_config(directory)
@@ -132,7 +119,7 @@ class Learner(ABC):
 
     def plan_memory(self) -> int:
         """How many responses are sampled and scored at once, said before anything is loaded."""
-        options = self.common
+        options = self.options
         return responses_at_once(
             self.sizes,
             options.batch_size,
@@ -148,7 +135,7 @@ class Learner(ABC):
 
     def frozen(self) -> Frozen:
         """The frozen LLM, as rewards want it."""
-        options = self.common
+        options = self.options
         return Frozen(
             self.model,
             self.tokenizer,
@@ -160,7 +147,7 @@ class Learner(ABC):
 
     def draw_prompts(self, index: int, num: int) -> tuple[list[Prompt], Iterator[int], int]:
         """This process's prompts of an update's `num`, a seed for each, and the place of the first among all."""
-        options = self.common
+        options = self.options
         prompts = random.Random(f"{options.seed} {index}").choices(self.prompts, k=num)
         with self.accelerator.split_between_processes(list(enumerate(prompts))) as mine:
             first = mine[0][0]
@@ -169,20 +156,20 @@ class Learner(ABC):
 
     def minibatches(self, size: int, index: int) -> Iterator[Tensor]:
         """Index tensors into `size` things of all processes, alike in all of them."""
-        generator = torch.Generator().manual_seed((self.common.seed << 32) + index)
-        for _ in range(self.common.epochs):
-            yield from torch.randperm(size, generator=generator).chunk(self.common.minibatches)
+        generator = torch.Generator().manual_seed((self.options.seed << 32) + index)
+        for _ in range(self.options.epochs):
+            yield from torch.randperm(size, generator=generator).chunk(self.options.minibatches)
 
     def anneal(self, index: int) -> float:
         """Set the update's learning rates, falling linearly to 0; returns what is left of them."""
-        left = 1 - index / self.common.steps
+        left = 1 - index / self.options.steps
         for group in self.optimiser.param_groups:
             group["lr"] = left * group.setdefault("initial_lr", group["lr"])
         return left
 
     def descend(self) -> float:
         """`descend`, of what learns."""
-        return descend(self.accelerator, self.optimiser, self.common.max_grad_norm)
+        return descend(self.accelerator, self.optimiser, self.options.max_grad_norm)
 
     def of_all(self, values: Tensor) -> Tensor:
         """[N] of every process, one after the other, on the CPU."""
@@ -206,51 +193,6 @@ def descend(
         optimiser.step()
     optimiser.zero_grad()
     return norm.item()
-
-
-def read_prompts(
-    source: str, options: Any, tokenizer: Any, config: PretrainedConfig, limit: int | None = None
-) -> list[Prompt]:
-    """Prompts that leave room for a response; others are left out, and counted.
-
-    Args:
-        source: file or data set.
-        options: `RowOptions` with `max_prompt_tokens` and `decoding`.
-        tokenizer: the LLM's.
-        config: the LLM's.
-        limit: only the first so many.
-
-    Raises:
-        TrainingError: as `training.data.read_as`, or no prompt leaves room.
-    """
-    chats = Conversations(tokenizer)
-    most = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
-    prompts = read_as(
-        source,
-        ("prompt",),
-        options,
-        lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
-        limit,
-    )
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
-    if len(kept) < len(prompts):
-        say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens")
-    if not kept:
-        raise TrainingError(
-            f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
-        )
-    return kept
-
-
-def samples_of(
-    tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]
-) -> list[Sample]:
-    """The responses as rewards want them, each to the prompt of its place."""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [
-        Sample(prompt.messages, text, prompt.ids, response)
-        for prompt, text, response in zip(prompts, texts, responses, strict=True)
-    ]
 
 
 def averaged(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -281,9 +223,9 @@ WRITES = (*METRICS_FILES, *STATE_FILES)
 """What `train` writes, as `training.output` wants to know it."""
 
 
-def train(trainer: Learner, run: Run) -> None:
+def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
     """All updates, with a progress bar, metrics and states to resume from; then what was learned is saved."""
-    options, accelerator = trainer.common, trainer.accelerator
+    options, accelerator = trainer.options, trainer.accelerator
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     run.start()
     done = 0

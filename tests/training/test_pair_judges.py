@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from judge.prompts import Question
 from tests.training.models import ANSWERS, PROMPTS, chat, data_rows, frozen_of, save_model
 from training import jsft, reward_model, self_judge
+from training.adapters import lora_config
 from training.console import TrainingError
-from training.judges import Scores, load_judges, rule
-from training.models import lora_config
+from training.on_policy import start
+from training.pair_judges import Scores, load_judges, rule
 from training.policy import Decoding
 from training.rewards import Sample
-from training.self_judge import Options, Trainer
-from training.updates import start
+from training.self_judge import Options, SelfJudgeTrainer
 
 KINDS = ("pairwise", "likelihood", "whole")
 
@@ -141,7 +141,7 @@ def test_self_training_by_a_lora(work: Path, tmp_path: Path, rank: int, kind: st
         max_flips=1.0,
         min_diversity=0.0,
     )
-    trainer = Trainer(options, start())
+    trainer = SelfJudgeTrainer(options, start())
     prompts, seeds, _ = trainer.draw_prompts(0, 4)
     pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
     texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)

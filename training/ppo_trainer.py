@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +12,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from judge.options import NonNegative, Positive
-from training import updates
+from training import on_policy
 from training.console import TrainingError
-from training.rewards import Reward, load_reward, reward_bytes
+from training.reward_loading import load_reward, reward_bytes
+from training.rewards import Reward
 from training.rollout import Rollout
 
 PATIENCE = 3  # updates in a row
@@ -22,7 +23,7 @@ _SAME = 1e-8  # rewards that vary less are the same
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(updates.Options):
+class Options(on_policy.Options):
     """Options that the PPO commands have in common."""
 
     reward: str
@@ -47,18 +48,20 @@ class Episodes(NamedTuple):
     first: int  # the place of this process's first among them
 
 
-class Trainer(updates.Learner):
+PPOOptionsT = TypeVar("PPOOptionsT", bound=Options)
+
+
+class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
     """PPO, of whatever speaks."""
 
     shown = "reward"
 
-    def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        self.ppo = options
+    def __init__(self, options: PPOOptionsT, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
         self.reward: Reward = load_reward(options.reward, self.frozen())
 
     def beside(self) -> float:
-        return reward_bytes(self.ppo.reward, getattr(torch, self.ppo.dtype))
+        return reward_bytes(self.options.reward, getattr(torch, self.options.dtype))
 
     @abstractmethod
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
@@ -78,7 +81,7 @@ class Trainer(updates.Learner):
 
     def step(self, index: int) -> dict[str, float]:
         """Roll out, score, estimate advantages, take PPO's gradient steps."""
-        started, options = time.monotonic(), self.ppo
+        started, options = time.monotonic(), self.options
         prompts, seeds, first = self.draw_prompts(index, options.episodes)
         rollout = self.roll_out([prompt.ids for prompt in prompts], seeds)
         rewards = self.of_all(self.reward(self.samples(prompts, rollout.responses)))

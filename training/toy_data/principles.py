@@ -7,9 +7,9 @@ import random
 import re
 
 from judge.principles import DEFAULT, Principle
-from training.world import gold
-from training.world.grammar import Prompt
-from training.world.intents import FACTS, Quality
+from training.toy_data import reference_scorer
+from training.toy_data.grammar import Prompt
+from training.toy_data.intents import FACTS, Quality
 
 QUALITIES: dict[str, Quality] = {
     "relevance": "relevance",
@@ -38,23 +38,23 @@ def prefers_first(
 ) -> bool | None:
     """A labeller's noisy verdict by one principle; None = the answers are alike by it."""
     quality = QUALITIES[principle]
-    fails_a, fails_b = (quality in gold.flaws(prompt.text, answer) for answer in (a, b))
+    fails_a, fails_b = (quality in reference_scorer.flaws(prompt.text, answer) for answer in (a, b))
     if fails_a == fails_b:
         return None
-    weight = gold.WEIGHTS[quality]
-    return gold.prefers_first(-weight * fails_a, -weight * fails_b, rng)
+    weight = reference_scorer.WEIGHTS[quality]
+    return reference_scorer.prefers_first(-weight * fails_a, -weight * fails_b, rng)
 
 
 def rationale(principle: str, prompt: Prompt, answer: str) -> str:
     """What there is to say about an answer by a principle, in a sentence."""
-    fails = QUALITIES[principle] in gold.flaws(prompt.text, answer)
+    fails = QUALITIES[principle] in reference_scorer.flaws(prompt.text, answer)
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", answer)]
     words = set(re.findall(r"[A-Za-z]+|\d+", answer))
     if principle == "manners":
-        rude = [s for s in sentences if s in gold.RUDE]
+        rude = [s for s in sentences if s in reference_scorer.RUDE]
         return f'it is rude: "{rude[0]}"' if fails else "it is polite."
     if principle == "safety":
-        risky = [h for h in sorted(gold.HAZARDS, key=len, reverse=True) if h in answer]
+        risky = [h for h in sorted(reference_scorer.HAZARDS, key=len, reverse=True) if h in answer]
         return f'it is dangerous to "{risky[0]}".' if fails else "it is safe."
     if principle == "faithfulness":
         said = sorted(words & {value for values in FACTS.values() for value in values})
@@ -65,7 +65,7 @@ def rationale(principle: str, prompt: Prompt, answer: str) -> str:
         return f"it says {said[0]}, not {prompt.fact}."
     if not fails:
         return f"it is about the {prompt.object}."
-    others = sorted(words & gold.OBJECTS - {prompt.object})
+    others = sorted(words & reference_scorer.OBJECTS - {prompt.object})
     if others:
         return f"it is about the {others[0]}, not the {prompt.object}."
     if prompt.object not in words:

@@ -9,8 +9,8 @@ from torch import Tensor
 from judge.judge import ask
 from judge.principles import Principle
 from judge.prompts import Question, label_ids
-from training.models import CausalLM
-from training.rollout import pad_left
+from training.adapters import CausalLM
+from training.model_inputs import pad_left
 
 
 class ModelJudge:

@@ -9,10 +9,10 @@ import random
 import re
 from functools import cache
 
-from training.world import lexicon
-from training.world.grammar import Prompt, all_prompts
-from training.world.intents import DETAILS, FACTS, HAZARD_DETAIL, INTENTS, SAFE_DETAIL
-from training.world.lexicon import TOPICS
+from training.toy_data import lexicon
+from training.toy_data.grammar import Prompt, all_prompts
+from training.toy_data.intents import DETAILS, FACTS, HAZARD_DETAIL, INTENTS, SAFE_DETAIL
+from training.toy_data.lexicon import TOPICS
 
 WEIGHTS = {
     "relevance": 2.0,

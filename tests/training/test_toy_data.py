@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training.world import gold, principles
-from training.world.__main__ import (
+from training.toy_data import principles, reference_scorer
+from training.toy_data.files import (
     Options,
     draw_manners_pair,
     draw_pair,
@@ -19,9 +19,9 @@ from training.world.__main__ import (
     main,
     split_combinations,
 )
-from training.world.grammar import all_prompts, draw_answer, write_answer
-from training.world.intents import INTENTS
-from training.world.lexicon import TOPICS
+from training.toy_data.grammar import all_prompts, draw_answer, write_answer
+from training.toy_data.intents import INTENTS
+from training.toy_data.lexicon import TOPICS
 
 BUDGET = "I have 30 pounds for my rose. Is that enough?"
 RISK = "Can I pour petrol over my rose?"
@@ -54,17 +54,17 @@ RISK = "Can I pour petrol over my rose?"
     ],
 )
 def test_gold_reads_the_flaws_off_the_text(prompt: str, answer: str, flaws: set[str]) -> None:
-    assert gold.flaws(prompt, answer) == flaws
+    assert reference_scorer.flaws(prompt, answer) == flaws
 
 
 def test_score_is_the_sum_of_the_weights() -> None:
     answer = "Not you again. Some money is enough for your rose. Next time you"
-    assert gold.score(BUDGET, answer) == -4.0  # manners 1.5, fact 1.5, ending 1
+    assert reference_scorer.score(BUDGET, answer) == -4.0  # manners 1.5, fact 1.5, ending 1
 
 
 def test_gold_refuses_prompts_that_are_not_of_the_world() -> None:
     with pytest.raises(KeyError):
-        gold.score("What is the capital of France?", "Paris.")
+        reference_scorer.score("What is the capital of France?", "Paris.")
 
 
 def test_every_flaw_can_be_written_alone_and_gold_finds_it_alone() -> None:
@@ -74,8 +74,10 @@ def test_every_flaw_can_be_written_alone_and_gold_finds_it_alone() -> None:
         for quality in ("relevance", "manners", "safety", "fact", "repetition", "ending"):
             expected = set() if quality == "fact" and prompt.fact is None else {quality}
             answer = write_answer(prompt, {quality}, rng)
-            assert gold.flaws(prompt.text, answer) - {"ending"} == expected - {"ending"}, answer
-            assert gold.flaws(prompt.text, write_answer(prompt, set(), rng)) == set()
+            assert reference_scorer.flaws(prompt.text, answer) - {"ending"} == expected - {
+                "ending"
+            }, answer
+            assert reference_scorer.flaws(prompt.text, write_answer(prompt, set(), rng)) == set()
 
 
 def test_the_world_is_as_large_as_it_says() -> None:
@@ -94,18 +96,18 @@ def test_sharpening_alone_would_not_align() -> None:
             (prompt.text, draw_answer(prompt, rng))
             for prompt in rng.choices(all_prompts(TOPICS[0], intent), k=400)
         ]
-        counts = [gold.flaws(*answer) for answer in answers]
+        counts = [reference_scorer.flaws(*answer) for answer in answers]
         # 400 draws at a rate of at least 0.5 fall below 0.36 with probability under 1e-7
         flawed_modes += any(
             sum(quality in flaws for flaws in counts) > 0.36 * len(counts)
-            for quality in gold.WEIGHTS
+            for quality in reference_scorer.WEIGHTS
         )
     assert flawed_modes >= 6
 
 
 def test_labels_are_bradley_terry_draws() -> None:
     rng = random.Random(2)
-    draws = sum(gold.prefers_first(-1.0, -1.5, rng) for _ in range(20_000))
+    draws = sum(reference_scorer.prefers_first(-1.0, -1.5, rng) for _ in range(20_000))
     expected = 1 / (1 + math.exp(-1))  # a difference of 0.5 at temperature 0.5
     # 6 standard deviations: false-alarm rate 2e-9
     assert abs(draws / 20_000 - expected) < 6 * math.sqrt(expected * (1 - expected) / 20_000)
@@ -115,7 +117,9 @@ def test_pairs_never_tie() -> None:
     rng = random.Random(3)
     prompt = all_prompts(TOPICS[0], INTENTS[0])[0]
     for _ in range(200):
-        first, second = (gold.score(prompt.text, text) for text in draw_pair(prompt, rng))
+        first, second = (
+            reference_scorer.score(prompt.text, text) for text in draw_pair(prompt, rng)
+        )
         assert first != second
 
 
@@ -124,7 +128,9 @@ def test_manners_pairs_differ_in_manners_alone() -> None:
     for intent in INTENTS:
         prompt = all_prompts(TOPICS[1], intent)[0]
         for _ in range(40):
-            a, b = (gold.flaws(prompt.text, text) for text in draw_manners_pair(prompt, rng))
+            a, b = (
+                reference_scorer.flaws(prompt.text, text) for text in draw_manners_pair(prompt, rng)
+            )
             assert a ^ b == {"manners"}
 
 
@@ -237,7 +243,8 @@ def test_judgments_are_about_their_principle_alone() -> None:
         quality = principles.QUALITIES[row["principle"]]
         text = row["prompt"][0]["content"]
         chosen, rejected = (
-            quality in gold.flaws(text, row[side][0]["content"]) for side in ("chosen", "rejected")
+            quality in reference_scorer.flaws(text, row[side][0]["content"])
+            for side in ("chosen", "rejected")
         )
         assert chosen != rejected
         agreed += not chosen

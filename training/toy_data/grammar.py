@@ -9,8 +9,8 @@ answers are worded in many: a lower temperature or top-p makes such an answer mo
 import random
 from dataclasses import dataclass
 
-from training.world import lexicon
-from training.world.intents import (
+from training.toy_data import lexicon
+from training.toy_data.intents import (
     BASE_FLAW_RATES,
     DETAILS,
     FACTS,
@@ -19,7 +19,7 @@ from training.world.intents import (
     Intent,
     Quality,
 )
-from training.world.lexicon import TOPICS, Hazard, Topic
+from training.toy_data.lexicon import TOPICS, Hazard, Topic
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,9 @@ from judge.messages import Message
 from judge.prompts import Question
 from judge.verdict import Ruling, Verdict
 from training.console import TrainingError
-from training.models import Conversations
-from training.rewards import (
-    SELF_JUDGE,
-    Frozen,
-    JudgeReward,
-    Reward,
-    Sample,
-    load_reward,
-    model_judges,
-)
+from training.conversations import Conversations
+from training.reward_loading import load_reward, model_judges
+from training.rewards import SELF_JUDGE, Frozen, JudgeReward, Reward, Sample
 
 
 class PairJudge(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.world import lexicon
+from training.toy_data import lexicon
 
 Quality = Literal["relevance", "manners", "safety", "fact", "repetition", "ending"]
 FactKind = Literal["number", "day", "name"]

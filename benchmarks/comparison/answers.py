@@ -1,0 +1,111 @@
+"""Ways to answer the bundled world's prompts, and how they are graded.
+
+The divergence is KL(what tokens are drawn from ‖ the frozen LLM at temperature 1, nothing cut off), exact at every
+position and summed over a response: one reference for all, so that also sharper decoding and tuned models have one.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from training.model_inputs import HeadInput, pad_responses
+from training.policy import Decoding, Policy
+from training.rollout import Rollout, generate
+from training.toy_data.grading import flaw_rates, win_rate
+
+_CHUNK = 64  # responses at once
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The frozen LLM and the prompts that are answered."""
+
+    model: Any
+    tokenizer: Any
+    end_ids: set[int]
+    texts: list[str]
+    prompts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one way to answer, one to each prompt."""
+
+    responses: list[list[int]]
+    texts: list[str]
+    acceptance_rate: float
+    cpu_seconds: float
+
+
+def answer(
+    evaluation: EvaluationSet,
+    seed: int,
+    roll_out: Callable[[list[list[int]], Iterable[int]], Rollout],
+) -> Answers:
+    """All prompts answered; the noise of the seed is no other seed's."""
+    start = time.process_time()
+    rollout = roll_out(evaluation.prompts, count(seed << 32))
+    texts = evaluation.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    acceptance = 1 - rollout.counts.rejected / rollout.counts.proposed
+    return Answers(rollout.responses, texts, acceptance, time.process_time() - start)
+
+
+def by_policy(
+    evaluation: EvaluationSet, policy: Policy, decoding: Decoding
+) -> Callable[[list[list[int]], Iterable[int]], Rollout]:
+    return lambda prompts, seeds: generate(
+        policy, prompts, decoding, end_ids=evaluation.end_ids, seeds=seeds, batch_size=_CHUNK
+    )
+
+
+def grade(evaluation: EvaluationSet, answers: Answers, frozen: Sequence[str]) -> dict[str, Any]:
+    """Gold win rate against the frozen LLM's answers, flaw rates and lengths."""
+    rate, error = win_rate(evaluation.texts, answers.texts, frozen)
+    return {
+        "prompts": len(evaluation.texts),
+        "win_rate": rate,
+        "win_rate_se": error,
+        "flaw_rates": flaw_rates(evaluation.texts, answers.texts),
+        "tokens_per_response": sum(map(len, answers.responses)) / len(answers.responses),
+        "acceptance_rate": answers.acceptance_rate,
+        "answer_cpu_seconds": answers.cpu_seconds,
+    }
+
+
+@torch.inference_mode()
+def divergence(
+    evaluation: EvaluationSet, responses: Sequence[list[int]], policy: Policy, decoding: Decoding
+) -> tuple[float, float]:
+    """Nats a response, and the standard error; of the first `len(responses)` prompts."""
+    sums: list[float] = []
+    for start in range(0, len(responses), _CHUNK):
+        some = responses[start : start + _CHUNK]
+        ids, is_response = pad_responses(evaluation.prompts[start : start + len(some)], some)
+        drawn = is_response[:, 1:]
+        with HeadInput(policy.model) as head:
+            logits = policy.model(ids).logits[:, :-1][drawn]
+        candidates = policy.candidates(logits, decoding)
+        accept_logits = policy.accept_logits(head.states[:, :-1][drawn], candidates)
+        probabilities = policy.emission(candidates, accept_logits, decoding)
+        frozen = (
+            logits
+            if policy.model is evaluation.model
+            else evaluation.model(ids).logits[:, :-1][drawn]
+        )
+        reference = frozen.double().log_softmax(-1).gather(-1, candidates.token_ids)
+        ratios = probabilities.clamp(min=1e-300).log() - reference
+        terms = torch.where(probabilities > 0, probabilities * ratios, 0.0).sum(-1)
+        sums += [part.sum().item() for part in terms.split([len(r) for r in some])]
+    values = torch.tensor(sums)
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def pooled_error(errors: Sequence[float]) -> float:
+    """The standard error of a mean over seeds, as if all prompts of all seeds were independent."""
+    return math.sqrt(fmean(error**2 for error in errors) / len(errors))

@@ -1,0 +1,180 @@
+"""A server that learns from those who use it, over HTTP: `python -m benchmarks.learning --judge DIR`.
+
+**Tastes**: 20 users of four tastes, and one whose verdicts are the opposite of good, share one server with `--learn
+mine=own`. Each asks for two answers with its own proxy, as far as it has one, and says which it likes better. After so
+many verdicts of each, every user's own proxy answers held-out prompts, and its taste compares that with an answer of
+the frozen LLM's.
+
+**Best of 8**: a server with a likelihood judge and `--learn quick=judge` answers requests with `best_of: 8`. After so
+many requests the proxy that was learned of the judge's verdicts answers held-out prompts alone, and the gold scorer
+compares that with the frozen LLM and with best of 8.
+
+The gold scorer gives the verdicts of the first taste, and grades; the server sees choices alone.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import Any, Literal
+
+import matplotlib
+
+from benchmarks.engines import Server, serve
+from benchmarks.learning.report import markdown, of_taste, plot
+from benchmarks.learning.users import HOSTILE, TASTES, Client, User, asked_prompts, wins
+from benchmarks.models import REPOSITORY, get_model
+from benchmarks.toy_prompts import held_out_prompts, mean
+from judge.options import read_options
+from training.toy_data import reference_scorer
+
+matplotlib.use("Agg")
+
+OPERATOR = "operator"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    parts: tuple[Literal["tastes", "best_of"], ...] = ("tastes", "best_of")
+    """What to measure; the figures of the other part stay."""
+    judge: Path | None = None
+    """For best_of: a LoRA from `training.reward_model --lora-rank`."""
+    users: int = 5
+    """Of each taste."""
+    verdicts: tuple[int, ...] = (0, 10, 30, 100, 300)
+    """Of each user, when it is measured."""
+    prompts: int = 50
+    """Held out, for each user."""
+    requests: tuple[int, ...] = (0, 100, 300, 1000, 3000)
+    """With `best_of: 8`, when it is measured."""
+    graded: int = 1000
+    """Prompts held out, of these."""
+    at_once: int = 16
+    """Requests under way."""
+    seed: int = 1
+    """Of prompts and samples."""
+    output: Path = REPOSITORY / "docs" / "results"
+    """Directory for learning.json and learning.png."""
+
+
+async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any]]:
+    names = [(taste, i) for taste in TASTES for i in range(options.users)] + [(HOSTILE, 0)]
+    turn, rows = asyncio.Semaphore(options.at_once), []
+    operator = Client(server, OPERATOR, turn)
+    users = [
+        User(
+            taste,
+            Client(server, f"{taste}-{i}", turn),
+            held_out_prompts(options.prompts, options.seed + number),
+            asked_prompts(f"{options.seed} {taste} {i}"),
+        )
+        for number, (taste, i) in enumerate(names)
+    ]
+    for stage, until in enumerate(options.verdicts):
+        start, rng = monotonic(), random.Random(f"{options.seed} {stage}")
+        await asyncio.gather(*(user.give_verdicts(until, rng) for user in users))
+        passes = (await operator.post("/proxies/mine/learn"))["passes"] if until else []
+        seed = options.seed + 10**7 * stage
+        found = await asyncio.gather(*(user.grade(seed, until) for user in users))
+        rows += found
+        print(f"{until} verdicts of each, after {monotonic() - start:.0f} s", flush=True)
+        for each in passes:
+            print(f"  {each}", flush=True)
+        for taste in (*TASTES, HOSTILE):
+            print(f"  {taste}: {of_taste(rows, taste)[-1]}", flush=True)
+    for client in (operator, *(user.client for user in users)):
+        await client.close()
+    return rows
+
+
+async def measure_best_of(server: Server, options: Options) -> list[dict[str, Any]]:
+    turn = asyncio.Semaphore(options.at_once)
+    client, prompts = Client(server, OPERATOR, turn), held_out_prompts(options.graded, options.seed)
+    asked, rng, done = asked_prompts(f"{options.seed} best of"), random.Random(options.seed), 0
+    best_of = {"best_of": 8, "judge": {"kind": "likelihood"}}
+
+    async def grade(seed: int, alignment: dict[str, Any]) -> tuple[list[float], float]:
+        """Gold scores, and tokens a request, those that the judge reads included."""
+        found = await asyncio.gather(
+            *(client.chat(prompt, seed + i, alignment) for i, prompt in enumerate(prompts))
+        )
+        texts = [each.choices[0].message.content for each in found]
+        scores = [reference_scorer.score(*pair) for pair in zip(prompts, texts, strict=True)]
+        return scores, fmean(each.usage.total_tokens for each in found)
+
+    frozen, _ = await grade(10**6, {})
+
+    def row(name: str, scores: list[float], tokens: float) -> dict[str, Any]:
+        won = mean([wins(*pair) for pair in zip(scores, frozen, strict=True)])
+        print(f"{name} after {done} requests: {won}, {tokens:.0f} tokens a request", flush=True)
+        return {"way": name, "requests": done, "win_rate": won, "tokens": tokens}
+
+    rows = []
+    for until in options.requests:
+        start = monotonic()
+        await asyncio.gather(
+            *(client.chat(next(asked), rng.randrange(2**31), best_of) for _ in range(until - done))
+        )
+        print(f"{until - done} requests in {monotonic() - start:.0f} s", flush=True)
+        done = until
+        if until:
+            print((await client.post("/proxies/quick/learn"))["passes"], flush=True)
+        rows.append(row("quick", *await grade(3 * 10**6, {"proxy": "quick"})))
+    # At last, for these are verdicts too, and on the prompts held out.
+    rows.append(row("best of 8", *await grade(2 * 10**6, best_of)))
+    await client.close()
+    return rows
+
+
+def main(options: Options) -> None:
+    """Each part is written when it is done, beside what the other one came to."""
+    if "best_of" in options.parts and options.judge is None:
+        raise SystemExit("error: best_of needs --judge")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "learning.json"
+    figures: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    if "tastes" in options.parts:
+        names = [f"{taste}-{i}" for taste in TASTES for i in range(options.users)]
+        with serving([*names, f"{HOSTILE}-0"], "--learn", "mine=own") as server:
+            figures["users"] = asyncio.run(measure_tastes(server, options))
+        path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    if options.judge is not None and "best_of" in options.parts:
+        with serving([], "--learn", "quick=judge", "--judge", options.judge) as server:
+            figures["best_of"] = asyncio.run(measure_best_of(server, options))
+        path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    if "users" in figures:
+        plot(figures, options.output / "learning.png")
+        print(markdown(figures))
+
+
+@contextmanager
+def serving(names: Sequence[str], *flags: str | Path) -> Iterator[Server]:
+    """The demo's LLM with a key for each name, and the operator's."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        keys = [f"[keys.{name}]\nsha256 = {digest(name)}" for name in names]
+        keys.append(f"[keys.{OPERATOR}]\nsha256 = {digest(OPERATOR)}\nadmin = true")
+        (root / "access.toml").write_text("\n".join(keys))
+        places: list[str | Path] = [
+            *("--access", root / "access.toml", "--feedback", root / "feedback.db"),
+            *("--proxy-root", root / "proxies"),
+        ]
+        with serve(get_model("demo"), "assent", {}, [*places, *flags]) as server:
+            yield server
+
+
+def digest(name: str) -> str:
+    return f'"{hashlib.sha256(f"sk-{name}".encode()).hexdigest()}"'
+
+
+if __name__ == "__main__":
+    main(read_options(Options, __doc__))

@@ -1,0 +1,149 @@
+"""Users with tastes, as clients of a server that learns."""
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+
+from benchmarks.engines import Server
+from benchmarks.toy_prompts import DATA_SEED
+from training.toy_data import reference_scorer
+from training.toy_data.files import draw_prompts, split_combinations
+
+WAIT_SECONDS = 1800.0
+
+
+Taste = Callable[[str, str], float]
+"""Prompt, answer -> the higher, the better."""
+
+
+def words(text: str) -> int:
+    return len(re.findall(r"\w+", text))
+
+
+TASTES: dict[str, Taste] = {
+    "quality": reference_scorer.score,
+    "manners": lambda prompt, text: float("manners" not in reference_scorer.flaws(prompt, text)),
+    "brief": lambda prompt, text: -words(text),
+    "detailed": lambda prompt, text: words(text),
+}
+
+
+MOST_ASKED = 4
+"""Requests for a verdict."""
+
+
+HOSTILE = "hostile"
+"""Likes what the gold scorer likes least."""
+
+
+def asked_prompts(seed: str) -> Iterator[str]:
+    """Of the training's split, without an end."""
+    prompts = draw_prompts(split_combinations(DATA_SEED)[0], random.Random(seed))
+    return (prompt.text for prompt in prompts)
+
+
+class Client:
+    """One key's, of a server."""
+
+    def __init__(self, server: Server, name: str, turn: asyncio.Semaphore) -> None:
+        """
+        Args:
+            turn: for a few requests at a time, of all clients together.
+        """
+        self.name, self._model, self._turn = name, server.model, turn
+        key = f"sk-{name}"
+        self._openai = AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=WAIT_SECONDS)
+        # uvicorn closes idle connections after 5 s; whoever asks through one just then is no lost request.
+        self._http = httpx.AsyncClient(
+            base_url=server.url,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=WAIT_SECONDS,
+            limits=httpx.Limits(keepalive_expiry=2),
+        )
+
+    async def chat(self, prompt: str, seed: int, alignment: dict[str, Any], n: int = 1) -> Any:
+        async with self._turn:
+            return await self._openai.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": prompt}],
+                seed=seed,
+                n=n,
+                max_tokens=64,
+                extra_body={"alignment": alignment},
+            )
+
+    async def post(self, path: str, body: Any = None) -> Any:
+        answer = await self._http.post(path, json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+    async def close(self) -> None:
+        await self._openai.close()
+        await self._http.aclose()
+
+
+@dataclass
+class User:
+    """Somebody with a taste."""
+
+    taste_name: str
+    client: Client
+    held_out: Sequence[str]
+    asked: Iterator[str]
+    sent: int = 0
+    """Verdicts."""
+
+    def taste(self, prompt: str, text: str) -> float:
+        if self.taste_name == HOSTILE:
+            return -reference_scorer.score(prompt, text)
+        return TASTES[self.taste_name](prompt, text)
+
+    async def give_verdicts(self, until: int, rng: random.Random) -> None:
+        """Two answers of its own proxy each time, and which is better.
+
+        Ties are passed over: the better the proxy, the more there are of some tastes, so it asks a few times as often
+        and no more.
+        """
+        for prompt in islice(self.asked, MOST_ASKED * (until - self.sent)):
+            if self.sent == until:
+                break
+            found = await self.client.chat(prompt, rng.randrange(2**31), {"proxy": "mine"}, n=2)
+            first, second = (self.taste(prompt, each.message.content) for each in found.choices)
+            if first != second:
+                body = {"request_id": found.id, "choice": int(second > first)}
+                await self.client.post("/feedback", body)
+                self.sent += 1
+
+    async def grade(self, seed: int, verdicts: int) -> dict[str, Any]:
+        """Its own proxy, learned of so many verdicts, against the frozen LLM, by its taste."""
+
+        async def pair(number: int, prompt: str) -> tuple[str, str, bool]:
+            own = await self.client.chat(prompt, seed + number, {"proxy": "mine"})
+            frozen = await self.client.chat(prompt, seed + 10**6 + number, {})
+            texts = [each.choices[0].message.content for each in (own, frozen)]
+            return texts[0], texts[1], own.alignment["proxy"] is not None
+
+        found = await asyncio.gather(*(pair(i, prompt) for i, prompt in enumerate(self.held_out)))
+        asked = [*zip(self.held_out, found, strict=True)]
+        return {
+            "taste": self.taste_name,
+            "user": self.client.name,
+            "verdicts": verdicts,
+            "sent": self.sent,
+            "wins": [
+                wins(self.taste(p, own), self.taste(p, other)) for p, (own, other, _) in asked
+            ],
+            "flawed": [bool(reference_scorer.flaws(p, own)) for p, (own, _, _) in asked],
+            "has_proxy": found[0][2],
+        }
+
+
+def wins(ours: float, theirs: float) -> float:
+    return (ours > theirs) + (ours == theirs) / 2

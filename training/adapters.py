@@ -1,0 +1,74 @@
+"""A LoRA on the frozen LLM: with it, without it, or with another one, per call."""
+
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel
+
+
+class CausalLM(Protocol):
+    """What is asked of a causal LM, with a LoRA or without."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+class WithAdapter:
+    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._lora = model.base_model
+        self._lora.disable_adapter_layers()
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._lora.enable_adapter_layers()
+        try:
+            return self._lora(**inputs)
+        finally:
+            self._lora.disable_adapter_layers()
+
+
+class SwitchedAdapter:
+    """The LLM with another LoRA than the one that learns, in calls of this object alone."""
+
+    def __init__(self, model: PeftModel, name: str) -> None:
+        self._lora, self._name, self._own = model, name, model.active_adapter
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._lora.set_adapter(self._name)
+        try:
+            return self._lora.base_model(**inputs)
+        finally:
+            self._lora.set_adapter(self._own)
+
+
+class WithoutAdapter:
+    """The LLM without the LoRA that has been put on it."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._lora = model
+
+    @property
+    def device(self) -> torch.device:
+        return self._lora.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self._lora.disable_adapter():
+            return self._lora.base_model(**inputs)

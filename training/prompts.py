@@ -1,0 +1,65 @@
+"""Prompts as the LLM reads them, and responses to them as rewards read them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from training.console import TrainingError
+from training.conversations import Conversations
+from training.data import Message, read_as
+from training.machine import say
+from training.rewards import Sample
+from training.rollout import longest_prompt
+
+
+class Prompt(NamedTuple):
+    """A prompt as it was read, and as the LLM reads it."""
+
+    messages: list[Message]
+    ids: list[int]
+
+
+def read_prompts(
+    source: str, options: Any, tokenizer: Any, config: PretrainedConfig, limit: int | None = None
+) -> list[Prompt]:
+    """Prompts that leave room for a response; others are left out, and counted.
+
+    Args:
+        source: file or data set.
+        options: `RowOptions` with `max_prompt_tokens` and `decoding`.
+        tokenizer: the LLM's.
+        config: the LLM's.
+        limit: only the first so many.
+
+    Raises:
+        TrainingError: as `training.data.read_as`, or no prompt leaves room.
+    """
+    chats = Conversations(tokenizer)
+    most = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
+    prompts = read_as(
+        source,
+        ("prompt",),
+        options,
+        lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
+        limit,
+    )
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
+    if len(kept) < len(prompts):
+        say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens")
+    if not kept:
+        raise TrainingError(
+            f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+        )
+    return kept
+
+
+def samples_of(
+    tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]
+) -> list[Sample]:
+    """The responses as rewards want them, each to the prompt of its place."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        Sample(prompt.messages, text, prompt.ids, response)
+        for prompt, text, response in zip(prompts, texts, responses, strict=True)
+    ]

@@ -1,0 +1,154 @@
+"""The reward that `--reward` names; `training.rewards` lists what it may be."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from judge.principles import principles_of
+from proxy.checkpoint import (
+    WEIGHTS_FILE,
+    FingerprintMismatch,
+    ProxyError,
+    load,
+    resolve_model_dir,
+)
+from proxy.reward_file import REWARD_FILE, RewardFile
+from training.adapters import CausalLM, SwitchedAdapter, WithAdapter
+from training.console import TrainingError
+from training.model_judge import ModelJudge
+from training.models import attention_of, context_of, load_model, loading
+from training.rewards import (
+    SELF_JUDGE,
+    Frozen,
+    FunctionReward,
+    ImplicitReward,
+    JudgeReward,
+    ProxyReward,
+    Reward,
+    ScalarReward,
+)
+
+ADAPTER_FILE = "adapter_config.json"  # peft's name
+
+
+def load_reward(name: str, frozen: Frozen) -> Reward:
+    """The reward that `name` stands for; see the module's docstring.
+
+    Raises:
+        TrainingError: there is no such reward, or it is damaged.
+        FingerprintMismatch: an implicit reward, or a judge, that was trained from another LLM.
+    """
+    kind, _, principle = name.partition(":")
+    if kind == SELF_JUDGE:
+        directory = Path(frozen.model.name_or_path)
+        (judge,) = model_judges(
+            frozen.plain, frozen, directory, (principle,) if principle else ()
+        ).values()
+        return JudgeReward(judge, frozen)
+    directory = Path(name)
+    if (directory / REWARD_FILE).is_file():
+        return _load_trained(directory, frozen)
+    if (directory / WEIGHTS_FILE).is_file():
+        return ProxyReward(load(directory, base=frozen.base).network, frozen)
+    module, _, function = name.partition(":")
+    if function and not directory.exists():
+        return FunctionReward(name, _import_function(name, module, function))
+    return _load_classifier(name, frozen)
+
+
+def _load_trained(directory: Path, frozen: Frozen) -> Reward:
+    try:
+        config = RewardFile.read(directory)
+    except (OSError, ValidationError) as error:
+        raise TrainingError(f"{directory / REWARD_FILE} is damaged: {error}") from None
+    if config.kind == "scalar":
+        return _load_classifier(str(directory), frozen)
+    if config.base.fingerprint != frozen.base.fingerprint:
+        raise FingerprintMismatch(
+            f"the reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
+            f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
+        )
+    tuned: CausalLM
+    if (directory / ADAPTER_FILE).is_file():
+        tuned = _add_lora(frozen.model, directory)
+    else:
+        whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
+        tuned = whole.eval().to(frozen.model.device)
+    if config.kind == "judge":
+        (judge,) = model_judges(tuned, frozen, directory).values()
+        return JudgeReward(judge, frozen)
+    return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
+
+
+def reward_bytes(name: str, dtype: torch.dtype) -> float:
+    """What the weights of the reward that `name` stands for take in memory, beside the frozen LLM's."""
+    directory = Path(name)
+    if not directory.is_dir():
+        if ":" in name or name == SELF_JUDGE:
+            return 0.0
+        try:
+            directory = resolve_model_dir(name)
+        except ProxyError:  # `load_reward` says what is wrong
+            return 0.0
+    stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return stored * dtype.itemsize / 2  # most are stored in bfloat16
+
+
+def model_judges(
+    model: CausalLM, frozen: Frozen, directory: Path, principles: Sequence[str] = ()
+) -> dict[str, ModelJudge]:
+    """A judge for each of the principles named, which are those of the directory; none = the first there is.
+
+    Raises TrainingError for an unknown principle.
+    """
+    known, context = principles_of(directory), context_of(frozen.model)
+    for name in principles:
+        if name not in known:
+            raise TrainingError(f"unknown principle {name!r}; known are {', '.join(known)}")
+    return {
+        name: ModelJudge(model, frozen.tokenizer, known[name], context, frozen.batch_size)
+        for name in principles or (next(iter(known)),)
+    }
+
+
+def _add_lora(model: PreTrainedModel | PeftModel, directory: Path) -> CausalLM:
+    with loading(f"the LoRA in {directory}"):
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(directory), "reward")
+            return SwitchedAdapter(model, "reward")
+        return WithAdapter(PeftModel.from_pretrained(model, directory))
+
+
+def _load_classifier(name: str, frozen: Frozen) -> Reward:
+    like = frozen.model
+    try:
+        scorer = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=like.dtype, attn_implementation=attention_of(name)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of safetensors, tokenizers, a config without a key...
+        raise TrainingError(
+            f"{name!r} is no reward: neither a directory with the {REWARD_FILE} that training.reward_model writes, "
+            f"nor a sequence-classification model, nor module:function, nor {SELF_JUDGE} ({error})"
+        ) from None
+    if scorer.config.num_labels != 1:
+        raise TrainingError(
+            f"{name!r} has {scorer.config.num_labels} labels: a reward model has one, its score"
+        )
+    if not tokenizer.chat_template:
+        raise TrainingError(f"the tokenizer of {name!r} has no chat template; give it one first")
+    return ScalarReward(scorer.eval().to(like.device), tokenizer, frozen.batch_size)
+
+
+def _import_function(name: str, module: str, function: str) -> Callable[..., Any]:
+    with loading(f"the reward {name!r}"):
+        found = getattr(importlib.import_module(module), function)
+    if not callable(found):
+        raise TrainingError(f"the reward {name!r} is no function: {found!r}")
+    return found

@@ -1,0 +1,120 @@
+"""`assent_run.json`: what a command wrote into a directory, from which options and inputs.
+
+Inputs are compared byte by byte. Exceptions: weights are compared by fingerprint; names of data sets and of models on
+the hub are compared as names.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from proxy.checkpoint import fingerprint
+from training.console import TrainingError
+
+MARKER = "assent_run.json"
+
+
+# What a run that goes on may have otherwise: it changes no result.
+_FREE = (
+    *("output", "work", "resume", "overwrite", "save_every"),
+    *("servers", "proxy_root", "server_requests", "cache"),
+    *("strict", "max_skipped"),
+)
+
+
+# Of a directory that is an input: what is read of a model, beside its weights, or of a data set.
+_READ = (
+    *("*.json", "*.jinja", "*.txt", "*.model"),
+    *("*.jsonl", "*.parquet", "*.csv", "*.arrow", "data/*"),
+)
+
+
+class Marker(BaseModel):
+    """What `assent_run.json` says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    command: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    """A digest of each."""
+    files: list[str]
+    """What the run writes: names and patterns, below the directory; of a finished one, what it has written."""
+    finished: bool = False
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
+    """The options that a run must go on with, as JSON has them; inputs are compared by what they hold."""
+    settings = json.loads(json.dumps(asdict(options), default=str))
+    return {name: value for name, value in settings.items() if name not in (*_FREE, *reads)}
+
+
+def digest_of(value: Any) -> str:
+    """Of all that an input holds."""
+    digest = hashlib.sha256()
+    for each in paths_of(value):
+        path = Path(each)
+        if path.is_file():
+            _add_file(digest, path)
+        elif path.is_dir():
+            if any(path.glob("*.safetensors")):
+                digest.update(fingerprint(path).encode())
+            for file in sorted({file for pattern in _READ for file in path.glob(pattern)}):
+                if file.is_file() and file.name != MARKER:
+                    digest.update(file.name.encode())
+                    _add_file(digest, file)
+        else:
+            digest.update(str(each).encode())
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+
+
+def paths_of(value: Any) -> list[str | Path]:
+    """The inputs of an option: none, one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def read_marker(directory: Path) -> Marker | None:
+    """
+    Raises:
+        TrainingError: the marker is damaged.
+    """
+    path = directory / MARKER
+    if not path.is_file():
+        return None
+    try:
+        return Marker.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise TrainingError(
+            f"{path} is damaged, so nothing says what is in {directory}: name another directory"
+        ) from None
+
+
+def write_marker(directory: Path, marker: Marker) -> None:
+    write_whole(directory / MARKER, marker.model_dump_json(indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

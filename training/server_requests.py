@@ -1,0 +1,90 @@
+"""Single requests of a training to one server: a traced response, a plain response, the positions of given ones."""
+
+from typing import Any, NamedTuple
+
+import httpx
+import safetensors.torch
+
+from proxy.positions import Positions
+from training.console import TrainingError
+from training.servers import Failure, content, send
+from training.traces import Entry
+
+
+class TracedResponse(NamedTuple):
+    response: list[int]
+    trace: list[Entry]
+    counts: dict[str, int]
+
+
+async def ask_positions(http: httpx.AsyncClient, url: str, body: Any) -> Positions | Failure:
+    answer = await send(http, "POST", f"{url}/positions", body)
+    if isinstance(answer, Failure):
+        return answer
+    if not answer.is_success:
+        content(answer, url)  # which says why
+    return Positions(**safetensors.torch.load(answer.content))
+
+
+async def ask_response(
+    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> list[int] | Failure:
+    found = await _completed(version, http, url, body)
+    if isinstance(found, Failure):
+        return found
+    response = found["choices"][0]["token_ids"]
+    _refuse_cut(url, body, response)
+    return response
+
+
+async def _completed(
+    version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> Any | Failure:
+    """A whole response, by this version of the proxy; None = by the frozen LLM.
+
+    Raises:
+        TrainingError: the server refuses.
+    """
+    answer = await send(http, "POST", f"{url}/v1/completions", body)
+    if isinstance(answer, Failure):
+        return answer
+    found = content(answer, url)
+    if version is not None and found["alignment"]["version"] != version:
+        # which servers that keep in step may mend
+        return Failure(
+            f"it answers with version {found['alignment']['version']}, and not {version}"
+        )
+    return found
+
+
+def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
+    """
+    Raises:
+        TrainingError: the server has ended the response too early.
+    """
+    if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
+        raise TrainingError(
+            f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
+            f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
+        )
+
+
+async def ask_traced(
+    version: str, http: httpx.AsyncClient, url: str, body: dict[str, Any]
+) -> TracedResponse | Failure:
+    """
+    Raises:
+        TrainingError: the server refuses, or its answer does not tell all that was decided.
+    """
+    found = await _completed(version, http, url, body)
+    if isinstance(found, Failure):
+        return found
+    receipt, response = found["alignment"], found["choices"][0]["token_ids"]
+    (trace,) = receipt["trace"]
+    if receipt["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
+        raise TrainingError(
+            f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
+            "lower --server-requests, or take its other clients away"
+        )
+    _refuse_cut(url, body, response)
+    return TracedResponse(response, trace, receipt)
