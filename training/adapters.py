@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 
 
 class CausalLM(Protocol):
-    """What is asked of a causal LM, with a LoRA or without."""
+    """The interface of a causal LM that callers use, with a LoRA or without."""
 
     @property
     def device(self) -> torch.device: ...
@@ -16,14 +16,14 @@ class CausalLM(Protocol):
 
 
 def lora_config(rank: int) -> LoraConfig:
-    """On all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
+    """A LoRA on all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
     return LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
 
 
 class WithAdapter:
-    """The frozen LLM with a LoRA that acts in calls of this object alone: elsewhere it stays the frozen LLM."""
+    """The frozen LLM with a LoRA that is active in calls of this object only. Elsewhere the model stays the frozen LLM."""
 
     def __init__(self, model: PeftModel) -> None:
         self._lora = model.base_model
@@ -42,7 +42,7 @@ class WithAdapter:
 
 
 class SwitchedAdapter:
-    """The LLM with another LoRA than the one that learns, in calls of this object alone."""
+    """The LLM with another LoRA than the one that is trained, in calls of this object only."""
 
     def __init__(self, model: PeftModel, name: str) -> None:
         self._lora, self._name, self._own = model, name, model.active_adapter
@@ -60,7 +60,7 @@ class SwitchedAdapter:
 
 
 class WithoutAdapter:
-    """The LLM without the LoRA that has been put on it."""
+    """The LLM without its LoRA."""
 
     def __init__(self, model: PeftModel) -> None:
         self._lora = model

@@ -1,9 +1,9 @@
-"""Build a small untrained Llama with its tokenizer and chat template, where no model can be downloaded.
+"""Build a small untrained Llama with its tokenizer and chat template, for machines that cannot download a model.
 
     python -m training.base_model --corpus world/sft.jsonl world/preferences.jsonl --output runs/untrained
 
-The tokenizer is a byte-level BPE learned from the corpus as the model will read it: chats, and (where the corpus has
-preference pairs) judgments of them. Weights are random: train them with `training.jsft` or `training.sft`.
+The tokenizer is a byte-level BPE. It is trained on the corpus as the model will read it: on chats and, where the corpus
+has preference pairs, on judgments of them. Weights are random: train them with `training.jsft` or `training.sft`.
 """
 
 from collections.abc import Iterator
@@ -44,10 +44,10 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RowOptions):
-    """What to build. The defaults are the bundled demo's."""
+    """Options of the model. The defaults are the bundled demo's."""
 
     corpus: tuple[Path, ...]
-    """JSON-lines files (`messages`, or `prompt` with `chosen` and `rejected`) to learn the tokenizer from."""
+    """JSON-lines files (`messages`, or `prompt` with `chosen` and `rejected`) to train the tokenizer on."""
     output: Path
     """Directory for the model."""
     vocab_size: Annotated[int, Field(ge=261)] = 1536
@@ -63,15 +63,15 @@ class Options(RowOptions):
     context: PositiveInt = 1024
     """Longest sequence, in tokens."""
     top_k: NonNegativeInt = 16
-    """Default decoding, written to generation_config.json: candidates considered."""
+    """Default top-k, written to generation_config.json."""
     top_p: PositiveShare = 0.95
-    """Default decoding: probability mass of the nucleus."""
+    """Default top-p."""
     max_corpus_rows: PositiveInt = 20_000
-    """Rows of each corpus file that the tokenizer sees."""
+    """Rows of each corpus file that the tokenizer is trained on."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
 
 
 def corpus_texts(rows: list[Row]) -> Iterator[str]:
@@ -87,7 +87,7 @@ def corpus_texts(rows: list[Row]) -> Iterator[str]:
 
 
 def build_tokenizer(texts: Iterator[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template; any text can be written with it."""
+    """A byte-level BPE tokenizer with a chat template. It can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,7 +138,7 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 def main(options: Options) -> None:
-    if options.hidden_size % (2 * options.num_heads):  # pairs of numbers are turned by the position
+    if options.hidden_size % (2 * options.num_heads):  # rotary embeddings rotate pairs
         raise TrainingError(
             f"--hidden-size {options.hidden_size} is no even multiple of --num-heads {options.num_heads}"
         )

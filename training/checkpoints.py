@@ -1,8 +1,8 @@
-"""Go on with a run of transformers' trainer that was killed.
+"""Resume a run of transformers' trainer that was killed.
 
-The trainer writes `checkpoints/checkpoint-<steps>` in the output directory: weights, optimiser, random state, and
-`trainer_state.json` last of all. One that was cut short is not looked at; the one before goes only when the next is
-whole. The final weights are those of an unbroken run.
+The trainer writes `checkpoints/checkpoint-<steps>` in the output directory: weights, optimiser, random state and, last
+of all, `trainer_state.json`. A checkpoint that was cut short is ignored; the previous one is removed only when the next
+one is complete. The final weights equal those of an uninterrupted run.
 """
 
 import json
@@ -18,15 +18,15 @@ from training.saving import MODEL_FILES
 _DIRECTORY = "checkpoints"
 _CHECKPOINTS = f"{_DIRECTORY}/checkpoint-*"
 PLAN_FILE, REFERENCE_FILE = f"{_DIRECTORY}/plan.json", f"{_DIRECTORY}/reference.safetensors"
-"""What `training.memory` and `training.pair_trainer` keep for a run that goes on."""
+"""Kept by `training.memory` and `training.pair_trainer` for a run that is resumed."""
 _FILES = (_CHECKPOINTS, PLAN_FILE, REFERENCE_FILE)
 WRITES = (*METRICS_FILES, *MODEL_FILES, *_FILES)
-"""What such a run writes, as `training.output` wants to know it."""
+"""The files of such a run, as `training.output` expects them."""
 _STATE_FILE = "trainer_state.json"
 
 
 def arguments(output: Path, save_every: int) -> dict[str, Any]:
-    """What transformers' `TrainingArguments` must know."""
+    """The arguments of transformers' `TrainingArguments` for checkpoints."""
     return dict(
         output_dir=str(output / _DIRECTORY),
         save_strategy="steps",
@@ -36,12 +36,12 @@ def arguments(output: Path, save_every: int) -> dict[str, Any]:
 
 
 def train(trainer: Any, options: Any, run: Run) -> None:
-    """Train, from the newest whole checkpoint with `options.resume`, else from nothing."""
+    """Train, from the newest complete checkpoint with `options.resume`, else from the start."""
     run.start()
     newest = newest_checkpoint(options.output) if options.resume else None
     if options.resume:
         print(f"going on from {newest}" if newest else "nothing to resume: beginning anew")
-    if trainer.is_world_process_zero():  # those cut short would be taken for the newest
+    if trainer.is_world_process_zero():  # transformers would take an incomplete one for the newest
         cut_short = set(options.output.glob(_CHECKPOINTS)) - {newest}
         remove(options.output, [str(path.relative_to(options.output)) for path in cut_short])
     if newest:
@@ -56,12 +56,12 @@ def train(trainer: Any, options: Any, run: Run) -> None:
 
 
 def remove_all(output: Path) -> None:
-    """What a run that is done needs no more."""
+    """Remove the files that a finished run no longer needs."""
     remove(output, _FILES)
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest that is whole; None = there is none."""
+    """The newest complete checkpoint, or None."""
     whole = [path for path in output.glob(_CHECKPOINTS) if _is_whole(path)]
     return max(whole, key=_steps, default=None)
 
@@ -79,7 +79,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class _Saved(TrainerCallback):
-    """Keeps in mind what a run that is interrupted can go on from."""
+    """Records the last checkpoint, for the message of an interrupted run."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

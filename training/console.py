@@ -1,4 +1,4 @@
-"""What every training command does at its edge: errors of the user's become one line and exit code 2."""
+"""Entry point of every training command: errors that the user can fix become one line and exit code 2."""
 
 import sys
 from collections.abc import Iterator
@@ -15,16 +15,19 @@ __all__ = ["Interrupted", "TrainingError", "main_guard", "read_options"]
 
 
 class TrainingError(ValueError):
-    """Something that the user can mend; the message says what, where and how."""
+    """An error that the user can fix; the message says what, where and how."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C; the message says what was saved, and how to go on."""
+    """The user pressed Ctrl-C; the message says what was saved and how to resume."""
 
 
 @contextmanager
 def main_guard() -> Iterator[None]:
-    """Turn errors that the user can mend into a line and exit code 2, Ctrl-C into one and 130; let others through."""
+    """Turn errors that the user can fix into one line and exit code 2, and Ctrl-C into one line and exit code 130.
+
+    Other exceptions pass through.
+    """
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -34,9 +37,9 @@ def main_guard() -> Iterator[None]:
     except (TrainingError, OptionError, ProxyError, JudgePromptError, PrincipleError) as error:
         _end(str(error))
     except OSError as error:
-        # `strerror` is missing where a library raises its own.
+        # Errors that a library raises itself have no `strerror`.
         _end(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except SafetensorError as error:  # which a full disk raises too
+    except SafetensorError as error:  # a full disk raises it too
         _end(f"safetensors: {error}")
 
 

@@ -11,7 +11,7 @@ from training.console import TrainingError
 
 
 class Conversations:
-    """Turns chats into token ids the way the server will."""
+    """Turns chats into token ids, as the server does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
@@ -19,17 +19,17 @@ class Conversations:
         self.tokenizer = tokenizer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids up to where the assistant begins to speak."""
+        """Token ids up to the start of the assistant's turn."""
         return self._encode(messages, add_generation_prompt=True)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation that ends with an answer."""
+        """Token ids of a conversation that ends with an answer."""
         return self._encode(messages, add_generation_prompt=False)
 
     def split_ids(
         self, prompt: Sequence[Message], response: str | Message
     ) -> tuple[list[int], list[int]]:
-        """`prompt_ids(prompt)`, and the ids of the response that follows, end of turn included."""
+        """`prompt_ids(prompt)`, and the token ids of the response after it, end of turn included."""
         turn = (
             Message(role="assistant", content=response) if isinstance(response, str) else response
         )
@@ -38,7 +38,7 @@ class Conversations:
     def split_turns(
         self, prompt: Sequence[Message], turns: Sequence[Message]
     ) -> tuple[list[int], list[int]]:
-        """`prompt_ids(prompt)`, and the ids of the turns that follow, the assistant's first."""
+        """`prompt_ids(prompt)`, and the token ids of the turns after it, of which the assistant's is the first."""
         ids = self.ids([*prompt, *turns])
         start = self.prompt_ids(prompt)
         if ids[: len(start)] != start:
@@ -49,10 +49,10 @@ class Conversations:
         return start, ids[len(start) :]
 
     def as_given(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the chat template gets them, which may know less than they say.
+        """The messages in the form that the chat template supports.
 
-        Where it knows no developer, vLLM has it read system messages, all of them as one at the start; where it writes
-        no tool calls, they are written as the judge reads them.
+        If the template has no developer role, developer and system messages are joined into one system message at the
+        start, as vLLM does. If it does not write tool calls, they are written as text, as the judge reads them.
         """
         if not self._writes_calls and any("tool_calls" in message for message in messages):
             messages = as_texts(messages)
@@ -85,7 +85,7 @@ class Conversations:
                 tokenize=True,
                 return_dict=False,
             )
-        # TypeError: a template that calculates with what is not there.
+        # TypeError: the template computes with a missing value.
         except (TemplateError, TypeError) as error:
             raise TrainingError(
                 f"the model's chat template refuses the conversation: {error}"

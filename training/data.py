@@ -1,4 +1,4 @@
-"""Rows for the training commands: what `judge.rows` reads, with errors as these commands give them."""
+"""Rows for the training commands: `judge.rows` with its errors as `TrainingError`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +22,7 @@ _DEFAULTS = RowOptions()
 def read_rows(
     source: str | Path, fields: tuple[str, ...] = (), options: RowOptions = _DEFAULTS
 ) -> list[Row]:
-    """The rows of a source that can be used: `fields`, or those that a row has, are lists of messages.
-
-    Raises:
-        TrainingError: as `read_as`.
-    """
+    """The usable rows of a source. `fields`, or those that a row has, are lists of messages."""
     return read_as(source, fields, options, lambda row: row)
 
 
@@ -37,13 +33,13 @@ def read_as(
     use: Callable[[Row], _Found],
     limit: int | None = None,
 ) -> list[_Found]:
-    """What `use` makes of the first `limit` rows that can be used, None = all; what was skipped is printed.
+    """The results of `use` on the first `limit` usable rows (None = all). Prints what was skipped.
 
     Args:
-        use: raises ValueError for a row that the caller cannot use
+        use: converts a row; raises ValueError for a row that the caller cannot use
 
     Raises:
-        TrainingError: no such source, no rows, or too many that cannot be used.
+        TrainingError: there is no such source, it has no rows, or too many are unusable.
     """
     try:
         found = [found for _, found in rows.read_rows(str(source), fields, options, use, limit)]

@@ -1,9 +1,9 @@
-"""Make the bundled demo from nothing: `make demo`, or `python -m training.demo --output deploy/demo`.
+"""Build the bundled demo from nothing: `make demo`, or `python -m training.demo --output deploy/demo`.
 
-This is the project's main path, top to bottom: data, an untrained model, a base model that answers and judges, two
-rewards, two proxies. About 40 minutes on two CPU cores; twice that without g++, which torch.compile needs. Stages whose
-result is in the work directory already are skipped, and a training that was killed is gone on with, so the same command
-again goes on; delete a stage's directory to make it again.
+This is the project's main path, from top to bottom: data, an untrained model, a base model that answers and judges, two
+rewards, two proxies. It takes about 40 minutes on two CPU cores, and twice that without g++, which torch.compile needs.
+Stages whose result is already in the work directory are skipped, and a killed training is resumed: run the same command
+again. To repeat a stage, delete its directory.
 """
 
 import shutil
@@ -28,28 +28,29 @@ MODEL_FILES = (
 )
 PROXY_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 PROXIES = {"aligned": ("preferences.jsonl", 60), "polite": ("preferences_manners.jsonl", 20)}
-"""Each proxy: the preferences that it learns from, and its updates. Manners are learned in a few; more would learn the
-noise in a reward that knows nothing else."""
+"""Each proxy: the preferences that it is trained on, and its number of updates. Manners need few updates; more would
+fit the noise of a reward that measures nothing else.
+"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where to."""
+    """Output, and size of the run."""
 
     output: Path = Path("deploy/demo")
-    """Directory that gets `model/` and `proxies/`."""
+    """Directory for `model/` and `proxies/`."""
     work: Path = Path("runs/demo")
-    """Directory for the data and all that is made on the way."""
+    """Directory for the data and all intermediate results."""
     seed: Seed = 0
-    """Of everything."""
+    """Seed of every stage."""
     scale: PositiveShare = 1.0
-    """Share of the data and of the updates, to see the path work in less time."""
+    """Share of the data and of the updates, for a quick run of the whole path."""
     overwrite: bool = False
-    """Replace the model and the proxies that this command left in the output directory."""
+    """Replace the model and the proxies that this command wrote to the output directory."""
 
 
 def stage(marker: Path, make: Callable[[], None]) -> None:
-    """Run one stage unless the file that it writes last is there."""
+    """Run one stage, unless the file that it writes last exists."""
     if marker.exists():
         print(f"== {marker.parent.name}: done already")
         return
@@ -75,11 +76,11 @@ def main(options: Options) -> None:
 
 
 def _make(options: Options) -> None:
-    """All stages, into the work directory."""
+    """Run all stages in the work directory."""
     work, seed = options.work, options.seed
     data, untrained, base = work / "world", work / "untrained", work / "base"
 
-    # Compiling takes a minute, and eager attention is the faster one only when compiled.
+    # Compiling takes a minute, and eager attention is faster only when compiled.
     compiles = options.scale >= 1 and shutil.which("g++") is not None
 
     def some(count: int) -> int:
@@ -162,7 +163,7 @@ def _make(options: Options) -> None:
 
 
 def publish(work: Path, target: Path) -> None:
-    """Copy what the server loads."""
+    """Copy the files that the server loads."""
     (target / "model").mkdir(parents=True, exist_ok=True)
     for file in MODEL_FILES:
         shutil.copy2(work / "base" / file, target / "model" / file)

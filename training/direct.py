@@ -1,4 +1,4 @@
-"""A proxy straight from preferences: gradient steps on recorded positions. No reward model, no rollouts, no LLM."""
+"""Fits a proxy to preferences: gradient steps on recorded positions. Needs no reward model, no rollouts and no LLM."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from training.console import TrainingError
-from training.on_policy import descend
+from training.on_policy import gradient_step
 from training.preference_losses import Loss, Scores, pair_losses, score, verdict_losses
 from training.preferences import Preferences, as_verdicts
 
@@ -24,7 +24,7 @@ _MEASURED = 512  # pairs at once
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a proxy is fitted."""
+    """Settings of a fit."""
 
     loss: Loss
     beta: float
@@ -39,7 +39,7 @@ class Settings:
 
 
 class Sized(NamedTuple):
-    """What suits so many preferences."""
+    """Settings for a number of preferences."""
 
     width: int
     epochs: int
@@ -48,7 +48,7 @@ class Sized(NamedTuple):
 
 
 def sized_for(count: int) -> Sized:
-    """The fewer, the smaller the network, the more passes and the stronger the weight decay."""
+    """Fewer preferences get a smaller network, more passes and stronger weight decay."""
     if count < 200:
         return Sized(16, 60 if count < 60 else 20, 16, 0.1)
     if count < 2000:
@@ -57,13 +57,13 @@ def sized_for(count: int) -> Sized:
 
 
 def balanced(labels: Tensor) -> tuple[float, float]:
-    """Weights of the good (1) and of the bad (0), with which both weigh the same in sum."""
+    """Weights of good (1) and bad (0) responses that give both the same total."""
     good, total = int(labels.sum()), len(labels)
     return total / 2 / max(1, good), total / 2 / max(1, total - good)
 
 
 class Fit:
-    """One proxy, of given preferences; in each of several processes the same."""
+    """Fits one proxy to given preferences; the result is the same in each of several processes."""
 
     def __init__(
         self,
@@ -77,15 +77,15 @@ class Fit:
         Args:
             config: of the proxy.
             embeddings: the LLM's input embeddings, [V, H].
-            positions: of all responses that the preferences speak of.
-            settings: how.
+            positions: of all responses that the preferences refer to.
+            settings: of the fit.
             accelerator: of this run's processes; each takes its share of a batch.
         """
         torch.manual_seed(settings.seed)
         self.settings, self.accelerator = settings, accelerator
         self.embeddings, self.positions = embeddings, positions
         self.network = ProxyNetwork(config).to(embeddings.device)
-        self._weights = 1.0, 1.0  # of good and bad ones
+        self._weights = 1.0, 1.0  # of good and bad responses
         self.best, self.best_row = copy.deepcopy(self.network), Row()
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(),
@@ -94,7 +94,7 @@ class Fit:
         )
 
     def epochs(self, train: Preferences, held_out: Preferences) -> Iterator[Row]:
-        """The figures of each pass. `best` is the network of the lowest held-out loss, or the last one.
+        """Metrics of each pass. `best` is the network with the lowest held-out loss, or the last one.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -130,9 +130,10 @@ class Fit:
 
     @torch.no_grad()
     def measure(self, preferences: Preferences) -> Row:
-        """Of the network as it is: loss, KL in nats a response, and the share that Σ log π/p orders rightly.
+        """Metrics of the current network: loss, KL in nats a response, and accuracy.
 
-        Of verdicts that is the share of all couples of a good and a bad response.
+        Accuracy is the share of pairs that Σ log π/p orders correctly; with single verdicts, the share of all pairs of
+        a good and a bad response.
         """
         examples = self._examples(preferences)
         parts = [self._score(part) for part in examples.split(_MEASURED)]
@@ -151,13 +152,13 @@ class Fit:
         return (good[:, None] > bad).float().mean().item()
 
     def _examples(self, preferences: Preferences) -> Tensor:
-        """[N, 2]: the two responses of a pair, or one and its verdict."""
+        """[N, 2]: the two responses of a pair, or a response and its verdict."""
         if self.settings.loss == "kto":
             return as_verdicts(preferences)
         return torch.tensor(preferences.pairs, dtype=torch.long).view(-1, 2)
 
     def _score(self, examples: Tensor) -> Scores:
-        """Of the examples' responses; those of a pair stand side by side."""
+        """Scores of the examples' responses; the two of a pair are adjacent."""
         of_pairs = self.settings.loss != "kto"
         responses = examples.flatten() if of_pairs else examples[:, 0]
         return score(self.network, self.embeddings, *self.positions.of(responses))
@@ -172,7 +173,7 @@ class Fit:
         return pair_losses(better, worse, loss=settings.loss, beta=settings.beta)
 
     def _step(self, examples: Tensor) -> Row:
-        """A gradient step on a batch, of which each process takes its share; and its figures."""
+        """A gradient step on a batch, of which each process takes its share; returns its metrics."""
         settings, accelerator = self.settings, self.accelerator
         own = examples[accelerator.process_index :: accelerator.num_processes]
         share = len(own) / len(examples)
@@ -186,5 +187,5 @@ class Fit:
             (share * (loss + price)).backward()
             figures = share * torch.stack((loss, caution)).detach()
         loss, caution = accelerator.reduce(figures, "sum").tolist()
-        norm = descend(accelerator, self.optimiser, settings.max_grad_norm)
+        norm = gradient_step(accelerator, self.optimiser, settings.max_grad_norm)
         return {"loss": loss, "kl": kl.item(), "caution": caution, "grad_norm": norm}

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290): a baseline that changes the LLM's own weights.
+"""Direct preference optimisation (arXiv 2305.18290): a baseline that trains the LLM's own weights.
 
     python -m training.dpo --model runs/base --preferences preferences.jsonl --output runs/dpo
 
@@ -45,41 +45,44 @@ class Options(RowOptions):
     model: str
     """The LLM to start from: a directory or a hub id."""
     preferences: str
-    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `judge.layouts` too."""
+    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name. Other layouts of
+    `judge.layouts` are accepted too.
+    """
     output: Path
-    """Directory for what is trained, its metrics and their curves."""
+    """Directory for the model, its metrics and their curves."""
     held_out: str | None = None
-    """Pairs to measure on after each pass, such as `training.prepare` sets aside."""
+    """Pairs to evaluate on after each pass, for example those that `training.prepare` sets aside."""
     beta: Positive = 0.1
-    """β of DPO and of the implicit reward: the higher, the nearer to the start."""
+    """β of DPO and of the implicit reward: a higher one stays nearer to the initial model."""
     epochs: Positive = 1.0
     """Passes over the data."""
     max_rows: PositiveInt | None = None
-    """Only the first so many pairs."""
+    """Use only the first rows, up to this number."""
     batch_size: PositiveInt = 32
-    """Pairs in a gradient step, on each device. As many at once as its memory has room for, which changes nothing but
-    rounding."""
+    """Pairs in a gradient step, on each device. They are computed in parts that fit the memory, which changes only
+    rounding.
+    """
     learning_rate: Positive = 2e-4
     """Peak of the linear schedule. 2e-4 suits a small model; use about 1e-6 for a pretrained LLM, 1e-5 with
     `lora_rank`."""
     lora_rank: NonNegativeInt = 0
-    """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
+    """Rank of a LoRA on all linear layers, trained instead of the weights; 0 = none."""
     gradient_checkpointing: bool = False
-    """Keep no activations but compute them again: a third slower, and much less memory. Done in any case where a pair
-    would not fit without."""
+    """Recompute activations in the backward pass: a third slower, with much less memory. Done in any case where a pair
+    would not fit otherwise.
+    """
     max_length: PositiveInt = 1024
-    """Pairs with a longer sequence, in tokens, and those beyond the model's context are left out and counted."""
+    """Longer pairs, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
     save_every: PositiveInt = 500
-    """Steps between two checkpoints that `--resume` can go on from."""
+    """Steps between two checkpoints that `--resume` can continue from."""
     resume: bool = False
-    """Go on from the last checkpoint in the output directory, if there is one."""
+    """Continue from the last checkpoint in the output directory, if there is one."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of the order of the data."""
+    """Seed of the order of the data."""
 
 
 READS = ("model", "preferences", "held_out")
@@ -87,7 +90,7 @@ READS = ("model", "preferences", "held_out")
 
 
 def train(options: Options, run: Run) -> tuple[Any, Any]:
-    """The trainer when it is done, and the tokenizer."""
+    """Train; returns the trainer and the tokenizer."""
     directory = str(resolve_model_dir(options.model))
     tokenizer = load_tokenizer(directory)
     pairs = read(options, tokenizer, directory)
@@ -98,7 +101,7 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
     end_ids(model, tokenizer)
     refuse_unknown(model, tokenizer, (ids for some in pairs for pair in some for ids in pair))
     if options.lora_rank:
-        torch.manual_seed(options.seed)  # of the LoRA's weights
+        torch.manual_seed(options.seed)  # for the LoRA's weights
         model = get_peft_model(model, lora_config(options.lora_rank))
         if planned.checkpointing:
             model.enable_input_require_grads()
@@ -116,7 +119,7 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
 
 
 def read(options: Options, tokenizer: Any, directory: str) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on, and those to measure on."""
+    """The training pairs and the held-out pairs."""
     chats = Conversations(tokenizer)
     most = min(options.max_length, context_of(read_config(directory)))
     held_out = load_pairs(options.held_out, chats, most, options) if options.held_out else []
@@ -124,7 +127,11 @@ def read(options: Options, tokenizer: Any, directory: str) -> tuple[list[Pair], 
 
 
 def plan_for(options: Options, pairs: tuple[list[Pair], list[Pair]], directory: str) -> Plan:
-    """How many tokens at once this machine has room for; says so. Raises TrainingError if there is none."""
+    """How many tokens fit into this machine's memory at once. Prints it.
+
+    Raises:
+        TrainingError: not even one pair fits.
+    """
     every = [pair for some in pairs for pair in some]
     work = Work(
         model=directory,
@@ -139,7 +146,7 @@ def plan_for(options: Options, pairs: tuple[list[Pair], list[Pair]], directory: 
 
 
 def arguments(options: Options, planned: Plan) -> TrainingArguments:
-    """What transformers' trainer is told."""
+    """Arguments of transformers' trainer."""
     return TrainingArguments(
         **checkpoints.arguments(options.output, options.save_every),
         num_train_epochs=options.epochs,
@@ -164,7 +171,7 @@ def save(
     tokenizer: Any,
     add: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Save model or LoRA with its tokenizer, and what `add` writes beside them, as a whole."""
+    """Save model or LoRA with its tokenizer and the files that `add` writes, as a whole."""
     if not trainer.is_world_process_zero():
         return
     if not options.lora_rank:

@@ -1,12 +1,13 @@
-"""What training a proxy takes in memory and time, from the LLM's config alone: no weights, no GPU.
+"""Memory and time of training a proxy, from the LLM's config alone: no weights, no GPU.
 
     python -m training.estimate --model Qwen/Qwen2.5-7B-Instruct
 
-Memory is counted in tensors: those that stay, and those of each phase (rollout, reward, update), of which the largest
-counts. What the allocator and the kernels keep on top is not in it: leave a tenth of the device free. Time is a
-roofline: each pass takes its floating-point operations, the bytes that it reads or the launch of its kernels, whichever
-is slowest on a device that reaches `efficiency` of its figures. `tests/training/test_estimate.py` holds the formulas
-against tensors and operations counted in real runs of small models; `docs/seven-b.md` has the table for a 7B model.
+Memory is the sum of tensors: those that are always there, plus those of the largest phase (rollout, reward, update).
+Overhead of the allocator and of kernels is not included: leave a tenth of the device free. Time is a roofline estimate:
+each pass takes as long as the slowest of its floating-point operations, the bytes that it reads and the launches of its
+kernels, on a device that reaches `efficiency` of its data sheet. `tests/training/test_estimate.py` compares the
+formulas with tensors and operations counted in real runs of small models; `docs/seven-b.md` has the table for a 7B
+model.
 
 N responses at once, T = prompt + response tokens, L layers, H hidden, I feed-forward, V vocabulary, b bytes a number.
 """
@@ -39,14 +40,14 @@ from training.sizes import (
 
 @dataclass(frozen=True)
 class Options:
-    """The run, and the device. The defaults of the run are `training.proxy_ppo`'s."""
+    """The run and the device. The defaults of the run are those of `training.proxy_ppo`."""
 
     model: str
     """A directory or a hub id; only its config is read."""
     prompt_tokens: PositiveInt = 512
-    """Tokens of a prompt; all are taken to be as long as the longest."""
+    """Tokens of a prompt; all prompts count as that long."""
     response_tokens: PositiveInt = 64
-    """`--decoding.max-new-tokens`; all responses are taken to be as long."""
+    """`--decoding.max-new-tokens`; all responses count as that long."""
     steps: PositiveInt = 60
     """Updates of the proxy."""
     episodes: Annotated[int, Field(ge=2)] = 256
@@ -58,29 +59,31 @@ class Options:
     width: Annotated[int, Field(ge=2)] = 64
     """Width of the proxy's layers."""
     decisions_per_token: Positive = 1.5
-    """Candidates put to the proxy at a position."""
+    """Candidates that the proxy decides at a position."""
     reward: Literal["lora", "implicit", "scalar", "none"] = "lora"
-    """What scores responses: "lora" and "implicit" from the LLM, "scalar" of the LLM's size, "none" = no model."""
+    """The reward: "lora" and "implicit" are made from the LLM, "scalar" has the LLM's size, "none" = no model."""
     lora_rank: PositiveInt = 16
-    """Of the reward model."""
+    """Rank of the reward's LoRA."""
     pairs: PositiveInt = 20_000
-    """Preference pairs that the LoRA is trained on, once, each with two responses."""
+    """Preference pairs that the LoRA is trained on, in one pass."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the frozen LLM computes in."""
+    """Data type of the frozen LLM."""
     rollout: Literal["transformers", "vllm"] = "transformers"
-    """What samples the responses. vLLM wants a copy of the LLM for itself, and is faster than estimated here."""
+    """The backend that samples responses. vLLM needs a copy of the LLM, and is faster than estimated here."""
     rollout_memory: PositiveShare = 0.3
-    """Share of the device that vLLM is given."""
+    """Share of the device's memory for vLLM."""
     memory: Positive = 80e9
-    """Bytes of the device. This and the next two are an H100 SXM's, as NVIDIA's data sheet has them."""
+    """Bytes of the device. The defaults of this and of the next two options are an H100 SXM's, from NVIDIA's data
+    sheet.
+    """
     flops: Positive = 989e12
     """Floating-point operations per second, dense, in `dtype`."""
     bandwidth: Positive = 3.35e12
-    """Bytes per second between memory and cores."""
+    """Bytes per second between memory and compute units."""
     efficiency: PositiveShare = 0.4
-    """Share of both figures that the work reaches: an assumption."""
+    """Share of both figures that is reached: an assumption."""
     launch: NonNegative = 1e-3
-    """Seconds that Python takes to launch a layer's kernels, the least that a layer can take: an assumption."""
+    """Seconds that Python takes to launch a layer's kernels, a lower bound of a layer's time: an assumption."""
 
 
 def proxy_of(sizes: Sizes, width: int) -> ProxyNetwork:
@@ -91,12 +94,12 @@ def proxy_of(sizes: Sizes, width: int) -> ProxyNetwork:
 
 
 class Estimate(NamedTuple):
-    """Bytes and seconds, by what they are for."""
+    """Bytes and seconds, by purpose."""
 
-    staying: dict[str, float]  # in memory all the time
-    phases: dict[str, float]  # on top of it, one after the other
+    staying: dict[str, float]  # always in memory
+    phases: dict[str, float]  # in addition, one phase after another
     seconds: dict[str, float]  # of one update
-    lora_seconds: float  # of training the reward's LoRA before
+    lora_seconds: float  # of training the reward's LoRA beforehand
 
     @property
     def peak(self) -> float:
@@ -104,7 +107,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(sizes: Sizes, options: Options) -> Estimate:
-    """Memory and time of `training.proxy_ppo`, and of the LoRA's training before it."""
+    """Memory and time of `training.proxy_ppo`, and of training the LoRA before it."""
     size = 2 if options.dtype == "bfloat16" else 4
     prompt, response, rows = options.prompt_tokens, options.response_tokens, options.batch_size
     total, batches = prompt + response, -(-options.episodes // options.batch_size)
@@ -127,7 +130,7 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
     }
     if options.rollout == "vllm":
         staying["vLLM"] = options.rollout_memory * options.memory
-    # The rollout begins with a table made of all embeddings; the update copies the decisions and looks up theirs.
+    # The rollout starts with a table made from all embeddings. The update copies the decisions and looks up their rows.
     in_transformers = options.rollout == "transformers"
     embeddings = sizes.vocab * sizes.hidden
     phases: dict[str, float] = {
@@ -160,11 +163,11 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
         "reward": batches
         * passes
         * seconds(forward_flops(sizes, rows, total, total, kept), weights),
-        # forward and backward, three times a forward; float32 at a tenth of the speed
+        # forward and backward take three times a forward; float32 runs at a tenth of the speed
         "update": options.epochs * 60 * proxy * decisions / options.flops / options.efficiency,
     }
-    # Forward, the same again for the checkpoints, backward through the frozen weights, and the reference's forward.
-    # A pair is one sequence; as many are taken at once as make a GPU's products large.
+    # Forward, the recomputation of the checkpoints, backward through the frozen weights, and the reference's forward.
+    # A pair is one sequence. As many pairs are taken at once as make a GPU's matrix products large.
     pair = total + response
     at_once = max(1, MOST_TOKENS["cuda"] // pair)
     pair_flops = 4 * forward_flops(sizes, 1, pair, pair, 2 * response)
@@ -172,7 +175,7 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
 
 
 def trained(options: Options) -> dict[str, tuple[Plan | None, Need]]:
-    """What the commands that train the LLM, or a LoRA on it, take on the device, by their names."""
+    """Memory of the commands that train the LLM, or a LoRA on it, by command."""
     pair = options.prompt_tokens + 2 * options.response_tokens
     has = Machine("cuda", options.memory, "of the device")
     work = Work(model=options.model, longest=pair)

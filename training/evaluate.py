@@ -2,8 +2,8 @@
 
     python -m training.evaluate --model runs/base --proxy runs/proxy --prompts held_out.jsonl --reward runs/reward
 
-Both answer every prompt. Each `--reward` scores both answers; without one the prompts are the bundled world's, and its
-gold scorer says which answer is better. `docs/metrics.md` defines the figures.
+Both answer every prompt, and each `--reward` scores both answers. Without `--reward` the prompts must be those of the
+toy data, and its reference scorer decides which answer is better. `docs/metrics.md` defines the metrics.
 """
 
 import json
@@ -40,7 +40,7 @@ Answers = list[Sample]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RowOptions):
-    """What to compare."""
+    """What to compare, and how."""
 
     model: str
     """The frozen LLM: a directory or a hub id."""
@@ -49,27 +49,27 @@ class Options(RowOptions):
     prompts: str
     """JSON lines or Parquet of `prompt`, or a data set's name."""
     reward: tuple[str, ...] = ()
-    """Rewards to compare by, as `training.proxy_ppo` takes them; none = the bundled world's gold scorer."""
+    """Rewards to compare by, as `training.proxy_ppo` takes them; none = the reference scorer of the toy data."""
     num_prompts: PositiveInt = 500
-    """Only the first so many."""
+    """Use only the first prompts, up to this number."""
     strength: Annotated[float, Field(ge=0, le=16)] = 1.0
-    """Of the proxy: 0 = the frozen LLM, more than 1 = stricter than trained."""
+    """Strength of the proxy: 0 = the frozen LLM, above 1 = stricter than trained."""
     decoding: Decoding = field(default_factory=Decoding)
-    """Of both."""
+    """Decoding of both."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the frozen LLM computes in."""
+    """Data type of the frozen LLM."""
     batch_size: PositiveInt = 256
     """Responses at once in the device's memory."""
     output: Path | None = None
-    """A JSON file to write the figures to."""
+    """A JSON file for the metrics."""
     overwrite: bool = False
-    """Replace that file where it is there already."""
+    """Replace that file if it exists."""
     seed: Seed = 1
-    """Of the noise; the frozen LLM gets another."""
+    """Seed of the proxied answers; that of the frozen LLM's answers is derived from it."""
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """The figures of one comparison."""
+    """The metrics of one comparison."""
     base = identify(options.model)
     directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
     tokenizer = load_tokenizer(directory)
@@ -114,7 +114,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     first = options.seed * 2**32
     _, theirs = answer(Policy(model), count(first + 2**31), measure_kl=False)
     policy = Policy(model, proxy.network, options.strength)
-    # Two greedy policies have no divergence: it is 0 or infinite.
+    # The divergence of two greedy policies is either 0 or infinite.
     rollout, ours = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
     counts, kl = rollout.counts, rollout.kl
     figures = {
@@ -138,12 +138,12 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Of the mean of [N]; None = one value has none."""
+    """Standard error of the mean of [N] values; None for a single value."""
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
-    """The scores [N] of two answers to each prompt, as figures."""
+    """Metrics from the scores [N] of two answers to each prompt."""
     gains = (ours - theirs).double()
     wins = (gains.sign() + 1) / 2
     return {
@@ -175,7 +175,7 @@ def _graded_by_reference_scorer(ours: Answers, theirs: Answers) -> dict[str, Any
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print the figures."""
+    """Print the metrics."""
     table = Table("figure", "value", title=f"{figures['prompts']} prompts, seed {figures['seed']}")
     for name, value in figures.items():
         if isinstance(value, float) or value is None:

@@ -1,11 +1,11 @@
-"""Write kept feedback as preference data that every training command reads.
+"""Write the feedback that a server kept as preference data for the training commands.
 
     python -m training.export --feedback feedback.db --output preferences.jsonl
 
-The rows are TRL's conversational format. Of each pair of responses one row is written, whatever was said of it how
-often: people overrule the judge, and among people, or among the judge's verdicts, the majority decides; what is evenly
-split is left out. Rows in which a text looks as if it held a secret (an API key, a token, a private key) are left out
-too. Both are counted aloud. Nothing else of a request is kept or written: neither keys nor ids.
+The rows have TRL's conversational format. Each pair of responses becomes one row, however often it was judged: people's
+verdicts override the judge's, and among equals the majority decides; ties are left out. Rows with a text that looks
+like a secret (an API key, a token, a private key) are left out as well. Both are counted in the output. Nothing else of
+a request is kept or written: neither keys nor ids.
 """
 
 import json
@@ -44,29 +44,29 @@ _SECRETS = re.compile(
 
 @dataclass(frozen=True)
 class Options:
-    """What to write."""
+    """What to export."""
 
     feedback: str
-    """The database: what the server was given as `--feedback`."""
+    """The database: the server's `--feedback`."""
     output: Path
-    """JSON lines of `prompt`, `chosen`, `rejected` and, of the judge's, `principle`."""
+    """JSON lines of `prompt`, `chosen`, `rejected` and, for the judge's verdicts, `principle`."""
     source: Literal["all", "person", "judge"] = "all"
-    """Whose preferences."""
+    """Whose preferences to export."""
     min_confidence: Share = 0.0
-    """Only verdicts of the judge's that are surer than this, a probability."""
+    """Only verdicts of the judge with at least this confidence, a probability."""
     overwrite: bool = False
-    """Replace the output where it is there already."""
+    """Replace the output if it exists."""
 
 
 def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows to write; `counts` says what was left out."""
+    """The rows to write; `counts` collects what was left out."""
     votes: dict[Any, Counter[tuple[str, Source]]] = {}
     firsts: dict[Any, Row] = {}
     for each in preferences:
         counts["read"] += 1
         try:
             row = each.as_row()
-        except (Unusable, PrefersNothing):  # of an earlier version, which kept more
+        except (Unusable, PrefersNothing):  # an earlier version kept other rows
             counts["that training cannot read"] += 1
             continue
         chosen, rejected = (text_of(row[side][0]) for side in ("chosen", "rejected"))
@@ -90,7 +90,7 @@ def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[
 
 
 def has_secret(texts: Iterable[str]) -> bool:
-    """Whether a text looks as if it held an API key, a token or a password."""
+    """Whether a text looks like it contains an API key, a token or a password."""
     return any(_SECRETS.search(text) for text in texts)
 
 
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
 
 
 def _write(options: Options, counts: Counter[str]) -> None:
-    """The file, whole or not at all."""
+    """Write the file as a whole or not at all."""
     feedback = Feedback(options.feedback, create=False)
     wanted = (
         row

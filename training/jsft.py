@@ -2,12 +2,12 @@
 
     python -m training.jsft --model DIR --sft sft.jsonl --preferences preferences.jsonl --output DIR
 
-The data is the SFT data and, from every preference pair, two judgments, one in either order, whose answer is a single
-token, and then the rationale where the pair has one. In the paper a verdict counts as much as any token; here
-`judge_weight` says what it counts for, because one token in fifty teaches a small model slowly.
+The data is the SFT data plus two judgments of every preference pair, one in each order. A judgment is a single token,
+followed by the rationale if the pair has one. In the paper a verdict has the weight of any other token; here
+`judge_weight` sets it, because one token in fifty trains a small model slowly.
 
-With `--lora-rank` the weights stay as they are: the judge is a LoRA on the model, which goes on answering as before,
-and `--sft` may be left out.
+With `--lora-rank` the weights stay unchanged: the judge is a LoRA on the model, the model answers as before, and
+`--sft` is optional.
 """
 
 from dataclasses import dataclass
@@ -36,15 +36,17 @@ class Options(supervised.Options):
     sft: str | None = None
     """JSON lines or Parquet of `messages`, or a data set's name; the last assistant turn is learned."""
     preferences: tuple[str, ...]
-    """Each JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name. A pair may have a
-    `principle`, and a `rationale_chosen` with a `rationale_rejected`."""
+    """Sources of pairs: JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name. A pair may
+    have a `principle`, and a `rationale_chosen` with a `rationale_rejected`.
+    """
     principles: Path | None = None
-    """TOML, YAML or JSON file of what `principle` may name; a pair without one is by the first. None = the model's own,
-    else the built-in one."""
+    """TOML, YAML or JSON file of the principles that pairs name; a pair without one uses the first. None = the model's
+    own, else the built-in one.
+    """
     judge_weight: Positive = 8.0
     """Loss weight of a verdict, in answer tokens."""
     lora_rank: NonNegativeInt = 0
-    """Rank of a LoRA on all linear layers, to be trained in the place of the weights; 0 = none."""
+    """Rank of a LoRA on all linear layers, trained instead of the weights; 0 = none."""
 
 
 def main(options: Options) -> None:

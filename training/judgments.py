@@ -1,4 +1,4 @@
-"""Judgments to learn: what `training.jsft` makes of preference pairs."""
+"""Judgment examples: what `training.jsft` trains on, from preference pairs."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from training.supervised import Example
 
 
 def read_pairs(source: str, principles: Mapping[str, Principle], options: RowOptions) -> list[Row]:
-    """Pairs, each with a known `principle` or none.
+    """Pairs, each with a known `principle` or without one.
 
     Raises:
         TrainingError: as `training.data.read_as`.
@@ -40,17 +40,17 @@ def judgment_examples(
     prompt_weight: float = 0.0,
     max_tokens: int,
 ) -> Iterator[Example]:
-    """Each pair as two judgments, one in either order; the label is learned, and the rationale where the row has one.
+    """Each pair as two judgments, one in each order. The target is the label and, if the row has one, the rationale.
 
     Args:
-        rows: pairs of `read_pairs`; one without a `principle` is by the first
+        rows: pairs of `read_pairs`; one without a `principle` uses the first
         label_weight: loss weight of a label, in tokens of a rationale
         prompt_weight: loss weight of the judge prompt's tokens
-        max_tokens: of an example; longer questions are shortened as `judge.prompts.shorten` says
+        max_tokens: of an example; longer questions are shortened by `judge.prompts.shorten`
 
     Raises:
         TrainingError: a rationale leaves no room for the question.
-        JudgePromptError: the tokenizer cannot carry a judgment.
+        JudgePromptError: the tokenizer cannot encode a judgment.
     """
     labels = {name: label_ids(tokenizer, each) for name, each in principles.items()}
     for row in rows:
@@ -72,7 +72,7 @@ def judgment_examples(
 
 
 def _rationales(row: Row, tokenizer: Any, principle: Principle) -> list[list[int]]:
-    """The tokens after the label, for the chosen response first and for it last; none where the row has none."""
+    """The tokens after the label, with the chosen response first and with it last; empty if the row has no rationale."""
     if row.get(RATIONALE[0]) is None:
         return [[], []]
     chosen, rejected = (row[field] for field in RATIONALE)

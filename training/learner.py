@@ -1,13 +1,14 @@
-"""The process that learns beside a server (`python -m server --learn`): one core at most, and with a low priority.
+"""The process of `python -m server --learn`, which learns proxies beside a server: on one core at most, with low
+priority.
 
-The server starts it, tells it on its standard input what to learn, and reads for it what it asks for: the LLM is in
-memory there already. Messages are bytes behind their length. The first one, JSON, says which LLM, database and
-directory are meant; then each one asks for a pass:
+The server starts it and sends jobs to its standard input. The process asks the server to read responses with the LLM,
+which the server has in memory already. Messages are bytes after their length. The first one, JSON, names LLM, database
+and directory; each later one asks for a pass:
 
-    server ► {"name": ..., "directory": ..., "sources": [...], "caller": ..., "live": ..., "decoding": {...}}
-    here   ► {"read": [{"prompt": [...], "response": [...]}, ...], "decoding": {...}}      any number of times
-    server ► one message for each: safetensors of `proxy.positions.Positions`, or nothing where it cannot be read
-    here   ► {"outcome": {...}}, or {"error": "..."}
+    server  ► {"name": ..., "directory": ..., "sources": [...], "caller": ..., "live": ..., "decoding": {...}}
+    process ► {"read": [{"prompt": [...], "response": [...]}, ...], "decoding": {...}}      any number of times
+    server  ► one message for each: safetensors of `proxy.positions.Positions`, empty if it cannot be read
+    process ► {"outcome": {...}}, or {"error": "..."}
 """
 
 import hashlib
@@ -45,23 +46,25 @@ from training.positions import Response
 from training.verdicts import Verdict, read_verdicts
 
 MOST_ROWS = 20_000
-"""Of the database, the newest."""
+"""Rows of the database that are read, the newest first."""
 MOST_BYTES = 2**30
-"""Of positions in a pass, and of those kept on the disk."""
+"""Bytes of positions in a pass, and of those kept on disk."""
 NICE = "ASSENT_LEARNER_NICE"
-"""Environment variable: its niceness, 1 to 19; 0: the engine's priority, and no rest while others are busy."""
-_MEMORY = 6 * 2**30  # bytes, all that is no file's
-_SLICE = 0.01  # seconds of processor time after which it looks whether the machine is busy
-_BUSY = 1.1  # seconds on the clock for each of processor time; more means that it had to wait
-_SHARE = 0.1  # of a core, at most, while the machine is busy
-_AT_ONCE = 16  # verdicts whose responses the server reads at once
+"""Environment variable: niceness, 1 to 19. 0: the engine's priority, and no pauses while other processes are busy."""
+_MEMORY = 6 * 2**30  # bytes of memory without file mappings
+_SLICE = 0.01  # seconds of processor time between two checks whether the machine is busy
+_BUSY = (
+    1.1  # wall seconds per second of processor time; above this the process had to wait for a core
+)
+_SHARE = 0.1  # of a core at most, while the machine is busy
+_AT_ONCE = 16  # verdicts whose responses the server reads in one message
 NUCLEUS = ("temperature", "top_k", "top_p", "max_candidates")
 ERRORS = (TrainingError, FeedbackError, ProxyError, OSError, sqlite3.Error)
 _LENGTH = struct.Struct(">Q")
 
 
 class Stream:
-    """Messages of bytes."""
+    """Length-prefixed messages."""
 
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source, self._sink = source, sink
@@ -72,7 +75,7 @@ class Stream:
         self._sink.flush()
 
     def receive(self) -> bytes | None:
-        """None = there is no more."""
+        """The next message; None at the end of the stream."""
         head = self._source.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
             return None
@@ -80,14 +83,14 @@ class Stream:
 
 
 class Learner:
-    """Learns what it is told to."""
+    """Runs the jobs that the server sends."""
 
     def __init__(self, stream: Stream, settings: dict[str, Any]) -> None:
         """
         Args:
             stream: to the server.
             settings: `model` and `root`, directories; `feedback`, the database's URL; `base`; `chat_template`, the
-                server's, or null; `longest`, tokens of prompt and response.
+                server's, or null; `longest`, the maximum number of tokens of prompt and response.
         """
         self.stream, self.base = stream, BaseModelId.model_validate(settings["base"])
         self.longest, self.root = settings["longest"], Path(settings["root"])
@@ -103,10 +106,10 @@ class Learner:
         self.accelerator = Accelerator(cpu=True)
 
     def run(self, job: dict[str, Any]) -> Outcome:
-        """A pass over the verdicts of one proxy.
+        """A pass over the verdicts for one proxy.
 
         Raises:
-            TrainingError, FeedbackError, ProxyError: as they say.
+            TrainingError, FeedbackError, ProxyError: the pass failed; the message says why.
         """
         config = default_config(self.model, max_candidates=16, max_rejections=16, **job["decoding"])
         left_out = Counter[str]()
@@ -140,7 +143,7 @@ class Learner:
     def _read(
         self, verdicts: Sequence[Verdict], config: ProxyConfig, left_out: Counter[str]
     ) -> tuple[list[Verdict], dict[str, Positions]]:
-        """The verdicts whose responses can be read, as many as memory allows, and their positions."""
+        """The verdicts whose responses can be read, as many as fit the memory, and the positions of these."""
         positions: dict[str, Positions] = {}
         kept: list[Verdict] = []
         total = 0
@@ -175,7 +178,7 @@ class Learner:
     def _ask(
         self, missing: dict[str, tuple[Response, str | None]], config: ProxyConfig
     ) -> Iterator[tuple[str, bytes]]:
-        """Have the server read responses, and keep what it sends."""
+        """Have the server read responses, and keep what it returns."""
         if not missing:
             return
         decoding = {name: getattr(config, name) for name in NUCLEUS}
@@ -183,7 +186,7 @@ class Learner:
         self.stream.send({"read": responses, "decoding": decoding})
         for key, (_, caller) in missing.items():
             if (content := self.stream.receive()) is None:
-                raise SystemExit  # the server has gone
+                raise SystemExit  # the server has ended
             if content:
                 self.store.put(key, caller, content)
                 yield key, content
@@ -199,7 +202,7 @@ def _parsed(content: bytes) -> Positions:
 
 
 def be_modest() -> None:
-    """Take little of the processor from the server, and bounded memory; end with the server alone."""
+    """Limit processor time and memory, and ignore Ctrl-C: this process ends with the server."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
@@ -210,9 +213,9 @@ def be_modest() -> None:
 
 
 class Rest:
-    """Called after each slice of processor time: sleeps, while there are others who want the core.
+    """Called after each slice of processor time: sleeps while other processes want the core.
 
-    A low priority alone does not keep their caches warm, nor the memory's bandwidth free.
+    Low priority alone does not keep their data in the caches, nor memory bandwidth free.
     """
 
     def __init__(self) -> None:
@@ -229,7 +232,7 @@ def main() -> None:
     end_with_server()
     be_modest()
     stream = Stream(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries print to stdout
     try:
         settings = json.loads(stream.receive() or b"null")
         learner = Learner(stream, settings)
@@ -243,7 +246,7 @@ def main() -> None:
             stream.send({"outcome": asdict(learner.run(job))})
         except ERRORS as error:
             stream.send({"error": str(error)})
-        except Exception as error:  # a fault of ours, or no memory: the next pass may do
+        except Exception as error:  # a bug, or out of memory: the next pass may succeed
             traceback.print_exc()
             stream.send({"error": f"{type(error).__name__}: {error}"})
 

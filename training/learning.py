@@ -1,15 +1,17 @@
-"""A proxy of a server's kept verdicts, and whether it is better than what serves now.
+"""Fits a proxy to a server's kept verdicts, and tests whether it is better than the version that serves now.
 
-The loss is that of `training.proxy_dpo`. Verdicts that a version has not seen decide whether it may serve:
+The loss is that of `training.proxy_dpo`. A version may serve if, on verdicts that it was not trained on,
 
-- Σ log π/p orders more than half of them rightly, by 1.64 standard errors of a coin's: of proxies that have learned
-  nothing one in twenty gets so far;
-- of those that the live version has not seen either, it orders at least as many rightly as that does;
+- Σ log π/p orders more than half of them correctly, by 1.64 standard errors of a fair coin: one in twenty proxies that
+  have learned nothing passes;
+- it orders at least as many correctly as the live version does, on those that the live version was not trained on
+  either;
 - its KL to the frozen LLM is at most half a nat a token: β is doubled until it is.
 
-The loss itself would be no such test: with few verdicts it says how sure a proxy is, more than whether it is right.
+The loss itself would be no such test: with few verdicts it measures how confident a proxy is more than whether it is
+right.
 
-Whatever the verdicts reward, the proxy chooses within the LLM's nucleus and stays this near to it.
+Whatever the verdicts reward, the proxy chooses within the LLM's nucleus and stays this close to it.
 """
 
 import math
@@ -33,48 +35,48 @@ from training.preferences import Collection, Preferences
 from training.verdicts import Verdict, folds
 
 MIN_PROMPTS = 5
-"""Verdicts on fewer teach nothing that could be tested."""
+"""Verdicts on fewer prompts are not enough to test anything."""
 MANY = 500
-"""So many are tested on a tenth that is set aside; fewer by cross-validation."""
+"""From this number on verdicts are tested on a tenth that is set aside; fewer by cross-validation."""
 SURE = 1.64
-"""Standard errors: one-sided, 5 %."""
+"""Standard errors: a one-sided test at 5 %."""
 MOST_KL = 0.5
-"""Nats a token."""
+"""Limit of KL(proxied ‖ frozen), nats a token."""
 BETA, HIGHEST_BETA = 0.3, 4.8
-_AT_ONCE = 512  # verdicts measured
+_AT_ONCE = 512  # verdicts scored at once
 
 
 Mean = tuple[float, float]
-"""A mean, and its standard error."""
+"""A mean and its standard error."""
 
 
 @dataclass
 class Outcome:
-    """What came of a pass over the verdicts. Means have their standard errors beside them."""
+    """The result of a pass over the verdicts. Means have their standard errors beside them."""
 
     rows: int = 0
-    """Of the database, that were read."""
+    """Rows of the database that were read."""
     verdicts: int = 0
-    """That count."""
+    """Verdicts that count."""
     prompts: int = 0
     callers: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-    """Verdicts, by reason."""
+    """Verdicts that were left out, by reason."""
     accuracy: Mean | None = None
-    """Share of unseen verdicts that Σ log π/p orders rightly."""
+    """Share of held-out verdicts that Σ log π/p orders correctly."""
     gain: Mean | None = None
-    """By how much that share is above the live version's, of verdicts that neither has seen."""
+    """Difference of that share to the live version's, on verdicts that neither was trained on."""
     kl: float | None = None
     """KL(proxied ‖ frozen) in nats a token."""
     beta: float | None = None
     version: str | None = None
-    """What is to serve from now on; None = what serves now."""
+    """The version to serve from now on; None = the present one stays."""
     reason: str = ""
-    """Why, in words."""
+    """The reason, in words."""
 
 
 class Trial:
-    """Fits to some of the verdicts, and what they make of others."""
+    """Fits proxies to some of the verdicts, and evaluates them on others."""
 
     def __init__(
         self,
@@ -87,9 +89,9 @@ class Trial:
         """
         Args:
             verdicts: all of them.
-            config: of the proxy, but for its width.
+            config: of the proxy, without its width.
             embeddings: the LLM's input embeddings, [V, H].
-            read: positions of responses.
+            read: reads positions of responses.
             accelerator: of this process.
         """
         collection = Collection()
@@ -102,7 +104,7 @@ class Trial:
         self.positions = read(self.preferences.responses)
 
     def fit(self, numbers: Sequence[int], beta: float = BETA) -> ProxyNetwork:
-        """A proxy of these verdicts."""
+        """A proxy fitted to these verdicts."""
         settings = Settings(
             loss="dpo",
             beta=beta,
@@ -121,7 +123,7 @@ class Trial:
         return fit.network
 
     def is_right(self, network: ProxyNetwork, numbers: Sequence[int]) -> Tensor:
-        """Whether Σ log π/p orders each of these verdicts rightly: [N], 1 or 0."""
+        """Whether Σ log π/p orders each of these verdicts correctly: [N], 1 or 0."""
         log_ratios = self._score(network, numbers).log_ratio
         return (log_ratios[0::2] > log_ratios[1::2]).double()
 
@@ -141,7 +143,7 @@ class Trial:
 
 
 def too_few(verdicts: Sequence[Verdict]) -> str:
-    """Why nothing can be learned of them; empty = it can."""
+    """Why these verdicts are too few; empty if they are enough."""
     prompts = len({verdict.prompt for verdict in verdicts})
     if len(verdicts) >= MIN_VERDICTS and prompts >= MIN_PROMPTS:
         return ""
@@ -158,14 +160,14 @@ def learn(
     target: Path,
     about: dict[str, Any],
 ) -> Outcome:
-    """Fit, test, and where it is better save: in a directory of the version's name below `target`.
+    """Fit, test and, if the proxy passes, save it in a directory with the version's name below `target`.
 
     Args:
         verdicts: that count, and are not `too_few`.
-        trial: of them.
+        trial: of these verdicts.
         live: the checkpoint that serves now; None = the frozen LLM.
         base: the LLM.
-        about: what the checkpoint is to say of where it comes from.
+        about: what the checkpoint records about its origin.
     """
     prompts = [verdict.prompt for verdict in verdicts]
     outcome = Outcome(

@@ -1,8 +1,9 @@
-"""Log-probabilities of single tokens without the logits of all: a vocabulary of 150,000 makes these the largest tensor.
+"""Log-probabilities of single tokens without all logits: with a vocabulary of 150,000 these would be the largest
+tensor.
 
-The head is applied to a slice of positions at a time, and again in the backward pass rather than kept. What a model
-does to its logits after the head (a cap, a scale) it does here too: its own forward is called, with the hidden states
-in the place of its body.
+The head is applied to a slice of positions at a time, and again in the backward pass instead of keeping its output.
+What a model does to its logits after the head (a cap, a scale) is done here too: its own forward is called with the
+hidden states in place of its body.
 """
 
 import functools
@@ -19,15 +20,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from training.adapters import CausalLM
 
 CHUNK = 2**25
-"""Logits at once; 128 MiB in float32."""
+"""Logits computed at once; 128 MiB in float32."""
 
 
 def add_logprobs(model: PreTrainedModel) -> None:
-    """Let `model(..., places=…, targets=…)` return log p of M tokens, natural log: [M] in float32.
+    """Make `model(..., places=…, targets=…)` return log p of M tokens, natural log: [M] in float32.
 
-    `places` [M] are indices into the N · T positions of the input, and `targets` [M] the tokens that follow them, of
-    which a position may have several. It is the model's forward that learns this, so that a model wrapped for several
-    devices or with a LoRA can be asked alike. Without the two the forward is what it was.
+    `places` [M] are indices into the N · T positions of the input. `targets` [M] are the tokens after them; a position
+    may have several. The model's forward itself is replaced, so that a model wrapped for several devices or with a LoRA
+    supports it too. Without the two arguments the forward is unchanged.
     """
     whole = model.forward
 
@@ -62,10 +63,11 @@ def _logprobs(model: PreTrainedModel, whole: Any, states: Tensor, targets: Tenso
 
 
 def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """log π of the responses' tokens, 0 elsewhere; without the logits of the others, nor those of all at once.
+    """log π of the responses' tokens, 0 elsewhere, without the logits of other tokens and never with all logits at
+    once.
 
     Args:
-        ids: [N, T + 1], padded on the right: under a causal mask that changes nothing before it
+        ids: [N, T + 1], padded on the right: under a causal mask padding changes nothing before it
         mask: [N, T] bool, True = the token after the position belongs to the response
 
     Returns:
@@ -78,17 +80,17 @@ def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities of the tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T], natural log."""
+    """Log-probabilities of all tokens but the first: [N, T + 1, V], [N, T + 1] -> [N, T], natural log."""
     return -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """What the model makes of its body's output: [M, H] -> [M, V]."""
+    """Logits from the output of the model's body: [M, H] -> [M, V]."""
     return _logits(model, model.forward, states)
 
 
 def _logits(model: PreTrainedModel, whole: Any, states: Tensor) -> Tensor:
-    """What the model makes of its body's output: [M, H] -> [M, V]."""
+    """As `logits_of`, with the forward to call."""
     name, body = model.base_model_prefix, model.base_model
     setattr(model, name, _Given(states.unsqueeze(0)))
     try:
@@ -99,7 +101,7 @@ def _logits(model: PreTrainedModel, whole: Any, states: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """A body that has its output already."""
+    """A body whose output is given."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The memory that a run may take: the GPU's, the machine's or the container's."""
+"""The memory that a run may use: the GPU's, the machine's or the container's."""
 
 import os
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ import psutil
 import torch
 
 USED = 0.9
-"""Share of what is free that a run plans with."""
-_V1_UNLIMITED = 2**60  # cgroup v1 has no word for it
+"""Share of the free memory that a run plans to use."""
+_V1_UNLIMITED = 2**60  # cgroup v1 has no value for "unlimited"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one of the run's processes may take."""
+    """The memory that one of the run's processes may use."""
 
     device: str  # "cpu" or "cuda"
     free: float  # bytes
-    what: str  # of what
+    what: str  # description, for messages
 
     @property
     def budget(self) -> float:
@@ -26,12 +26,12 @@ class Machine:
 
 
 def machine() -> Machine:
-    """The device's memory, or the machine's, or the container's; shared with the run's other processes there."""
+    """The memory of the device, the machine or the container, divided among the run's processes there."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         share = -(-local // torch.cuda.device_count())
         return Machine("cuda", torch.cuda.mem_get_info()[0] / share, "free on the GPU")
-    taken = psutil.Process().memory_info().rss  # which PROCESS counts
+    taken = psutil.Process().memory_info().rss  # `memory.PROCESS` counts it
     free, what = psutil.virtual_memory().available, "of memory free"
     limit = cgroup_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     if limit is not None and limit < free:
@@ -41,14 +41,14 @@ def machine() -> Machine:
     return Machine("cpu", free / local + taken, what)
 
 
-def say(text: str) -> None:
-    """Print, in the first of the run's processes on this machine."""
+def print_once(text: str) -> None:
+    """Print, in the first of the run's processes on this machine only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text)
 
 
 def cgroup_free(own: Path, root: Path) -> int | None:
-    """Bytes that the tightest limit above this process leaves; None = no limit. Files that are cached are no use."""
+    """Bytes left by the tightest cgroup limit above this process; None = no limit. Cached files count as free."""
     frees = []
     for line in own.read_text().splitlines() if own.is_file() else ():
         _, controllers, path = line.split(":", 2)

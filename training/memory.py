@@ -1,8 +1,8 @@
-"""How many tokens a gradient step may hold at once: what training takes by count, beside what the machine has.
+"""How many tokens a gradient step may hold at once: the computed need of a training and the memory of the machine.
 
-The count is of tensors: weights, gradients, Adam's moments, and what autograd keeps of a forward, which is run on
-tensors that have shapes and no memory. It needs the LLM's config and the data's lengths, no weights.
-`tests/training/test_memory.py` holds it against real steps.
+The need is counted in tensors: weights, gradients, Adam's moments, and what autograd keeps of a forward, which is run
+on tensors that have shapes and no memory. It needs the LLM's config and the lengths in the data, no weights.
+`tests/training/test_memory.py` compares it with real steps.
 """
 
 import inspect
@@ -21,18 +21,20 @@ from training.adapters import lora_config
 from training.checkpoints import PLAN_FILE
 from training.console import TrainingError
 from training.logprobs import CHUNK
-from training.machine import Machine, machine, say
+from training.machine import Machine, machine, print_once
 from training.models import attention_of, loading, read_config, register_attention
 from training.sizes import Sizes, activation_bytes, rollout_bytes
 
 SLACK = 1.25
-"""glibc's heap holds so much more than the tensors in it: measured in steps on a CPU. CUDA's allocator holds less."""
+"""Memory of glibc's heap divided by the size of the tensors in it: measured in steps on a CPU. CUDA's allocator needs
+less.
+"""
 PROCESS = 5e8
-"""Bytes of Python with its libraries."""
+"""Bytes of Python and its libraries."""
 MOST_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""More at once make nothing faster: matrix products of so many rows reach a device's full speed."""
+"""More tokens at once bring no speed-up: matrix products of this size reach a device's full speed."""
 MOST_BYTES = 1e9
-"""More of activations neither, where a model is so small that its tokens take few."""
+"""The same limit in bytes of activations, for models so small that their tokens take few."""
 GB = 1e9
 
 
@@ -40,30 +42,32 @@ GB = 1e9
 class Work:
     """What is trained, and how."""
 
-    model: str  # its directory
+    model: str  # directory or hub id
     longest: int  # tokens of the longest sequence
-    least: int = 0  # tokens that have to be at once, where a row of the data has several sequences
+    least: int = (
+        0  # tokens that must be computed together, if a row of the data has several sequences
+    )
     lora_rank: int = 0  # 0 = all weights
     bf16: bool = True  # compute in bfloat16
     checkpointing: bool = False
-    beside: float = 0  # bytes of other models
+    other_bytes: float = 0  # bytes of other models
     graphs: int = 1  # models of this size that are differentiated at once
 
 
 class Need(NamedTuple):
-    """Bytes of training."""
+    """Bytes that training needs."""
 
     staying: float  # weights, gradients, moments
-    fixed: float  # of a step, however long
-    per_token: float  # of a sequence of the longest's length
+    fixed: float  # of a step, for any number of tokens
+    per_token: float  # of a token, in sequences of the longest length
 
     def of(self, tokens: int) -> float:
-        """With so many tokens at once."""
+        """The total with this many tokens at once."""
         return PROCESS + self.staying + SLACK * (self.fixed + self.per_token * tokens)
 
 
 def need(work: Work) -> Need:
-    """What a gradient step takes.
+    """The memory of a gradient step.
 
     Raises:
         TrainingError: there is no such model.
@@ -77,18 +81,18 @@ def need(work: Work) -> Need:
     one, two = (_kept(model, rows, work) for rows in (1, 2))
     fixed, per_token = 2 * one - two, (two - one) / work.longest
     layers = config.num_hidden_layers
-    passing = per_token / layers / 2  # gradients that come and go: about half of what a layer keeps
-    if work.checkpointing:  # the input of every layer, and all that one layer keeps
+    passing = per_token / layers / 2  # temporary gradients: about half of what a layer keeps
+    if work.checkpointing:  # the inputs of all layers, and all activations of one layer
         size = 2 if work.lora_rank else 4
         per_token = layers * config.hidden_size * size + per_token / layers
     per_token += passing
     head = 12 * min(CHUNK, config.vocab_size * work.longest)  # logits in three dtypes
-    staying = frozen + work.graphs * (2 * weights + moments) + work.beside
+    staying = frozen + work.graphs * (2 * weights + moments) + work.other_bytes
     return Need(staying, work.graphs * fixed + head, work.graphs * per_token)
 
 
 def _shapes(work: Work) -> Any:
-    """The model with tensors that take no memory, on a CPU."""
+    """The model with tensors that use no memory, on a CPU."""
     register_attention()
     with loading(f"the model {work.model!r}"):
         config = read_config(work.model)
@@ -100,7 +104,7 @@ def _shapes(work: Work) -> Any:
             if work.lora_rank:
                 model = get_peft_model(model, lora_config(work.lora_rank))
     mode = FakeTensorMode()
-    made: dict[int, nn.Parameter] = {}  # tied ones are made once
+    made: dict[int, nn.Parameter] = {}  # tied parameters are made once
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         with mode:
@@ -117,7 +121,7 @@ def _shapes(work: Work) -> Any:
 
 
 def _kept(model: Any, rows: int, work: Work) -> int:
-    """Bytes that autograd keeps of a forward of the body, beside the weights."""
+    """Bytes that autograd keeps of a forward of the body, without the weights."""
     weights = {id(p.untyped_storage()) for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -133,7 +137,7 @@ def _kept(model: Any, rows: int, work: Work) -> int:
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=work.bf16),
     ):
-        # With a mask attention keeps more, and none of the commands keeps more than with one.
+        # Attention with a mask keeps more than without one; no command keeps more than this.
         inputs = {"input_ids": torch.zeros(rows, work.longest, dtype=torch.long)}
         if "position_ids" in inspect.signature(body.forward).parameters:
             shape = (rows, 1, work.longest, work.longest)
@@ -143,13 +147,13 @@ def _kept(model: Any, rows: int, work: Work) -> int:
 
 
 class Plan(NamedTuple):
-    """How a batch is taken."""
+    """How a batch is split."""
 
-    tokens: int  # at once, padding included
+    tokens: int  # at once, including padding
     checkpointing: bool
 
     def record(self, output: Path) -> TrainerCallback:
-        """Keeps the plan beside the run's checkpoints: going on with another would round differently."""
+        """Writes the plan beside the run's checkpoints: a resumed run with another plan would round differently."""
         return _Recording(self, output)
 
 
@@ -164,7 +168,7 @@ class _Recording(TrainerCallback):
 
 
 def fit(work: Work, has: Machine) -> tuple[Plan | None, Need]:
-    """How many tokens are taken at once, and what that takes; None = the longest row of the data alone does not fit."""
+    """How many tokens fit at once, and the memory that they need; None = not even the longest row of the data fits."""
     least = max(work.least, work.longest)
     for checkpointing in sorted({work.checkpointing, True}):
         takes = need(replace(work, checkpointing=checkpointing))
@@ -178,15 +182,15 @@ def fit(work: Work, has: Machine) -> tuple[Plan | None, Need]:
 
 
 def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
-    """How many tokens are taken at once, on this machine; says so.
+    """How many tokens fit at once on this machine. Prints it.
 
     Args:
-        work: with `checkpointing` where the user wants it; else it is done where nothing would fit without.
-        options: what may be lowered, for the user who has too little memory.
-        resumed: the output of the run that goes on, if one does, whose plan is kept.
+        work: with `checkpointing` if the user wants it; else it is used only if nothing fits without.
+        options: what the user may lower, for the message.
+        resumed: the output of the run that is resumed, whose plan is kept.
 
     Raises:
-        TrainingError: not even the longest row of the data alone fits.
+        TrainingError: not even the longest row of the data fits.
     """
     has, least = machine(), max(work.least, work.longest)
     planned, takes = fit(work, has)
@@ -199,7 +203,7 @@ def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
         planned = Plan(*json.loads((resumed / PLAN_FILE).read_text()))
         takes = need(replace(work, checkpointing=planned.checkpointing))
     again = ", activations computed again" * planned.checkpointing
-    say(
+    print_once(
         f"memory: {takes.of(planned.tokens) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; "
         f"{planned.tokens} tokens at once{again}"
     )
@@ -207,16 +211,16 @@ def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
 
 
 def responses_at_once(
-    sizes: Sizes, wanted: int, prompt: int, response: int, size: int, beside: float
+    sizes: Sizes, wanted: int, prompt: int, response: int, size: int, other_bytes: float
 ) -> int:
-    """How many responses are sampled and scored at once on this machine; says so.
+    """How many responses are sampled and scored at once on this machine. Prints it.
 
     Args:
-        wanted: the most; it is halved until they fit.
-        prompt: tokens of the longest.
-        response: the same.
+        wanted: the maximum; it is halved until they fit.
+        prompt: tokens of the longest prompt.
+        response: tokens of the longest response.
         size: bytes of a number of the frozen LLM.
-        beside: bytes of what is in memory beside it.
+        other_bytes: bytes of other data in memory.
 
     Raises:
         TrainingError: not even one fits.
@@ -227,7 +231,7 @@ def responses_at_once(
         logits = min(CHUNK, rows * response * sizes.vocab)
         scoring = activation_bytes(sizes, rows * (prompt + response), size) + 12 * logits
         phase = max(rollout_bytes(sizes, rows, prompt, response, size), scoring)
-        return PROCESS + sizes.parameters * size + beside + SLACK * phase
+        return PROCESS + sizes.parameters * size + other_bytes + SLACK * phase
 
     while rows > 1 and bytes_of(rows) > has.budget:
         rows //= 2
@@ -237,7 +241,7 @@ def responses_at_once(
             f"{has.free / GB:.1f} GB {has.what} a tenth is left alone: lower --max-prompt-tokens or "
             "--decoding.max-new-tokens, or take a smaller model"
         )
-    say(
+    print_once(
         f"memory: {bytes_of(rows) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; {rows} responses at once"
     )
     return rows

@@ -1,6 +1,6 @@
-"""A run's figures: `metrics.jsonl`, TensorBoard's event files beside it, and the curves as a picture at the end.
+"""A run's metrics: `metrics.jsonl`, TensorBoard's event files beside it, and a picture of the curves at the end.
 
-`docs/metrics.md` says what each figure means.
+`docs/metrics.md` defines each metric.
 """
 
 import json
@@ -18,17 +18,17 @@ from training.run_marker import write_whole
 METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
 _EVENTS = f"{EVENTS_DIRECTORY}/events.out.tfevents.*"
 METRICS_FILES = (METRICS_FILE, CURVES_FILE, _EVENTS)
-"""Files of a run's figures, as `training.output` wants to know them."""
+"""Files of a run's metrics, as `training.output` expects them."""
 
 
 class Metrics:
-    """Rows of figures, each with its `step`; a context manager that draws the curves at the end."""
+    """Rows of metrics, each with its `step`; a context manager that draws the curves at the end."""
 
     def __init__(self, directory: Path, *, after: int | None = None) -> None:
         """
         Args:
             directory: where the files are written.
-            after: keep an earlier run's rows up to this step; None = begin anew.
+            after: keep an earlier run's rows up to this step; None = start anew.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
@@ -49,14 +49,14 @@ class Metrics:
         self.close()
 
     def close(self) -> None:
-        """Draw the curves; nothing can be added after this."""
+        """Draw the curves; no row can be added after this."""
         self._file.close()
         self._events.close()
         if self.rows:
             draw_curves(self.rows, self._directory / CURVES_FILE)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write one row, at once."""
+        """Write one row immediately."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -66,7 +66,7 @@ class Metrics:
 
 
 class TrainerMetrics(TrainerCallback):
-    """Hands what transformers' trainer logs to `Metrics`, in the main process."""
+    """Passes the logs of transformers' trainer to `Metrics`, in the main process."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -81,13 +81,13 @@ class TrainerMetrics(TrainerCallback):
             self._metrics.add({"step": state.global_step, **logs})
 
     def close(self) -> None:
-        """Draw the curves; the trainer does not do it where a run ends too early."""
+        """Draw the curves; the trainer does not do it if a run is interrupted."""
         if self._metrics:
             self._metrics.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a crash cut short is left out."""
+    """The rows of a run, without a last line that a crash cut short."""
     path = directory / METRICS_FILE
     rows = []
     if path.is_file():
@@ -100,7 +100,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Every figure over the steps, each in a field of its own; not what the last row alone has, the run's summary."""
+    """Draw every metric over the steps, each in a field of its own. Metrics of the last row only, the run's summary,
+    are left out.
+    """
     named = rows[:-1] or rows
     names = sorted({name for row in named for name, value in row.items() if _is_number(value)})
     names.remove("step")

@@ -1,6 +1,7 @@
-"""Gradient steps on batches that do not fit the memory at once: a part at a time, gradients added up.
+"""Gradient steps on batches that do not fit the memory at once: parts of a batch are computed one by one, and their
+gradients are added.
 
-The loss of a batch is a sum over its rows, so that the parts change it by rounding alone.
+The loss of a batch is a sum over its rows, so splitting it changes only rounding.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from training.console import TrainingError
 
 
 def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of sequences, in parts of at most so many tokens with padding, or of one sequence: the longest first."""
+    """Indices of sequences, in parts of at most `max_tokens` with padding, or of one sequence; the longest first."""
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= most:
@@ -28,17 +29,17 @@ def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def _give_back() -> None:
-    """Have glibc return what is free in its heap: parts of different lengths leave more holes each time."""
+    """Have glibc return the free memory of its heap: parts of different lengths fragment it more and more."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
 
 
 class MicroBatchTrainer(Trainer):
-    """transformers' trainer, of batches in parts."""
+    """transformers' trainer, for batches in parts."""
 
     max_tokens: int
-    """Tokens at once, padding included."""
+    """Tokens at once, including padding."""
 
     def __init__(self, *args: Any, max_tokens: int, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -51,14 +52,14 @@ class MicroBatchTrainer(Trainer):
 
     @abstractmethod
     def parts(self, inputs: Any) -> list[Any]:
-        """A batch in parts that each fit the memory."""
+        """Split a batch into parts that each fit the memory."""
 
     @abstractmethod
     def part_loss(self, model: Any, part: Any) -> Tensor:
-        """What a part adds to the loss of its batch."""
+        """A part's contribution to the loss of its batch."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The batch's loss; gradients of all devices are joined once, after the last part."""
+        """The batch's loss; gradients of all devices are reduced once, after the last part."""
         model.train()
         parts, total = self.parts(inputs), torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, 1):
@@ -74,7 +75,7 @@ class MicroBatchTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The batch's loss alone."""
+        """The batch's loss only."""
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [self.part_loss(model, part) for part in self.parts(inputs)]
         return torch.stack(losses).sum(), None, None

@@ -12,7 +12,7 @@ from training.console import TrainingError
 
 
 def pad_left(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Token ids as a model's inputs: `input_ids`, `attention_mask`, `position_ids`, each [N, T]."""
+    """Token ids as a model's inputs, padded on the left: `input_ids`, `attention_mask`, `position_ids`, each [N, T]."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
@@ -28,9 +28,10 @@ def pad_responses(
     responses: Sequence[list[int]],
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prompt and response of each, padded on the right: ids [N, T], and which are the response's: [N, T] bool.
+    """Prompt and response of each sequence, padded on the right: ids [N, T], and a mask of the response's tokens, [N,
+    T] bool.
 
-    Under a causal mask the padding changes nothing before it: these are all that a model need be given.
+    Under a causal mask padding changes nothing before it: a model needs no other inputs.
     """
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
@@ -42,14 +43,14 @@ def pad_responses(
 
 
 class HeadInput:
-    """Taps what goes into the lm_head, whatever the architecture does to the logits afterwards."""
+    """Records the input of the lm_head, independent of what the architecture does to the logits afterwards."""
 
     def __init__(self, model: PreTrainedModel, *, logits_of_last: bool = False) -> None:
         """
         Args:
-            model: any with a head and a key-value cache.
-            logits_of_last: have the head compute the last position's logits alone, whatever goes into it; those of all
-                positions would be the largest thing in memory by far.
+            model: with a head and a key-value cache.
+            logits_of_last: compute the last position's logits only, while the input is recorded for all positions; the
+                logits of all positions would be by far the largest tensor.
 
         Raises:
             TrainingError: it lacks one of the two.
@@ -69,11 +70,11 @@ class HeadInput:
         self._handle.remove()
 
     def _tap(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Of rows that lie apart torch would make a batch, with a copy of the head's weights for each.
+        # With strided rows torch would compute a batched product, with a copy of the head's weights for each row.
         self.states = inputs[0].contiguous()  # [N, T, H]
         return (self.states[:, -1:].contiguous() if self._logits_of_last else self.states,)
 
     @property
     def rows(self) -> Tensor:
-        """Of the last position: [N, H]."""
+        """The input at the last position: [N, H]."""
         return self.states[:, -1]

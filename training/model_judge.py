@@ -1,4 +1,4 @@
-"""The judge on a model in this process: what rewards and self-training ask."""
+"""The pairwise judge on a model in this process, for rewards and self-training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +14,17 @@ from training.model_inputs import pad_left
 
 
 class ModelJudge:
-    """Asks a model by one principle, in both orders.
+    """Judges pairs by one principle, in both orders.
 
     Args:
-        model: who judges
+        model: the model that judges
         tokenizer: its own
         principle: what it judges by
-        context: the most tokens that it reads; longer questions are shortened as `judge.prompts.shorten` says
+        context: the most tokens that it reads; longer questions are shortened by `judge.prompts.shorten`
         batch_size: judge prompts at once in the device's memory
 
     Raises:
-        JudgePromptError: the tokenizer cannot carry a judgment.
+        JudgePromptError: the tokenizer cannot encode a judgment.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ModelJudge:
 
     @torch.inference_mode()
     def log_odds(self, questions: Sequence[Question]) -> Tensor:
-        """log p(first wins) / p(second wins), natural, as shown in either order: [N, 2]."""
+        """log p(first wins) / p(second wins), natural log, as shown in each of the two orders: [N, 2]."""
         rows = [
             ids
             for question in questions
@@ -49,5 +49,5 @@ class ModelJudge:
             last.append(logits[:, -1, self.labels].float())
         of_a = (
             torch.cat(last).diff(dim=-1).neg().view(-1, 2)
-        )  # shown first, the first response is A
+        )  # in the first order, the first response is A
         return torch.stack([of_a[:, 0], -of_a[:, 1]], dim=-1)

@@ -1,4 +1,4 @@
-"""Models, their tokenizers, and chats as they read them."""
+"""Models and tokenizers from directories or the hub."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,9 +43,9 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=implementation, output_loading_info=True
         )
-        if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # a damaged one is passed over
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # transformers ignores a damaged one
             GenerationConfig.from_pretrained(name)
-    if found["missing_keys"]:  # which would be drawn at random
+    if found["missing_keys"]:  # transformers would initialise them randomly
         raise TrainingError(
             f"cannot load the model {name!r}: its weights lack {sorted(found['missing_keys'])[0]}; is it a causal LM?"
         )
@@ -59,12 +59,12 @@ def load_model(
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while files are read that somebody gave us into a TrainingError."""
+    """Turn any error while a user's files are loaded into a TrainingError."""
     try:
         yield
     except TrainingError:
         raise
-    except Exception as error:  # of safetensors, tokenizers, json, of a config without a key...
+    except Exception as error:  # from safetensors, tokenizers, json, a config with a missing key...
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise TrainingError(f"cannot load {what}: {kind}{error}") from error
 
@@ -87,23 +87,24 @@ def load_tokenizer(name: str) -> Any:
     """A model's tokenizer.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: it cannot be loaded.
     """
     with loading(f"the tokenizer of {name!r}"):
         return AutoTokenizer.from_pretrained(name)
 
 
 def attention_of(name: str) -> str | None:
-    """The attention code that computes what the model was trained with; None = transformers' choice.
+    """The attention implementation that computes what the model was trained with; None = transformers' choice.
 
-    PyTorch's fused attention cannot cap its scores. Gemma 2 needs that, and would silently do without.
+    PyTorch's fused attention cannot cap its scores. Gemma 2 needs the cap, and transformers would silently leave it
+    out.
     """
     config = AutoConfig.from_pretrained(name).get_text_config()
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def register_attention() -> None:
-    """Have models made from now on attend as here."""
+    """Register this module's attention for models that are loaded from now on."""
     AttentionInterface.register("sdpa", _attend)
 
 
@@ -115,9 +116,9 @@ def _attend(
     mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA; in float32 where a CPU trains.
+    """transformers' SDPA, in float32 where a CPU trains.
 
-    PyTorch's kernel takes five times as long there, backwards in bfloat16.
+    PyTorch's kernel takes five times as long there in a bfloat16 backward.
     """
     if query.device.type != "cpu" or not (torch.is_grad_enabled() or module.training):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -143,10 +144,10 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def model_without_weights(name: str) -> PreTrainedModel:
-    """A model of the config and the generation config in a directory, whose tensors have shapes and no values.
+    """A model from the config and the generation config in a directory, whose tensors have shapes and no values.
 
     Raises:
-        TrainingError: there is no such config, or none of a causal LM.
+        TrainingError: there is no such config, or it is not of a causal LM.
     """
     config = read_config(name)
     try:
@@ -160,7 +161,8 @@ def model_without_weights(name: str) -> PreTrainedModel:
 
 
 def read_embeddings(directory: Path, model: PreTrainedModel) -> Tensor:
-    """The input embeddings of a model in a directory, [V, H], mapped from its file: what is not looked at is not read.
+    """The input embeddings of a model in a directory, [V, H], mapped from its file: rows are read from disk when they
+    are used.
 
     Args:
         model: of this directory, perhaps without weights.
@@ -173,7 +175,7 @@ def read_embeddings(directory: Path, model: PreTrainedModel) -> Tensor:
     suffix = ".".join(names[0].split(".")[-2:])
     for path in sorted(directory.glob("*.safetensors")):
         with loading(f"the embeddings in {str(path)!r}"), safe_open(path, "pt") as file:
-            # A checkpoint may name it without the parts in front.
+            # A checkpoint may omit the leading parts of the name.
             for key in sorted(file.keys(), key=lambda key: key not in names):
                 if key.endswith(suffix) and file.get_slice(key).get_shape() == [*weight.shape]:
                     return file.get_tensor(key)
@@ -181,13 +183,13 @@ def read_embeddings(directory: Path, model: PreTrainedModel) -> Tensor:
 
 
 def context_of(model: PreTrainedModel | PretrainedConfig) -> int:
-    """The longest sequence that the model reads, in tokens, as its config has it."""
+    """The longest sequence that the model reads, in tokens, from its config."""
     config = getattr(model, "config", model).get_text_config()
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokens that end a response, as the server takes them: the generation config's and the tokenizer's.
+    """The tokens that end a response, as on the server: the generation config's and the tokenizer's.
 
     Raises:
         TrainingError: there is none.

@@ -1,7 +1,7 @@
-"""What commands that learn from their own samples share: prompts, gradient steps, and the loop around the updates.
+"""Base class and loop of trainers that learn from their own samples.
 
-All randomness is a function of the seed and the update's number: a run that goes on has nothing else to remember, and
-every process of several draws its own part of the same.
+All randomness is a function of the seed and the number of the update. So a resumed run needs no random state, and each
+of several processes draws its own part of the same samples.
 """
 
 import math
@@ -38,7 +38,7 @@ from training.state import STATE_FILES, load_state, save_state
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RowOptions):
-    """Options that these commands have in common."""
+    """Options of all trainers that learn from their own samples."""
 
     model: str
     """The LLM: a directory or a hub id."""
@@ -47,45 +47,46 @@ class Options(RowOptions):
     output: Path
     """Directory for the checkpoint and `metrics.jsonl`."""
     steps: PositiveInt = 60
-    """Updates: rollouts."""
+    """Updates, each with a rollout."""
     epochs: PositiveInt
     """Passes over a rollout."""
     minibatches: PositiveInt = 4
-    """Gradient steps in a pass."""
+    """Gradient steps in a pass over a rollout."""
     learning_rate: Positive
-    """Adam's, falling linearly to 0."""
+    """Adam's learning rate, decreasing linearly to 0."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are clipped to this norm."""
     max_prompt_tokens: PositiveInt = 1024
-    """Longer prompts, and those that leave no room for a response in the LLM's context, are left out, and counted."""
+    """Longer prompts, and those that leave no room for a response in the LLM's context, are left out and counted."""
     batch_size: PositiveInt = 64
-    """Responses at once in the device's memory, in the rollout and in the reward; fewer where it has no room for so
-    many. Up to rounding it changes nothing."""
+    """Responses at once in the device's memory, for rollout and reward. Halved until they fit. It changes only
+    rounding.
+    """
     decoding: Decoding = field(default_factory=Decoding)
-    """How tokens are drawn."""
+    """How responses are sampled."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the frozen models compute in."""
+    """Data type of the frozen models."""
     save_every: PositiveInt = 5
-    """Updates between two states that `--resume` can go on from."""
+    """Updates between two states that `--resume` can continue from."""
     resume: bool = False
-    """Go on from the last state in the output directory, if there is one."""
+    """Continue from the last state in the output directory, if there is one."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of weights, prompts and noise."""
+    """Seed of weights, prompts and noise."""
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 class OnPolicyTrainer(ABC, Generic[OptionsT]):
-    """What learns, its optimiser and what surrounds them, in one of the run's processes.
+    """A trained module, its optimiser, the frozen LLM and the prompts, in one of the run's processes.
 
-    `optimiser` is set by whoever derives from it, and has all that `learner` trains.
+    Subclasses set `learner`, the trained module, and `optimiser`, which has all of its parameters.
     """
 
-    shown: str
-    """The figure beside the progress bar."""
+    progress_metric: str
+    """The metric beside the progress bar."""
     learner: nn.Module
     optimiser: torch.optim.Optimizer
 
@@ -107,18 +108,22 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def step(self, index: int) -> dict[str, float]:
-        """One update, and its figures."""
+        """One update; returns its metrics."""
 
     @abstractmethod
     def save(self, training: dict[str, Any]) -> str:
-        """Write what was learned to the output directory; say what it is."""
+        """Save the trained weights to the output directory; returns a description for the user."""
 
     @abstractmethod
     def check(self, rows: list[dict[str, Any]]) -> None:
-        """Look at the figures of all updates so far. Raises TrainingError to stop the run."""
+        """Check the metrics of all updates so far.
+
+        Raises:
+            TrainingError: stops the run.
+        """
 
     def plan_memory(self) -> int:
-        """How many responses are sampled and scored at once, said before anything is loaded."""
+        """How many responses are sampled and scored at once; printed before anything is loaded."""
         options = self.options
         return responses_at_once(
             self.sizes,
@@ -126,15 +131,15 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
             self.longest,
             options.decoding.max_new_tokens,
             getattr(torch, options.dtype).itemsize,
-            self.beside(),
+            self.other_bytes(),
         )
 
     @abstractmethod
-    def beside(self) -> float:
-        """Bytes of what is in memory beside the frozen LLM, which takes `self.weights`."""
+    def other_bytes(self) -> float:
+        """Bytes in memory in addition to the frozen LLM, which takes `self.weights`."""
 
     def frozen(self) -> Frozen:
-        """The frozen LLM, as rewards want it."""
+        """The frozen LLM in the form that rewards take."""
         options = self.options
         return Frozen(
             self.model,
@@ -146,7 +151,7 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
         )
 
     def draw_prompts(self, index: int, num: int) -> tuple[list[Prompt], Iterator[int], int]:
-        """This process's prompts of an update's `num`, a seed for each, and the place of the first among all."""
+        """This process's share of an update's `num` prompts, a seed for each, and the index of the first one among all."""
         options = self.options
         prompts = random.Random(f"{options.seed} {index}").choices(self.prompts, k=num)
         with self.accelerator.split_between_processes(list(enumerate(prompts))) as mine:
@@ -155,50 +160,50 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
             return [prompt for _, prompt in mine], seeds, first
 
     def minibatches(self, size: int, index: int) -> Iterator[Tensor]:
-        """Index tensors into `size` things of all processes, alike in all of them."""
+        """Index tensors into `size` items of all processes; the same in each process."""
         generator = torch.Generator().manual_seed((self.options.seed << 32) + index)
         for _ in range(self.options.epochs):
             yield from torch.randperm(size, generator=generator).chunk(self.options.minibatches)
 
     def anneal(self, index: int) -> float:
-        """Set the update's learning rates, falling linearly to 0; returns what is left of them."""
+        """Set the update's learning rates, decreasing linearly to 0; returns the remaining share."""
         left = 1 - index / self.options.steps
         for group in self.optimiser.param_groups:
             group["lr"] = left * group.setdefault("initial_lr", group["lr"])
         return left
 
-    def descend(self) -> float:
-        """`descend`, of what learns."""
-        return descend(self.accelerator, self.optimiser, self.options.max_grad_norm)
+    def gradient_step(self) -> float:
+        """A gradient step of the trained module; returns the gradient's norm."""
+        return gradient_step(self.accelerator, self.optimiser, self.options.max_grad_norm)
 
-    def of_all(self, values: Tensor) -> Tensor:
-        """[N] of every process, one after the other, on the CPU."""
+    def gather(self, values: Tensor) -> Tensor:
+        """The values [N] of all processes, concatenated on the CPU."""
         return torch.tensor(gather_object(values.tolist()))
 
     def samples(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[Sample]:
-        """The responses as rewards want them, each to the prompt of its place."""
+        """The responses in the form that rewards take, each to the prompt at its index."""
         return samples_of(self.tokenizer, prompts, responses)
 
 
-def descend(
+def gradient_step(
     accelerator: Accelerator, optimiser: torch.optim.Optimizer, max_grad_norm: float
 ) -> float:
     """A gradient step on the sum of all processes' gradients, if it is finite; returns its norm."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     for p in parameters:
-        # A process without a share in the minibatch has none.
+        # A process without rows of the minibatch has no gradient.
         p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if norm.isfinite():  # alike in all processes
+    if norm.isfinite():  # the same in all processes
         optimiser.step()
     optimiser.zero_grad()
     return norm.item()
 
 
-def averaged(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Means over an update's gradient steps, each a list of figures with the gradient's norm at the end.
+def average_steps(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over an update's gradient steps. Each step is a list of metrics that ends with the gradient's norm.
 
-    Steps whose gradient was not finite were not taken: they are counted as `skipped`, and are not in the means.
+    Steps with a non-finite gradient were not taken: they are counted as `skipped` and excluded from the means.
 
     Raises:
         TrainingError: no gradient was finite.
@@ -215,16 +220,16 @@ def averaged(names: Sequence[str], steps: Sequence[Sequence[float]]) -> dict[str
 
 
 def start() -> Accelerator:
-    """The processes of this run; one, unless `accelerate launch` started it."""
+    """The processes of this run: one, unless `accelerate launch` started it."""
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
 WRITES = (*METRICS_FILES, *STATE_FILES)
-"""What `train` writes, as `training.output` wants to know it."""
+"""The files that `train` writes, as `training.output` expects them."""
 
 
 def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
-    """All updates, with a progress bar, metrics and states to resume from; then what was learned is saved."""
+    """Run all updates, with progress bar, metrics and states to resume from; then save the result."""
     options, accelerator = trainer.options, trainer.accelerator
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     run.start()
@@ -245,7 +250,9 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
         for index in bar:
             metrics.add(trainer.step(index))
             trainer.check(metrics.rows)
-            bar.set_postfix({trainer.shown: f"{metrics.rows[-1][trainer.shown]:.3f}"})
+            bar.set_postfix(
+                {trainer.progress_metric: f"{metrics.rows[-1][trainer.progress_metric]:.3f}"}
+            )
             if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
                 save_state(options.output, trainer.learner, trainer.optimiser, updates=index + 1)
                 run.saved = f"update {index + 1} of {options.steps}"

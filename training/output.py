@@ -1,15 +1,14 @@
-"""What a command writes: nothing that was there before is destroyed, and an unfinished run is known again.
+"""The output directory of a run: existing files are not destroyed, and an unfinished run is recognised.
 
 A run's directory holds `assent_run.json`: the command, its options, a digest of each input, the files that the run
-writes, and whether it is finished. `run` lets a command into
+writes, and whether it is finished. `run` allows a command to write into
 
-- a directory that is empty, or not there yet;
-- with `--resume`, one that holds a run of the same command with the same options and the same inputs;
-- with `--overwrite`, one that holds an earlier run of the same command, whose files go when the new run begins to
-  write, and one that holds other files, which stay, as long as none has the name of a file that the run writes.
+- a directory that is empty or does not exist;
+- with `--resume`, a directory with a run of the same command with the same options and the same inputs;
+- with `--overwrite`, a directory with an earlier run of the same command, whose files are removed when the new run
+  begins to write, or with other files, which stay, as long as none has the name of a file that the run writes.
 
-A path that is an input, is in one or holds one is refused always. Inputs are compared byte by byte, but for weights,
-which have a fingerprint, and for what is not in a path (a data set or a model on the hub), which has a name.
+A path that is an input, is inside one or contains one is always refused.
 """
 
 import errno
@@ -56,14 +55,14 @@ class Run:
         self._can_resume, self._resumes = can_resume, resumes
         self._has_started = False
         self.is_finished = resumes and before is not None and before.finished
-        """Whether there is nothing to do: the run that was to go on has reached its end."""
+        """Whether there is nothing to do: the run to be resumed is finished."""
         self.saved: str | None = None
-        """What `--resume` would go on from; None = nothing."""
+        """The state that `--resume` would continue from; None = there is none."""
 
     def check(self, *, overwrite: bool) -> None:
         """
         Raises:
-            TrainingError: the directory holds what the run is not to touch.
+            TrainingError: the directory holds files that the run must not touch.
         """
         target, before, command = self.directory, self._before, self._marker.command
         if before is None:
@@ -91,9 +90,9 @@ class Run:
         refuse_foreign(target, self._marker.files, before.files if before else [])
 
     def start(self) -> None:
-        """Begin to write: make the directory and its marker, and remove what is replaced.
+        """Begin to write: create the directory and its marker, and remove the files that are replaced.
 
-        All inputs should have been read by now, so that a mistake in them destroys no earlier run.
+        All inputs should have been read before, so that an error in them destroys no earlier run.
         """
         self._has_started = True
         if not _is_main_process():
@@ -105,7 +104,7 @@ class Run:
         write_marker(self.directory, marker.model_copy(update={"finished": False}))
 
     def finish(self) -> None:
-        """Say in the marker that the run has reached its end, and what it wrote: what comes later is not the run's."""
+        """Mark the run as finished, with the files that it wrote: files added later are not the run's."""
         if self._has_started and _is_main_process():
             marker = read_marker(self.directory)
             assert marker is not None, "written at the start"
@@ -116,7 +115,7 @@ class Run:
             )
 
     def left(self) -> str:
-        """What a run that ends too early leaves, and how to go on."""
+        """What an interrupted run leaves, and how to continue."""
         if not self._has_started:
             return "nothing was written"
         if not self._can_resume:
@@ -135,19 +134,19 @@ def run(
     directory: Path | None = None,
     resume: bool | None = None,
 ) -> Iterator[Run]:
-    """The door of a command that writes a directory; the run is finished when the block ends without an error.
+    """Enter the output directory of a command; the run is finished when the block ends without an error.
 
     Args:
-        options: a dataclass; its `output`, `overwrite` and, where it has one, `resume` are those of the command line
+        options: a dataclass; its `output`, `overwrite` and, if it has one, `resume` are those of the command line
         command: the module's name
         reads: names of the options that are inputs
-        writes: names and patterns of files that the run writes below its directory, whatever else it may write
-        directory: in the place of `output`
-        resume: in the place of the option
+        writes: names and patterns of files that the run writes below its directory
+        directory: instead of `output`
+        resume: instead of the option
 
     Raises:
-        TrainingError: the directory may not be written, or holds what is not to be touched.
-        Interrupted: the user pressed Ctrl-C; this message, and that of a full disk, say what was saved.
+        TrainingError: the directory cannot be written, or holds files that must not be touched.
+        Interrupted: the user pressed Ctrl-C; its message, and that of a full disk, say what was saved.
     """
     target = options.output if directory is None else directory
     resumes = getattr(options, "resume", False) if resume is None else resume
@@ -164,11 +163,11 @@ def run(
     if getattr(options, "resume", False) and options.overwrite:
         raise TrainingError("--resume goes on with a run and --overwrite begins anew: give one")
     this = Run(target, marker, before, can_resume=hasattr(options, "resume"), resumes=resumes)
-    if _is_main_process():  # of several the others may come when it has begun
+    if _is_main_process():  # other processes may arrive after it has begun
         this.check(overwrite=options.overwrite)
     try:
         yield this
-    except Interrupted:  # of a run within this one
+    except Interrupted:  # from a run nested in this one
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted: {this.left()}" if _is_main_process() else "") from None
@@ -182,17 +181,17 @@ def run(
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Whether a disk is full or broken, as Python, safetensors and PyTorch say it."""
+    """Whether the error means a full or broken disk, as Python, safetensors and PyTorch report it."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     return "I/O error" in str(error) or "inline_container" in str(error)
 
 
 def claim(directory: Path, names: Sequence[str]) -> None:
-    """Note that the run in the directory writes these too. Where no run was begun, nothing is noted.
+    """Add files to those of the run in the directory. Does nothing if no run was begun there.
 
     Raises:
-        TrainingError: one of them is there and is not the run's.
+        TrainingError: one of them exists and is not the run's.
     """
     marker = read_marker(directory)
     if marker is None:
@@ -203,13 +202,13 @@ def claim(directory: Path, names: Sequence[str]) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether the run in its directory has written it; where no run was begun, there is nobody else's."""
+    """Whether the run in its directory wrote the file. Without a run, every file counts as own."""
     marker = read_marker(path.parent)
     return marker is None or any(path.match(pattern) for pattern in marker.files)
 
 
 def remove(directory: Path, names: Iterable[str]) -> None:
-    """Remove files and directories of these names or patterns, and the directories that are empty without them."""
+    """Remove files and directories of these names or patterns, and directories that become empty."""
     for pattern in names:
         for path in sorted(directory.glob(pattern)):
             if path.is_dir() and not path.is_symlink():
@@ -222,10 +221,10 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 
 
 def check_file(options: Any, *, reads: Sequence[str]) -> None:
-    """The door of a command whose `output` is a file.
+    """Check the output of a command that writes a single file.
 
     Raises:
-        TrainingError: it may not be written, is an input, or is there, and `overwrite` was not said.
+        TrainingError: it cannot be written, is an input, or exists without `overwrite`.
     """
     target: Path = options.output
     refuse_inputs(target, {name: getattr(options, name) for name in reads})

@@ -1,4 +1,7 @@
-"""Who says which of two responses is better, in this process: what self-training and comparisons of judges ask."""
+"""Judges of pairs in this process, for self-training and for comparisons of judges.
+
+The server's judges compare asynchronously through an engine. These return tensors from a model in memory.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +20,13 @@ from training.rewards import SELF_JUDGE, Frozen, JudgeReward, Reward, Sample
 
 
 class PairJudge(Protocol):
-    """log p(first wins) / p(second wins), natural, as shown in either order: N questions -> [N, 2]."""
+    """Judges N questions: log p(first wins) / p(second wins), natural log, as shown in each of the two orders: [N, 2]."""
 
     def log_odds(self, questions: Sequence[Question]) -> Tensor: ...
 
 
 class Scores:
-    """Judges by the difference of a reward's scores: alike in both orders."""
+    """Judges by the difference of a reward's scores, which is the same in both orders."""
 
     def __init__(self, reward: Reward, frozen: Frozen) -> None:
         self.reward, self.chats = reward, Conversations(frozen.tokenizer)
@@ -32,7 +35,7 @@ class Scores:
     def log_odds(self, questions: Sequence[Question]) -> Tensor:
         sides = [(each.prompt, text) for each in questions for text in (each.first, each.second)]
         keys = [(repr(prompt), text) for prompt, text in sides]
-        # A knock-out asks again about those that go on.
+        # A knock-out compares the winners again.
         known = {key: self._last[key] for key in keys if key in self._last}
         new = {
             key: self._sample(*side)
@@ -53,13 +56,13 @@ class Scores:
 def load_judges(
     name: str | None, frozen: Frozen, principles: Sequence[str] = ()
 ) -> dict[str, PairJudge]:
-    """Judges by name of what they judge by.
+    """Judges, by the name of what they judge by: a principle, or "score".
 
     Args:
         name: a directory from `training.jsft --lora-rank`, or another reward's name, to judge by its scores; None = the
-            frozen LLM's own judgment
-        frozen: the LLM; a LoRA stays on it, and acts for the judge alone
-        principles: names; none = the first there is. A reward that is no judge knows none
+            frozen LLM judges itself
+        frozen: the LLM; a LoRA stays loaded on it and is active for the judge only
+        principles: names; empty = the first one. Rewards that only score have none
 
     Raises:
         TrainingError: there is no such judge, or no such principle.
@@ -80,7 +83,7 @@ def load_judges(
 
 
 def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[Ruling]:
-    """What all judges say, question by question."""
+    """The results of all judges, one for each question."""
     orders = [judge.log_odds(questions).sigmoid().tolist() for judge in judges.values()]
     return [
         Ruling({name: Verdict((a, b)) for name, (a, b) in zip(judges, each, strict=True)})

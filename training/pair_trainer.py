@@ -1,8 +1,8 @@
-"""Training on preference pairs with the loss of Bradley and Terry: −log sigmoid(r(chosen) − r(rejected)).
+"""Training on preference pairs with the Bradley–Terry loss: −log sigmoid(r(chosen) − r(rejected)).
 
-DPO and the implicit reward (arXiv 2305.18290) have r = β · (log π − log π_ref). π_ref is the model before its first
-step: its log-probabilities are computed once, then, so that no second copy is in memory and a pass reads a pair once.
-The scalar reward's r is a head's output at the last token.
+For DPO and the implicit reward (arXiv 2305.18290), r = β · (log π − log π_ref). π_ref is the model before its first
+step. Its log-probabilities are computed once before training, so no second copy is in memory, and each pass reads a
+pair once. For the scalar reward, r is the head's output at the last token.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from training.pairs import Pair, Reader
 
 
 class PairTrainer(MicroBatchTrainer):
-    """Learns to score the chosen answer higher; says how often it does."""
+    """Trains a model to score the chosen answer higher, and logs how often it does."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PairTrainer(MicroBatchTrainer):
         self._figures: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
         for module in model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # noise in a difference of two answers' scores
+                module.p = 0.0  # dropout would add noise to the difference of two scores
         super().__init__(
             model=model,
             args=args,
@@ -50,14 +50,14 @@ class PairTrainer(MicroBatchTrainer):
 
     @abstractmethod
     def tokens(self, pair: Pair) -> int:
-        """What a pair takes, alone."""
+        """Tokens of a pair in a batch of its own."""
 
     @abstractmethod
     def rewards(self, model: Any, rows: list[int]) -> Tensor:
-        """Of the pairs with these indices, chosen and rejected: [2, n]."""
+        """Rewards of the pairs with these indices, chosen and rejected: [2, n]."""
 
     def parts(self, inputs: Any) -> list[tuple[list[int], int]]:
-        """Indices of pairs, and how many the batch has."""
+        """Indices of pairs, and the number of pairs in the batch."""
         rows = inputs["index"].tolist()
         lengths = [self.tokens(self.pairs[row]) for row in rows]
         return [
@@ -82,7 +82,7 @@ class PairTrainer(MicroBatchTrainer):
         return -F.logsigmoid(margins).sum() / count
 
     def note(self, count: int, **sums: float) -> None:
-        """Add to the means that the next row of figures has."""
+        """Add to the sums behind the means of the next row of metrics."""
         figures = self._figures["train" if self.model.training else "eval"]
         for name, value in {"": count, **sums}.items():
             figures[name] = figures.get(name, 0.0) + value
@@ -99,7 +99,7 @@ class PairTrainer(MicroBatchTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """transformers' estimate, 6 a token and weight."""
+        """transformers' estimate: 6 operations a token and weight."""
         tokens = sum(self.tokens(self.pairs[row]) for row in inputs["index"].tolist())
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
@@ -129,7 +129,7 @@ class ImplicitTrainer(PairTrainer):
     @torch.no_grad()
     def _reference(self) -> Tensor:
         """log π_ref of every pair's answers: [N, 2] nats."""
-        self.model.train()  # for the same rounding
+        self.model.train()  # so that rounding is the same as in training
         with self.accelerator.split_between_processes(list(range(len(self.pairs)))) as mine:
             pairs = [self.pairs[i] for i in mine]
             parts = split_by_tokens([self.tokens(pair) for pair in pairs], self.max_tokens)
@@ -149,7 +149,7 @@ class ImplicitTrainer(PairTrainer):
 
 
 class ScalarTrainer(PairTrainer):
-    """r = the output of a sequence-classification model."""
+    """r = the output of a sequence-classification model with one label."""
 
     def tokens(self, pair: Pair) -> int:
         return 2 * pair.longest
@@ -161,12 +161,13 @@ class ScalarTrainer(PairTrainer):
         ids = torch.full((len(answers), max(map(len, answers))), pad)
         for i, answer in enumerate(answers):
             ids[i, : len(answer)] = torch.tensor(answer)
-        # Right padding under a causal mask changes nothing that counts, and the model looks for the last other token.
+        # Under a causal mask, right padding does not change the result. The model uses the last token that is not
+        # padding.
         return model(input_ids=ids.to(self.args.device)).logits.view(2, -1)
 
 
 class _Saving(TrainerCallback):
-    """Writes the reference beside the checkpoints, once their directory is this run's."""
+    """Writes the reference beside the checkpoints, as soon as the output directory is this run's."""
 
     def __init__(self, tensors: dict[str, Tensor], path: Path) -> None:
         self._tensors, self._path = tensors, path

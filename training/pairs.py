@@ -1,8 +1,8 @@
 """Preference pairs as token ids, and as a model's inputs.
 
-Three quarters of a pair are its prompt, in Anthropic's HH-RLHF. It is read once for both answers, where the model lets
-it: prompt, chosen and rejected answer make one sequence, in which the rejected answer does not see the chosen one and
-its positions go on from the prompt.
+In Anthropic's HH-RLHF, three quarters of a pair's tokens are its prompt. Where the model allows it, the prompt is read
+once for both answers: prompt, chosen and rejected answer form one sequence, in which the rejected answer does not
+attend to the chosen one, and its positions continue from the prompt.
 """
 
 import inspect
@@ -19,7 +19,9 @@ from training.data import PAIR, Row, RowOptions, read_as
 
 _ALIKE = {torch.float32: 1e-3}
 _ALIKE_ROUNDED = 0.05
-"""Nats a token that reading a prompt once may change: rounding; this much where weights have 8 or 11 bits."""
+"""Nats a token by which reading the prompt once may differ: rounding. The second value is for weights with 8 or 11
+bits.
+"""
 
 
 class Pair(NamedTuple):
@@ -42,7 +44,7 @@ def load_pairs(
     options: RowOptions,
     max_rows: int | None = None,
 ) -> list[Pair]:
-    """Pairs with at most so many tokens in prompt and answer; others are left out, and counted.
+    """Pairs whose prompt and longer answer have at most `max_tokens` tokens; others are left out and counted.
 
     Raises:
         TrainingError: as `training.data.read_as`, or all pairs are longer.
@@ -67,12 +69,12 @@ def load_pairs(
 
 
 class Scored(NamedTuple):
-    """A model's inputs, and M tokens of 2 n answers in them whose log-probabilities are wanted."""
+    """A model's inputs, and M tokens of 2 n answers in them whose log-probabilities are needed."""
 
     inputs: dict[str, Tensor]
-    places: Tensor  # [M] the positions before them, among all
+    places: Tensor  # [M] positions before the tokens, in the flattened batch
     targets: Tensor  # [M]
-    answers: Tensor  # [M] whose they are: of the n chosen ones first, then of the rejected ones
+    answers: Tensor  # [M] index of the answer: the n chosen ones first, then the rejected ones
 
     def logprobs(self, model: Any) -> Tensor:
         """[M] nats."""
@@ -88,7 +90,7 @@ class Scored(NamedTuple):
 
 
 def separate(pairs: Sequence[Pair]) -> Scored:
-    """A sequence for each answer, padded on the right: under a causal mask that changes nothing."""
+    """One sequence for each answer, padded on the right: under a causal mask padding changes nothing."""
     rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(p.prompt, p.rejected) for p in pairs]
     ids = torch.zeros(len(rows), max(pair.longest for pair in pairs), dtype=torch.long)
     places: list[int] = []
@@ -104,10 +106,10 @@ def separate(pairs: Sequence[Pair]) -> Scored:
 
 
 def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
-    """A sequence for each pair.
+    """One sequence for each pair.
 
     Args:
-        additive: have a mask that is added to the scores, as "eager" attention wants it.
+        additive: use a mask that is added to the scores, as "eager" attention needs it.
     """
     length = max(sum(map(len, pair)) for pair in pairs)
     ids = torch.zeros(len(pairs), length, dtype=torch.long)
@@ -128,7 +130,10 @@ def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
             (pair.chosen, start, i),
             (pair.rejected, second, i + len(pairs)),
         ):
-            before = [start - 1, *range(begin, begin + len(answer) - 1)]  # the prompt's last first
+            before = [
+                start - 1,
+                *range(begin, begin + len(answer) - 1),
+            ]  # starts with the prompt's last token
             places += [first + place for place in before[: len(answer)]]
             targets += answer
             answers += [whose] * len(answer)
@@ -141,13 +146,13 @@ def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
 
 
 class Reader:
-    """Makes a model's inputs of pairs, each prompt once where that changes nothing but rounding."""
+    """Makes a model's inputs from pairs. Reads each prompt once if that changes nothing but rounding."""
 
     def __init__(self, model: PreTrainedModel, pairs: Sequence[Pair]) -> None:
         """
         Args:
-            model: without a LoRA, or with one that has learned nothing yet.
-            pairs: all that will be read; the longest is tried.
+            model: without a LoRA, or with an untrained one.
+            pairs: all that will be read; the longest is used for the test.
         """
         config = model.config.get_text_config()
         self._additive = config._attn_implementation == "eager"
@@ -161,7 +166,7 @@ class Reader:
         return together(pairs, additive=self._additive) if self.shares else separate(pairs)
 
     def tokens(self, pair: Pair) -> int:
-        """What a pair takes, alone."""
+        """Tokens of a pair in a batch of its own."""
         return sum(map(len, pair)) if self.shares else 2 * pair.longest
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Who decides what is said: the frozen LLM under a decoding, with or without a proxy."""
+"""The sampling policy: the frozen LLM under a decoding, with or without a proxy."""
 
 import math
 from collections.abc import Callable
@@ -24,25 +24,25 @@ from proxy.acceptance import (
 from proxy.exact import emission_probabilities, sharpened
 from proxy.network import ProxyConfig, ProxyNetwork, score_alone
 
-_MAX_TIES = 16  # with the k-th candidate, all of which vLLM keeps
+_MAX_TIES = 16  # candidates tied with the k-th one, all of which vLLM keeps
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are drawn. The nucleus is all that the proxy may choose from."""
+    """How tokens are sampled. The nucleus is the set that the proxy may choose from."""
 
     temperature: NonNegative = 1.0
-    """0 = greedy. With a proxy that was trained at another one, its nucleus is that of the training."""
+    """0 = greedy. If a proxy was trained at another temperature, the nucleus is that of its training."""
     top_k: NonNegativeInt = 16
     """Candidates considered; 0 = all."""
     top_p: PositiveShare = 0.95
-    """Probability mass considered."""
+    """Probability mass of the nucleus."""
     max_new_tokens: PositiveInt = 64
-    """A response is cut after this many tokens."""
+    """Maximum number of tokens in a response."""
 
 
 class Proposals(NamedTuple):
-    """The candidates that were put to the proxy at a position of R responses: P of them."""
+    """The candidates that the proxy decided at one position of R responses: P of them."""
 
     rows: Tensor  # [P] into R
     slots: Tensor  # [P] into K
@@ -50,11 +50,11 @@ class Proposals(NamedTuple):
 
 
 Draw = Callable[[Tensor], Tensor]
-"""Candidates [R, K] -> standard exponentials [R, 2, K]."""
+"""Candidates [R, K] -> standard exponential noise [R, 2, K]."""
 
 
 class Policy:
-    """A proxy beside a frozen LLM; without a network, or at strength 0, the LLM alone."""
+    """A frozen LLM with a proxy. Without a network, or at strength 0: the LLM alone."""
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class Policy:
             self._weights = network.weights() if network else None
 
     def candidates(self, logits: Tensor, decoding: Decoding) -> Candidates:
-        """The nucleus of [N, V] logits: at most the proxy's K; without a proxy all that `decoding` leaves.
+        """The nucleus of [N, V] logits: at most the proxy's K candidates; without a proxy all that `decoding` leaves.
 
-        A proxy's is that of the temperature it was trained at. As in vLLM, greedy rows have no top-k and no top-p of
-        their own: a proxy's are those of its training, and others are never wider.
+        A proxy's nucleus is that of the temperature it was trained at. As in vLLM, greedy rows have no top-k and no
+        top-p of their own: a proxy uses those of its training. Other values never widen the nucleus.
         """
         rows, vocab_size = logits.shape
         is_greedy, temperature = decoding.temperature == 0, decoding.temperature
@@ -91,20 +91,20 @@ class Policy:
         elif is_greedy:
             return nucleus(logits, 1)
         elif not top_k and top_p == 1:
-            # Nobody asks which of them is the most probable.
+            # The order of the candidates does not matter here.
             tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
             return Candidates(tokens, (logits.float() / temperature).log_softmax(-1))
         most = self.config.max_candidates if self.network else (top_k or vocab_size) + _MAX_TIES
         return nucleus_alike(logits, temperature, top_k, top_p, most)
 
     def sharpness(self, decoding: Decoding) -> float:
-        """The power of the nucleus' probabilities that candidates are proposed by; inf = greedy."""
+        """The exponent of the nucleus' probabilities in the proposal distribution; inf = greedy."""
         if self.network is None:
             return 1.0
         return self.config.temperature / decoding.temperature if decoding.temperature else math.inf
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """[R, K]; without a network the strength is 0, and they do not matter."""
+        """[R, K]; zeros without a network, where the strength is 0 and they have no effect."""
         if self._weights is None or self._table is None:
             return torch.zeros_like(candidates.logprobs)
         table_rows = self._table[candidates.token_ids]
@@ -117,7 +117,7 @@ class Policy:
         draw: Draw,
         decoding: Decoding,
     ) -> tuple[Decision, Proposals]:
-        """The law, and what was proposed on the way."""
+        """Accept/reject sampling, and the proposals on the way."""
         rows, device = len(accept_logits), accept_logits.device
         noise = draw(candidates.token_ids)
         is_greedy = decoding.temperature == 0
@@ -133,7 +133,7 @@ class Policy:
             sharpness=sharpness,
             greedy=greedy,
         )
-        if self.network is None:  # nobody was asked
+        if self.network is None:  # no proxy, no proposals
             nothing = torch.empty(0, dtype=torch.long, device=device)
             return decision, Proposals(nothing, nothing, nothing.bool())
         times = proposal_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
@@ -142,11 +142,11 @@ class Policy:
         return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])
 
     def frozen(self, candidates: Candidates, decoding: Decoding) -> Candidates:
-        """What the LLM alone would draw from, within the same nucleus."""
+        """The LLM's own distribution within the same nucleus."""
         return sharpened(candidates, self.sharpness(decoding))
 
     def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:
-        """P(token of each slot is said), in closed form: [R, K] float64."""
+        """P(the token of each slot is emitted), in closed form: [R, K] float64."""
         if self.network is None:
             return candidates.logprobs.double().exp()
         return emission_probabilities(

@@ -1,10 +1,10 @@
-"""What a proxy is trained on directly: the hidden state and the candidates of every position of given responses.
+"""Hidden states and candidates at every position of given responses: the training data of `training.proxy_dpo`.
 
-The LLM is frozen, so one pass over the responses is enough for any number of epochs, settings and losses. It is kept on
-disk, in parts, below a name that is a hash of LLM, decoding and responses: a run that was killed goes on with the next
+The LLM is frozen, so one pass over the responses serves any number of epochs, settings and losses. Results are kept on
+disk in parts, in a directory named by a hash of LLM, decoding and responses: a resumed run continues with the next
 part, and another run with the same three reads nothing again.
 
-`proxy.positions` says what is kept.
+`proxy.positions` defines what is kept.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Response(NamedTuple):
     """Token ids."""
 
     prompt: list[int]
-    response: list[int]  # with the end of the turn, where it was reached
+    response: list[int]  # includes the end of the turn, if it was reached
 
     @property
     def length(self) -> int:
@@ -43,18 +43,18 @@ class Response(NamedTuple):
 
 
 Reader = Callable[[Sequence[Response], ProxyConfig], Positions]
-"""Reads given responses with the frozen LLM, within the nucleus of a proxy of this configuration."""
+"""Reads given responses with the frozen LLM, within the nucleus of a proxy with this configuration."""
 
 
 @torch.inference_mode()
 def read(
     responses: Sequence[Response], config: ProxyConfig, *, model: PreTrainedModel, max_tokens: int
 ) -> Positions:
-    """One pass of the frozen LLM.
+    """One pass of the frozen LLM over N responses.
 
     Args:
         responses: N of them.
-        config: the proxy's: temperature, top-k, top-p and the number of candidates.
+        config: the proxy's: temperature, top-k, top-p and number of candidates.
         model: the frozen LLM, from `training.models.load_model`.
         max_tokens: in one batch, padding included; a longer response is read alone.
     """
@@ -71,7 +71,9 @@ def _read_batch(
     prompts, texts = ([*column] for column in zip(*responses, strict=True))
     ids, is_response = pad_responses(prompts, texts, device)
     before = is_response[:, 1:].flatten().nonzero().squeeze(-1)
-    before = before + before // (ids.shape[1] - 1)  # the position before, in rows longer by one
+    before = before + before // (
+        ids.shape[1] - 1
+    )  # the position before each token, in rows with one more column
     targets = ids[is_response]
     owners = torch.arange(len(ids), device=device)[:, None].expand_as(ids)[is_response]
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -87,7 +89,7 @@ def _read_batch(
 
 
 class Cache:
-    """Positions on disk: `directory/<hash>/<part>.safetensors`, each whole or not there."""
+    """Positions on disk: `directory/<hash>/<part>.safetensors`, each part complete or missing."""
 
     def __init__(
         self, directory: Path, base: BaseModelId, dtype: str, accelerator: Accelerator
@@ -96,8 +98,8 @@ class Cache:
         Args:
             directory: where they are kept.
             base: the LLM.
-            dtype: what it computes in.
-            accelerator: of this run's processes, which share the work; each is given all.
+            dtype: data type of the LLM.
+            accelerator: of this run's processes, which share the work; each receives all positions.
         """
         self._directory, self._accelerator = directory, accelerator
         self._llm = base.fingerprint, dtype
@@ -108,7 +110,7 @@ class Cache:
         config: ProxyConfig,
         reader: Reader,
     ) -> Positions:
-        """The positions of N responses: from the disk, or what the reader makes of them."""
+        """The positions of N responses, from disk or from the reader."""
         target = self._directory / self._key(responses, config)
         target.mkdir(parents=True, exist_ok=True)
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
@@ -117,7 +119,7 @@ class Cache:
         found = [_load(path) for path in paths]
         missing = [i for i, part in enumerate(found) if part is None]
         total = sum(len(responses[starts[i] : starts[i] + _PART]) for i in missing)
-        self._accelerator.wait_for_everyone()  # all have seen the same
+        self._accelerator.wait_for_everyone()  # all processes have found the same parts
         with tqdm(total=total, unit="response", desc="hidden states", disable=index > 0) as bar:
             for number, i in enumerate(missing):
                 some = responses[starts[i] : starts[i] + _PART]
@@ -145,7 +147,7 @@ def _save(path: Path, positions: Positions) -> None:
 
 
 def _load(path: Path) -> Positions | None:
-    """None = not there, or damaged."""
+    """None = missing or damaged."""
     try:
         return Positions(**safetensors.torch.load_file(path))
     except (OSError, SafetensorError, TypeError):

@@ -1,7 +1,7 @@
-"""The pieces of PPO (Schulman et al., arXiv 1707.06347), as pure functions.
+"""The formulas of PPO (Schulman et al., arXiv 1707.06347), as pure functions.
 
-The proxy's MDP has its reward at the end of the response and no discount; with λ = 1 the generalised advantage estimate
-(arXiv 1506.02438) of every decision is then R − V(s): the response's reward less the state's value.
+The proxy's MDP has its reward at the end of the response and no discount. With λ = 1 the generalised advantage estimate
+(arXiv 1506.02438) of every decision is R − V(s): the response's reward minus the value of the state.
 """
 
 import torch
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 def action_logprobs(accept_logits: Tensor, accepted: Tensor) -> Tensor:
-    """log P(action): log a where the candidate was accepted, log(1 − a) where not; a = sigmoid(accept logit). [D]"""
+    """log P(action): log a if the candidate was accepted, log(1 − a) if not; a = sigmoid(accept logit). [D]"""
     return torch.where(accepted, F.logsigmoid(accept_logits), F.logsigmoid(-accept_logits))
 
 
 def action_entropy(accept_logits: Tensor) -> Tensor:
-    """Entropy of accept / reject, in nats. [D]"""
+    """Entropy of the accept/reject action, in nats. [D]"""
     a = torch.sigmoid(accept_logits)
     return -(a * F.logsigmoid(accept_logits) + (1 - a) * F.logsigmoid(-accept_logits))
 
 
 def whiten(x: Tensor) -> Tensor:
-    """Shifted and scaled to mean 0 and standard deviation 1; all equal values become 0."""
+    """Scale to mean 0 and standard deviation 1; equal values become 0."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
@@ -45,6 +45,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
 
 
 def policy_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """The clipped surrogate, to be minimised in the mean: −min(ρA, clip(ρ, 1 ± ε) A), ρ = exp(log ratio). [D]"""
+    """The clipped surrogate loss, to be averaged and minimised: −min(ρA, clip(ρ, 1 ± ε) A), ρ = exp(log ratio). [D]"""
     ratios = log_ratios.exp()
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)

@@ -1,4 +1,4 @@
-"""What the PPO commands share: rewards of a rollout, and an update."""
+"""Base class of the PPO trainers: rewards of a rollout, and an update."""
 
 import time
 from abc import abstractmethod
@@ -19,16 +19,17 @@ from training.rewards import Reward
 from training.rollout import Rollout
 
 PATIENCE = 3  # updates in a row
-_SAME = 1e-8  # rewards that vary less are the same
+_SAME = 1e-8  # a smaller standard deviation counts as 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(on_policy.Options):
-    """Options that the PPO commands have in common."""
+    """Options of all PPO trainers."""
 
     reward: str
     """A directory from `training.reward_model` or `training.jsft --lora-rank`, a proxy, a sequence-classification model
-    (directory or hub id), `self-judge`, or `module:function`."""
+    (directory or hub id), `self-judge`, or `module:function`.
+    """
     episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
     epochs: PositiveInt = 4
@@ -40,40 +41,40 @@ class Options(on_policy.Options):
 
 
 class Episodes(NamedTuple):
-    """A rollout of this process, and the rewards of all."""
+    """A rollout of this process, and the rewards of all processes."""
 
     prompts: list[list[int]]
     rollout: Rollout
     rewards: Tensor  # [N] of all processes, on the CPU
-    first: int  # the place of this process's first among them
+    first: int  # index of this process's first response among all
 
 
 PPOOptionsT = TypeVar("PPOOptionsT", bound=Options)
 
 
 class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
-    """PPO, of whatever speaks."""
+    """PPO for any sampling policy."""
 
-    shown = "reward"
+    progress_metric = "reward"
 
     def __init__(self, options: PPOOptionsT, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
         self.reward: Reward = load_reward(options.reward, self.frozen())
 
-    def beside(self) -> float:
+    def other_bytes(self) -> float:
         return reward_bytes(self.options.reward, getattr(torch, self.options.dtype))
 
     @abstractmethod
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
-        """One response to each prompt, drawn by what is learned."""
+        """One response to each prompt, by the trained policy."""
 
     @abstractmethod
     def learn(self, episodes: Episodes, index: int) -> dict[str, float]:
-        """PPO's gradient steps of an update, and their figures."""
+        """PPO's gradient steps of an update; returns their metrics."""
 
     @abstractmethod
     def describe(self, rollout: Rollout) -> dict[str, float]:
-        """Figures of the rollout, all processes', beside the rewards'."""
+        """Metrics of the rollout over all processes, in addition to those of the rewards."""
 
     def check(self, rows: list[dict[str, Any]]) -> None:
         """Stop a run whose last updates had nothing to learn from."""
@@ -84,7 +85,7 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
         started, options = time.monotonic(), self.options
         prompts, seeds, first = self.draw_prompts(index, options.episodes)
         rollout = self.roll_out([prompt.ids for prompt in prompts], seeds)
-        rewards = self.of_all(self.reward(self.samples(prompts, rollout.responses)))
+        rewards = self.gather(self.reward(self.samples(prompts, rollout.responses)))
         refuse_bad_rewards(rewards)
         left, spread = self.anneal(index), rewards.std().item()
         row = {
@@ -94,7 +95,7 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
             "reward_se": spread / len(rewards) ** 0.5,
             **self.describe(rollout),
         }
-        if spread > _SAME:  # else there is nothing to learn
+        if spread > _SAME:  # without a difference there is nothing to learn
             episodes = Episodes([prompt.ids for prompt in prompts], rollout, rewards, first)
             row |= self.learn(episodes, index)
         seconds = time.monotonic() - started

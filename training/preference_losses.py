@@ -1,11 +1,11 @@
-"""Losses on preferences, of what is emitted: a proxy's accept/reject sampling in closed form (`proxy.exact`).
+"""Losses on preferences, computed on the distribution that a proxy's accept/reject sampling emits (`proxy.exact`).
 
 With π the probability of a token under the proxy and p under the frozen LLM, both within the nucleus, a response y has
 
     r(y) = Σ_t log π(y_t) / p(y_t)
 
-over the positions that leave a choice. The losses are those of full fine-tuning with π the policy and p the reference:
-DPO (arXiv 2305.18290), IPO (2310.12036), KTO (2402.01306), and SimPO (2405.14734), which has no reference.
+over the positions that leave a choice. The losses are those of full fine-tuning, with π as the policy and p as the
+reference: DPO (arXiv 2305.18290), IPO (2310.12036), KTO (2402.01306), and SimPO (2405.14734), which has no reference.
 """
 
 from typing import Literal, NamedTuple
@@ -21,7 +21,7 @@ from proxy.positions import Positions
 
 Loss = Literal["dpo", "ipo", "kto", "simpo"]
 
-_WIDTHS = (4, 8)  # of nuclei that are computed together: the others are as wide as K
+_WIDTHS = (4, 8)  # nuclei up to these sizes are computed together; larger ones are padded to K
 SIMPO_MARGIN = 0.5  # γ / β in the paper's notation
 
 
@@ -32,19 +32,19 @@ class Scores(NamedTuple):
     logprob: Tensor  # [N] nats, Σ_t log π(y_t)
     kl: Tensor  # [N] nats, Σ_t KL(π ‖ p)
     caution: Tensor  # [N], Σ_t (log of the largest accept probability)²
-    tokens: Tensor  # [N] of the whole response
+    tokens: Tensor  # [N] tokens of the whole response
 
 
 def score(
     network: ProxyNetwork, embeddings: Tensor, positions: Positions, owners: Tensor
 ) -> Scores:
-    """What the proxy makes of N responses.
+    """Score N responses with the proxy.
 
     Args:
         network: the proxy.
         embeddings: the LLM's input embeddings, [V, H].
-        positions: P of the N responses.
-        owners: [P] which response each belongs to.
+        positions: P positions of the N responses.
+        owners: [P] index of the response of each position.
     """
     device = embeddings.device
     count = len(positions.counts)
@@ -54,7 +54,7 @@ def score(
     slots, owners = positions.slots.to(device)[:, None], owners.to(device)
     sizes = (candidates.logprobs > -torch.inf).sum(-1)
     hidden = positions.hidden.to(device)
-    # Responses without a choice have a gradient, too: of 0.
+    # The second term gives responses without a choice a gradient, of 0.
     sums = embeddings.new_zeros(4, count, dtype=torch.float32) + 0 * table.sum()
     most = candidates.logprobs.shape[-1]
     narrower = 1
@@ -84,7 +84,7 @@ def score(
 
 
 def pair_losses(better: Scores, worse: Scores, *, loss: Loss, beta: float) -> Tensor:
-    """Of N pairs: [N]."""
+    """Losses of N pairs: [N]."""
     margins = better.log_ratio - worse.log_ratio
     if loss == "dpo":
         return -F.logsigmoid(beta * margins)
@@ -97,22 +97,22 @@ def pair_losses(better: Scores, worse: Scores, *, loss: Loss, beta: float) -> Te
 
 
 def verdict_losses(scores: Scores, is_good: Tensor, reference: Tensor, *, beta: float) -> Tensor:
-    """KTO's loss of N responses, each found good or bad, with weights of 1: [N].
+    """KTO's losses of N responses, each with a good or bad verdict, with weights of 1: [N].
 
     Args:
         scores: of the responses.
         is_good: [N] bool.
-        reference: KL(π ‖ p) in nats a response, which is a response's log-ratio if nothing is learned.
-        beta: the higher, the nearer to the frozen LLM.
+        reference: KL(π ‖ p) in nats a response: the log-ratio of a response if nothing was learned.
+        beta: a higher one stays nearer to the frozen LLM.
     """
     signs = torch.where(is_good, 1.0, -1.0)
     return 1 - torch.sigmoid(beta * signs * (scores.log_ratio - reference))
 
 
-def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> Tensor:
-    """Of each pair, p · L(Δ) + (1 − p) · L(−Δ), from Δ in nats and p = `sure`: [N], [N] -> [N].
+def preference_losses(margins: Tensor, certainty: Tensor, loss: str, beta: float) -> Tensor:
+    """For each pair, p · L(Δ) + (1 − p) · L(−Δ), from Δ in nats and p = `certainty`: [N], [N] -> [N].
 
-    L is for sigmoid −log σ(β Δ), for hinge max(0, 1 − β Δ), for ipo (Δ − 1 / 2β)².
+    L is −log σ(β Δ) for sigmoid, max(0, 1 − β Δ) for hinge, (Δ − 1 / 2β)² for ipo.
     """
 
     def one_sided(deltas: Tensor) -> Tensor:
@@ -122,4 +122,4 @@ def preference_losses(margins: Tensor, sure: Tensor, loss: str, beta: float) -> 
             return (1 - beta * deltas).clamp(min=0)
         return (deltas - 1 / (2 * beta)).square()
 
-    return sure * one_sided(margins) + (1 - sure) * one_sided(-margins)
+    return certainty * one_sided(margins) + (1 - certainty) * one_sided(-margins)

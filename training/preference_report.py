@@ -2,24 +2,24 @@
 
 from proxy.positions import Positions
 from training.console import TrainingError
-from training.machine import say
+from training.machine import print_once
 
 
 def report_fit(row: dict[str, float], count: int) -> None:
-    """Say how good a reward the proxy is."""
+    """Print the held-out accuracy and KL of the proxy."""
     share = row["held_out_accuracy"]
     error = (share * (1 - share) / count) ** 0.5
-    say(
+    print_once(
         f"after pass {row['step']:.0f}: {share:.1%} ± {error:.1%} of {count} held-out preferences are ordered rightly "
         f"by Σ log π/p, at {row['held_out_kl']:.2f} nats of KL a response"
     )
 
 
 def report_positions(positions: Positions) -> None:
-    """Say how much of the responses the LLM would have written itself.
+    """Print how many tokens leave a choice, and how many lie outside the LLM's nucleus.
 
     Raises:
-        TrainingError: there is nothing to choose.
+        TrainingError: no position leaves a choice.
     """
     if not len(positions.slots):
         raise TrainingError(
@@ -28,16 +28,16 @@ def report_positions(positions: Positions) -> None:
         )
     share, tokens = positions.share_outside, int(positions.tokens.sum())
     size = sum(tensor.nbytes for tensor in positions) / 1e6
-    say(
+    print_once(
         f"{len(positions.counts):,} responses of {tokens:,} tokens, {len(positions.slots):,} of which leave a choice "
         f"({size:.0f} MB); {share:.1%} lie outside the LLM's nucleus"
     )
     if share > MOST_OUTSIDE:
-        say(
+        print_once(
             "warning: these are not what this LLM would write, and a proxy learns little from them: have it answer "
             "itself, with --prompts and --reward, or widen the nucleus with --decoding.top-p and --max-candidates"
         )
 
 
 MOST_OUTSIDE = 0.1
-"""Of all tokens outside the nucleus: more of them teach a proxy little."""
+"""Share of tokens outside the nucleus above which a proxy learns little."""

@@ -1,4 +1,4 @@
-"""What is preferred to what, as a proxy is trained on it directly: responses, pairs of them, and single verdicts."""
+"""Preferences for training a proxy directly: responses, pairs of them, and single verdicts."""
 
 import random
 from collections.abc import Hashable, Iterable
@@ -15,10 +15,10 @@ from training.positions import Response
 
 @dataclass(frozen=True)
 class Preferences:
-    """N responses and what is said of them, by their indices."""
+    """N responses, with pairs and verdicts that refer to them by index."""
 
     responses: list[Response]
-    pairs: list[tuple[int, int]]  # the better one first
+    pairs: list[tuple[int, int]]  # better, worse
     verdicts: list[tuple[int, bool]]  # True = good
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class Preferences:
 
 
 class Collection:
-    """Collects preferences; equal responses are kept once."""
+    """Collects preferences; equal responses are stored once."""
 
     def __init__(self) -> None:
         self._indices: dict[Hashable, int] = {}
@@ -54,7 +54,7 @@ def read_preferences(
     options: RowOptions,
     max_rows: int | None = None,
 ) -> Preferences:
-    """Pairs and verdicts with at most so many tokens in prompt and response; others are left out, and counted.
+    """Pairs and verdicts with at most `longest` tokens in prompt and response; others are left out and counted.
 
     Raises:
         TrainingError: as `training.data.read_as`, a row is neither pair nor verdict, or all are longer.
@@ -88,14 +88,14 @@ def read_preferences(
 
 
 def response_of(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
-    """Up to the end of the turn: what a chat template writes after it the LLM does not say."""
+    """The response up to the end of the turn. The LLM does not generate what a chat template adds after it."""
     prompt, response = chats.split_turns(row["prompt"], row[field])
     end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)
     return Response(prompt, response[: end + 1])
 
 
 def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferences, Preferences]:
-    """Two parts of the same responses: one to train on, one of at least so many; a prompt is in one of them."""
+    """Split into a training part and a held-out part of at least `held_out` preferences, with no prompt in both."""
     of_prompt: dict[Hashable, list[int]] = {}
     said = _all(preferences)
     for number, each in enumerate(said):
@@ -115,7 +115,7 @@ def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferenc
 
 
 def together(train: Preferences, held_out: Preferences) -> tuple[Preferences, Preferences]:
-    """Both as parts of the same responses."""
+    """Merge the responses of two sets of preferences, so that both refer to the same list."""
     first = len(train.responses)
     responses = [*train.responses, *held_out.responses]
     pairs = [(better + first, worse + first) for better, worse in held_out.pairs]
@@ -135,7 +135,7 @@ def _part(preferences: Preferences, numbers: Iterable[int]) -> Preferences:
 
 
 def as_verdicts(preferences: Preferences) -> Tensor:
-    """Pairs as a good and a bad response each, and the verdicts: [M, 2], index and 1 = good."""
+    """All preferences as verdicts: [M, 2], index of the response and 1 = good. A pair becomes a good and a bad one."""
     rows = [row for better, worse in preferences.pairs for row in ((better, 1), (worse, 0))]
     rows += [(index, int(good)) for index, good in preferences.verdicts]
     return torch.tensor(rows, dtype=torch.long).view(-1, 2)

@@ -2,9 +2,9 @@
 
     python -m training.prepare --model runs/base --preferences my_preferences.jsonl --output runs/data
 
-Reads every pair as the training commands will, says what is in them and what was skipped, and writes two files of rows
-in TRL's format: `train.jsonl` to train on, and `held_out.jsonl`, whose prompts are in no pair of the other, not even
-with other white space.
+Reads every pair as the training commands do, prints statistics and what was skipped, and writes two files of rows in
+TRL's format: `train.jsonl`, and `held_out.jsonl`, whose prompts occur in no pair of the former, not even with different
+white space.
 """
 
 import json
@@ -33,25 +33,26 @@ class Options(RowOptions):
     """What to check."""
 
     model: str
-    """The LLM that will be aligned, a directory or a hub id: its tokenizer counts the tokens."""
+    """The LLM to be aligned, a directory or a hub id: its tokenizer counts the tokens."""
     preferences: str
-    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name; other layouts of
-    `judge.layouts` too."""
+    """JSON lines or Parquet of `prompt`, `chosen` and `rejected`, or a data set's name. Other layouts of
+    `judge.layouts` are accepted too.
+    """
     output: Path
     """Directory for `train.jsonl` and `held_out.jsonl`."""
     held_out: NonNegativeInt = 200
-    """Pairs to set aside, at least: all pairs of a prompt go the same way."""
+    """Minimum number of pairs to set aside: all pairs of a prompt go together."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of which prompts are set aside."""
+    """Seed of the choice of prompts to set aside."""
 
 
 class Pair(NamedTuple):
-    """A preference pair, and how long it is."""
+    """A preference pair and its lengths."""
 
     row: Row
-    prompt: str  # the conversation up to the answer, as `prompt_key` tells it apart
+    prompt: str  # key of the conversation before the answer, from `prompt_key`
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
@@ -79,7 +80,7 @@ def _prepare(options: Options, run: Run) -> None:
 
 
 def split(pairs: list[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Those to train on, and at least `held_out` with other prompts, both in their order.
+    """The training pairs, and at least `held_out` pairs with other prompts, both in their original order.
 
     Raises:
         TrainingError: fewer than half would be left to train on.
@@ -102,7 +103,7 @@ def split(pairs: list[Pair], held_out: int, seed: int) -> tuple[list[Pair], list
 
 
 def describe(pairs: list[Pair]) -> list[str]:
-    """What a person should know before training on them."""
+    """Statistics to check before training."""
     said = {(pair.prompt, *_answers(pair.row)) for pair in pairs}
     contradicted = sum((prompt, worse, better) in said for prompt, better, worse in said) // 2
     longer = sum(pair.chosen_tokens > pair.rejected_tokens for pair in pairs) / len(pairs)

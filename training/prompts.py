@@ -8,13 +8,13 @@ from transformers import PretrainedConfig
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.data import Message, read_as
-from training.machine import say
+from training.machine import print_once
 from training.rewards import Sample
 from training.rollout import longest_prompt
 
 
 class Prompt(NamedTuple):
-    """A prompt as it was read, and as the LLM reads it."""
+    """A prompt as messages and as the LLM's token ids."""
 
     messages: list[Message]
     ids: list[int]
@@ -23,14 +23,14 @@ class Prompt(NamedTuple):
 def read_prompts(
     source: str, options: Any, tokenizer: Any, config: PretrainedConfig, limit: int | None = None
 ) -> list[Prompt]:
-    """Prompts that leave room for a response; others are left out, and counted.
+    """Prompts that leave room for a response; others are left out and counted.
 
     Args:
         source: file or data set.
         options: `RowOptions` with `max_prompt_tokens` and `decoding`.
         tokenizer: the LLM's.
         config: the LLM's.
-        limit: only the first so many.
+        limit: use only the first prompts, up to this number.
 
     Raises:
         TrainingError: as `training.data.read_as`, or no prompt leaves room.
@@ -46,7 +46,9 @@ def read_prompts(
     )
     kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
     if len(kept) < len(prompts):
-        say(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens")
+        print_once(
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens"
+        )
     if not kept:
         raise TrainingError(
             f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
@@ -57,7 +59,7 @@ def read_prompts(
 def samples_of(
     tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]
 ) -> list[Sample]:
-    """The responses as rewards want them, each to the prompt of its place."""
+    """The responses in the form that rewards take, each to the prompt at its index."""
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [
         Sample(prompt.messages, text, prompt.ids, response)

@@ -1,24 +1,26 @@
-"""Train a proxy straight from preferences, with DPO's loss on what accept/reject sampling emits.
+"""Train a proxy on preferences, with DPO's loss on the distribution that accept/reject sampling emits.
 
     python -m training.proxy_dpo --model runs/base --preferences preferences.jsonl --output runs/proxy
     python -m training.proxy_dpo --model runs/base --prompts prompts.jsonl --reward runs/reward --output runs/proxy
 
-The token that a proxy lets through has a probability in closed form (`proxy.exact`), which can be differentiated by
-the proxy's weights. So the loss of DPO, IPO, SimPO or KTO is taken of the proxy itself: the policy is the frozen LLM
-with it, the reference the frozen LLM without. The LLM is run once over the responses, for hidden states and candidates;
-what follows takes seconds.
+The probability of the emitted token has a closed form (`proxy.exact`), which is differentiable in the proxy's weights.
+So the loss of DPO, IPO, SimPO or KTO applies to the proxy itself: the policy is the frozen LLM with the proxy, the
+reference is the frozen LLM without it. The LLM runs once over the responses, for hidden states and candidates; the
+training that follows takes seconds.
 
-`--preferences` has pairs (`prompt`, `chosen`, `rejected`, or any other layout that all commands read, such as
-`training.export` writes of the server's feedback), or single verdicts (`prompt`, `completion`, `label`), which are
-learned with KTO's loss. With `--prompts` the LLM answers each prompt `--samples` times and the reward ranks its
-answers: the best and the worst make a pair, the second and the last but one another, and so on. That is the better way
-where the preferences are of texts that this LLM would not write: a proxy chooses among what the LLM proposes, and
-tokens outside its nucleus teach nothing. `--rounds` samples again, from the proxy of the round before.
+`--preferences` has pairs (`prompt`, `chosen`, `rejected`, or any other layout that all commands read, such as the
+output of `training.export`), or single verdicts (`prompt`, `completion`, `label`), which use KTO's loss. With
+`--prompts` the LLM answers each prompt `--samples` times and the reward ranks the answers: the best and the worst form
+a pair, the second best and the second worst another, and so on. Use that if the preferences are about texts that this
+LLM would not generate: a proxy chooses among the LLM's candidates, and tokens outside the nucleus teach it nothing.
+`--rounds` samples again, from the proxy of the previous round.
 
-What is left out for `None` among the options depends on the number of preferences.
+Options whose default is `None` depend on the number of preferences.
 
-`--resume` goes on with the samples and hidden states of a run that was killed. With several processes (`accelerate
-launch -m training.proxy_dpo ...`) each takes its share, and the result is that of one.
+`--resume` continues with the samples and hidden states of a killed run. With several processes (`accelerate launch -m
+training.proxy_dpo ...`) each takes its share, and the result is that of one process.
+
+The file is longer than 300 lines because a third of it is options.
 """
 
 from contextlib import closing, nullcontext
@@ -39,7 +41,7 @@ from training.console import TrainingError, main_guard, read_options
 from training.conversations import Conversations
 from training.data import RowOptions
 from training.direct import Fit, Row, Settings, sized_for
-from training.machine import say
+from training.machine import print_once
 from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
 from training.models import (
@@ -58,7 +60,7 @@ from training.preference_losses import Loss
 from training.preference_report import report_fit, report_positions
 from training.preferences import Preferences, read_preferences, split, together
 from training.prompts import Prompt, read_prompts
-from training.proxy_ppo import decoding_of
+from training.proxy_ppo import decoding_settings
 from training.ranked_answers import SAMPLES, RankedAnswers
 from training.reward_loading import reward_bytes
 from training.rewards import Frozen
@@ -78,7 +80,7 @@ WRITES = (
 )
 READS = ("model", "preferences", "held_out", "prompts", "reward")
 BETAS: dict[Loss, float] = {"dpo": 0.3, "ipo": 0.1, "simpo": 2.0, "kto": 0.3}
-_ASIDE, _FEW = 500, 500  # preferences: set aside at most, and too few to set any aside
+_ASIDE, _FEW = 500, 500  # preferences: maximum to set aside, and minimum to set any aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,70 +90,73 @@ class Options(RowOptions, BackendOptions):
     model: str
     """The frozen LLM: a directory or a hub id."""
     output: Path
-    """Directory for the checkpoint, its metrics, and what `--resume` goes on from."""
+    """Directory for the checkpoint, its metrics, and the state that `--resume` continues from."""
     preferences: str | None = None
     """JSON lines or Parquet of pairs or of single verdicts, or a data set's name."""
     held_out: str | None = None
-    """Preferences to stop by and to measure on; none = a tenth of all, at most 500, where there are 500 or more:
-    fewer would choose by chance."""
+    """Preferences for choosing the best pass and for evaluation. None = a tenth of all, at most 500, if there are 500
+    or more: fewer would choose by chance.
+    """
     max_rows: PositiveInt | None = None
-    """Only the first so many preferences, or prompts."""
+    """Use only the first preferences, or prompts, up to this number."""
     prompts: str | None = None
-    """In the place of preferences: prompts for the LLM to answer."""
+    """Prompts that the LLM answers, instead of preferences."""
     reward: str | None = None
-    """What ranks its answers; as `training.proxy_ppo` takes it."""
+    """The reward that ranks its answers, as `training.proxy_ppo` takes it."""
     samples: Annotated[int, Field(ge=2)] = 6
     """Answers to each prompt, in each round."""
     rounds: PositiveInt = 1
-    """From the second on the proxy of the round before answers."""
+    """Rounds of sampling; from the second on, the proxy of the previous round answers."""
     loss: Literal["auto"] | Loss = "auto"
-    """auto = dpo of pairs, kto of single verdicts."""
+    """auto = dpo for pairs, kto for single verdicts."""
     beta: Positive | None = None
-    """β: the higher, the nearer to the frozen LLM. None = 0.3; for ipo 0.1, for simpo 2."""
+    """β: a higher one stays nearer to the frozen LLM. None = 0.3; 0.1 for ipo, 2 for simpo."""
     kl_weight: NonNegative = Settings.kl_weight
-    """Price of a nat of KL(proxied ‖ frozen) in a response."""
+    """Weight of KL(proxied ‖ frozen) in nats a response."""
     caution_weight: NonNegative = Settings.caution_weight
-    """Price of rejecting even the best candidate: of (log a)², at each position."""
+    """Weight of (log a)² of the best candidate at each position: a penalty for rejecting every candidate."""
     learning_rate: Positive = Settings.learning_rate
-    """AdamW's, falling linearly to 0."""
+    """AdamW's learning rate, decreasing linearly to 0."""
     max_grad_norm: Positive = Settings.max_grad_norm
-    """Gradients are scaled down to this norm."""
+    """Gradients are clipped to this norm."""
     epochs: PositiveInt | None = None
-    """Passes over the preferences; the best by the held-out loss counts."""
+    """Passes over the preferences; the one with the lowest held-out loss is kept."""
     batch_size: PositiveInt | None = None
     """Preferences in a gradient step."""
     weight_decay: NonNegative | None = None
-    """AdamW's."""
+    """AdamW's weight decay."""
     width: Annotated[int, Field(ge=2)] | None = None
     """Width of the proxy's layers."""
     max_candidates: PositiveInt = 16
-    """K: candidates of a position, at most."""
+    """K: maximum number of candidates at a position."""
     max_rejections: NonNegativeInt | None = None
-    """Rejections at a position, at most; none = all candidates may be rejected. Fewer make training slower."""
+    """Maximum number of rejections at a position. None = all candidates may be rejected. Lower values make training
+    slower.
+    """
     use_logprob: bool = True
-    """Whether the proxy sees the candidate's log-probability."""
+    """Whether the candidate's log-probability is an input of the proxy."""
     decoding: Decoding = field(default_factory=Decoding)
-    """The nucleus within which the proxy chooses, and how answers are sampled."""
+    """The nucleus that the proxy chooses from, and how answers are sampled."""
     max_length: PositiveInt = 1024
     """Preferences with a longer response, its prompt included, in tokens, are left out and counted."""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are left out and counted."""
     responses_at_once: PositiveInt = 64
-    """Answers sampled and scored at once, at most."""
+    """Maximum number of answers sampled and scored at once."""
     cache: Path | None = None
-    """Directory for hidden states, which other runs may share; none = `positions` in the output directory."""
+    """Directory for hidden states, which other runs may share. None = `positions` in the output directory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the frozen LLM computes in."""
+    """Data type of the frozen LLM."""
     resume: bool = False
-    """Go on with the samples and hidden states in the output directory."""
+    """Continue with the samples and hidden states in the output directory."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of weights, order, samples, and what is set aside."""
+    """Seed of weights, order, samples, and of what is set aside."""
 
 
 class ProxyDPOTrainer:
-    """Samples, reads and fits, beside a frozen LLM."""
+    """Samples, reads and fits, with a frozen LLM."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         refuse_mixed(options)
@@ -179,7 +184,7 @@ class ProxyDPOTrainer:
         self.end_ids = end_ids(self.model, self.tokenizer)
         self.config = default_config(
             self.model,
-            **decoding_of(options.decoding),
+            **decoding_settings(options.decoding),
             width=options.width or 64,
             max_candidates=options.max_candidates,
             max_rejections=(
@@ -244,7 +249,7 @@ class ProxyDPOTrainer:
         return network, row
 
     def _parts(self, whole: Preferences) -> tuple[Preferences, Preferences]:
-        """What is learned from, and what is held out."""
+        """The training part and the held-out part."""
         options = self.options
         if options.held_out is not None:
             return together(whole, self._read(options.held_out))
@@ -263,7 +268,7 @@ class ProxyDPOTrainer:
             self.model,
             self.base,
             self.accelerator,
-            longest=longest + 1,  # what has been read has to be followed by a token
+            longest=longest + 1,  # vLLM needs room for one token after a response that is read
             responses=responses,
             batch_size=self.batch_size,
         )
@@ -279,7 +284,7 @@ class ProxyDPOTrainer:
         backend: RolloutBackend,
         metrics: Metrics | None,
     ) -> tuple[ProxyNetwork, Row]:
-        """The best proxy, and its figures."""
+        """The best proxy and its metrics."""
         options = self.options
         positions = self.cache.read(train.responses, self.config, backend.read)
         report_positions(positions)
@@ -302,7 +307,7 @@ class ProxyDPOTrainer:
         )
         config = self.config.model_copy(update={"width": width})
         fit = Fit(config, self.embeddings, positions, settings, self.accelerator)
-        say(
+        print_once(
             f"{len(train)} preferences to learn from, {len(held_out)} held out; "
             f"{fit.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )

@@ -2,20 +2,20 @@
 
     python -m training.proxy_ppo --model runs/base --reward runs/reward --prompts prompts.jsonl --output runs/proxy
 
-State: prompt, tokens so far and the candidate that the LLM proposes. Action: accept or reject. Reward: the reward
-model's score of the finished response. SKAM, which keeps the proxy inside the LLM's knowledge, is the law itself
-(`proxy.acceptance`): candidates from the nucleus only, none proposed twice, the most probable token when all is
-rejected.
+State: prompt, tokens so far, and the candidate that the LLM proposes. Action: accept or reject. Reward: the reward
+model's score of the finished response. SKAM, which keeps the proxy within the LLM's knowledge, is part of accept/reject
+sampling itself (`proxy.acceptance`): candidates come from the nucleus only, none is proposed twice, and the most
+probable token is emitted if all are rejected.
 
-Where this differs from the paper: the proxy reads the hidden state *before* the candidate and the candidate's
-embedding, so all candidates of a position are scored in one LLM forward; and as the LLM is frozen, its hidden states
-from the rollout are all that the update needs: PPO's epochs never run the LLM.
+Difference to the paper: the proxy reads the hidden state *before* the candidate and the candidate's embedding, so all
+candidates of a position are scored in one LLM forward. The LLM is frozen, so the update needs only its hidden states
+from the rollout: PPO's epochs never run the LLM.
 
-Responses are sampled in vLLM, by the worker that serves, in this process or on servers (`training.rollout_servers`), or
-in transformers (`--rollout`): for the same seed the same ones, as far as the rounding of the LLM's arithmetic goes.
+Responses are sampled by the serving worker of vLLM, in this process or on servers, or by transformers (`--rollout`, see
+`training.rollout_backends`). The same seed gives the same responses, up to rounding of the LLM's arithmetic.
 
 With several processes (`accelerate launch -m training.proxy_ppo ...`) each rolls out its share of the responses; the
-result is that of one process, up to rounding. A run that was killed goes on with `--resume`.
+result is that of one process, up to rounding. `--resume` continues a killed run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 from proxy.network import ProxyNetwork
 from training import output, ppo_trainer
 from training.console import TrainingError, main_guard, read_options
-from training.on_policy import WRITES, averaged, start, train
+from training.on_policy import WRITES, average_steps, start, train
 from training.policy import Decoding, Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.ppo_trainer import PATIENCE, Episodes
@@ -46,29 +46,30 @@ from training.sizes import decision_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ppo_trainer.Options, BackendOptions):
-    """Options of proxy training."""
+    """Options of training a proxy with PPO."""
 
     learning_rate: Positive = 2e-3
-    """Adam's, falling linearly to 0."""
+    """Adam's learning rate, decreasing linearly to 0."""
     entropy_weight: NonNegative = 0.003
     """Weight of the entropy bonus."""
     width: Annotated[int, Field(ge=2)] = 64
     """Width of the proxy's layers."""
     max_candidates: PositiveInt = 16
-    """K: candidates of a position, at most."""
+    """K: maximum number of candidates at a position."""
     max_rejections: NonNegativeInt = 8
-    """Rejections at a position, at most; then the most probable token is taken."""
+    """Maximum number of rejections at a position; then the most probable token is emitted."""
     use_logprob: bool = True
-    """Whether the proxy sees the candidate's log-probability."""
+    """Whether the candidate's log-probability is an input of the proxy."""
     accept_bias: Finite = 2.0
     """Accept logit before training: 2 accepts 88 %."""
     start_from: Path | None = None
-    """A proxy to go on from, of `training.proxy_dpo` perhaps, in the place of an untrained one; the options above are
-    its own then."""
+    """A proxy to start from, for example of `training.proxy_dpo`, instead of an untrained one. Its configuration
+    replaces the options above.
+    """
 
 
 class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
-    """Trains the proxy; the LLM stays as it is."""
+    """Trains the proxy; the LLM stays unchanged."""
 
     policy_class = Policy
 
@@ -91,17 +92,17 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
             f"{self.network.num_parameters():,} parameters train, {self.model.num_parameters():,} stay frozen"
         )
 
-    def beside(self) -> float:
+    def other_bytes(self) -> float:
         options = self.options
         decisions = 2 * options.episodes * options.decoding.max_new_tokens
-        # Those recorded, those that are learned from, and what is computed from these in float32.
+        # Recorded decisions, their copies for the update, and the float32 values computed from these.
         learned = 3 * decision_bytes(self.sizes, decisions, 4)
-        return super().beside() + learned + options.backend_bytes()
+        return super().other_bytes() + learned + options.backend_bytes()
 
     def make_network(self) -> ProxyNetwork:
-        """The proxy before training."""
+        """The initial proxy."""
         options = self.options
-        drawn_with = decoding_of(options.decoding)
+        drawn_with = decoding_settings(options.decoding)
         if options.start_from is not None:
             loaded = load(options.start_from, base=self.base)
             network = ProxyNetwork(loaded.config.model_copy(update=drawn_with))
@@ -134,12 +135,12 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
         return logits.squeeze(1), self.network.value(decisions.hidden)
 
     def learn(self, episodes: Episodes, index: int) -> dict[str, float]:
-        """On the decisions [D] of this process and those of the others."""
+        """PPO's update on the decisions [D] of this process; gradients are summed over all processes."""
         options, recorded = self.options, episodes.rollout.decisions
         sizes = gather_object([len(recorded.token_ids)])
-        if not sum(sizes):  # the LLM left nothing to decide
+        if not sum(sizes):  # every position had a single candidate
             return {}
-        decisions = Decisions(*(tensor.clone() for tensor in recorded))  # out of inference mode
+        decisions = Decisions(*(tensor.clone() for tensor in recorded))  # leaves inference mode
         device = decisions.hidden.device
         of_episodes = whiten(episodes.rewards).to(device)
         returns = of_episodes[episodes.first + decisions.episodes]
@@ -148,7 +149,7 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
             old_logprobs = action_logprobs(logits, decisions.accepted)
         before = sum(sizes[: self.accelerator.process_index])
         own = slice(before, before + len(returns))
-        advantages = whiten(self.of_all(returns - values))[own].to(device)
+        advantages = whiten(self.gather(returns - values))[own].to(device)
         done = []
         for whole in self.minibatches(sum(sizes), index):
             part = whole[(whole >= own.start) & (whole < own.stop)].to(device) - own.start
@@ -169,9 +170,11 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
             means = sums / len(whole)
             loss = means[0] + options.value_weight * means[1] - options.entropy_weight * means[2]
             loss.backward()
-            done.append([*self.accelerator.reduce(means.detach(), "sum").tolist(), self.descend()])
+            done.append(
+                [*self.accelerator.reduce(means.detach(), "sum").tolist(), self.gradient_step()]
+            )
         names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl")
-        return averaged(names, done)
+        return average_steps(names, done)
 
     def describe(self, rollout: Rollout) -> dict[str, float]:
         ours = (*rollout.counts, len(rollout.responses), len(rollout.decisions.token_ids))
@@ -195,11 +198,11 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
         refuse_idle_proxy(rows[-PATIENCE:])
 
 
-def decoding_of(decoding: Decoding) -> dict[str, Any]:
-    """What a proxy's configuration says of the decoding that it is trained with.
+def decoding_settings(decoding: Decoding) -> dict[str, Any]:
+    """The settings of a proxy's configuration that state the decoding it is trained with.
 
     Raises:
-        TrainingError: it draws nothing.
+        TrainingError: the decoding is greedy, so there is nothing to learn from.
     """
     if decoding.temperature == 0:
         raise TrainingError(
@@ -210,11 +213,11 @@ def decoding_of(decoding: Decoding) -> dict[str, Any]:
 
 
 def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
-    """Stop a run whose proxy has nothing to decide, or has stopped deciding.
+    """Stop a run whose proxy has nothing to decide, or always decides the same.
 
     Raises:
-        TrainingError: in each of the last three updates the LLM left nothing to decide, or the proxy rejected
-            everything or nothing.
+        TrainingError: in each of the last three updates no position left a choice, or the proxy rejected everything or
+            nothing.
     """
 
     def always(name: str, value: float) -> bool:

@@ -1,7 +1,7 @@
-"""Preferences among an LLM's own answers: it answers each prompt several times, and a reward ranks the answers.
+"""Preferences between an LLM's own answers: it answers each prompt several times, and a reward ranks the answers.
 
-What was sampled is written to `samples/` in the output directory, a file of JSON lines for every few prompts of a
-round: a run that was killed reads it again.
+Samples are written to `samples/` in the output directory, one file of JSON lines for some prompts of a round. A resumed
+run reads them.
 """
 
 import json
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from proxy.network import ProxyNetwork
 from training.console import TrainingError
-from training.machine import say
+from training.machine import print_once
 from training.positions import Response
 from training.ppo_trainer import refuse_bad_rewards
 from training.preferences import Collection, Preferences
@@ -27,11 +27,13 @@ from training.rollout_backends import RolloutBackend
 from training.run_marker import write_whole
 
 SAMPLES = "samples"
-_IN_A_FILE = 512  # answers, about
+_IN_A_FILE = 512  # approximate number of answers in a file
 
 
 class RankedAnswers:
-    """Samples in rounds, each from the frozen LLM or from a proxy beside it; in each of several processes the same."""
+    """Samples answers in rounds, from the frozen LLM or from a proxy; the result is the same in each of several
+    processes.
+    """
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class RankedAnswers:
         """
         Args:
             options: of `training.proxy_dpo`.
-            prompts: what is answered.
+            prompts: to be answered.
             frozen: the LLM.
             backend: samples the answers.
             accelerator: of this run's processes; each takes its share.
@@ -57,7 +59,8 @@ class RankedAnswers:
         self._rewards: list[list[float]] = [[] for _ in prompts]
 
     def sample(self, round_number: int, network: ProxyNetwork | None) -> None:
-        """A round of answers, ranked with those of the rounds before; None = from the frozen LLM.
+        """Sample a round of answers. Rankings include the answers of earlier rounds. network None = the frozen LLM
+        answers.
 
         Raises:
             TrainingError: a reward is not a finite number.
@@ -80,7 +83,9 @@ class RankedAnswers:
                 self._answers[row["prompt"]] += [Response(prompt, ids) for ids in row["responses"]]
                 self._rewards[row["prompt"]] += row["rewards"]
                 rewards += row["rewards"]
-        say(f"round {round_number + 1}: mean reward {fmean(rewards):.3f} of {len(rewards)} answers")
+        print_once(
+            f"round {round_number + 1}: mean reward {fmean(rewards):.3f} of {len(rewards)} answers"
+        )
 
     def preferences(self) -> Preferences:
         """The pairs of all prompts.
@@ -101,7 +106,7 @@ class RankedAnswers:
     def _rows(
         self, path: Path, indices: Sequence[int], round_number: int, network: ProxyNetwork | None
     ) -> list[dict[str, Any]]:
-        """Of each prompt its answers and their rewards: read, or sampled and written."""
+        """The answers to each prompt with their rewards, read from the file or sampled and written to it."""
         if not path.is_file():
             rows = self._sampled(indices, round_number, network)
             if self._accelerator.is_main_process:
@@ -112,7 +117,7 @@ class RankedAnswers:
     def _sampled(
         self, indices: Sequence[int], round_number: int, network: ProxyNetwork | None
     ) -> list[dict[str, Any]]:
-        """Of all processes. A seed is a function of run, round, prompt and number alone."""
+        """Samples of all processes. A seed is a function of run, round, prompt and number only."""
         options = self._options
         size, first_seed = options.samples, (options.seed << 40) + (round_number << 32)
         with self._accelerator.split_between_processes(list(indices)) as mine:
@@ -144,9 +149,10 @@ class RankedAnswers:
 
 
 def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
-    """Pairs of a prompt's responses, by index: the best with the worst, the second with the last but one, and so on.
+    """Pairs of a prompt's responses, by index: the best with the worst, the second best with the second worst, and so
+    on.
 
-    Equal rewards make no pair, nor do equal responses.
+    Equal rewards or equal responses make no pair.
     """
     order = sorted(range(len(responses)), key=lambda i: -rewards[i])
     return [

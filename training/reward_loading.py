@@ -38,7 +38,7 @@ ADAPTER_FILE = "adapter_config.json"  # peft's name
 
 
 def load_reward(name: str, frozen: Frozen) -> Reward:
-    """The reward that `name` stands for; see the module's docstring.
+    """The reward with this name; `training.rewards` lists what it may be.
 
     Raises:
         TrainingError: there is no such reward, or it is damaged.
@@ -87,14 +87,14 @@ def _load_trained(directory: Path, frozen: Frozen) -> Reward:
 
 
 def reward_bytes(name: str, dtype: torch.dtype) -> float:
-    """What the weights of the reward that `name` stands for take in memory, beside the frozen LLM's."""
+    """Memory of the reward's weights, in addition to the frozen LLM's."""
     directory = Path(name)
     if not directory.is_dir():
         if ":" in name or name == SELF_JUDGE:
             return 0.0
         try:
             directory = resolve_model_dir(name)
-        except ProxyError:  # `load_reward` says what is wrong
+        except ProxyError:  # `load_reward` reports the error
             return 0.0
     stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     return stored * dtype.itemsize / 2  # most are stored in bfloat16
@@ -103,9 +103,10 @@ def reward_bytes(name: str, dtype: torch.dtype) -> float:
 def model_judges(
     model: CausalLM, frozen: Frozen, directory: Path, principles: Sequence[str] = ()
 ) -> dict[str, ModelJudge]:
-    """A judge for each of the principles named, which are those of the directory; none = the first there is.
+    """A judge for each of the named principles, which are those of the directory; empty = its first one.
 
-    Raises TrainingError for an unknown principle.
+    Raises:
+        TrainingError: a principle is unknown.
     """
     known, context = principles_of(directory), context_of(frozen.model)
     for name in principles:
@@ -132,7 +133,7 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
             name, dtype=like.dtype, attn_implementation=attention_of(name)
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of safetensors, tokenizers, a config without a key...
+    except Exception as error:  # from safetensors, tokenizers, a config with a missing key...
         raise TrainingError(
             f"{name!r} is no reward: neither a directory with the {REWARD_FILE} that training.reward_model writes, "
             f"nor a sequence-classification model, nor module:function, nor {SELF_JUDGE} ({error})"

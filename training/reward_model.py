@@ -3,8 +3,8 @@
     python -m training.reward_model --model runs/base --preferences preferences.jsonl --output runs/reward
 
 `--kind implicit` (the default) trains a copy of the LLM, or a LoRA on it, with the Bradley–Terry (DPO) loss; its reward
-is β·log(π_rm/π_ref). `--kind scalar` trains the LLM's body with one linear head, as RLHF has it. In small models the
-implicit reward sees relations (the wrong object, the wrong fact) that the scalar head does not.
+is β·log(π_rm/π_ref). `--kind scalar` trains the LLM's body with one linear head, as in RLHF. In small models the
+implicit reward detects relations (the wrong object, the wrong fact) that the scalar head does not.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Options(dpo.Options):
     """Options of reward-model training."""
 
     kind: Literal["implicit", "scalar"] = "implicit"
-    """Which reward; see above."""
+    """Which kind of reward; see above."""
 
 
 def main(options: Options) -> None:
@@ -50,14 +50,14 @@ def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(directory)
     pairs = dpo.read(options, tokenizer, directory)
     planned = dpo.plan_for(options, pairs, directory)
-    torch.manual_seed(options.seed)  # of the new head
+    torch.manual_seed(options.seed)  # for the new head
     scorer = _scorer(directory)
     refuse_unknown(scorer, tokenizer, (ids for some in pairs for pair in some for ids in pair))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise TrainingError("the tokenizer has neither a padding nor an end-of-sequence token")
-    # It finds the last token by it.
+    # The model finds the last token by it.
     scorer.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     trainer = ScalarTrainer(
         scorer,

@@ -1,15 +1,15 @@
-"""Scores of finished responses. What `--reward` may be:
+"""Scores of finished responses. `--reward` may be:
 
-- a directory from `training.reward_model`.
-  Implicit (Rafailov et al., arXiv 2305.18290): r(x, y) = β · Σ_t log π_rm(y_t | x, y_<t) / π_ref(y_t | x, y_<t), where
-  π_rm was trained on the pairs with the Bradley–Terry (DPO) loss from π_ref, the frozen LLM.
-  Scalar: a linear head on the last token of prompt and response.
-- a sequence-classification model with one label, a directory or a hub id: its score of the chat, by its own tokenizer.
-- `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253), log-odds that the response is better than an answer of
-  the LLM alone, the mean over both orders; by the first of its principles, or as in `self-judge:manners`.
+- a directory from `training.reward_model`. Implicit (Rafailov et al., arXiv 2305.18290): r(x, y) = β · Σ_t log π_rm(y_t
+  | x, y_<t) / π_ref(y_t | x, y_<t), where π_rm was trained on the pairs with the Bradley–Terry (DPO) loss from π_ref,
+  the frozen LLM. Scalar: a linear head on the last token of prompt and response.
+- a sequence-classification model with one label, a directory or a hub id: its score of the chat, with its own
+  tokenizer.
+- `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253): log-odds that the response is better than an answer of
+  the LLM alone, averaged over both orders, by the first of its principles, or by the one in `self-judge:manners`.
 - a directory from `training.jsft --lora-rank`: the same, judged by the LLM with that LoRA.
-- a proxy, of this very LLM: Σ_t log π(y_t) / p(y_t), of what it emits and of the frozen LLM (`training.proxy_dpo`).
-- `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returning N numbers.
+- a proxy for this LLM: Σ_t log π(y_t) / p(y_t), of its distribution and the frozen LLM's (`training.proxy_dpo`).
+- `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returns N numbers.
 """
 
 import zlib
@@ -53,20 +53,20 @@ class Sample(NamedTuple):
     messages: Sequence[Message]
     text: str
     prompt_ids: list[int]
-    response_ids: list[int]  # with the end of the turn, where it was reached
+    response_ids: list[int]  # includes the end of the turn, if it was reached
 
 
 class Reward(Protocol):
-    """N samples -> [N] scores, higher is better."""
+    """N samples -> [N] scores; higher is better."""
 
     def __call__(self, samples: Sequence[Sample]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen LLM, as rewards may want it."""
+    """The frozen LLM, in the form that rewards take."""
 
-    model: PreTrainedModel | PeftModel  # the latter where a LoRA learns on it
+    model: PreTrainedModel | PeftModel  # PeftModel if a LoRA on it is trained
     tokenizer: Any
     base: BaseModelId
     decoding: Decoding
@@ -75,7 +75,7 @@ class Frozen:
 
     @property
     def plain(self) -> CausalLM:
-        """Without a LoRA that learns on it."""
+        """The LLM without the LoRA that is trained on it."""
         return WithoutAdapter(self.model) if isinstance(self.model, PeftModel) else self.model
 
 
@@ -100,7 +100,7 @@ class ScalarReward:
 
     def __init__(self, scorer: PreTrainedModel, tokenizer: Any, batch_size: int) -> None:
         self.scorer, self.chats, self.batch_size = scorer, Conversations(tokenizer), batch_size
-        if scorer.config.pad_token_id is None:  # it finds the last token by it
+        if scorer.config.pad_token_id is None:  # the model finds the last token by it
             scorer.config.pad_token_id = tokenizer.eos_token_id
 
     @torch.inference_mode()
@@ -119,7 +119,7 @@ class ScalarReward:
 
 
 class ProxyReward:
-    """Σ_t log π(y_t) / p(y_t): how much likelier a response is with the proxy than without, within the nucleus."""
+    """Σ_t log π(y_t) / p(y_t), within the nucleus: how much likelier the proxy makes a response."""
 
     def __init__(self, network: ProxyNetwork, frozen: Frozen) -> None:
         self.network = network.to(frozen.model.device)
@@ -139,7 +139,7 @@ class ProxyReward:
 
 
 class JudgeReward:
-    """Log-odds that a judge finds a response better than an answer of the frozen LLM's own."""
+    """Log-odds that a judge prefers a response to an answer of the frozen LLM."""
 
     def __init__(self, judge: ModelJudge, frozen: Frozen) -> None:
         self.judge, self.frozen = judge, frozen
@@ -164,7 +164,7 @@ class JudgeReward:
 
 
 class FunctionReward:
-    """What a function of the user's returns."""
+    """The scores that a user's function returns."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self.function = name, function
@@ -192,7 +192,7 @@ def sequence_logprobs(
     responses: Sequence[list[int]],
     batch_size: int,
 ) -> Tensor:
-    """log π(response | prompt), summed over the response's tokens, of `batch_size` sequences at once: [N] nats."""
+    """log π(response | prompt), summed over the response's tokens: [N] nats. Computes `batch_size` sequences at once."""
     sums = []
     for some in _batches(list(zip(prompts, responses, strict=True)), batch_size):
         some_prompts, some_responses = zip(*some, strict=True)
@@ -208,7 +208,7 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _pad_right(
     rows: Sequence[list[int]], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each [N, T], 1 = is a token."""
+    """(ids, mask), each [N, T], 1 = token."""
     ids = torch.full((len(rows), max(map(len, rows))), pad_id, device=device)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):

@@ -1,11 +1,11 @@
-"""Full RLHF: PPO on all weights of an actor and a critic, the baseline that Proxy-RLHF is measured against.
+"""Full RLHF: PPO on all weights of an actor and a critic, the baseline for Proxy-RLHF.
 
     python -m training.rlhf_ppo --model runs/base --reward runs/reward --prompts prompts.jsonl --output runs/rlhf
 
-As in InstructGPT (arXiv 2203.02155): the actor and the critic start from the model, a frozen copy of which is the
+As in InstructGPT (arXiv 2203.02155), the actor and the critic start from the model, and a frozen copy of it is the
 reference. The reward of a token is −w · (log π_old − log π_ref); the last one also gets the response's score, whitened
-over the rollout as in `training.proxy_ppo`. Tokens are drawn from all that the actor might say: were some cut off,
-probabilities would not be those of the draw, and the actor could pay for divergence with what is never drawn. Data,
+over the rollout as in `training.proxy_ppo`. Tokens are sampled from the actor's full distribution: with a cut-off, its
+probabilities would not be those of the samples, and the actor could diverge in tokens that are never sampled. Data,
 rewards, prompts, several processes and `--resume` are as in `training.proxy_ppo`.
 """
 
@@ -29,7 +29,7 @@ from training.memory import Work, plan
 from training.micro_batches import split_by_tokens
 from training.model_inputs import pad_responses
 from training.models import load_model, loading
-from training.on_policy import WRITES, averaged, start, train
+from training.on_policy import WRITES, average_steps, start, train
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.ppo_trainer import Episodes
@@ -42,15 +42,15 @@ class Options(ppo_trainer.Options):
     """Options of full RLHF."""
 
     learning_rate: Positive = 5e-5
-    """Adam's, falling linearly to 0. 5e-5 suits a small model; use about 1e-6 for a pretrained LLM."""
+    """Adam's learning rate, decreasing linearly to 0. 5e-5 suits a small model; use about 1e-6 for a pretrained LLM."""
     critic_learning_rate: Positive = 2e-4
-    """The same for the critic."""
+    """The learning rate of the critic."""
     kl_weight: NonNegative = 0.1
-    """w: what a nat of divergence from the reference costs, in standard deviations of the score."""
+    """w: penalty for a nat of divergence from the reference, in standard deviations of the score."""
     gae_lambda: Share = 0.95
     """λ of the advantage estimates."""
     decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=1.0))
-    """How tokens are drawn: nothing may be cut off, and the temperature is 1."""
+    """How responses are sampled: the temperature is 1 and nothing is cut off."""
 
 
 class Batch(NamedTuple):
@@ -58,24 +58,24 @@ class Batch(NamedTuple):
 
     ids: Tensor  # [N, T + 1]
     mask: Tensor  # [N, T] bool, True = the predicted token belongs to the response
-    old_logprobs: Tensor  # [N, T] natural log, of the actor that drew them
+    old_logprobs: Tensor  # [N, T] natural log, of the actor that sampled the responses
     advantages: Tensor  # [N, T]
     returns: Tensor  # [N, T]
 
     def lengths(self) -> list[int]:
-        """Tokens up to the last of each response."""
+        """Length of prompt and response, for each."""
         places = torch.arange(2, self.ids.shape[1] + 1, device=self.ids.device)
         return (self.mask * places).amax(-1).tolist()
 
     def rows(self, part: Tensor) -> "Batch":
-        """Without the columns that only others need."""
+        """Some rows, without columns that none of them needs."""
         rows = Batch(*(column[part] for column in self))
         width = max(rows.lengths())
         return Batch(rows.ids[:, :width], *(column[:, : width - 1] for column in rows[1:]))
 
 
 class Critic(nn.Module):
-    """The LLM's body with a linear head: the value of the state after each token, [N, T] ids -> [N, T]."""
+    """The LLM's body with a linear head: [N, T] ids -> the value of the state after each token, [N, T]."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -100,12 +100,12 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
             )
         super().__init__(options, accelerator)
         directory, device = resolve_model_dir(options.model), accelerator.device
-        # Not copies of the frozen one, into which a reward may have put its LoRA.
+        # Not copies of `self.model`: a reward may have added its LoRA to that.
         self.actor = load_model(str(directory))[0]
         self.critic = Critic(directory)
         self.learner = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
-        # The actor in `dtype`: sampling is faster so.
-        self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
+        # A copy of the actor in `dtype`, which samples faster.
+        self.sampler = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.optimiser = torch.optim.Adam(
             [
                 {"params": list(self.actor.parameters()), "lr": options.learning_rate},
@@ -114,11 +114,11 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         )
         accelerator.print(f"{sum(p.numel() for p in self.learner.parameters()):,} parameters train")
 
-    def beside(self) -> float:
+    def other_bytes(self) -> float:
         learned = (
             2 * 16 * self.sizes.parameters
         )  # actor and critic, with gradients and Adam's moments
-        return super().beside() + self.weights + learned
+        return super().other_bytes() + self.weights + learned
 
     def plan_memory(self) -> int:
         options = self.options
@@ -126,7 +126,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
             model=str(resolve_model_dir(options.model)),
             longest=self.longest + options.decoding.max_new_tokens,
             bf16=options.dtype == "bfloat16",
-            beside=super().beside() + 2 * self.weights,
+            other_bytes=super().other_bytes() + 2 * self.weights,
             graphs=2,
         )
         lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a proxy"
@@ -134,9 +134,9 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         return super().plan_memory()
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
-        self.voice.load_state_dict(self.actor.state_dict())
+        self.sampler.load_state_dict(self.actor.state_dict())
         return generate(
-            Policy(self.voice),
+            Policy(self.sampler),
             prompts,
             self.options.decoding,
             end_ids=self.end_ids,
@@ -150,7 +150,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         sizes = gather_object([int(batch.mask.sum())])
         own = slice(sum(sizes[:process]), sum(sizes[: process + 1]))
         advantages = torch.zeros_like(batch.advantages)
-        whitened = whiten(self.of_all(batch.advantages[batch.mask]))[own]
+        whitened = whiten(self.gather(batch.advantages[batch.mask]))[own]
         advantages[batch.mask] = whitened.to(advantages.device)
         batch = batch._replace(advantages=advantages)
         first, count, lengths = episodes.first, len(batch.ids), batch.lengths()
@@ -164,12 +164,12 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
                 (parts[0] + options.value_weight * parts[1]).div(tokens).backward()
                 sums += parts.detach()
             means = self.accelerator.reduce(sums, "sum") / tokens
-            done.append([*means.tolist(), self.descend()])
+            done.append([*means.tolist(), self.gradient_step()])
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        return {"kl": self.of_all(kl).mean().item(), **averaged(names, done)}
+        return {"kl": self.gather(kl).mean().item(), **average_steps(names, done)}
 
     def _batch(self, episodes: Episodes) -> tuple[Batch, Tensor]:
-        """The rollout with what PPO needs, and log π_old / π_ref of each response: [N] nats."""
+        """The rollout with everything that PPO needs, and log π_old / π_ref of each response: [N] nats."""
         responses, device = episodes.rollout.responses, self.model.device
         ids, is_response = pad_responses(episodes.prompts, responses)
         ids, mask = ids.to(device), is_response[:, 1:].to(device)
@@ -182,13 +182,15 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         divergence = (old - reference) * mask
         rewards = -self.options.kl_weight * divergence
         scores = whiten(episodes.rewards)[episodes.first : episodes.first + len(ids)]
-        last = mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)  # of each response
+        last = (
+            mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
+        )  # index of each response's last token
         rewards[torch.arange(len(ids), device=device), last] += scores.to(device)
         advantages = gae(rewards, values, mask, self.options.gae_lambda)
         return Batch(ids, mask, old, advantages, advantages + values), divergence.sum(-1)
 
     def _losses(self, batch: Batch) -> Tensor:
-        """[4]: policy loss, value loss, clipped and estimated KL(old ‖ new), summed over the tokens."""
+        """[4]: policy loss, value loss, clipped, and estimated KL(old ‖ new), summed over the tokens."""
         mask, clip = batch.mask, self.options.clip
         log_ratios = (self._logprobs(batch.ids, mask) - batch.old_logprobs)[mask]
         errors = (self._values(batch.ids, mask) - batch.returns)[mask]
@@ -203,7 +205,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         )
 
     def _logprobs(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """log π(token | before) of the responses' tokens: [N, T + 1], [N, T] -> [N, T]."""
+        """log π(token | previous tokens) of the responses' tokens: [N, T + 1], [N, T] -> [N, T]."""
         with self._autocast():
             return response_logprobs(self.actor, ids, mask)
 

@@ -1,8 +1,8 @@
 """Sample responses from the frozen LLM with the proxy deciding every token, and record its decisions.
 
-The server's hook and this loop call the same law (`proxy.acceptance`) on the same kind of tensors: processed logits and
-the lm_head's input, and draw the same noise for the same seed. One forward of the LLM per emitted token, however many
-candidates are rejected.
+The server's hook and this loop call the same accept/reject sampling (`proxy.acceptance`) on the same kind of tensors,
+processed logits and the lm_head's input, with the same noise for the same seed. One forward of the LLM per emitted
+token, however many candidates are rejected.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,10 +22,10 @@ from training.policy import Decoding, Draw, Policy, Proposals
 
 
 class Decisions(NamedTuple):
-    """What the proxy was asked and answered: D decisions, each a candidate accepted or rejected.
+    """D decisions of the proxy, each on one candidate.
 
-    Response by response and position by position; at a position the most probable candidate comes first. Positions with
-    a single candidate ask nothing and are not here.
+    Ordered by response and position; at a position the most probable candidate comes first. Positions with a single
+    candidate need no decision and are left out.
     """
 
     hidden: Tensor  # [D, H] the lm_head's input at the position
@@ -36,7 +36,7 @@ class Decisions(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Over all responses."""
+    """Totals over all responses."""
 
     tokens: int
     proposed: int
@@ -45,19 +45,19 @@ class Counts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """N responses and how they came about."""
+    """N responses and how they were sampled."""
 
-    responses: list[list[int]]  # token ids, end of turn included where it was reached
+    responses: list[list[int]]  # token ids, with the end of the turn if it was reached
     decisions: Decisions
     counts: Counts
     kl: Tensor | None  # [N] nats, KL(proxied ‖ frozen) summed over positions, if measured
 
 
 def longest_prompt(model: PreTrainedModel | PretrainedConfig, decoding: Decoding) -> int:
-    """The most tokens that a prompt may have for its longest response to be within the LLM's context.
+    """The longest prompt that leaves room for a response in the LLM's context, in tokens.
 
     Raises:
-        TrainingError: a response alone may be longer.
+        TrainingError: a response alone may exceed the context.
     """
     most = context_of(model) - decoding.max_new_tokens
     if most <= 0:
@@ -81,14 +81,14 @@ def generate(
     """One response to each prompt.
 
     Args:
-        prompts: N token-id lists, up to where the assistant begins to speak.
+        prompts: N token-id lists, up to the start of the assistant's turn.
         end_ids: tokens that end a response.
-        seeds: one for each prompt, as a request to the server has one; more are not looked at.
-        measure_kl: compute the exact divergence at every position too; takes longer than sampling does.
-        batch_size: responses at once in the device's memory, None = all. Up to rounding it changes nothing.
+        seeds: one for each prompt, as in a request to the server; further ones are not read.
+        measure_kl: compute the exact divergence at every position; takes longer than sampling.
+        batch_size: responses at once in the device's memory, None = all. It changes only rounding.
 
     Raises:
-        TrainingError: a prompt that leaves no room for its response, or an LLM without the parts that this needs.
+        TrainingError: a prompt leaves no room for its response, or the LLM lacks parts that this needs.
     """
     longest, most = max(map(len, prompts)), longest_prompt(policy.model, decoding)
     if longest > most:
@@ -108,7 +108,7 @@ def generate(
 
 
 def joined(parts: list[Rollout]) -> Rollout:
-    """The rollouts one after the other."""
+    """Concatenate rollouts."""
     first, decisions = 0, []
     for part in parts:
         decisions.append(part.decisions._replace(episodes=part.decisions.episodes + first))
@@ -132,7 +132,7 @@ def _generate_batch(
     seeds: Iterator[int],
     measure_kl: bool,
 ) -> Rollout:
-    """`generate`, all at once."""
+    """`generate` for one batch."""
     model, device = policy.model, policy.model.device
     count = len(prompts)
     keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)], device=device)

@@ -1,16 +1,16 @@
-"""Rollouts on several of Assent's servers, on other machines perhaps: for the same seeds the same responses.
+"""Rollouts on several Assent servers, perhaps on other machines: the same seeds give the same responses.
 
     python -m server --model MODEL --proxy-root /shared/proxies   # on every machine
     python -m training.proxy_ppo --model MODEL ... --rollout servers --servers http://one:8000 http://two:8000 \\
         --proxy-root /shared/proxies
 
-A rollout: the weights are saved below the root and loaded by every server under the name of this run; every server
-takes as many prompts as it can, so a faster one gets more; the decisions are in the traces. Hidden states do not
-travel: the trainer computes them, by one forward of the frozen LLM over prompts and responses. Up to rounding they are
-those that the servers decided on.
+A rollout: the weights are saved below the root, and every server loads them under the name of this run. Every server
+takes prompts as fast as it can, so a faster one gets more. The decisions are in the traces. Hidden states are not sent:
+the trainer computes them with one forward of the frozen LLM over prompts and responses. They equal those that the
+servers used, up to rounding.
 
-A server that fails is tried again a few times, and does without its part then; the others do it. What a server refuses
-ends the run.
+A server that fails is retried a few times and then left out; the others take over its part. An error that a server
+reports for a request ends the run.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ from training.servers import (
 )
 from training.traces import decisions, refuse_untraceable, sampling
 
-# What else would be a server's own: its defaults are those of the model's generation config.
+# Without these, a server would use the defaults of the model's generation config.
 _PLAIN = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -67,15 +67,15 @@ _READ_AT_ONCE = 16  # responses in a request
 
 
 class _Published(NamedTuple):
-    """A version of the proxy, and the servers that have it."""
+    """A version of the proxy, and the servers that have loaded it."""
 
-    name: str  # the main process's: on another machine it would be another
+    name: str  # the main process's: other machines would compute another one
     version: str
     urls: list[str]
 
 
 class ServersBackend:
-    """Servers with the frozen LLM, and on each of them one proxy, whose weights each rollout brings along."""
+    """Servers with the frozen LLM and one proxy, whose weights each rollout replaces."""
 
     def __init__(
         self,
@@ -92,16 +92,16 @@ class ServersBackend:
         """
         Args:
             frozen: the LLM in transformers, for hidden states.
-            urls: where the servers are, `http://host:port`.
+            urls: addresses of the servers, `http://host:port`.
             root: the directory that is every server's `--proxy-root`.
             base: the LLM's identity.
-            name: of the proxy on the servers, and of its directory below the root: nobody else's.
-            max_requests: responses under way at once on each server.
+            name: of the proxy on the servers, and of its directory below the root; must be unique.
+            max_requests: concurrent requests on each server.
             batch_size: responses at once in this device's memory.
-            accelerator: of this run's processes the main one publishes; each sends its own prompts.
+            accelerator: of this run's processes: the main process publishes, each sends its own prompts.
 
         Raises:
-            TrainingError: an address or the directory is none.
+            TrainingError: an address is invalid, or the directory does not exist.
         """
         if not root.is_dir():
             raise TrainingError(f"--proxy-root {root}: there is no such directory")
@@ -121,10 +121,10 @@ class ServersBackend:
         end_ids: Collection[int],
         seeds: Iterable[int],
     ) -> Rollout:
-        """What `training.rollout.generate` returns for the same, up to the rounding of the LLM's arithmetic.
+        """As `training.rollout.generate`, up to rounding.
 
         Raises:
-            TrainingError: responses may be longer than traces are, a server refuses something, or none is left.
+            TrainingError: responses may be longer than traces, a server refuses a request, or no server is left.
         """
         refuse_untraceable(decoding, "servers")
         published = self._publish(network)
@@ -156,10 +156,10 @@ class ServersBackend:
         end_ids: Collection[int],
         seeds: Iterable[int],
     ) -> list[list[int]]:
-        """The responses alone, with nothing about how they came about; None = the frozen LLM's own.
+        """The responses only, without decisions; network None = by the frozen LLM.
 
         Raises:
-            TrainingError: a server refuses something, or none is left.
+            TrainingError: a server refuses a request, or no server is left.
         """
         published = self._publish(network) if network is not None else None
         alignment = {"alignment": {"proxy": published.name}} if published else {}
@@ -172,10 +172,10 @@ class ServersBackend:
         return asyncio.run(share_out(urls, bodies, ask, self._at_once))
 
     def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
-        """The positions of given responses, as `training.positions.read` returns them, up to rounding.
+        """As `training.positions.read`, up to rounding.
 
         Raises:
-            TrainingError: a server refuses something, or none is left.
+            TrainingError: a server refuses a request, or no server is left.
         """
         names = ("temperature", "top_k", "top_p", "max_candidates")
         nucleus = {name: getattr(config, name) for name in names}
@@ -187,21 +187,21 @@ class ServersBackend:
         return joined(asyncio.run(share_out(self._urls, bodies, ask_positions, at_once)))
 
     def close(self) -> None:
-        """Unload the proxy and remove its directory; what of it cannot be done is said."""
+        """Unload the proxy and remove its directory; prints a warning for each server that fails."""
         directory = self._root / self._name
         if not self._accelerator.is_main_process or not directory.exists():
             return
         for url, found in asyncio.run(
             ask_every(self._urls, "DELETE", f"/proxies/{self._name}")
         ).items():
-            # 404: it was never there, or has gone already, for servers of one root keep in step.
+            # 404: it was never loaded, or is unloaded already, because servers with the same root synchronise.
             if isinstance(found, Failure) or not (found.is_success or found.status_code == 404):
                 message = found.message if isinstance(found, Failure) else message_of(found)
                 _say(f"{url} still has the proxy {self._name!r}: {message}")
         shutil.rmtree(directory, ignore_errors=True)
 
     def _publish(self, network: ProxyNetwork) -> _Published:
-        """Done by the main process; the others wait for it, and fail as it fails."""
+        """The main process publishes; the others wait, and fail if it fails."""
         found: list[_Published | TrainingError | None] = [None]
         if self._accelerator.is_main_process:
             try:
@@ -214,7 +214,7 @@ class ServersBackend:
         return outcome
 
     def _load(self, network: ProxyNetwork) -> _Published:
-        """Put these weights in the place of the last ones, on every server that can be reached."""
+        """Replace the weights on every server that can be reached."""
         directory = self._root / self._name / uuid.uuid4().hex[:8]
         try:
             version = save(directory, network, base=self._base, training={})
@@ -240,7 +240,7 @@ class ServersBackend:
                     "--proxy-root must be the same directory for all"
                 )
         self._is_first = False
-        for old in directory.parent.iterdir():  # those of a run that was killed are among them
+        for old in directory.parent.iterdir():  # including those of a killed run
             if old != directory:
                 shutil.rmtree(old, ignore_errors=True)
         return _Published(self._name, version, urls)
@@ -253,7 +253,7 @@ class ServersBackend:
         episodes: Sequence[int],
         indices: Sequence[int],
     ) -> Tensor:
-        """What the lm_head read where the tokens of these indices were drawn: [D, H]."""
+        """The lm_head's input [D, H] at the tokens with these indices."""
         device, size = self._frozen.device, self._batch_size
         of = torch.tensor(episodes, dtype=torch.long)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -272,7 +272,7 @@ class ServersBackend:
 
 
 def name_of(output: Path) -> str:
-    """A name for the proxy of a run: its own, and that of the run that goes on after a kill."""
+    """A name for the proxy of a run, the same after it is resumed."""
     run = f"{socket.gethostname()} {output.resolve()}"
     return f"learner-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 

@@ -1,7 +1,8 @@
-"""Rollouts in vLLM, through the worker that serves: the same law and, for the same seeds, the same noise as `generate`.
+"""Rollouts in vLLM with the serving worker: the same accept/reject sampling and, for the same seeds, the same noise as
+`generate`.
 
-The engine runs in this process: its proxy is replaced between two rollouts by a call, traces and hidden states are
-handed over as they are, and nothing of it outlives the training.
+The engine runs in this process: a call replaces its proxy between two rollouts, traces and hidden states are returned
+directly, and nothing outlives the training.
 """
 
 import importlib.util
@@ -37,21 +38,21 @@ if TYPE_CHECKING:
     from training.rollout_worker import Read
 
 NAME = "learner"  # of the proxy in the engine
-CPU_BLOCK_TOKENS = 128  # vLLM's blocks of KV cache, on a CPU
+CPU_BLOCK_TOKENS = 128  # vLLM's block size of the KV cache on a CPU
 
 Place = tuple[str, int]
-"""The engine's id of a request, and the index of a token in it."""
+"""The engine's request id, and the index of a token in the request."""
 
 
 def is_installed() -> bool:
-    """Whether there is a vLLM to import."""
+    """Whether vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
 class VLLMBackend:
-    """vLLM with the frozen LLM and one proxy, whose weights each rollout brings along.
+    """vLLM with the frozen LLM and one proxy, whose weights each rollout replaces.
 
-    A rollout keeps the hidden state of every token on the device, beside the memory that vLLM is given.
+    A rollout keeps the hidden state of every token on the device, in addition to vLLM's share of the memory.
     """
 
     def __init__(
@@ -67,17 +68,16 @@ class VLLMBackend:
     ) -> None:
         """
         Args:
-            frozen: the LLM in transformers: vLLM is to compute where, and as exactly as, that does.
+            frozen: the LLM in transformers; vLLM uses its device and data type.
             directory: its files.
             base: its identity.
             max_tokens: of a prompt and its response together.
-            max_requests: responses under way at once.
-            memory: share of the GPU's memory that weights and KV cache may take; on a CPU, of the RAM, and the KV cache
-                alone.
-            processes: of `accelerate launch`; each has an engine of its own.
+            max_requests: concurrent requests.
+            memory: share of the GPU's memory for weights and KV cache; on a CPU, share of the RAM for the KV cache.
+            processes: of `accelerate launch`; each has its own engine.
 
         Raises:
-            TrainingError: there is no vLLM, or it cannot be started so.
+            TrainingError: vLLM is not installed, or does not start with these settings.
         """
         if not is_installed():
             raise TrainingError(
@@ -95,10 +95,10 @@ class VLLMBackend:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        if processes > 1:  # vLLM lives in the group that accelerate has made
+        if processes > 1:  # vLLM joins accelerate's process group
             settings["distributed_executor_backend"] = "external_launcher"
         if frozen.device.type == "cpu":
-            # Compiling takes longer than it would save; and vLLM would put zeros into all the RAM it may have.
+            # Compiling takes longer than it saves here, and by default vLLM would fill all of its RAM share with zeros.
             most = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
             wanted = _kv_cache_bytes(frozen, max_requests, max_tokens)
             settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(most, wanted)}
@@ -119,14 +119,14 @@ class VLLMBackend:
         end_ids: Collection[int],
         seeds: Iterable[int],
     ) -> Rollout:
-        """What `training.rollout.generate` returns for the same, up to the rounding of the LLM's arithmetic.
+        """As `training.rollout.generate`, up to rounding.
 
         Raises:
-            TrainingError: responses may be longer than traces are.
+            TrainingError: responses may be longer than traces.
         """
         refuse_untraceable(decoding, "vllm")
         self._publish(network)
-        # What is in the cache changes how prompts are batched, and so their rounding: not from update to update.
+        # A filled cache changes how prompts are batched, and with it their rounding. Updates must not differ in that.
         self._llm.reset_prefix_cache()
         params = [self._params(decoding, end_ids, seed) for seed in islice(seeds, len(prompts))]
         return joined(
@@ -145,7 +145,7 @@ class VLLMBackend:
         end_ids: Collection[int],
         seeds: Iterable[int],
     ) -> list[list[int]]:
-        """The responses alone, with nothing about how they came about; None = the frozen LLM's own."""
+        """The responses only, without decisions; network None = by the frozen LLM."""
         if network is not None:
             self._publish(network)
         self._llm.reset_prefix_cache()
@@ -162,7 +162,7 @@ class VLLMBackend:
         return found
 
     def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
-        """The positions of given responses, as `training.positions.read` returns them, up to rounding."""
+        """As `training.positions.read`, up to rounding."""
         found = []
         for i in range(0, len(responses), TRACED_REQUESTS):
             some = responses[i : i + TRACED_REQUESTS]
@@ -179,7 +179,7 @@ class VLLMBackend:
         """Nothing is left: the engine ends with this process."""
 
     def _publish(self, network: ProxyNetwork) -> None:
-        """Put these weights in the place of the last ones; their memory is free after the next step."""
+        """Replace the proxy's weights; the memory of the old ones is free after the next step."""
         if self._version is not None:
             self._call("unload_proxy", NAME, self._version)
         with tempfile.TemporaryDirectory(prefix="assent-") as directory:
@@ -209,7 +209,7 @@ class VLLMBackend:
         )
 
     def _run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Rollout:
-        """The responses to as many prompts as traces are kept of."""
+        """Responses to at most as many prompts as traces are kept for."""
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
         ids = [output.request_id for output in outputs]
@@ -239,7 +239,7 @@ class VLLMBackend:
 
 
 def _reading(start: int, config: ProxyConfig) -> Any:
-    """Sampling parameters of a request that is read and says nothing."""
+    """Sampling parameters of a request that reads a response and generates nothing."""
     from vllm import SamplingParams
 
     read = ReadRequest(
@@ -254,7 +254,7 @@ def _reading(start: int, config: ProxyConfig) -> Any:
 
 
 def _start(settings: dict[str, Any]) -> Any:
-    """`vllm.LLM` in this process, which stays what it was as far as that goes."""
+    """`vllm.LLM` in this process, with its side effects on the process reverted where possible."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
@@ -269,7 +269,7 @@ def _start(settings: dict[str, Any]) -> Any:
 
 
 def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> int:
-    """About what so many requests of so many tokens need; with less, some wait."""
+    """Approximate size of the KV cache for this many requests; with less, some wait."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = (
@@ -281,7 +281,7 @@ def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> i
 
 
 def _hidden_at(reads: "Sequence[Read]", places: Sequence[Place]) -> Tensor:
-    """The hidden states [D, H] at places, of all that was read."""
+    """The hidden states [D, H] at these places."""
     rows = {
         place: row
         for row, place in enumerate(

@@ -1,6 +1,6 @@
-"""The workers that serve, for rollouts in the trainer's own process: they keep what the proxies read, and no more.
+"""The serving workers, extended to keep the proxy's inputs, for rollouts in the trainer's process.
 
-A module of its own, for vLLM imports its workers by name.
+A module of its own, because vLLM imports its workers by name.
 """
 
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ from proxy.worker import ProxyGPUWorker
 
 
 class Read(NamedTuple):
-    """One step's R rows."""
+    """The R rows of one step."""
 
     req_ids: list[str]
-    positions: Tensor  # [R] int, index of the token that is drawn
+    positions: Tensor  # [R] int, index of the sampled token
     hidden: Tensor  # [R, H] the lm_head's input
 
 
 class RolloutGPUWorker(ProxyGPUWorker):
-    """vLLM's CUDA worker with proxies, which remembers their input."""
+    """vLLM's CUDA worker with proxies, which keeps their inputs."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -34,7 +34,9 @@ class RolloutGPUWorker(ProxyGPUWorker):
         return super().sample_tokens(grammar_output)
 
     def take_reads(self) -> list[Read]:
-        """Of every step since the last time, rows of unfinished prefills included. The caller's, on the device."""
+        """The inputs of every step since the last call, including rows of unfinished prefills. Tensors stay on the
+        device; the caller owns them.
+        """
         reads, self._reads = self._reads, []
         return reads
 
@@ -43,4 +45,4 @@ if current_platform.is_cpu():
     from proxy.worker import ProxyCPUWorker
 
     class RolloutCPUWorker(RolloutGPUWorker, ProxyCPUWorker):
-        """vLLM's CPU worker with proxies, which remembers their input."""
+        """vLLM's CPU worker with proxies, which keeps their inputs."""

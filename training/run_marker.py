@@ -19,7 +19,7 @@ from training.console import TrainingError
 MARKER = "assent_run.json"
 
 
-# What a run that goes on may have otherwise: it changes no result.
+# Options that a resumed run may change: they change no result.
 _FREE = (
     *("output", "work", "resume", "overwrite", "save_every"),
     *("servers", "proxy_root", "server_requests", "cache"),
@@ -27,7 +27,7 @@ _FREE = (
 )
 
 
-# Of a directory that is an input: what is read of a model, beside its weights, or of a data set.
+# Files that count as the content of an input directory, of a model (without its weights) or of a data set.
 _READ = (
     *("*.json", "*.jinja", "*.txt", "*.model"),
     *("*.jsonl", "*.parquet", "*.csv", "*.arrow", "data/*"),
@@ -35,16 +35,18 @@ _READ = (
 
 
 class Marker(BaseModel):
-    """What `assent_run.json` says."""
+    """The content of `assent_run.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
     command: str
     options: dict[str, Any]
     inputs: dict[str, str]
-    """A digest of each."""
+    """A digest of each input."""
     files: list[str]
-    """What the run writes: names and patterns, below the directory; of a finished one, what it has written."""
+    """Names and patterns of the files that the run writes, below the directory; in a finished run, the files that it
+    wrote.
+    """
     finished: bool = False
 
 
@@ -53,13 +55,13 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
-    """The options that a run must go on with, as JSON has them; inputs are compared by what they hold."""
+    """The options that a resumed run must repeat, as JSON. Inputs are not among them: they are compared by content."""
     settings = json.loads(json.dumps(asdict(options), default=str))
     return {name: value for name, value in settings.items() if name not in (*_FREE, *reads)}
 
 
 def digest_of(value: Any) -> str:
-    """Of all that an input holds."""
+    """A digest of the content of an input."""
     digest = hashlib.sha256()
     for each in paths_of(value):
         path = Path(each)
@@ -83,7 +85,7 @@ def _add_file(digest: Any, path: Path) -> None:
 
 
 def paths_of(value: Any) -> list[str | Path]:
-    """The inputs of an option: none, one or several."""
+    """The paths of an option: none, one or several."""
     if value is None:
         return []
     return list(value) if isinstance(value, tuple) else [value]
@@ -110,7 +112,7 @@ def write_marker(directory: Path, marker: Marker) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+    """Write a file so that it exists as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from training.output import claim, is_own
 
-# Moved in this order, after all others. Nothing loads a model without its config; and by the last one `training.demo`
-# knows that a stage is done.
+# Moved in this order, after all other files. A model without its config does not load, and `training.demo` uses the
+# last file to recognise a finished stage.
 _LAST = ("adapter_config.json", "config.json", "tokenizer_config.json", "reward.json")
 _WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors")
 _TEMPORARY = ".saving"
@@ -17,19 +17,19 @@ MODEL_FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "reward.json", "principles.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
-"""What models are usually made of, as `training.output` wants to know it."""
+"""The usual files of a model, as `training.output` expects them."""
 
 
 @contextmanager
 def saving(target: Path) -> Iterator[Path]:
-    """A directory to save into; its files move into `target` at the end, if all went well.
+    """A temporary directory; its files move into `target` at the end, if there was no error.
 
-    A save that is killed leaves what was in `target` before, or, in the moment of moving, a model without its config,
-    which does not load. An earlier model's weights never stand beside another's config. Files that the run in `target`
-    did not write are neither replaced, which is a TrainingError, nor removed.
+    A save that is killed leaves the previous files of `target` or, during the move, a model without its config, which
+    does not load. Weights of an earlier model never appear with another model's config. Files that the run in `target`
+    did not write are neither replaced (which is a TrainingError) nor removed.
     """
     temporary = target / _TEMPORARY
-    shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed save
     temporary.mkdir(parents=True)
     try:
         yield temporary

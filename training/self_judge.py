@@ -1,14 +1,17 @@
-"""On-policy self-training by self-judgment (SELF-JUDGE, arXiv 2402.11253).
+"""On-policy self-training with the model's own judgments (SELF-JUDGE, arXiv 2402.11253).
 
     python -m training.self_judge --model runs/base --prompts prompts.jsonl --held-out held_out.jsonl \\
         --output runs/self
 
-The model answers each prompt twice, its initial self says in both orders which answer is better, and it learns to
-prefer that one, with the initial model as the reference. With a LoRA (the default) judge and reference are the same
-weights with the LoRA switched off; without one they are a second copy.
+The model answers each prompt twice. Its initial version judges in both orders which answer is better, and the model is
+trained to prefer that one, with the initial model as the reference. With a LoRA (the default), judge and reference are
+the same weights with the LoRA switched off; without one they are a second copy.
 
-The method has nobody outside to correct it, so it is watched: every `check_every` updates it answers held-out prompts,
-and where a bound below is left, training stops and says so. What was saved at the last check within bounds stays.
+Nothing external corrects this method, so it is monitored: every `check_every` updates the model answers held-out
+prompts. If a limit below is exceeded, training stops with an error. The model of the last check within the limits is
+kept.
+
+The file is longer than 300 lines because a quarter of it is options.
 """
 
 import copy
@@ -38,7 +41,7 @@ from training.memory import Work, plan
 from training.micro_batches import split_by_tokens
 from training.model_inputs import pad_responses
 from training.models import load_model
-from training.on_policy import WRITES, averaged, start, train
+from training.on_policy import WRITES, average_steps, start, train
 from training.pair_judges import load_judges, rule
 from training.policy import Decoding, Policy
 from training.preference_losses import preference_losses
@@ -54,43 +57,46 @@ class Options(on_policy.Options):
     """Options of self-training."""
 
     held_out: str
-    """Prompts to watch the run on, which are not learned from: JSON lines, Parquet or a data set's name."""
+    """Prompts for monitoring, which are not trained on: JSON lines, Parquet or a data set's name."""
     judge: str | None = None
     """Directory of a judge that is a LoRA on the model, from `training.jsft --lora-rank`, or another reward, as
-    `training.proxy_ppo` takes one, to judge by its scores. None = the initial model itself."""
+    `training.proxy_ppo` takes one, to judge by its scores. None = the initial model itself.
+    """
     principles: tuple[str, ...] = ()
-    """What to judge by, of the judge's principles; the majority decides. None = the first."""
+    """Names of the judge's principles to judge by; the majority decides. Empty = the first."""
     pairs: PositiveInt = 128
     """Prompts in an update, each answered twice."""
     epochs: PositiveInt = 1
     """Passes over an update's pairs."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """Of DPO (arXiv 2305.18290), SLiC (2305.10425) or IPO (2310.12036)."""
+    """The loss of DPO (arXiv 2305.18290), SLiC (2305.10425) or IPO (2310.12036)."""
     beta: Positive = 0.1
-    """β of the loss: the higher, the nearer to the start."""
+    """β of the loss: a higher one stays nearer to the initial model."""
     soft_labels: bool = False
-    """Learn from both sides of a pair, each weighted by the judge's probability that it is the better one (cDPO). The
-    likelier side alone is the paper's way; but the better a policy becomes, the more pairs are as good as equal."""
+    """Train on both orders of a pair, weighted by the judge's probability (cDPO), instead of on the likelier one only
+    as in the paper. The better a policy becomes, the more pairs are practically equal.
+    """
     lora_rank: NonNegativeInt = 8
     """Rank of a LoRA on all linear layers; 0 = train all weights."""
     learning_rate: Positive = 1e-5
-    """Adam's, falling linearly to 0. 1e-5 suits a LoRA on a pretrained LLM; a small model wants more."""
+    """Adam's learning rate, decreasing linearly to 0. 1e-5 suits a LoRA on a pretrained LLM; a small model needs more.
+    """
     decoding: Decoding = field(default_factory=lambda: Decoding(top_k=0, top_p=0.9))
-    """How answers are drawn."""
+    """How answers are sampled."""
     check_every: PositiveInt = 10
-    """Updates between two looks at the held-out prompts."""
+    """Updates between two checks on the held-out prompts."""
     num_held_out: PositiveInt = 128
-    """Of them, only the first so many."""
+    """Use only the first held-out prompts, up to this number."""
     outside: str | None = None
-    """A reward from elsewhere, as `training.proxy_ppo` takes one, to compare the judge's verdicts with."""
+    """An independent reward, as `training.proxy_ppo` takes one, to compare the judge's verdicts with."""
     min_agreement: Share = 0.5
-    """Stop where the judge agrees with the outside reward in fewer of the pairs."""
+    """Stop if the judge agrees with the outside reward in fewer of the pairs."""
     min_diversity: NonNegative = 0.5
-    """Stop where the share of distinct word pairs is a smaller part of what it was at the start."""
+    """Stop if the share of distinct word pairs falls below this part of its initial value."""
     max_length_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
-    """Stop where answers are longer than so many times their length at the start, or shorter than 1 / so many."""
+    """Stop if answers are longer than this many times their initial length, or shorter than its reciprocal."""
     max_flips: Share = 0.75
-    """Stop where the two orders disagree in more of the pairs: the judge sees no difference any more."""
+    """Stop if the two orders disagree in more of the pairs: the judge no longer sees a difference."""
 
 
 class Pairs(NamedTuple):
@@ -102,9 +108,9 @@ class Pairs(NamedTuple):
 
 
 class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
-    """The policy, its initial self, and who watches it."""
+    """The policy, its initial version, and the monitoring."""
 
-    shown = "margin"
+    progress_metric = "margin"
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
@@ -113,11 +119,11 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         self.outside = self._load_outside(directory) if options.outside else None
         if options.lora_rank:
             self.policy: Any = get_peft_model(self.model, lora_config(options.lora_rank))
-            self.voice = self.model
+            self.sampler = self.model
         else:
             self.policy = load_model(str(directory))[0].to(device).eval()
-            # The policy in `dtype`: sampling is faster so.
-            self.voice = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
+            # A copy of the policy in `dtype`, which samples faster.
+            self.sampler = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.learner = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
         self.optimiser = torch.optim.Adam(self.learner, lr=options.learning_rate)
         frozen = replace(self.frozen(), model=self.policy if options.lora_rank else self.model)
@@ -127,17 +133,17 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             : options.num_held_out
         ]
         self.saved = False
-        self.at_start = self._look()  # it is its initial self still, even in a run that goes on
+        self.at_start = self._look()  # still the initial model, even in a resumed run
         accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")
 
-    def beside(self) -> float:
+    def other_bytes(self) -> float:
         options = self.options
         rewards = sum(
             reward_bytes(name, getattr(torch, options.dtype))
             for name in (options.judge, options.outside)
             if name
         )
-        outside = self.weights if options.outside else 0.0  # an LLM of its own
+        outside = self.weights if options.outside else 0.0  # it has its own LLM
         policy = 0.0 if options.lora_rank else self.weights + 16 * self.sizes.parameters
         return rewards + outside + policy
 
@@ -150,20 +156,20 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             least=2 * longest,
             lora_rank=options.lora_rank,
             bf16=options.dtype == "bfloat16",
-            beside=self.beside() - learned + (0 if options.lora_rank else self.weights),
+            other_bytes=self.other_bytes() - learned + (0 if options.lora_rank else self.weights),
         )
         lower = "lower --max-prompt-tokens or --decoding.max-new-tokens, or train a LoRA"
         self.max_tokens = plan(work, lower).tokens
         return super().plan_memory()
 
     def _load_outside(self, directory: Path) -> Reward:
-        """On an LLM of its own: this one is about to get a LoRA."""
+        """Load the outside reward on its own LLM, because `self.model` will get a LoRA."""
         model = load_model(str(directory), dtype=self.model.dtype)[0].to(self.model.device).eval()
         assert self.options.outside is not None
         return load_reward(self.options.outside, replace(self.frozen(), model=model))
 
     def step(self, index: int) -> dict[str, float]:
-        """One update: answer twice, judge, and learn to prefer the better answer."""
+        """One update: answer twice, judge, and train on the preferences."""
         started, options = time.monotonic(), self.options
         prompts, seeds, first = self.draw_prompts(index, options.pairs)
         pairs = self._answer(prompts, list(islice(seeds, len(prompts))))
@@ -175,10 +181,10 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         return row | {"learning_rate": left * options.learning_rate, "seconds": seconds}
 
     def _answer(self, prompts: list[Prompt], seeds: list[int]) -> Pairs:
-        if self.voice is not self.model:
-            self.voice.load_state_dict(self.policy.state_dict())
+        if self.sampler is not self.model:
+            self.sampler.load_state_dict(self.policy.state_dict())
         rollout = generate(
-            Policy(self.voice),
+            Policy(self.sampler),
             [prompt.ids for prompt in prompts] * 2,
             self.options.decoding,
             end_ids=self.end_ids,
@@ -195,7 +201,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         return Pairs(prompts, rollout.responses, rule(self.judges, questions))
 
     def _learn(self, pairs: Pairs, first: int, index: int) -> dict[str, float]:
-        """Gradient steps on −log σ(β Δ), or its like, of the pairs whose answers differ.
+        """Gradient steps on −log σ(β Δ), or another loss, of the pairs whose answers differ.
 
         Δ = log (π / π_ref)(chosen) − log (π / π_ref)(rejected).
         """
@@ -203,14 +209,14 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         prompts = [prompt.ids for prompt in pairs.prompts] * 2
         ids, is_response = (x.to(device) for x in pad_responses(prompts, pairs.responses))
         mask = is_response[:, 1:]
-        lengths = [  # of a pair, padded
+        lengths = [  # tokens of a pair, padded
             2 * (len(prompt.ids) + max(map(len, answers)))
             for prompt, *answers in zip(
                 pairs.prompts, pairs.responses[:count], pairs.responses[count:], strict=True
             )
         ]
         sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
-        sure = torch.ones_like(sign)  # how much of a pair's loss is that of its likelier side
+        sure = torch.ones_like(sign)  # weight of the likelier order in a pair's loss
         if options.soft_labels:
             sure = torch.tensor([r.probability for r in pairs.rulings]).to(device)
             sure = torch.where(sign > 0, sure, 1 - sure)
@@ -235,8 +241,8 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
                 kept = margins.detach() * differs[some]
                 sums += torch.stack([losses.detach().sum(), (kept > 0).sum(), kept.sum()])
             means = self.accelerator.reduce(sums, "sum") / total
-            done.append([*means.tolist(), self.descend()])
-        return averaged(("loss", "accuracy", "margin"), done)
+            done.append([*means.tolist(), self.gradient_step()])
+        return average_steps(("loss", "accuracy", "margin"), done)
 
     def _describe(self, pairs: Pairs) -> dict[str, float]:
         columns = {
@@ -246,12 +252,12 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             "tokens_per_response": [len(response) for response in pairs.responses],
         }
         return {
-            name: self.of_all(torch.tensor(column, dtype=torch.float)).mean().item()
+            name: self.gather(torch.tensor(column, dtype=torch.float)).mean().item()
             for name, column in columns.items()
         }
 
     def _look(self) -> dict[str, float]:
-        """What becomes of the held-out prompts' answers, drawn with the same noise each time."""
+        """Metrics on the held-out prompts, with the same noise each time."""
         with self.accelerator.split_between_processes(list(enumerate(self.held_out))) as mine:
             prompts = [prompt for _, prompt in mine]
             seeds = [(self.options.seed << 40) + (1 << 38) + i for i, _ in mine]
@@ -264,12 +270,12 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             ours, theirs = scores.cpu().split(len(prompts))
             prefers = torch.tensor([r.first_goes_on for r in pairs.rulings])
             agrees = torch.where(ours == theirs, 0.5, ((ours > theirs) == prefers).float())
-            found["agreement"] = self.of_all(agrees).mean().item()
-            found["outside_reward"] = self.of_all(scores).mean().item()
+            found["agreement"] = self.gather(agrees).mean().item()
+            found["outside_reward"] = self.gather(scores).mean().item()
         return found
 
     def check(self, rows: list[dict[str, Any]]) -> None:
-        """Stop where a bound is left; keep what is within."""
+        """Stop if a limit is exceeded; else save the model."""
         last, options = rows[-1], self.options
         if "held_out_diversity" not in last:
             return
@@ -304,7 +310,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             if options.lora_rank:
                 self.policy.save_pretrained(directory, selected_adapters=["default"])
             else:
-                # A copy: it goes on learning in float32.
+                # A copy: training continues in float32.
                 copy.deepcopy(self.policy).to(torch.bfloat16).save_pretrained(directory)
                 write_principles(directory / FILE_NAME, principles_of(self.directory))
             self.tokenizer.save_pretrained(directory)
@@ -323,8 +329,8 @@ def _identical(pairs: Pairs) -> list[bool]:
 
 
 def _logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """log π(response | prompt) in nats: [N, T + 1] ids, [N, T] True = of the response -> [N]."""
-    width = int(mask.any(0).nonzero().max()) + 2  # what only longer ones need is left out
+    """log π(response | prompt) in nats: [N, T + 1] ids, [N, T] True = token of the response -> [N]."""
+    width = int(mask.any(0).nonzero().max()) + 2  # without columns that only longer ones need
     return response_logprobs(model, ids[:, :width], mask[:, : width - 1]).sum(-1)
 
 

@@ -1,7 +1,7 @@
-"""Several of Assent's servers asked at once over HTTP, some of which may fail.
+"""HTTP requests to several Assent servers, some of which may fail.
 
-A server that fails (`Failure`) is tried again a few times, and then the others do without it. What a server refuses is
-a `TrainingError` with its own words.
+A server that fails (`Failure`) is retried a few times; then the others continue without it. A request that a server
+refuses is a `TrainingError` with the server's message.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ import httpx
 from training.console import TrainingError
 
 API_KEY = "ASSENT_API_KEY"
-"""The environment variable with an administrator's key, for servers that want one."""
-PAUSES = (1.0, 2.0, 4.0)  # seconds before a server that has failed is tried again
-# A server that says nothing for so long has failed: at first, to being told to load or unload, and to a prompt.
+"""The environment variable with an administrator's API key, for servers that require one."""
+PAUSES = (1.0, 2.0, 4.0)  # seconds between retries of a server
+# Timeouts: to connect, to load or unload a proxy, to answer a prompt.
 CONNECT_SECONDS, LOAD_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 1800.0
 
 _T = TypeVar("_T")
 
 
 class Failure(NamedTuple):
-    """A server that is not to be reached, or that says that the fault is its own. It may mend."""
+    """A server cannot be reached or reports an internal error; a retry may help."""
 
     message: str
 
@@ -31,7 +31,7 @@ class Failure(NamedTuple):
 async def ask_every(
     urls: Sequence[str], method: str, path: str, body: Any = None
 ) -> dict[str, httpx.Response | Failure]:
-    """The same of all of them, to load or to unload something: what each says."""
+    """Send the same request to all servers; returns each one's response."""
     async with _client(LOAD_SECONDS) as http:
         found = await asyncio.gather(*(send(http, method, url + path, body) for url in urls))
     return dict(zip(urls, found, strict=True))
@@ -43,13 +43,13 @@ async def share_out(
     ask: Callable[[httpx.AsyncClient, str, Any], Awaitable[_T | Failure]],
     at_once: int,
 ) -> list[_T]:
-    """One answer to each body. All servers take from one queue; what one fails at goes back there.
+    """One answer to each body. All servers take from one queue; failed requests return to it.
 
     Args:
         urls: the servers.
-        bodies: what is asked.
-        ask: asks one server for one of them.
-        at_once: requests under way on each server.
+        bodies: the requests.
+        ask: sends one of them to one server.
+        at_once: concurrent requests on each server.
 
     Raises:
         TrainingError: no server is left; or whatever `ask` raises.
@@ -61,7 +61,7 @@ async def share_out(
         waiting.put_nowait(number)
 
     async def work(http: httpx.AsyncClient, url: str) -> None:
-        """One request after the other, until it has failed too often in a row."""
+        """Send one request after another, until too many have failed in a row."""
         pauses = iter(PAUSES)
         while True:
             number = await waiting.get()
@@ -85,7 +85,7 @@ async def share_out(
             while not all_done.done() and running != {all_done}:
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()  # a refusal
+                    task.result()  # raises if the server refused a request
         finally:
             for task in (all_done, *workers):
                 task.cancel()
@@ -125,7 +125,7 @@ def content(response: Any, url: str) -> dict[str, Any]:
 
 
 def message_of(response: httpx.Response) -> str:
-    """The server's own words, where it has any."""
+    """The server's error message, or the start of its response."""
     try:
         said = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

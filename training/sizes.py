@@ -1,4 +1,4 @@
-"""What of an LLM its memory and time depend on, and what tensors and operations follow from it.
+"""Sizes of an LLM, and the formulas for memory and operations that follow from them.
 
 N sequences at once, T tokens, L layers, H hidden, I feed-forward, V vocabulary, b bytes a number.
 """
@@ -12,7 +12,7 @@ from training.models import model_without_weights
 
 
 class Sizes(NamedTuple):
-    """What of an LLM memory and time depend on."""
+    """The sizes of an LLM that determine memory and time."""
 
     parameters: int  # all, tied ones once
     linear: int  # weights of the linear layers but the head
@@ -26,10 +26,10 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(model: str) -> Sizes:
-    """Read from a config, and from a model of it that has no weights.
+    """Read from a config, and from a model of it without weights.
 
     Raises:
-        TrainingError: there is no such config, or none of a transformer.
+        TrainingError: there is no such config, or it is not of a transformer.
     """
     empty = model_without_weights(model)
     text, head = empty.config.get_text_config(), empty.get_output_embeddings()
@@ -88,7 +88,7 @@ def decision_bytes(sizes: Sizes, decisions: int, size: int) -> int:
 
 
 def rollout_bytes(sizes: Sizes, rows: int, prompt: int, response: int, size: int) -> float:
-    """The most that sampling with transformers holds: keys and values, and prompts' activations or logits."""
+    """The peak of sampling with transformers: keys and values, plus the prompts' activations or the logits."""
     cache = cache_bytes(sizes, rows, prompt + response, size)
     return cache + max(
         activation_bytes(sizes, rows * prompt, size), float32_bytes(rows * sizes.vocab, size)

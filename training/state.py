@@ -1,4 +1,4 @@
-"""A training run's state on disk, from which a killed run goes on: one safetensors file, replaced as a whole."""
+"""A training run's state on disk, to resume a killed run: one safetensors file, replaced as a whole."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from training.console import TrainingError
 STATE_FILE = "training_state.safetensors"
 _TEMPORARY = f".{STATE_FILE}"
 STATE_FILES = (STATE_FILE, _TEMPORARY)
-"""As `training.output` wants to know them."""
+"""The files of a state, as `training.output` expects them."""
 
 
 def save_state(
@@ -24,11 +24,11 @@ def save_state(
     *,
     updates: int,
 ) -> None:
-    """Write weights, optimiser and the number of updates done; a crash leaves the file before."""
+    """Write weights, optimiser state and the number of finished updates. A crash leaves the previous file."""
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     for index, slots in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in slots.items()}
-    # Copies, for tied weights share memory, which the format refuses.
+    # Copies: the format refuses tied weights, which share memory.
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     metadata = {"updates": str(updates)}
     temporary = directory / _TEMPORARY
@@ -40,7 +40,7 @@ def save_state(
 
 
 def load_state(directory: Path, network: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Restore what `save_state` wrote and return the number of updates done; 0 where there is no state.
+    """Restore a saved state; returns the number of finished updates, 0 without a state.
 
     Raises:
         TrainingError: the state is damaged.

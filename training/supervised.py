@@ -1,8 +1,8 @@
-"""Supervised training on token sequences with a weight per token: what `training.sft` and `training.jsft` share.
+"""Supervised training on token sequences with a weight per token, shared by `training.sft` and `training.jsft`.
 
 The loss of a batch is Σ weight · cross-entropy over its tokens, divided by a constant (sequences in a batch × the data
-set's mean weight per sequence). A per-batch token mean would make a token count for more the shorter the sequences
-beside it: batches are grouped by length, so short answers would be over-weighted.
+set's mean weight per sequence). Dividing by the tokens of the batch would give a token more weight the shorter the
+other sequences are: batches are grouped by length, so short answers would be over-weighted.
 """
 
 import math
@@ -35,7 +35,7 @@ from training.saving import saving
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RowOptions):
-    """Options that both commands have."""
+    """Options of both commands."""
 
     model: str
     """Model to train: a directory or a hub id."""
@@ -44,44 +44,46 @@ class Options(RowOptions):
     epochs: Positive = 1.0
     """Passes over the data."""
     batch_size: PositiveInt = 64
-    """Sequences in a gradient step, on each device; as many at once as its memory has room for, which changes nothing
-    but rounding."""
+    """Sequences in a gradient step, on each device. They are computed in parts that fit the memory, which changes only
+    rounding.
+    """
     learning_rate: Positive = 2e-3
     """Peak of the cosine schedule. 2e-3 suits a small model from scratch; use about 2e-5 for a pretrained LLM."""
     warmup: Share = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: NonNegative = 0.01
-    """AdamW's."""
+    """AdamW's weight decay."""
     prompt_weight: NonNegative = 0.0
-    """Loss weight of tokens outside answers. Above 0 a model built from scratch learns to read sooner."""
+    """Loss weight of tokens outside answers. Above 0, a model trained from scratch learns to read sooner."""
     max_length: PositiveInt = 1024
     """Longer sequences, in tokens, and those beyond the model's context are left out and counted."""
     bf16: bool = True
     """Compute in bfloat16; weights and their updates stay in float32."""
     compile: bool = False
-    """torch.compile the model: a minute to start, then up to twice as fast on a CPU."""
+    """Compile the model with torch.compile: takes a minute to start, then up to twice as fast on a CPU."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention code; "auto" is right for every model. With `compile` and short sequences on a CPU, "eager" is half as
-    fast again."""
+    """Attention implementation; "auto" is correct for every model. With `compile` and short sequences on a CPU, "eager"
+    is half as fast again.
+    """
     save_every: PositiveInt = 500
-    """Steps between two checkpoints that `--resume` can go on from."""
+    """Steps between two checkpoints that `--resume` can continue from."""
     resume: bool = False
-    """Go on from the last checkpoint in the output directory, if there is one."""
+    """Continue from the last checkpoint in the output directory, if there is one."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
     seed: Seed = 0
-    """Of the order of the data."""
+    """Seed of the order of the data."""
 
 
 class Example(NamedTuple):
-    """A sequence and what each of its tokens counts for."""
+    """A sequence and the loss weight of each token."""
 
     token_ids: list[int]
     weights: list[float]  # 0 = context only
 
 
 def read_answers(source: str, chats: Conversations, options: Options) -> list[Example]:
-    """The last assistant turn of each conversation of the source, to be learned.
+    """Examples whose target is the last assistant turn of each conversation.
 
     Raises:
         TrainingError: as `training.data.read_as`.
@@ -107,10 +109,10 @@ def weighted_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Sequences of about the same length together, long and short batches in any order.
+    """Batches of sequences of similar length, in random order.
 
-    transformers' own order is the longest of every fifty batches first, which would teach judgments with rationales and
-    those without by turns. Seed and pass fix the order, so a run can go on within a pass.
+    transformers' own order starts every fifty batches with the longest, so judgments with and without rationales would
+    alternate. Seed and pass determine the order, so a run can be resumed within a pass.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -118,7 +120,7 @@ class _ByLength(LengthGroupedSampler):
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
-        """The trainer calls this before each pass."""
+        """Called by the trainer before each pass."""
         self.generator.manual_seed((self.seed << 32) + epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -131,7 +133,7 @@ class Sequences(NamedTuple):
     """B examples, padded on the right."""
 
     token_ids: Tensor  # [B, T]
-    weights: Tensor  # [B, T]; the first token of a sequence has no prediction and counts nothing
+    weights: Tensor  # [B, T]; the first token of a sequence has no prediction, so its weight has no effect
 
 
 class _WeightedTrainer(MicroBatchTrainer):
@@ -155,10 +157,10 @@ class _WeightedTrainer(MicroBatchTrainer):
         ]
 
     def part_loss(self, model: Any, part: Sequences) -> Tensor:
-        # Right padding under a causal mask changes nothing that counts, so no attention mask is needed.
+        # Under a causal mask, right padding changes nothing with a weight, so no attention mask is needed.
         ids, weights = part.token_ids, part.weights[:, 1:].flatten()
         targets = ids[:, 1:].flatten()
-        if self.compiled:  # all logits at once are what compiles best
+        if self.compiled:  # computing all logits at once compiles best
             logprobs = token_logprobs(model(input_ids=ids).logits, ids).flatten()
         else:
             kept = weights.nonzero().squeeze(-1)
@@ -169,7 +171,7 @@ class _WeightedTrainer(MicroBatchTrainer):
 
 
 def _padded(length: int) -> int:
-    """Few widths: compiled code is made for each."""
+    """Few widths, because code is compiled for each."""
     return math.ceil(length / 8) * 8
 
 
@@ -181,7 +183,9 @@ def train(
     lora_rank: int = 0,
     add: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Train on `examples` and save the model, in bfloat16, or its LoRA, with the tokenizer and what `add` writes."""
+    """Train on `examples`, then save the model in bfloat16, or its LoRA, with the tokenizer and the files that `add`
+    writes.
+    """
     most = min(options.max_length, context_of(read_config(options.model)))
     kept = [example for example in examples if len(example.token_ids) <= most]
     if len(kept) < len(examples):
@@ -196,7 +200,7 @@ def train(
     )[0]
     refuse_unknown(model, tokenizer, (example.token_ids for example in kept))
     if lora_rank:
-        torch.manual_seed(options.seed)  # of the LoRA's weights
+        torch.manual_seed(options.seed)  # for the LoRA's weights
         model = get_peft_model(model, lora_config(lora_rank))
         if planned.checkpointing:
             model.enable_input_require_grads()
@@ -204,7 +208,7 @@ def train(
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in batch]
         width = min(_padded(max(lengths)), most)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # any padding: its weight is 0
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # padding: its weight is 0
         weights = torch.zeros(len(batch), width)
         for i, row in enumerate(batch):
             ids[i, : lengths[i]] = torch.tensor(row["input_ids"])

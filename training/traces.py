@@ -1,7 +1,7 @@
-"""What rollouts in vLLM have in common, wherever it runs: how a response is asked for, and what its trace says.
+"""What both vLLM backends share: sampling parameters of a request, and decisions from traces.
 
-What the proxy was asked comes from the traces, for that is what the engine decided on, rounding included; from hidden
-states alone it would take the head's logits of every token to know it.
+Decisions are read from traces because these contain what the engine decided on, rounding included. From hidden states
+alone it would take the head's logits at every token to compute them.
 """
 
 import math
@@ -17,18 +17,18 @@ from training.policy import Decoding
 from training.rollout import Decisions
 
 Entry = dict[str, Any]
-"""Of a token: what the proxy was asked, and what it said (see `server/traces.py`)."""
+"""The entry of a token: the proxy's decisions and the emitted token (see the server's traces)."""
 Asked = tuple[int, float, bool]
 """A candidate's token id, its probability within the nucleus, and whether it was accepted."""
 
 TINIEST = 2.0**-149
-"""The smallest float32 above 0: what a traced probability of 0 is at most."""
+"""The smallest positive float32: upper bound of a probability that is traced as 0."""
 
 
 def refuse_untraceable(decoding: Decoding, rollout: str) -> None:
     """
     Raises:
-        TrainingError: responses may be longer than traces are.
+        TrainingError: responses may be longer than traces.
     """
     if decoding.max_new_tokens > TRACE_TOKENS:
         raise TrainingError(
@@ -38,20 +38,20 @@ def refuse_untraceable(decoding: Decoding, rollout: str) -> None:
 
 
 def sampling(decoding: Decoding, end_ids: Collection[int], seed: int) -> dict[str, Any]:
-    """How a response is drawn, by names that vLLM's sampling parameters and its HTTP API share."""
+    """Sampling parameters of a response, by names that vLLM's `SamplingParams` and its HTTP API share."""
     return {
         "temperature": decoding.temperature,
         "top_k": decoding.top_k,
         "top_p": decoding.top_p,
         "max_tokens": decoding.max_new_tokens,
         "stop_token_ids": sorted(end_ids),
-        "ignore_eos": True,  # the end is among `end_ids`, or it is none
-        "seed": (seed + 2**63) % 2**64 - 2**63,  # as an int64; the noise of both is the same
+        "ignore_eos": True,  # `end_ids` includes the end, if it ends a response
+        "seed": (seed + 2**63) % 2**64 - 2**63,  # as an int64, which gives the same noise
     }
 
 
 def asked(entry: Entry) -> list[Asked]:
-    """The candidates that the proxy was asked about at a position, from the trace; the most probable first."""
+    """The candidates that the proxy decided at a position, from the trace; the most probable first."""
     found = [(each["token_id"], each["probability"], False) for each in entry["rejected"]]
     if not entry["forced"] and entry["accept_probability"] is not None:
         found.append((entry["token_id"], entry["probability"], True))
@@ -63,13 +63,13 @@ def decisions(
     hidden_at: Callable[[Sequence[int], Sequence[int]], Tensor],
     device: torch.device,
 ) -> Decisions:
-    """What the proxy decided in N responses.
+    """The proxy's decisions in N responses.
 
     Args:
-        traces: of each response, an entry a token.
-        hidden_at: the lm_head's input, [D, H] on the device, that D tokens were drawn from, given the response of each
-            and its index in it; both rise, and tokens come as often as candidates were put to the proxy.
-        device: where the decisions are wanted.
+        traces: of each response, one entry for each token.
+        hidden_at: the lm_head's input, [D, H] on the device, at D tokens, given the response of each token and its
+            index in it. Both are sorted; a token occurs once for each of its decisions.
+        device: of the decisions.
     """
     found = [
         (episode, index, *one)

@@ -1,4 +1,4 @@
-"""Which of a server's kept preferences a proxy learns from: nobody's count for too much, and the last word holds."""
+"""Selects the kept verdicts that a proxy learns from: no caller dominates, and later verdicts replace earlier ones."""
 
 import hashlib
 from collections import Counter
@@ -16,11 +16,11 @@ from training.positions import Response
 from training.preferences import response_of
 
 MOST_OF_A_CALLER = 30
-"""Verdicts that may count of each caller, however few the others gave."""
+"""Verdicts that count for each caller in any case, however few the others gave."""
 
 
 class Verdict(NamedTuple):
-    """That one response is better than another."""
+    """A verdict that one response is better than another."""
 
     row: int  # its id in the database
     caller: str | None
@@ -42,14 +42,14 @@ def read_verdicts(
 ) -> list[Verdict]:
     """The verdicts that count, the newest first.
 
-    - Of the same two responses a caller's last verdict counts, and a judge's only where no person has given one.
-    - Of one caller at most twice as many count as of the median caller, or 30, the newest: who floods the server
-      with verdicts does not outvote the others.
+    - For the same two responses, a caller's last verdict counts, and a judge's only if no person has given one.
+    - For one caller, at most twice as many count as for the median caller, or 30, the newest ones: a caller who floods
+      the server with verdicts does not outvote the others.
 
     Args:
         rows: ids and preferences, the newest first.
-        longest: tokens of prompt and response, at most.
-        left_out: told how many verdicts were left out, by reason.
+        longest: maximum number of tokens of prompt and response.
+        left_out: counts the verdicts that were left out, by reason.
     """
     said: set[Any] = set()
     by_people: set[str] = set()
@@ -104,13 +104,13 @@ def _without_floods(verdicts: Sequence[Verdict], left_out: Counter[str]) -> list
 
 
 def folds(prompts: Sequence[str], *, few: int, count: int = 4) -> list[tuple[list[int], list[int]]]:
-    """What to train on and what to test on, as indices; no prompt is on both sides.
+    """Training and test indices of each fold; no prompt is on both sides.
 
-    Fewer than `few` are tested by cross-validation in `count` folds. Of more a tenth is set aside, by the prompts'
-    hashes: the same for every version, so that none has seen it.
+    Fewer than `few` examples are tested by cross-validation in `count` folds. Of more, a tenth is set aside by the hash
+    of the prompt: the same for every version, so no version was trained on it.
 
     Args:
-        prompts: the hash of each example's.
+        prompts: hash of each example's prompt.
     """
     if len(prompts) >= few:
         aside = [int(prompt[:8], 16) % 10 == 0 for prompt in prompts]

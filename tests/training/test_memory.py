@@ -142,7 +142,7 @@ def test_responses_at_once(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def rows(free: float) -> int:
         monkeypatch.setattr(memory, "machine", lambda: Machine("cpu", free, "free"))
-        return responses_at_once(sizes, 64, prompt=512, response=64, size=2, beside=0)
+        return responses_at_once(sizes, 64, prompt=512, response=64, size=2, other_bytes=0)
 
     assert rows(1e12) == 64
     assert rows(0.7e9) in (4, 8, 16, 32)
