@@ -23,7 +23,7 @@ def lora_config(rank: int) -> LoraConfig:
 
 
 class WithAdapter:
-    """The frozen LLM with a LoRA that is active in calls of this object only. Elsewhere the model stays the frozen LLM."""
+    """The frozen LLM with a LoRA that is active in calls of this object only. Elsewhere the LLM stays frozen."""
 
     def __init__(self, model: PeftModel) -> None:
         self._lora = model.base_model

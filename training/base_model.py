@@ -81,8 +81,8 @@ def corpus_texts(rows: list[Row]) -> Iterator[str]:
             yield from map(text_of, row["messages"])
             continue
         question = Question(row["prompt"], text_of(row["chosen"][0]), text_of(row["rejected"][0]))
-        *asked, prefix = judge_messages(question, DEFAULT["overall"])
-        yield from (message["content"] for message in asked)
+        *question_turns, prefix = judge_messages(question, DEFAULT["overall"])
+        yield from (message["content"] for message in question_turns)
         yield from (prefix["content"] + label for label in LABELS)
 
 
@@ -143,8 +143,8 @@ def main(options: Options) -> None:
             f"--hidden-size {options.hidden_size} is no even multiple of --num-heads {options.num_heads}"
         )
     with output.run(options, "training.base_model", reads=("corpus",), writes=MODEL_FILES) as run:
-        most = options.max_corpus_rows
-        rows = [row for path in options.corpus for row in read_rows(path, options=options)[:most]]
+        limit = options.max_corpus_rows
+        rows = [row for path in options.corpus for row in read_rows(path, options=options)[:limit]]
         tokenizer = build_tokenizer(corpus_texts(rows), options.vocab_size, options.context)
         model = build_model(options, tokenizer)
         run.start()

@@ -83,7 +83,7 @@ def _make(options: Options) -> None:
     # Compiling takes a minute, and eager attention is faster only when compiled.
     compiles = options.scale >= 1 and shutil.which("g++") is not None
 
-    def some(count: int) -> int:
+    def scaled(count: int) -> int:
         return max(1, int(count * options.scale))
 
     stage(
@@ -92,10 +92,10 @@ def _make(options: Options) -> None:
             toy_files.Options(
                 output=data,
                 seed=seed,
-                num_sft=some(60_000),
-                num_preferences=some(60_000),
-                num_prompts=some(8_000),
-                num_held_out=some(1_000),
+                num_sft=scaled(60_000),
+                num_preferences=scaled(60_000),
+                num_prompts=scaled(8_000),
+                num_held_out=scaled(1_000),
                 overwrite=True,  # what was cut short
             )
         ),
@@ -137,7 +137,7 @@ def _make(options: Options) -> None:
                     model=str(base),
                     preferences=str(preferences),
                     output=reward,
-                    max_rows=some(12_000),
+                    max_rows=scaled(12_000),
                     resume=True,
                     seed=seed,
                 )
@@ -151,7 +151,7 @@ def _make(options: Options) -> None:
                     reward=str(reward),
                     prompts=str(data / "prompts.jsonl"),
                     output=proxy,
-                    steps=some(updates),
+                    steps=scaled(updates),
                     resume=True,
                     seed=seed,
                 )

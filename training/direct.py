@@ -108,15 +108,15 @@ class Fit:
         done = 0
         for epoch in range(settings.epochs):
             rows = []
-            for part in torch.randperm(len(examples), generator=generator).split(
+            for batch in torch.randperm(len(examples), generator=generator).split(
                 settings.batch_size
             ):
                 for group in self.optimiser.param_groups:
                     group["lr"] = settings.learning_rate * (1 - done / steps)
-                rows.append(self._step(examples[part]))
+                rows.append(self._step(examples[batch]))
                 done += 1
             row = {"step": epoch + 1} | {
-                name: fmean(each[name] for each in rows) for name in rows[0]
+                name: fmean(metrics[name] for metrics in rows) for name in rows[0]
             }
             if len(held_out):
                 row |= {f"held_out_{name}": x for name, x in self.measure(held_out).items()}

@@ -99,7 +99,9 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
         directory, dtype=torch.bfloat16 if options.lora_rank else torch.float32
     )[0]
     end_ids(model, tokenizer)
-    refuse_unknown(model, tokenizer, (ids for some in pairs for pair in some for ids in pair))
+    refuse_unknown(
+        model, tokenizer, (ids for split_pairs in pairs for pair in split_pairs for ids in pair)
+    )
     if options.lora_rank:
         torch.manual_seed(options.seed)  # for the LoRA's weights
         model = get_peft_model(model, lora_config(options.lora_rank))
@@ -121,9 +123,9 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
 def read(options: Options, tokenizer: Any, directory: str) -> tuple[list[Pair], list[Pair]]:
     """The training pairs and the held-out pairs."""
     chats = Conversations(tokenizer)
-    most = min(options.max_length, context_of(read_config(directory)))
-    held_out = load_pairs(options.held_out, chats, most, options) if options.held_out else []
-    return load_pairs(options.preferences, chats, most, options, options.max_rows), held_out
+    limit = min(options.max_length, context_of(read_config(directory)))
+    held_out = load_pairs(options.held_out, chats, limit, options) if options.held_out else []
+    return load_pairs(options.preferences, chats, limit, options, options.max_rows), held_out
 
 
 def plan_for(options: Options, pairs: tuple[list[Pair], list[Pair]], directory: str) -> Plan:
@@ -132,11 +134,11 @@ def plan_for(options: Options, pairs: tuple[list[Pair], list[Pair]], directory: 
     Raises:
         TrainingError: not even one pair fits.
     """
-    every = [pair for some in pairs for pair in some]
+    all_pairs = [pair for split_pairs in pairs for pair in split_pairs]
     work = Work(
         model=directory,
-        longest=max(sum(map(len, pair)) for pair in every),
-        least=2 * max(pair.longest for pair in every),
+        longest=max(sum(map(len, pair)) for pair in all_pairs),
+        least=2 * max(pair.longest for pair in all_pairs),
         lora_rank=options.lora_rank,
         bf16=options.bf16,
         checkpointing=options.gradient_checkpointing,

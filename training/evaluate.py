@@ -112,10 +112,10 @@ def evaluate(options: Options) -> dict[str, Any]:
         return rollout, list(map(Sample, chosen, texts, prompts, rollout.responses))
 
     first = options.seed * 2**32
-    _, theirs = answer(Policy(model), count(first + 2**31), measure_kl=False)
+    _, frozen_answers = answer(Policy(model), count(first + 2**31), measure_kl=False)
     policy = Policy(model, proxy.network, options.strength)
     # The divergence of two greedy policies is either 0 or infinite.
-    rollout, ours = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
+    rollout, proxied = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
     counts, kl = rollout.counts, rollout.kl
     figures = {
         "prompts": len(chosen),
@@ -126,14 +126,16 @@ def evaluate(options: Options) -> dict[str, Any]:
         "rejections_per_token": counts.rejected / counts.tokens,
         "forced_rate": counts.forced / counts.tokens,
         "tokens_per_response": counts.tokens / len(chosen),
-        "tokens_per_response_frozen": fmean(len(sample.response_ids) for sample in theirs),
+        "tokens_per_response_frozen": fmean(len(sample.response_ids) for sample in frozen_answers),
     }
     if kl is not None:
         figures["kl_nats_per_response"] = kl.mean().item()
         figures["kl_nats_per_response_se"] = standard_error(kl)
     if not rewards:
-        return figures | _graded_by_reference_scorer(ours, theirs)
-    by_reward = {name: compare(reward(ours), reward(theirs)) for name, reward in rewards.items()}
+        return figures | _graded_by_reference_scorer(proxied, frozen_answers)
+    by_reward = {
+        name: compare(reward(proxied), reward(frozen_answers)) for name, reward in rewards.items()
+    }
     return figures | {"rewards": by_reward}
 
 
@@ -142,25 +144,29 @@ def standard_error(values: Tensor) -> float | None:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
-def compare(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
+def compare(proxied: Tensor, frozen: Tensor) -> dict[str, float | None]:
     """Metrics from the scores [N] of two answers to each prompt."""
-    gains = (ours - theirs).double()
+    gains = (proxied - frozen).double()
     wins = (gains.sign() + 1) / 2
     return {
         "win_rate": wins.mean().item(),
         "win_rate_se": standard_error(wins),
-        "frozen": theirs.mean().item(),
-        "proxied": ours.mean().item(),
+        "frozen": frozen.mean().item(),
+        "proxied": proxied.mean().item(),
         "gain": gains.mean().item(),
         "gain_se": standard_error(gains),
     }
 
 
-def _graded_by_reference_scorer(ours: Answers, theirs: Answers) -> dict[str, Any]:
+def _graded_by_reference_scorer(
+    proxied_samples: Answers, frozen_samples: Answers
+) -> dict[str, Any]:
     from training.toy_data.grading import flaw_rates, win_rate  # not loaded where rewards compare
 
-    texts = [sample.messages[-1]["content"] for sample in ours]
-    proxied, frozen = ([sample.text for sample in answers] for answers in (ours, theirs))
+    texts = [sample.messages[-1]["content"] for sample in proxied_samples]
+    proxied, frozen = (
+        [sample.text for sample in answers] for answers in (proxied_samples, frozen_samples)
+    )
     try:
         rate, error = win_rate(texts, proxied, frozen)
     except KeyError as unknown:
@@ -169,7 +175,7 @@ def _graded_by_reference_scorer(ours: Answers, theirs: Answers) -> dict[str, Any
         ) from None
     return {
         "gold_win_rate": rate,
-        "gold_win_rate_se": error if len(ours) > 1 else None,
+        "gold_win_rate_se": error if len(proxied_samples) > 1 else None,
         "flaw_rates": {"frozen": flaw_rates(texts, frozen), "proxied": flaw_rates(texts, proxied)},
     }
 
@@ -182,11 +188,11 @@ def show(figures: dict[str, Any]) -> None:
             table.add_row(name, _shown(value))
     console = Console()
     console.print(table)
-    for reward, found in figures.get("rewards", {}).items():
-        scores = Table("by the reward", reward)
-        for name, value in found.items():
-            scores.add_row(name, _shown(value))
-        console.print(scores)
+    for reward, scores in figures.get("rewards", {}).items():
+        score_table = Table("by the reward", reward)
+        for name, value in scores.items():
+            score_table.add_row(name, _shown(value))
+        console.print(score_table)
     if "flaw_rates" in figures:
         flaws = Table("flaw", "frozen", "proxied")
         rates = figures["flaw_rates"]

@@ -62,25 +62,25 @@ def export(preferences: Iterable[Preference], counts: Counter[str]) -> Iterator[
     """The rows to write; `counts` collects what was left out."""
     votes: dict[Any, Counter[tuple[str, Source]]] = {}
     firsts: dict[Any, Row] = {}
-    for each in preferences:
+    for preference in preferences:
         counts["read"] += 1
         try:
-            row = each.as_row()
+            row = preference.as_row()
         except (Unusable, PrefersNothing):  # an earlier version kept other rows
             counts["that training cannot read"] += 1
             continue
         chosen, rejected = (text_of(row[side][0]) for side in ("chosen", "rejected"))
-        key = fingerprint(row["prompt"], chosen, rejected), each.principle
+        key = fingerprint(row["prompt"], chosen, rejected), preference.principle
         firsts.setdefault(key, row)
-        votes.setdefault(key, Counter())[chosen, each.source] += 1
+        votes.setdefault(key, Counter())[chosen, preference.source] += 1
     for key, row in firsts.items():
         pair = [text_of(row[side][0]) for side in ("chosen", "rejected")]
         people, judge = ([votes[key][text, source] for text in pair] for source in SOURCES)
-        ours, theirs = people if any(people) else judge
-        if ours == theirs:
+        votes_chosen, votes_rejected = people if any(people) else judge
+        if votes_chosen == votes_rejected:
             counts["evenly split"] += 1
             continue
-        if ours < theirs:
+        if votes_chosen < votes_rejected:
             row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
         if has_secret([*map(text_of, row["prompt"]), *pair]):
             counts["with what looks like a secret"] += 1
@@ -103,7 +103,9 @@ def main(options: Options) -> None:
         raise TrainingError(str(error)) from None
     except OSError as error:
         raise TrainingError(f"{options.output} cannot be written: {error.strerror}") from None
-    print(", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing was kept yet")
+    print(
+        ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "nothing was kept yet"
+    )
 
 
 def _write(options: Options, counts: Counter[str]) -> None:

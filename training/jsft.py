@@ -68,7 +68,9 @@ def _train(options: Options, run: Run) -> None:
     tokenizer = load_tokenizer(str(directory))
     chats = Conversations(tokenizer)
     answers = read_answers(options.sft, chats, options) if options.sft else []
-    pairs = [row for each in options.preferences for row in read_pairs(each, principles, options)]
+    pairs = [
+        row for source in options.preferences for row in read_pairs(source, principles, options)
+    ]
     judgments = list(
         judgment_examples(
             pairs,

@@ -52,7 +52,7 @@ def judgment_examples(
         TrainingError: a rationale leaves no room for the question.
         JudgePromptError: the tokenizer cannot encode a judgment.
     """
-    labels = {name: label_ids(tokenizer, each) for name, each in principles.items()}
+    labels = {name: label_ids(tokenizer, principle) for name, principle in principles.items()}
     for row in rows:
         name = row.get("principle") or next(iter(principles))
         principle, chosen, rejected = principles[name], row["chosen"][0], row["rejected"][0]
@@ -60,19 +60,19 @@ def judgment_examples(
         rests = _rationales(row, tokenizer, principle)
         try:
             room = max_tokens - 1 - max(map(len, rests))
-            asked = ask(tokenizer, question, principle, room)
+            judgment = ask(tokenizer, question, principle, room)
         except TooLong:
             raise TrainingError(
                 f"a judgment by {name!r} has no room for its question in {max_tokens} tokens, --max-length or the "
                 f"model's context: the principle, and a rationale of {max(map(len, rests))} tokens, fill them"
             ) from None
-        for label, context, rest in zip(labels[name], asked.prompts, rests, strict=True):
+        for label, context, rest in zip(labels[name], judgment.prompts, rests, strict=True):
             weights = [prompt_weight] * len(context) + [label_weight] + [1.0] * len(rest)
             yield Example([*context, label, *rest], weights)
 
 
 def _rationales(row: Row, tokenizer: Any, principle: Principle) -> list[list[int]]:
-    """The tokens after the label, with the chosen response first and with it last; empty if the row has no rationale."""
+    """The tokens after the label, with the chosen response first and with it last; empty without a rationale."""
     if row.get(RATIONALE[0]) is None:
         return [[], []]
     chosen, rejected = (row[field] for field in RATIONALE)

@@ -124,7 +124,7 @@ class Learner:
                 config,
                 self.embeddings,
                 lambda responses: joined(
-                    [positions[self._key(each, config)] for each in responses]
+                    [positions[self._key(response, config)] for response in responses]
                 ),
                 self.accelerator,
             )
@@ -148,24 +148,24 @@ class Learner:
         kept: list[Verdict] = []
         total = 0
         for start in range(0, len(verdicts), _AT_ONCE):
-            some = verdicts[start : start + _AT_ONCE]
+            batch = verdicts[start : start + _AT_ONCE]
             missing: dict[str, tuple[Response, str | None]] = {}
-            for verdict in some:
-                for each in (verdict.better, verdict.worse):
-                    key = self._key(each, config)
+            for verdict in batch:
+                for response in (verdict.better, verdict.worse):
+                    key = self._key(response, config)
                     if key in positions or key in missing:
                         continue
                     if content := self.store.get(key):
                         positions[key] = _parsed(content)
                         total += len(content)
                     else:
-                        missing[key] = each, verdict.caller
+                        missing[key] = response, verdict.caller
             for key, content in self._ask(missing, config):
                 positions[key] = _parsed(content)
                 total += len(content)
             kept += [
                 verdict
-                for verdict in some
+                for verdict in batch
                 if self._key(verdict.better, config) in positions
                 and self._key(verdict.worse, config) in positions
             ]

@@ -114,11 +114,13 @@ class Trial:
             seed=0,
         )
         fit = Fit(self.config, self.embeddings, self.positions, settings, self.accelerator)
-        train, nothing = (
-            Preferences(self.preferences.responses, [self.preferences.pairs[i] for i in some], [])
-            for some in (numbers, ())
+        train, empty = (
+            Preferences(
+                self.preferences.responses, [self.preferences.pairs[i] for i in indices], []
+            )
+            for indices in (numbers, ())
         )
-        for _ in fit.epochs(train, nothing):
+        for _ in fit.epochs(train, empty):
             pass
         return fit.network
 

@@ -30,9 +30,9 @@ def add_logprobs(model: PreTrainedModel) -> None:
     may have several. The model's forward itself is replaced, so that a model wrapped for several devices or with a LoRA
     supports it too. Without the two arguments the forward is unchanged.
     """
-    whole = model.forward
+    whole_forward = model.forward
 
-    @functools.wraps(whole)
+    @functools.wraps(whole_forward)
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -41,25 +41,27 @@ def add_logprobs(model: PreTrainedModel) -> None:
         **inputs: Any,
     ) -> Any:
         if places is None or targets is None:
-            return whole(*args, **inputs)
+            return whole_forward(*args, **inputs)
         body: Any = self.base_model
         states = body(*args, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
-        return _logprobs(self, whole, states.index_select(0, places), targets)
+        return _logprobs(self, whole_forward, states.index_select(0, places), targets)
 
     model.forward = MethodType(forward, model)
 
 
-def _logprobs(model: PreTrainedModel, whole: Any, states: Tensor, targets: Tensor) -> Tensor:
+def _logprobs(
+    model: PreTrainedModel, whole_forward: Any, states: Tensor, targets: Tensor
+) -> Tensor:
     rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
 
-    def of(states: Tensor, targets: Tensor) -> Tensor:
-        logits = _logits(model, whole, states).float()
+    def chunk_logprobs(states: Tensor, targets: Tensor) -> Tensor:
+        logits = _logits(model, whole_forward, states).float()
         return -F.cross_entropy(logits, targets, reduction="none")
 
     parts = list(zip(states.split(rows), targets.split(rows), strict=True))
     if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([of(*part) for part in parts])
-    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+        return torch.cat([chunk_logprobs(*part) for part in parts])
+    return torch.cat([checkpoint(chunk_logprobs, *part, use_reentrant=False) for part in parts])
 
 
 def response_logprobs(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
@@ -89,13 +91,13 @@ def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
     return _logits(model, model.forward, states)
 
 
-def _logits(model: PreTrainedModel, whole: Any, states: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, whole_forward: Any, states: Tensor) -> Tensor:
     """As `logits_of`, with the forward to call."""
     name, body = model.base_model_prefix, model.base_model
     setattr(model, name, _Given(states.unsqueeze(0)))
     try:
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        return whole(input_ids=ids, use_cache=False).logits[0]
+        return whole_forward(input_ids=ids, use_cache=False).logits[0]
     finally:
         setattr(model, name, body)
 

@@ -66,11 +66,11 @@ def cgroup_free(own: Path, root: Path) -> int | None:
 
 def _free_in(directory: Path, limit: str, usage: str, cached: str) -> list[int]:
     try:
-        most = (directory / limit).read_text().strip()
+        limit_text = (directory / limit).read_text().strip()
         used = int((directory / usage).read_text())
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return []
-    if most == "max" or int(most) > _V1_UNLIMITED:
+    if limit_text == "max" or int(limit_text) > _V1_UNLIMITED:
         return []
-    return [max(0, int(most) - used + int(stat.get(cached, 0)))]
+    return [max(0, int(limit_text) - used + int(stat.get(cached, 0)))]

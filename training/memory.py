@@ -78,8 +78,8 @@ def need(work: Work) -> Need:
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.nbytes for p in trained)
     moments = 8 * sum(p.numel() for p in trained)  # in float32
-    one, two = (_kept(model, rows, work) for rows in (1, 2))
-    fixed, per_token = 2 * one - two, (two - one) / work.longest
+    one_row, two_rows = (_kept(model, rows, work) for rows in (1, 2))
+    fixed, per_token = 2 * one_row - two_rows, (two_rows - one_row) / work.longest
     layers = config.num_hidden_layers
     passing = per_token / layers / 2  # temporary gradients: about half of what a layer keeps
     if work.checkpointing:  # the inputs of all layers, and all activations of one layer
@@ -167,18 +167,18 @@ class _Recording(TrainerCallback):
             self._path.write_text(json.dumps(self._plan))
 
 
-def fit(work: Work, has: Machine) -> tuple[Plan | None, Need]:
+def fit(work: Work, available: Machine) -> tuple[Plan | None, Need]:
     """How many tokens fit at once, and the memory that they need; None = not even the longest row of the data fits."""
     least = max(work.least, work.longest)
     for checkpointing in sorted({work.checkpointing, True}):
-        takes = need(replace(work, checkpointing=checkpointing))
-        if takes.of(least) <= has.budget:
+        memory_need = need(replace(work, checkpointing=checkpointing))
+        if memory_need.of(least) <= available.budget:
             break
     else:
-        return None, takes
-    fits = int((has.budget - takes.of(0)) / (SLACK * takes.per_token))
-    most = max(MOST_TOKENS[has.device], int(MOST_BYTES / takes.per_token))
-    return Plan(max(least, min(fits, most)), checkpointing), takes
+        return None, memory_need
+    fits = int((available.budget - memory_need.of(0)) / (SLACK * memory_need.per_token))
+    useful = max(MOST_TOKENS[available.device], int(MOST_BYTES / memory_need.per_token))
+    return Plan(max(least, min(fits, useful)), checkpointing), memory_need
 
 
 def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
@@ -192,26 +192,27 @@ def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
     Raises:
         TrainingError: not even the longest row of the data fits.
     """
-    has, least = machine(), max(work.least, work.longest)
-    planned, takes = fit(work, has)
+    available, least = machine(), max(work.least, work.longest)
+    planned, memory_need = fit(work, available)
     if planned is None:
         raise TrainingError(
-            f"not enough memory: training {work.model} takes {takes.of(least) / GB:.1f} GB with {least} tokens at "
-            f"once, the longest row's, and of {has.free / GB:.1f} GB {has.what} a tenth is left alone: {options}"
+            f"not enough memory: training {work.model} takes {memory_need.of(least) / GB:.1f} GB with the {least} "
+            f"tokens of the longest row, and a tenth of {available.free / GB:.1f} GB {available.what} is left alone: "
+            f"{options}"
         )
     if resumed and (resumed / PLAN_FILE).is_file():
         planned = Plan(*json.loads((resumed / PLAN_FILE).read_text()))
-        takes = need(replace(work, checkpointing=planned.checkpointing))
+        memory_need = need(replace(work, checkpointing=planned.checkpointing))
     again = ", activations computed again" * planned.checkpointing
     print_once(
-        f"memory: {takes.of(planned.tokens) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; "
+        f"memory: {memory_need.of(planned.tokens) / GB:.1f} GB needed, {available.free / GB:.1f} GB {available.what}; "
         f"{planned.tokens} tokens at once{again}"
     )
     return planned
 
 
 def responses_at_once(
-    sizes: Sizes, wanted: int, prompt: int, response: int, size: int, other_bytes: float
+    sizes: Sizes, max_responses: int, prompt: int, response: int, size: int, other_bytes: float
 ) -> int:
     """How many responses are sampled and scored at once on this machine. Prints it.
 
@@ -225,7 +226,7 @@ def responses_at_once(
     Raises:
         TrainingError: not even one fits.
     """
-    has, rows = machine(), wanted
+    available, rows = machine(), max_responses
 
     def bytes_of(rows: int) -> float:
         logits = min(CHUNK, rows * response * sizes.vocab)
@@ -233,15 +234,16 @@ def responses_at_once(
         phase = max(rollout_bytes(sizes, rows, prompt, response, size), scoring)
         return PROCESS + sizes.parameters * size + other_bytes + SLACK * phase
 
-    while rows > 1 and bytes_of(rows) > has.budget:
+    while rows > 1 and bytes_of(rows) > available.budget:
         rows //= 2
-    if bytes_of(rows) > has.budget:
+    if bytes_of(rows) > available.budget:
         raise TrainingError(
             f"not enough memory: the models and one response take {bytes_of(rows) / GB:.1f} GB, and of "
-            f"{has.free / GB:.1f} GB {has.what} a tenth is left alone: lower --max-prompt-tokens or "
+            f"{available.free / GB:.1f} GB {available.what} a tenth is left alone: lower --max-prompt-tokens or "
             "--decoding.max-new-tokens, or take a smaller model"
         )
     print_once(
-        f"memory: {bytes_of(rows) / GB:.1f} GB needed, {has.free / GB:.1f} GB {has.what}; {rows} responses at once"
+        f"memory: {bytes_of(rows) / GB:.1f} GB needed, {available.free / GB:.1f} GB {available.what}; "
+        f"{rows} responses at once"
     )
     return rows

@@ -17,11 +17,11 @@ from transformers import Trainer
 from training.console import TrainingError
 
 
-def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of sequences, in parts of at most `max_tokens` with padding, or of one sequence; the longest first."""
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= most:
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= max_tokens:
             parts[-1].append(i)
         else:
             parts.append([i])
@@ -41,8 +41,8 @@ class MicroBatchTrainer(Trainer):
     max_tokens: int
     """Tokens at once, including padding."""
 
-    def __init__(self, *args: Any, max_tokens: int, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, *args: Any, max_tokens: int, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.max_tokens = max_tokens
         if self.args.n_gpu > 1:
             raise TrainingError(
@@ -63,8 +63,8 @@ class MicroBatchTrainer(Trainer):
         model.train()
         parts, total = self.parts(inputs), torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, 1):
-            alone = number < len(parts)
-            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+            is_partial = number < len(parts)
+            with self.accelerator.no_sync(model) if is_partial else contextlib.nullcontext():
                 with self.compute_loss_context_manager():
                     loss = self.part_loss(model, part)
                 self.accelerator.backward(loss)

@@ -40,14 +40,14 @@ def load_model(
     register_attention()
     with loading(f"the model {name!r}"):
         implementation = attention_of(name) if attention == "auto" else attention
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=implementation, output_loading_info=True
         )
         if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # transformers ignores a damaged one
             GenerationConfig.from_pretrained(name)
-    if found["missing_keys"]:  # transformers would initialise them randomly
+    if loading_info["missing_keys"]:  # transformers would initialise them randomly
         raise TrainingError(
-            f"cannot load the model {name!r}: its weights lack {sorted(found['missing_keys'])[0]}; is it a causal LM?"
+            f"cannot load the model {name!r}: its weights lack {min(loading_info['missing_keys'])}; is it a causal LM?"
         )
     tokenizer = load_tokenizer(name)
     for kind in ("pad", "eos", "bos"):
@@ -58,7 +58,7 @@ def load_model(
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(description: str) -> Iterator[None]:
     """Turn any error while a user's files are loaded into a TrainingError."""
     try:
         yield
@@ -66,7 +66,7 @@ def loading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # from safetensors, tokenizers, json, a config with a missing key...
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise TrainingError(f"cannot load {what}: {kind}{error}") from error
+        raise TrainingError(f"cannot load {description}: {kind}{error}") from error
 
 
 def refuse_unknown(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
@@ -74,12 +74,12 @@ def refuse_unknown(model: PreTrainedModel, tokenizer: Any, rows: Iterable[Sequen
     Raises:
         TrainingError: a token id is beyond the model's embeddings.
     """
-    most = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
     unknown = max((max(row, default=0) for row in rows), default=0)
-    if unknown >= most:
+    if unknown >= num_embeddings:
         raise TrainingError(
             f"the token {tokenizer.convert_ids_to_tokens(unknown)!r} ({unknown}) of the model's tokenizer is beyond "
-            f"its {most} embeddings: resize them (resize_token_embeddings), or do without the token"
+            f"its {num_embeddings} embeddings: resize them (resize_token_embeddings), or do without the token"
         )
 
 
@@ -195,11 +195,11 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
         TrainingError: there is none.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    found = {end for end in (*several, tokenizer.eos_token_id) if end is not None}
-    if not found:
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    ends = {end for end in (*configured_ids, tokenizer.eos_token_id) if end is not None}
+    if not ends:
         raise TrainingError(
             "nothing ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
             "token; set eos_token_id in generation_config.json"
         )
-    return found
+    return ends

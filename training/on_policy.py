@@ -151,7 +151,7 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
         )
 
     def draw_prompts(self, index: int, num: int) -> tuple[list[Prompt], Iterator[int], int]:
-        """This process's share of an update's `num` prompts, a seed for each, and the index of the first one among all."""
+        """This process's share of an update's `num` prompts, their seeds, and the index of the first one among all."""
         options = self.options
         prompts = random.Random(f"{options.seed} {index}").choices(self.prompts, k=num)
         with self.accelerator.split_between_processes(list(enumerate(prompts))) as mine:
@@ -233,20 +233,22 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
     options, accelerator = trainer.options, trainer.accelerator
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     run.start()
-    done = 0
+    num_done = 0
     if options.resume:
-        done = load_state(options.output, trainer.learner, trainer.optimiser)
+        num_done = load_state(options.output, trainer.learner, trainer.optimiser)
         accelerator.print(
-            f"going on after update {done}" if done else "nothing to resume: beginning anew"
+            f"going on after update {num_done}" if num_done else "nothing to resume: beginning anew"
         )
-        if done:
-            run.saved = f"update {done} of {options.steps}"
+        if num_done:
+            run.saved = f"update {num_done} of {options.steps}"
     if not accelerator.is_main_process:
-        for index in range(done, options.steps):
+        for index in range(num_done, options.steps):
             trainer.step(index)
         return
-    with Metrics(options.output, after=done or None) as metrics:
-        bar = tqdm(range(done, options.steps), initial=done, total=options.steps, unit="update")
+    with Metrics(options.output, after=num_done or None) as metrics:
+        bar = tqdm(
+            range(num_done, options.steps), initial=num_done, total=options.steps, unit="update"
+        )
         for index in bar:
             metrics.add(trainer.step(index))
             trainer.check(metrics.rows)

@@ -16,20 +16,20 @@ def refuse_inputs(target: Path, inputs: dict[str, Any]) -> None:
     """
     output = target.resolve()
     for name, value in inputs.items():
-        for each in paths_of(value):
-            path = Path(str(each).partition(":///")[2] or each)  # a database may be a URL
+        for entry in paths_of(value):
+            path = Path(str(entry).partition(":///")[2] or entry)  # a database may be a URL
             if not path.exists():  # the name of something elsewhere
                 continue
-            found = path.resolve()
-            how = (
-                "is" if found == output
-                else "is in" if output.is_relative_to(found)
-                else "holds" if found.is_relative_to(output)
+            resolved = path.resolve()
+            relation = (
+                "is" if resolved == output
+                else "is in" if output.is_relative_to(resolved)
+                else "holds" if resolved.is_relative_to(output)
                 else None
             )  # fmt: skip
-            if how:
+            if relation:
                 raise TrainingError(
-                    f"{target} {how} an input, {_flag(name)} {each}: name another path"
+                    f"{target} {relation} an input, {_flag(name)} {entry}: name another path"
                 )
 
 
@@ -52,12 +52,12 @@ def refuse_foreign(directory: Path, names: Iterable[str], own: Iterable[str]) ->
     Raises:
         TrainingError: a file has the name of one that the run writes, and is not its own.
     """
-    ours = {path for pattern in own for path in directory.glob(pattern)}
-    foreign = {path for pattern in names for path in directory.glob(pattern)} - ours
+    own_files = {path for pattern in own for path in directory.glob(pattern)}
+    foreign = {path for pattern in names for path in directory.glob(pattern)} - own_files
     if foreign:
-        found = listed(sorted(str(path.relative_to(directory)) for path in foreign))
+        names_found = listed(sorted(str(path.relative_to(directory)) for path in foreign))
         raise TrainingError(
-            f"{directory} has files that this run would replace and did not write ({found}): move them, or name "
+            f"{directory} has files that this run would replace and did not write ({names_found}): move them, or name "
             "another directory"
         )
 
@@ -69,11 +69,11 @@ def refuse_other_run(target: Path, before: Marker, now: Marker) -> None:
     """
     options = differing(before.options, now.options)
     inputs = differing(before.inputs, now.inputs)
-    found = [f"other options ({', '.join(options)})"] if options else []
-    found += [f"other data or models ({', '.join(inputs)})"] if inputs else []
-    if found:
+    differences = [f"other options ({', '.join(options)})"] if options else []
+    differences += [f"other data or models ({', '.join(inputs)})"] if inputs else []
+    if differences:
         raise TrainingError(
-            f"--resume: {target} is of a run with {' and '.join(found)}: go on with the same, or begin anew with "
+            f"--resume: {target} is of a run with {' and '.join(differences)}: go on with the same, or begin anew with "
             "--overwrite"
         )
 

@@ -20,7 +20,7 @@ from training.rewards import SELF_JUDGE, Frozen, JudgeReward, Reward, Sample
 
 
 class PairJudge(Protocol):
-    """Judges N questions: log p(first wins) / p(second wins), natural log, as shown in each of the two orders: [N, 2]."""
+    """Judges N questions: log p(first wins) / p(second wins), natural log, as shown in each order: [N, 2]."""
 
     def log_odds(self, questions: Sequence[Question]) -> Tensor: ...
 
@@ -33,7 +33,11 @@ class Scores:
         self._last: dict[tuple[str, str], float] = {}
 
     def log_odds(self, questions: Sequence[Question]) -> Tensor:
-        sides = [(each.prompt, text) for each in questions for text in (each.first, each.second)]
+        sides = [
+            (question.prompt, text)
+            for question in questions
+            for text in (question.first, question.second)
+        ]
         keys = [(repr(prompt), text) for prompt, text in sides]
         # A knock-out compares the winners again.
         known = {key: self._last[key] for key in keys if key in self._last}
@@ -86,6 +90,6 @@ def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list
     """The results of all judges, one for each question."""
     orders = [judge.log_odds(questions).sigmoid().tolist() for judge in judges.values()]
     return [
-        Ruling({name: Verdict((a, b)) for name, (a, b) in zip(judges, each, strict=True)})
-        for each in zip(*orders, strict=True)
+        Ruling({name: Verdict((a, b)) for name, (a, b) in zip(judges, row, strict=True)})
+        for row in zip(*orders, strict=True)
     ]

@@ -32,7 +32,7 @@ class PairTrainer(MicroBatchTrainer):
         args: TrainingArguments,
         train: list[Pair],
         held_out: list[Pair],
-        **more: Any,
+        **settings: Any,
     ) -> None:
         self.pairs = [*train, *held_out]
         indices = [{"index": i} for i in range(len(self.pairs))]
@@ -45,7 +45,7 @@ class PairTrainer(MicroBatchTrainer):
             args=args,
             train_dataset=indices[: len(train)],
             eval_dataset=indices[len(train) :] or None,
-            **more,
+            **settings,
         )
 
     @abstractmethod
@@ -107,8 +107,8 @@ class PairTrainer(MicroBatchTrainer):
 class ImplicitTrainer(PairTrainer):
     """r = β · (log π − log π_ref)."""
 
-    def __init__(self, *args: Any, beta: float, resume: bool, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, *args: Any, beta: float, resume: bool, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.beta = beta
         self.reader = Reader(self.model, self.pairs)
         path = Path(self.args.output_dir).parent / REFERENCE_FILE

@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 def load_pairs(
     source: str,
     chats: Conversations,
-    most: int,
+    max_tokens: int,
     options: RowOptions,
     max_rows: int | None = None,
 ) -> list[Pair]:
@@ -57,13 +57,13 @@ def load_pairs(
         return Pair(prompt, chosen, rejected)
 
     pairs = read_as(source, PAIR, options, pair, max_rows)
-    kept = [pair for pair in pairs if pair.longest <= most]
+    kept = [pair for pair in pairs if pair.longest <= max_tokens]
     if len(kept) < len(pairs):
         left_out = len(pairs) - len(kept)
-        print(f"{source}: left out {left_out} of {len(pairs)} pairs over {most} tokens")
+        print(f"{source}: left out {left_out} of {len(pairs)} pairs over {max_tokens} tokens")
     if not kept:
         raise TrainingError(
-            f"{source}: no pair is within {most} tokens: max_length, or the model's own"
+            f"{source}: no pair is within {max_tokens} tokens: max_length, or the model's own"
         )
     return kept
 
@@ -176,8 +176,8 @@ class Reader:
 
     @torch.no_grad()
     def _is_alike(self, model: PreTrainedModel, pair: Pair) -> bool:
-        one, two = (
+        shared, split = (
             scored.logprobs(model)
             for scored in (together([pair], additive=self._additive), separate([pair]))
         )
-        return bool((one - two).abs().mean() < _ALIKE.get(model.dtype, _ALIKE_ROUNDED))
+        return bool((shared - split).abs().mean() < _ALIKE.get(model.dtype, _ALIKE_ROUNDED))

@@ -116,20 +116,20 @@ class Cache:
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
         starts = range(0, len(responses), _PART)
         paths = [target / f"{i:05}.safetensors" for i in range(len(starts))]
-        found = [_load(path) for path in paths]
-        missing = [i for i, part in enumerate(found) if part is None]
+        parts = [_load(path) for path in paths]
+        missing = [i for i, part in enumerate(parts) if part is None]
         total = sum(len(responses[starts[i] : starts[i] + _PART]) for i in missing)
         self._accelerator.wait_for_everyone()  # all processes have found the same parts
         with tqdm(total=total, unit="response", desc="hidden states", disable=index > 0) as bar:
             for number, i in enumerate(missing):
-                some = responses[starts[i] : starts[i] + _PART]
+                batch = responses[starts[i] : starts[i] + _PART]
                 if number % processes == index:
-                    _save(paths[i], reader(some, config))
-                bar.update(len(some))
+                    _save(paths[i], reader(batch, config))
+                bar.update(len(batch))
         self._accelerator.wait_for_everyone()
         for i in missing:
-            found[i] = _load(paths[i])
-        return joined([part for part in found if part is not None])
+            parts[i] = _load(paths[i])
+        return joined([part for part in parts if part is not None])
 
     def _key(self, responses: Sequence[Response], config: ProxyConfig) -> str:
         of_nucleus = (config.temperature, config.top_k, config.top_p, config.max_candidates)

@@ -56,17 +56,17 @@ def score(
     hidden = positions.hidden.to(device)
     # The second term gives responses without a choice a gradient, of 0.
     sums = embeddings.new_zeros(4, count, dtype=torch.float32) + 0 * table.sum()
-    most = candidates.logprobs.shape[-1]
-    narrower = 1
-    for width in (*(w for w in _WIDTHS if w < most), most):
-        rows = ((sizes > narrower) & (sizes <= width)).nonzero().squeeze(-1)
-        narrower = width
+    num_candidates = candidates.logprobs.shape[-1]
+    previous_width = 1
+    for width in (*(w for w in _WIDTHS if w < num_candidates), num_candidates):
+        rows = ((sizes > previous_width) & (sizes <= width)).nonzero().squeeze(-1)
+        previous_width = width
         if not len(rows):
             continue
-        some = Candidates(*(tensor[rows, :width] for tensor in candidates))
-        accept_logits = network(hidden[rows], table[some.token_ids], some.logprobs)
+        subset = Candidates(*(tensor[rows, :width] for tensor in candidates))
+        accept_logits = network(hidden[rows], table[subset.token_ids], subset.logprobs)
         emitted = emission_probabilities(
-            some,
+            subset,
             accept_logits,
             strength=1.0,
             max_rejections=network.config.max_rejections,
@@ -74,10 +74,10 @@ def score(
         )
         tiny = torch.finfo(emitted.dtype).tiny
         logprob = emitted.gather(-1, slots[rows]).squeeze(-1).clamp(min=tiny).log()
-        log_ratio = logprob - some.logprobs.gather(-1, slots[rows]).squeeze(-1)
-        is_inside = some.logprobs > -torch.inf
+        log_ratio = logprob - subset.logprobs.gather(-1, slots[rows]).squeeze(-1)
+        is_inside = subset.logprobs > -torch.inf
         caution = F.logsigmoid(accept_logits).masked_fill(~is_inside, -torch.inf).amax(-1).square()
-        of_rows = torch.stack((log_ratio, logprob, divergence(emitted, some), caution))
+        of_rows = torch.stack((log_ratio, logprob, divergence(emitted, subset), caution))
         sums = sums.index_add(1, owners[rows], of_rows)
     log_ratio, logprob, kl, caution = sums
     return Scores(log_ratio, logprob, kl, caution, positions.tokens.to(device))

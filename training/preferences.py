@@ -59,9 +59,9 @@ def read_preferences(
     Raises:
         TrainingError: as `training.data.read_as`, a row is neither pair nor verdict, or all are longer.
     """
-    found, left_out = Collection(), 0
+    collection, left_out = Collection(), 0
 
-    def use(row: Row) -> dict[str, Response | bool]:
+    def convert(row: Row) -> dict[str, Response | bool]:
         fields = ("chosen", "rejected") if "chosen" in row else ("completion",)
         if not all(field in row for field in fields):
             raise ValueError("neither a pair of chosen and rejected nor a completion with a label")
@@ -70,21 +70,21 @@ def read_preferences(
         }
         return read | ({"label": row["label"]} if "label" in row else {})
 
-    for row in read_as(source, (), options, use, max_rows):
-        responses = [each for each in row.values() if isinstance(each, Response)]
-        if max(each.length for each in responses) > longest:
+    for row in read_as(source, (), options, convert, max_rows):
+        responses = [response for response in row.values() if isinstance(response, Response)]
+        if max(response.length for response in responses) > longest:
             left_out += 1
         elif len(responses) == 2:
-            found.add_pair(*responses)
+            collection.add_pair(*responses)
         else:
-            found.add_verdict(*responses, is_good=bool(row["label"]))
+            collection.add_verdict(*responses, is_good=bool(row["label"]))
     if left_out:
         print(f"{source}: left out {left_out} preferences over {longest} tokens")
-    if not len(found.preferences):
+    if not len(collection.preferences):
         raise TrainingError(
             f"{source}: no preference is within {longest} tokens: --max-length, or the model's own"
         )
-    return found.preferences
+    return collection.preferences
 
 
 def response_of(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
@@ -97,9 +97,9 @@ def response_of(row: Row, field: str, chats: Conversations, end_ids: set[int]) -
 def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferences, Preferences]:
     """Split into a training part and a held-out part of at least `held_out` preferences, with no prompt in both."""
     of_prompt: dict[Hashable, list[int]] = {}
-    said = _all(preferences)
-    for number, each in enumerate(said):
-        prompt = tuple(preferences.responses[each[0]].prompt)
+    statements = _all(preferences)
+    for number, statement in enumerate(statements):
+        prompt = tuple(preferences.responses[statement[0]].prompt)
         of_prompt.setdefault(prompt, []).append(number)
     groups = list(of_prompt.values())
     random.Random(seed).shuffle(groups)
@@ -109,7 +109,7 @@ def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferenc
             break
         aside.update(group)
     return (
-        _part(preferences, (n for n in range(len(said)) if n not in aside)),
+        _part(preferences, (n for n in range(len(statements)) if n not in aside)),
         _part(preferences, sorted(aside)),
     )
 

@@ -36,7 +36,7 @@ def read_prompts(
         TrainingError: as `training.data.read_as`, or no prompt leaves room.
     """
     chats = Conversations(tokenizer)
-    most = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
+    limit = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
     prompts = read_as(
         source,
         ("prompt",),
@@ -44,14 +44,14 @@ def read_prompts(
         lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
         limit,
     )
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= most]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= limit]
     if len(kept) < len(prompts):
         print_once(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {most} tokens"
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {limit} tokens"
         )
     if not kept:
         raise TrainingError(
-            f"no prompt is within {most} tokens: --max-prompt-tokens, or what the model reads"
+            f"no prompt is within {limit} tokens: --max-prompt-tokens, or what the model reads"
         )
     return kept
 

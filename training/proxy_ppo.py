@@ -150,35 +150,37 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
         before = sum(sizes[: self.accelerator.process_index])
         own = slice(before, before + len(returns))
         advantages = whiten(self.gather(returns - values))[own].to(device)
-        done = []
-        for whole in self.minibatches(sum(sizes), index):
-            part = whole[(whole >= own.start) & (whole < own.stop)].to(device) - own.start
-            some = Decisions(*(tensor[part] for tensor in decisions))
-            logits, values = self.evaluate(some)
-            logprobs = action_logprobs(logits, some.accepted)
-            log_ratios = logprobs - old_logprobs[part]
+        step_metrics = []
+        for minibatch in self.minibatches(sum(sizes), index):
+            own_indices = (
+                minibatch[(minibatch >= own.start) & (minibatch < own.stop)].to(device) - own.start
+            )
+            batch = Decisions(*(tensor[own_indices] for tensor in decisions))
+            logits, values = self.evaluate(batch)
+            logprobs = action_logprobs(logits, batch.accepted)
+            log_ratios = logprobs - old_logprobs[own_indices]
             ratios = log_ratios.exp()
             sums = torch.stack(
                 [
-                    policy_losses(log_ratios, advantages[part], options.clip).sum(),
-                    (values - returns[part]).square().sum(),
+                    policy_losses(log_ratios, advantages[own_indices], options.clip).sum(),
+                    (values - returns[own_indices]).square().sum(),
                     action_entropy(logits).sum(),
                     ((ratios - 1).abs() > options.clip).sum(),
                     (ratios - 1 - log_ratios).sum(),  # an estimate of KL(old ‖ new)
                 ]
             )
-            means = sums / len(whole)
+            means = sums / len(minibatch)
             loss = means[0] + options.value_weight * means[1] - options.entropy_weight * means[2]
             loss.backward()
-            done.append(
+            step_metrics.append(
                 [*self.accelerator.reduce(means.detach(), "sum").tolist(), self.gradient_step()]
             )
         names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl")
-        return average_steps(names, done)
+        return average_steps(names, step_metrics)
 
     def describe(self, rollout: Rollout) -> dict[str, float]:
-        ours = (*rollout.counts, len(rollout.responses), len(rollout.decisions.token_ids))
-        on_device = torch.tensor(ours, device=self.accelerator.device)
+        totals = (*rollout.counts, len(rollout.responses), len(rollout.decisions.token_ids))
+        on_device = torch.tensor(totals, device=self.accelerator.device)
         sums = self.accelerator.reduce(on_device, "sum").tolist()
         tokens, proposed, rejected, forced, responses, decisions = sums
         return {
@@ -227,11 +229,11 @@ def refuse_idle_proxy(last: Sequence[dict[str, Any]]) -> None:
         raise TrainingError(
             "every position has a single candidate: raise the temperature, top_k or top_p"
         )
-    for rate, what in ((0, "rejects everything"), (1, "rejects nothing")):
+    for rate, behaviour in ((0, "rejects everything"), (1, "rejects nothing")):
         if always("acceptance_rate", rate):
             raise TrainingError(
-                f"the proxy {what}, {PATIENCE} updates in a row, and learns no more from it: lower the learning rate, "
-                "or raise the entropy weight"
+                f"the proxy {behaviour}, {PATIENCE} updates in a row, and learns no more from it: lower the learning "
+                "rate, or raise the entropy weight"
             )
 
 

@@ -93,15 +93,15 @@ class RankedAnswers:
         Raises:
             TrainingError: there is none.
         """
-        found = Collection()
+        collection = Collection()
         for answers, rewards in zip(self._answers, self._rewards, strict=True):
             for better, worse in rank(answers, rewards):
-                found.add_pair(answers[better], answers[worse])
-        if not found.preferences.pairs:
+                collection.add_pair(answers[better], answers[worse])
+        if not collection.preferences.pairs:
             raise TrainingError(
                 "the reward gives all answers to a prompt the same score: there is nothing to learn"
             )
-        return found.preferences
+        return collection.preferences
 
     def _rows(
         self, path: Path, indices: Sequence[int], round_number: int, network: ProxyNetwork | None

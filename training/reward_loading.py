@@ -78,8 +78,8 @@ def _load_trained(directory: Path, frozen: Frozen) -> Reward:
     if (directory / ADAPTER_FILE).is_file():
         tuned = _add_lora(frozen.model, directory)
     else:
-        whole = load_model(str(directory), dtype=frozen.model.dtype)[0]
-        tuned = whole.eval().to(frozen.model.device)
+        trained = load_model(str(directory), dtype=frozen.model.dtype)[0]
+        tuned = trained.eval().to(frozen.model.device)
     if config.kind == "judge":
         (judge,) = model_judges(tuned, frozen, directory).values()
         return JudgeReward(judge, frozen)
@@ -149,7 +149,7 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
 
 def _import_function(name: str, module: str, function: str) -> Callable[..., Any]:
     with loading(f"the reward {name!r}"):
-        found = getattr(importlib.import_module(module), function)
-    if not callable(found):
-        raise TrainingError(f"the reward {name!r} is no function: {found!r}")
-    return found
+        function_object = getattr(importlib.import_module(module), function)
+    if not callable(function_object):
+        raise TrainingError(f"the reward {name!r} is no function: {function_object!r}")
+    return function_object

@@ -52,7 +52,9 @@ def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
     planned = dpo.plan_for(options, pairs, directory)
     torch.manual_seed(options.seed)  # for the new head
     scorer = _scorer(directory)
-    refuse_unknown(scorer, tokenizer, (ids for some in pairs for pair in some for ids in pair))
+    refuse_unknown(
+        scorer, tokenizer, (ids for split_pairs in pairs for pair in split_pairs for ids in pair)
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -112,8 +112,8 @@ class ScalarReward:
             self.scorer, self.chats.tokenizer, [*rows, [self.scorer.config.pad_token_id]]
         )
         device, scores = self.scorer.device, []
-        for some in _batches(rows, self.batch_size):
-            ids, mask = _pad_right(some, self.scorer.config.pad_token_id, device)
+        for batch in _batches(rows, self.batch_size):
+            ids, mask = _pad_right(batch, self.scorer.config.pad_token_id, device)
             scores.append(self.scorer(ids, attention_mask=mask).logits[:, 0])
         return torch.cat(scores).float()
 
@@ -129,10 +129,10 @@ class ProxyReward:
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
         model = self.frozen.model
         responses = [Response(sample.prompt_ids, sample.response_ids) for sample in samples]
-        most = MOST_TOKENS[model.device.type]
+        max_tokens = MOST_TOKENS[model.device.type]
         with nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter():
             plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-            positions = read(responses, self.network.config, model=plain, max_tokens=most)
+            positions = read(responses, self.network.config, model=plain, max_tokens=max_tokens)
             embeddings = plain.get_input_embeddings().weight
         owners = torch.arange(len(responses)).repeat_interleave(positions.counts)
         return score(self.network, embeddings, positions, owners).log_ratio.cpu()
@@ -175,14 +175,14 @@ class FunctionReward:
             completions=[sample.text for sample in samples],
         )
         try:
-            found = torch.as_tensor(scores, dtype=torch.float32).flatten()
+            values = torch.as_tensor(scores, dtype=torch.float32).flatten()
         except (TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"the reward {self.name!r} returned no numbers: {error}") from None
-        if len(found) != len(samples):
+        if len(values) != len(samples):
             raise TrainingError(
-                f"the reward {self.name!r} returned {len(found)} scores for {len(samples)} completions"
+                f"the reward {self.name!r} returned {len(values)} scores for {len(samples)} completions"
             )
-        return found
+        return values
 
 
 @torch.inference_mode()
@@ -192,11 +192,11 @@ def sequence_logprobs(
     responses: Sequence[list[int]],
     batch_size: int,
 ) -> Tensor:
-    """log π(response | prompt), summed over the response's tokens: [N] nats. Computes `batch_size` sequences at once."""
+    """log π(response | prompt), summed over tokens: [N] nats. Computes `batch_size` sequences at once."""
     sums = []
-    for some in _batches(list(zip(prompts, responses, strict=True)), batch_size):
-        some_prompts, some_responses = zip(*some, strict=True)
-        ids, is_response = pad_responses(some_prompts, some_responses, model.device)
+    for batch in _batches(list(zip(prompts, responses, strict=True)), batch_size):
+        batch_prompts, batch_responses = zip(*batch, strict=True)
+        ids, is_response = pad_responses(batch_prompts, batch_responses, model.device)
         sums.append(response_logprobs(model, ids, is_response[:, 1:]).sum(-1))
     return torch.cat(sums)
 
@@ -218,9 +218,9 @@ def _pad_right(
 
 
 def _refuse_long(rows: Sequence[list[int]], model: PreTrainedModel) -> None:
-    longest, most = max(map(len, rows)), context_of(model)
-    if longest > most:
+    longest, limit = max(map(len, rows)), context_of(model)
+    if longest > limit:
         raise TrainingError(
-            f"the reward's model would have to read {longest} tokens and reads {most}: "
+            f"the reward's model would have to read {longest} tokens and reads {limit}: "
             "lower --max-prompt-tokens or --decoding.max-new-tokens"
         )

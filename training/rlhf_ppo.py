@@ -93,8 +93,10 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
     """Trains an actor and a critic; computes in `dtype`, with weights in float32."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
-        whole = Decoding(top_k=0, top_p=1.0, max_new_tokens=options.decoding.max_new_tokens)
-        if options.decoding != whole:
+        full_distribution = Decoding(
+            top_k=0, top_p=1.0, max_new_tokens=options.decoding.max_new_tokens
+        )
+        if options.decoding != full_distribution:
             raise TrainingError(
                 "full RLHF draws from the whole distribution: leave temperature 1, top_k 0 and top_p 1"
             )
@@ -154,19 +156,19 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         advantages[batch.mask] = whitened.to(advantages.device)
         batch = batch._replace(advantages=advantages)
         first, count, lengths = episodes.first, len(batch.ids), batch.lengths()
-        done = []
-        for whole in self.minibatches(len(episodes.rewards), index):
-            part = whole[(whole >= first) & (whole < first + count)] - first
-            tokens = self.accelerator.reduce(batch.mask[part].sum(), "sum")
+        step_metrics = []
+        for minibatch in self.minibatches(len(episodes.rewards), index):
+            own_rows = minibatch[(minibatch >= first) & (minibatch < first + count)] - first
+            tokens = self.accelerator.reduce(batch.mask[own_rows].sum(), "sum")
             sums = torch.zeros(4, device=batch.ids.device)
-            for some in split_by_tokens([lengths[i] for i in part.tolist()], self.max_tokens):
-                parts = self._losses(batch.rows(part[some]))
-                (parts[0] + options.value_weight * parts[1]).div(tokens).backward()
-                sums += parts.detach()
+            for chunk in split_by_tokens([lengths[i] for i in own_rows.tolist()], self.max_tokens):
+                losses = self._losses(batch.rows(own_rows[chunk]))
+                (losses[0] + options.value_weight * losses[1]).div(tokens).backward()
+                sums += losses.detach()
             means = self.accelerator.reduce(sums, "sum") / tokens
-            done.append([*means.tolist(), self.gradient_step()])
+            step_metrics.append([*means.tolist(), self.gradient_step()])
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
-        return {"kl": self.gather(kl).mean().item(), **average_steps(names, done)}
+        return {"kl": self.gather(kl).mean().item(), **average_steps(names, step_metrics)}
 
     def _batch(self, episodes: Episodes) -> tuple[Batch, Tensor]:
         """The rollout with everything that PPO needs, and log π_old / π_ref of each response: [N] nats."""
@@ -176,8 +178,8 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         parts = list(zip(*(x.split(self.batch_size) for x in (ids, mask)), strict=True))
         with torch.no_grad():
             old, reference, values = (
-                torch.cat([of(*some) for some in parts])
-                for of in (self._logprobs, self._reference_logprobs, self._values)
+                torch.cat([compute(*inputs) for inputs in parts])
+                for compute in (self._logprobs, self._reference_logprobs, self._values)
             )
         divergence = (old - reference) * mask
         rewards = -self.options.kl_weight * divergence
@@ -223,8 +225,8 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         )
 
     def describe(self, rollout: Rollout) -> dict[str, float]:
-        ours = torch.tensor([rollout.counts.tokens, len(rollout.responses)])
-        tokens, responses = self.accelerator.reduce(ours.to(self.model.device), "sum").tolist()
+        totals = torch.tensor([rollout.counts.tokens, len(rollout.responses)])
+        tokens, responses = self.accelerator.reduce(totals.to(self.model.device), "sum").tolist()
         return {"tokens_per_response": tokens / responses}
 
     def save(self, training: dict[str, Any]) -> str:

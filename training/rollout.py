@@ -59,13 +59,13 @@ def longest_prompt(model: PreTrainedModel | PretrainedConfig, decoding: Decoding
     Raises:
         TrainingError: a response alone may exceed the context.
     """
-    most = context_of(model) - decoding.max_new_tokens
-    if most <= 0:
+    limit = context_of(model) - decoding.max_new_tokens
+    if limit <= 0:
         raise TrainingError(
             f"a response of max_new_tokens = {decoding.max_new_tokens} leaves no room for a prompt: "
             f"the model reads {context_of(model)} tokens"
         )
-    return most
+    return limit
 
 
 def generate(
@@ -90,8 +90,8 @@ def generate(
     Raises:
         TrainingError: a prompt leaves no room for its response, or the LLM lacks parts that this needs.
     """
-    longest, most = max(map(len, prompts)), longest_prompt(policy.model, decoding)
-    if longest > most:
+    longest, limit = max(map(len, prompts)), longest_prompt(policy.model, decoding)
+    if longest > limit:
         raise TrainingError(
             f"a prompt of {longest} tokens and a response of max_new_tokens = {decoding.max_new_tokens} are longer "
             f"than the {context_of(policy.model)} tokens that the model reads"
@@ -185,9 +185,9 @@ def _step(
     decision, proposals = policy.decide(candidates, accept_logits, draw, decoding)
     records.add(hidden, candidates, decision, proposals, alive)
     if records.kl is not None:
-        some = Candidates(*(tensor[alive] for tensor in candidates))
-        emission = policy.emission(some, accept_logits[alive], decoding)
-        kl = divergence(emission, policy.frozen(some, decoding))
+        alive_candidates = Candidates(*(tensor[alive] for tensor in candidates))
+        emission = policy.emission(alive_candidates, accept_logits[alive], decoding)
+        kl = divergence(emission, policy.frozen(alive_candidates, decoding))
         records.kl[alive] += kl.float()
     return decision
 

@@ -143,9 +143,9 @@ class ServersBackend:
 
         device = self._frozen.device
         decided = decisions([answer.trace for answer in answers], hidden_at, device)
-        names = ("proposed", "rejected", "forced")
-        of_all = (sum(answer.counts[name] for answer in answers) for name in names)
-        return Rollout(responses, decided, Counts(sum(map(len, responses)), *of_all), None)
+        count_names = ("proposed", "rejected", "forced")
+        totals = (sum(answer.counts[name] for answer in answers) for name in count_names)
+        return Rollout(responses, decided, Counts(sum(map(len, responses)), *totals), None)
 
     def responses(
         self,
@@ -180,7 +180,8 @@ class ServersBackend:
         names = ("temperature", "top_k", "top_p", "max_candidates")
         nucleus = {name: getattr(config, name) for name in names}
         bodies = [
-            {"responses": [each._asdict() for each in responses[i : i + _READ_AT_ONCE]]} | nucleus
+            {"responses": [response._asdict() for response in responses[i : i + _READ_AT_ONCE]]}
+            | nucleus
             for i in range(0, len(responses), _READ_AT_ONCE)
         ]
         at_once = max(1, self._at_once // _READ_AT_ONCE)
@@ -191,24 +192,24 @@ class ServersBackend:
         directory = self._root / self._name
         if not self._accelerator.is_main_process or not directory.exists():
             return
-        for url, found in asyncio.run(
+        for url, result in asyncio.run(
             ask_every(self._urls, "DELETE", f"/proxies/{self._name}")
         ).items():
             # 404: it was never loaded, or is unloaded already, because servers with the same root synchronise.
-            if isinstance(found, Failure) or not (found.is_success or found.status_code == 404):
-                message = found.message if isinstance(found, Failure) else message_of(found)
+            if isinstance(result, Failure) or not (result.is_success or result.status_code == 404):
+                message = result.message if isinstance(result, Failure) else message_of(result)
                 _say(f"{url} still has the proxy {self._name!r}: {message}")
         shutil.rmtree(directory, ignore_errors=True)
 
     def _publish(self, network: ProxyNetwork) -> _Published:
         """The main process publishes; the others wait, and fail if it fails."""
-        found: list[_Published | TrainingError | None] = [None]
+        outcomes: list[_Published | TrainingError | None] = [None]
         if self._accelerator.is_main_process:
             try:
-                found = [self._load(network)]
+                outcomes = [self._load(network)]
             except TrainingError as error:
-                found = [error]
-        (outcome,) = broadcast_object_list(found)
+                outcomes = [error]
+        (outcome,) = broadcast_object_list(outcomes)
         if isinstance(outcome, TrainingError):
             raise outcome
         return outcome
@@ -223,26 +224,30 @@ class ServersBackend:
         body = {"name": self._name, "path": f"{self._name}/{directory.name}"}
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
-            found = asyncio.run(ask_every(self._urls, "POST", "/proxies", body))
-            lost = {url: one.message for url, one in found.items() if isinstance(one, Failure)}
-            if self._is_first or len(lost) < len(found):
+            results = asyncio.run(ask_every(self._urls, "POST", "/proxies", body))
+            lost = {
+                url: result.message
+                for url, result in results.items()
+                if isinstance(result, Failure)
+            }
+            if self._is_first or len(lost) < len(results):
                 break
-        if lost and (self._is_first or len(lost) == len(found)):
+        if lost and (self._is_first or len(lost) == len(results)):
             raise TrainingError(f"--servers: {listed(lost)}")
         if lost:
             _say(f"left out of this rollout: {listed(lost)}")
         urls = [url for url in self._urls if url not in lost]
         for url in urls:
-            loaded = content(found[url], url)
+            loaded = content(results[url], url)
             if loaded["version"] != version:
                 raise TrainingError(
                     f"{url} has loaded version {loaded['version']}, but {directory} holds {version}: "
                     "--proxy-root must be the same directory for all"
                 )
         self._is_first = False
-        for old in directory.parent.iterdir():  # including those of a killed run
-            if old != directory:
-                shutil.rmtree(old, ignore_errors=True)
+        for old_version in directory.parent.iterdir():  # including those of a killed run
+            if old_version != directory:
+                shutil.rmtree(old_version, ignore_errors=True)
         return _Published(self._name, version, urls)
 
     @torch.inference_mode()
@@ -255,20 +260,23 @@ class ServersBackend:
     ) -> Tensor:
         """The lm_head's input [D, H] at the tokens with these indices."""
         device, size = self._frozen.device, self._batch_size
-        of = torch.tensor(episodes, dtype=torch.long)
+        episode_indices = torch.tensor(episodes, dtype=torch.long)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        positions = lengths[of] + torch.tensor(indices, dtype=torch.long) - 1
-        found = []
+        positions = lengths[episode_indices] + torch.tensor(indices, dtype=torch.long) - 1
+        chunks = []
         with HeadInput(self._frozen, logits_of_last=True) as head:
             for start in range(0, len(prompts), size):
                 ids, _ = pad_responses(
                     prompts[start : start + size], responses[start : start + size]
                 )
                 self._frozen(input_ids=ids.to(device), use_cache=False)
-                some = (start <= of) & (of < start + size)
-                rows, columns = (of[some] - start).to(device), positions[some].to(device)
-                found.append(head.states[rows, columns])
-        return torch.cat(found)
+                in_batch = (start <= episode_indices) & (episode_indices < start + size)
+                rows, columns = (
+                    (episode_indices[in_batch] - start).to(device),
+                    positions[in_batch].to(device),
+                )
+                chunks.append(head.states[rows, columns])
+        return torch.cat(chunks)
 
 
 def name_of(output: Path) -> str:

@@ -99,9 +99,9 @@ class VLLMBackend:
             settings["distributed_executor_backend"] = "external_launcher"
         if frozen.device.type == "cpu":
             # Compiling takes longer than it saves here, and by default vLLM would fill all of its RAM share with zeros.
-            most = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-            wanted = _kv_cache_bytes(frozen, max_requests, max_tokens)
-            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(most, wanted)}
+            available = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            needed = _kv_cache_bytes(frozen, max_requests, max_tokens)
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(available, needed)}
         try:
             self._llm = _start(settings)
         except ValueError as error:
@@ -153,27 +153,31 @@ class VLLMBackend:
             self._params(decoding, end_ids, seed, proxied=network is not None, trace=False)
             for seed in islice(seeds, len(prompts))
         ]
-        found = []
+        responses = []
         for i in range(0, len(prompts), TRACED_REQUESTS):
             inputs = [{"prompt_token_ids": prompt} for prompt in prompts[i : i + TRACED_REQUESTS]]
             outputs = self._llm.generate(inputs, params[i : i + TRACED_REQUESTS], use_tqdm=False)
-            found += [list(output.outputs[0].token_ids) for output in outputs]
+            responses += [list(output.outputs[0].token_ids) for output in outputs]
             self._call("take_reads")  # which would fill the memory
-        return found
+        return responses
 
     def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
         """As `training.positions.read`, up to rounding."""
-        found = []
+        parts = []
         for i in range(0, len(responses), TRACED_REQUESTS):
-            some = responses[i : i + TRACED_REQUESTS]
-            inputs = [{"prompt_token_ids": each.prompt + each.response} for each in some]
-            params = [_reading(len(each.prompt), config) for each in some]
+            batch = responses[i : i + TRACED_REQUESTS]
+            inputs = [
+                {"prompt_token_ids": response.prompt + response.response} for response in batch
+            ]
+            params = [_reading(len(response.prompt), config) for response in batch]
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
             self._call("take_reads")  # which would fill the memory
             ids = [output.request_id for output in outputs]
-            read = self._call("take_positions", ids)
-            found += [Positions(**safetensors.torch.load(read[one])) for one in ids]
-        return joined_positions(found)
+            encoded = self._call("take_positions", ids)
+            parts += [
+                Positions(**safetensors.torch.load(encoded[request_id])) for request_id in ids
+            ]
+        return joined_positions(parts)
 
     def close(self) -> None:
         """Nothing is left: the engine ends with this process."""
@@ -216,8 +220,8 @@ class VLLMBackend:
         traces = self._call("take_traces", ids)
         counts = self._call("take_alignment_counts", ids).values()
         reads = self._call("take_reads")
-        bycallers_id = {callers_id(req_id): req_id for req_id in traces}
-        req_ids = [bycallers_id[one] for one in ids]
+        by_callers_id = {callers_id(req_id): req_id for req_id in traces}
+        req_ids = [by_callers_id[request_id] for request_id in ids]
         responses = [list(output.outputs[0].token_ids) for output in outputs]
         in_order = [traces[req_id] for req_id in req_ids]
         assert [[entry["token_id"] for entry in trace] for trace in in_order] == responses
@@ -229,9 +233,11 @@ class VLLMBackend:
             ]
             return _hidden_at(reads, places)
 
-        decided = decisions(in_order, hidden_at, self._frozen.device)
-        of_all = (sum(one[name] for one in counts) for name in ("proposed", "rejected", "forced"))
-        return Rollout(responses, decided, Counts(sum(map(len, responses)), *of_all), None)
+        recorded = decisions(in_order, hidden_at, self._frozen.device)
+        totals = (
+            sum(entry[name] for entry in counts) for name in ("proposed", "rejected", "forced")
+        )
+        return Rollout(responses, recorded, Counts(sum(map(len, responses)), *totals), None)
 
     def _call(self, method: str, *args: Any) -> Any:
         (answer,) = self._llm.collective_rpc(method, args=args)

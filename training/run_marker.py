@@ -63,8 +63,8 @@ def settings_of(options: Any, reads: Sequence[str]) -> dict[str, Any]:
 def digest_of(value: Any) -> str:
     """A digest of the content of an input."""
     digest = hashlib.sha256()
-    for each in paths_of(value):
-        path = Path(each)
+    for entry in paths_of(value):
+        path = Path(entry)
         if path.is_file():
             _add_file(digest, path)
         elif path.is_dir():
@@ -75,7 +75,7 @@ def digest_of(value: Any) -> str:
                     digest.update(file.name.encode())
                     _add_file(digest, file)
         else:
-            digest.update(str(each).encode())
+            digest.update(str(entry).encode())
     return digest.hexdigest()
 
 

@@ -216,33 +216,33 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             )
         ]
         sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
-        sure = torch.ones_like(sign)  # weight of the likelier order in a pair's loss
+        certainty = torch.ones_like(sign)  # weight of the likelier order in a pair's loss
         if options.soft_labels:
-            sure = torch.tensor([r.probability for r in pairs.rulings]).to(device)
-            sure = torch.where(sign > 0, sure, 1 - sure)
+            certainty = torch.tensor([r.probability for r in pairs.rulings]).to(device)
+            certainty = torch.where(sign > 0, certainty, 1 - certainty)
         differs = (~torch.tensor(_identical(pairs))).float().to(device)  # [N]
         with torch.no_grad():
             places = torch.arange(len(ids)).split(self.batch_size)
             reference = torch.cat([_logprobs(self.initial, ids[i], mask[i]) for i in places])
-        done = []
-        for whole in self.minibatches(options.pairs, index):
-            part = whole[(whole >= first) & (whole < first + count)] - first
-            total = self.accelerator.reduce(differs[part].sum(), "sum").clamp(min=1)
+        step_metrics = []
+        for minibatch in self.minibatches(options.pairs, index):
+            own_rows = minibatch[(minibatch >= first) & (minibatch < first + count)] - first
+            total = self.accelerator.reduce(differs[own_rows].sum(), "sum").clamp(min=1)
             sums = torch.zeros(3, device=device)
-            for which in split_by_tokens([lengths[i] for i in part.tolist()], self.max_tokens):
-                some = part[which]
-                both = torch.cat([some, some + count])
+            for chunk in split_by_tokens([lengths[i] for i in own_rows.tolist()], self.max_tokens):
+                rows = own_rows[chunk]
+                both = torch.cat([rows, rows + count])
                 with self._autocast():
                     gains = _logprobs(self.policy, ids[both], mask[both]) - reference[both]
-                margins = sign[some] * (gains[: len(some)] - gains[len(some) :])
-                losses = preference_losses(margins, sure[some], options.loss, options.beta)
-                losses = losses * differs[some]
+                margins = sign[rows] * (gains[: len(rows)] - gains[len(rows) :])
+                losses = preference_losses(margins, certainty[rows], options.loss, options.beta)
+                losses = losses * differs[rows]
                 (losses.sum() / total).backward()
-                kept = margins.detach() * differs[some]
+                kept = margins.detach() * differs[rows]
                 sums += torch.stack([losses.detach().sum(), (kept > 0).sum(), kept.sum()])
             means = self.accelerator.reduce(sums, "sum") / total
-            done.append([*means.tolist(), self.gradient_step()])
-        return average_steps(("loss", "accuracy", "margin"), done)
+            step_metrics.append([*means.tolist(), self.gradient_step()])
+        return average_steps(("loss", "accuracy", "margin"), step_metrics)
 
     def _describe(self, pairs: Pairs) -> dict[str, float]:
         columns = {
@@ -262,17 +262,21 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             prompts = [prompt for _, prompt in mine]
             seeds = [(self.options.seed << 40) + (1 << 38) + i for i, _ in mine]
         pairs = self._answer(prompts, seeds)
-        found = self._describe(pairs)
+        metrics = self._describe(pairs)
         bigrams = [pair for r in gather_object(pairs.responses) for pair in pairwise(r)]
-        found["diversity"] = len(set(bigrams)) / max(1, len(bigrams))
+        metrics["diversity"] = len(set(bigrams)) / max(1, len(bigrams))
         if self.outside is not None:
             scores = self.outside(self.samples([*prompts, *prompts], pairs.responses))
-            ours, theirs = scores.cpu().split(len(prompts))
+            first_scores, second_scores = scores.cpu().split(len(prompts))
             prefers = torch.tensor([r.first_goes_on for r in pairs.rulings])
-            agrees = torch.where(ours == theirs, 0.5, ((ours > theirs) == prefers).float())
-            found["agreement"] = self.gather(agrees).mean().item()
-            found["outside_reward"] = self.gather(scores).mean().item()
-        return found
+            agrees = torch.where(
+                first_scores == second_scores,
+                0.5,
+                ((first_scores > second_scores) == prefers).float(),
+            )
+            metrics["agreement"] = self.gather(agrees).mean().item()
+            metrics["outside_reward"] = self.gather(scores).mean().item()
+        return metrics
 
     def check(self, rows: list[dict[str, Any]]) -> None:
         """Stop if a limit is exceeded; else save the model."""
@@ -297,7 +301,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
                 agreement >= options.min_agreement
             ),
         }
-        broken = [what for what, holds in bounds.items() if not holds]
+        broken = [problem for problem, holds in bounds.items() if not holds]
         if broken:
             kept = "what the last check before saved is kept" if self.saved else "nothing was saved"
             raise TrainingError(f"stopped after update {last['step']}: {'; '.join(broken)}; {kept}")

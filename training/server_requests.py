@@ -29,10 +29,10 @@ async def ask_positions(http: httpx.AsyncClient, url: str, body: Any) -> Positio
 async def ask_response(
     version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> list[int] | Failure:
-    found = await _completed(version, http, url, body)
-    if isinstance(found, Failure):
-        return found
-    response = found["choices"][0]["token_ids"]
+    completion = await _completed(version, http, url, body)
+    if isinstance(completion, Failure):
+        return completion
+    response = completion["choices"][0]["token_ids"]
     _refuse_cut(url, body, response)
     return response
 
@@ -48,13 +48,13 @@ async def _completed(
     answer = await send(http, "POST", f"{url}/v1/completions", body)
     if isinstance(answer, Failure):
         return answer
-    found = content(answer, url)
-    if version is not None and found["alignment"]["version"] != version:
+    completion = content(answer, url)
+    if version is not None and completion["alignment"]["version"] != version:
         # which servers that keep in step may mend
         return Failure(
-            f"it answers with version {found['alignment']['version']}, and not {version}"
+            f"it answers with version {completion['alignment']['version']}, and not {version}"
         )
-    return found
+    return completion
 
 
 def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
@@ -76,15 +76,15 @@ async def ask_traced(
     Raises:
         TrainingError: the server refuses, or its answer does not tell all that was decided.
     """
-    found = await _completed(version, http, url, body)
-    if isinstance(found, Failure):
-        return found
-    receipt, response = found["alignment"], found["choices"][0]["token_ids"]
-    (trace,) = receipt["trace"]
-    if receipt["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
+    completion = await _completed(version, http, url, body)
+    if isinstance(completion, Failure):
+        return completion
+    stats, response = completion["alignment"], completion["choices"][0]["token_ids"]
+    (trace,) = stats["trace"]
+    if stats["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
         raise TrainingError(
             f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
             "lower --server-requests, or take its other clients away"
         )
     _refuse_cut(url, body, response)
-    return TracedResponse(response, trace, receipt)
+    return TracedResponse(response, trace, stats)

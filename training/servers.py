@@ -33,8 +33,8 @@ async def ask_every(
 ) -> dict[str, httpx.Response | Failure]:
     """Send the same request to all servers; returns each one's response."""
     async with _client(LOAD_SECONDS) as http:
-        found = await asyncio.gather(*(send(http, method, url + path, body) for url in urls))
-    return dict(zip(urls, found, strict=True))
+        results = await asyncio.gather(*(send(http, method, url + path, body) for url in urls))
+    return dict(zip(urls, results, strict=True))
 
 
 async def share_out(
@@ -65,14 +65,14 @@ async def share_out(
         pauses = iter(PAUSES)
         while True:
             number = await waiting.get()
-            found = await ask(http, url, bodies[number])
-            if not isinstance(found, Failure):
-                answers[number], pauses = found, iter(PAUSES)
+            result = await ask(http, url, bodies[number])
+            if not isinstance(result, Failure):
+                answers[number], pauses = result, iter(PAUSES)
                 waiting.task_done()
                 continue
             waiting.put_nowait(number)
             waiting.task_done()
-            lost[url] = found.message
+            lost[url] = result.message
             if (pause := next(pauses, None)) is None:
                 return
             await asyncio.sleep(pause)
@@ -127,10 +127,10 @@ def content(response: Any, url: str) -> dict[str, Any]:
 def message_of(response: httpx.Response) -> str:
     """The server's error message, or the start of its response."""
     try:
-        said = response.json()["error"]["message"]
+        message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        said = response.text[:200]
-    return f"{response.status_code} {said}"
+        message = response.text[:200]
+    return f"{response.status_code} {message}"
 
 
 def checked(url: str) -> str:

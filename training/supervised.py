@@ -186,12 +186,12 @@ def train(
     """Train on `examples`, then save the model in bfloat16, or its LoRA, with the tokenizer and the files that `add`
     writes.
     """
-    most = min(options.max_length, context_of(read_config(options.model)))
-    kept = [example for example in examples if len(example.token_ids) <= most]
+    limit = min(options.max_length, context_of(read_config(options.model)))
+    kept = [example for example in examples if len(example.token_ids) <= limit]
     if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} sequences over {most} tokens")
+        print(f"left out {len(examples) - len(kept)} sequences over {limit} tokens")
     if not kept:
-        raise TrainingError(f"no sequence is within {most} tokens: max_length, or the model's own")
+        raise TrainingError(f"no sequence is within {limit} tokens: max_length, or the model's own")
     longest = max(len(example.token_ids) for example in kept)
     work = Work(model=options.model, longest=longest, lora_rank=lora_rank, bf16=options.bf16)
     planned = plan(work, "lower --max-length", options.output if options.resume else None)
@@ -207,7 +207,7 @@ def train(
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in batch]
-        width = min(_padded(max(lengths)), most)
+        width = min(_padded(max(lengths)), limit)
         ids = torch.zeros(len(batch), width, dtype=torch.long)  # padding: its weight is 0
         weights = torch.zeros(len(batch), width)
         for i, row in enumerate(batch):

@@ -52,10 +52,12 @@ def sampling(decoding: Decoding, end_ids: Collection[int], seed: int) -> dict[st
 
 def asked(entry: Entry) -> list[Asked]:
     """The candidates that the proxy decided at a position, from the trace; the most probable first."""
-    found = [(each["token_id"], each["probability"], False) for each in entry["rejected"]]
+    decided = [
+        (candidate["token_id"], candidate["probability"], False) for candidate in entry["rejected"]
+    ]
     if not entry["forced"] and entry["accept_probability"] is not None:
-        found.append((entry["token_id"], entry["probability"], True))
-    return sorted(found, key=lambda one: (-one[1], one[0]))
+        decided.append((entry["token_id"], entry["probability"], True))
+    return sorted(decided, key=lambda decision: (-decision[1], decision[0]))
 
 
 def decisions(
@@ -71,14 +73,14 @@ def decisions(
             index in it. Both are sorted; a token occurs once for each of its decisions.
         device: of the decisions.
     """
-    found = [
-        (episode, index, *one)
+    rows = [
+        (episode, index, *decision)
         for episode, trace in enumerate(traces)
         for index, entry in enumerate(trace)
-        for one in asked(entry)
+        for decision in asked(entry)
     ]
     episodes, indices, token_ids, probabilities, accepted = (
-        zip(*found, strict=True) if found else ([],) * 5
+        zip(*rows, strict=True) if rows else ([],) * 5
     )
     return Decisions(
         hidden_at(episodes, indices),

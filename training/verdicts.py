@@ -51,9 +51,9 @@ def read_verdicts(
         longest: maximum number of tokens of prompt and response.
         left_out: counts the verdicts that were left out, by reason.
     """
-    said: set[Any] = set()
+    judged: set[Any] = set()
     by_people: set[str] = set()
-    found: list[Verdict] = []
+    of_people: list[Verdict] = []
     of_judges: list[tuple[str, Verdict]] = []
     for number, preference in rows:
         try:
@@ -63,10 +63,10 @@ def read_verdicts(
             continue
         texts = [text_of(row[side][0]) for side in ("chosen", "rejected")]
         pair = fingerprint(row["prompt"], *texts)
-        if (preference.caller, preference.source, pair) in said:
+        if (preference.caller, preference.source, pair) in judged:
             left_out["that a later one replaces"] += 1
             continue
-        said.add((preference.caller, preference.source, pair))
+        judged.add((preference.caller, preference.source, pair))
         if has_secret([*map(text_of, row["prompt"]), *texts]):
             left_out["with what looks like a secret"] += 1
             continue
@@ -85,19 +85,19 @@ def read_verdicts(
             of_judges.append((pair, verdict))
         else:
             by_people.add(pair)
-            found.append(verdict)
+            of_people.append(verdict)
     standing = [verdict for pair, verdict in of_judges if pair not in by_people]
     left_out["of a judge whom people overrule"] += len(of_judges) - len(standing)
-    return _without_floods(sorted([*found, *standing], reverse=True), left_out)
+    return _without_floods(sorted([*of_people, *standing], reverse=True), left_out)
 
 
 def _without_floods(verdicts: Sequence[Verdict], left_out: Counter[str]) -> list[Verdict]:
     counts = Counter(verdict.caller for verdict in verdicts)
-    most = max(MOST_OF_A_CALLER, 2 * median_low(counts.values())) if counts else 0
+    limit = max(MOST_OF_A_CALLER, 2 * median_low(counts.values())) if counts else 0
     kept, taken = [], Counter[str | None]()
     for verdict in verdicts:
         taken[verdict.caller] += 1
-        if taken[verdict.caller] <= most:
+        if taken[verdict.caller] <= limit:
             kept.append(verdict)
     left_out["of callers who gave many more than the others"] += len(verdicts) - len(kept)
     return kept
@@ -117,9 +117,9 @@ def folds(prompts: Sequence[str], *, few: int, count: int = 4) -> list[tuple[lis
         numbers = [i for i, held in enumerate(aside) if held]
         return [([i for i, held in enumerate(aside) if not held], numbers)]
     fold_of = {prompt: i % count for i, prompt in enumerate(sorted(set(prompts)))}
-    found = []
+    parts = []
     for fold in range(count):
         held_out = [i for i, prompt in enumerate(prompts) if fold_of[prompt] == fold]
         train = [i for i, prompt in enumerate(prompts) if fold_of[prompt] != fold]
-        found.append((train, held_out))
-    return found
+        parts.append((train, held_out))
+    return parts
