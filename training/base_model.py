@@ -140,7 +140,7 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 def main(options: Options) -> None:
     if options.hidden_size % (2 * options.num_heads):  # rotary embeddings rotate pairs
         raise TrainingError(
-            f"--hidden-size {options.hidden_size} is no even multiple of --num-heads {options.num_heads}"
+            f"--hidden-size {options.hidden_size} is not an even multiple of --num-heads {options.num_heads}"
         )
     with output.run(options, "training.base_model", reads=("corpus",), writes=MODEL_FILES) as run:
         limit = options.max_corpus_rows

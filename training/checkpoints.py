@@ -40,7 +40,7 @@ def train(trainer: Any, options: Any, run: Run) -> None:
     run.start()
     newest = newest_checkpoint(options.output) if options.resume else None
     if options.resume:
-        print(f"going on from {newest}" if newest else "nothing to resume: beginning anew")
+        print(f"resuming from {newest}" if newest else "nothing to resume: starting anew")
     if trainer.is_world_process_zero():  # transformers would take an incomplete one for the newest
         cut_short = set(options.output.glob(_CHECKPOINTS)) - {newest}
         remove(options.output, [str(path.relative_to(options.output)) for path in cut_short])

@@ -15,7 +15,7 @@ class Conversations:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise TrainingError("the model's tokenizer has no chat template; give it one first")
+            raise TrainingError("the model's tokenizer has no chat template; add one first")
         self.tokenizer = tokenizer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:

@@ -71,7 +71,7 @@ def main(options: Options) -> None:
             publish(options.work, options.output)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted: what is done is in {options.work}, and the same command goes on"
+            f"interrupted: finished stages are in {options.work}; the same command continues"
         ) from None
 
 

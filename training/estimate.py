@@ -218,7 +218,7 @@ def show(
     console.print(time)
     if result.peak > USED * options.memory:
         print(
-            f"training.proxy_ppo does not fit {options.memory / GB:.0f} GB, a tenth left free: it will lower "
+            f"training.proxy_ppo does not fit {options.memory / GB:.0f} GB, a tenth kept free: it will lower "
             "--batch-size"
         )
 

@@ -171,7 +171,7 @@ def _graded_by_reference_scorer(
         rate, error = win_rate(texts, proxied, frozen)
     except KeyError as unknown:
         raise TrainingError(
-            f"{unknown} is no prompt of the bundled world: say with --reward what shall compare the answers"
+            f"{unknown} is not a prompt of the toy data: name rewards to compare by with --reward"
         ) from None
     return {
         "gold_win_rate": rate,

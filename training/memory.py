@@ -44,9 +44,7 @@ class Work:
 
     model: str  # directory or hub id
     longest: int  # tokens of the longest sequence
-    least: int = (
-        0  # tokens that must be computed together, if a row of the data has several sequences
-    )
+    least: int = 0  # tokens that must be computed together: a row with several sequences
     lora_rank: int = 0  # 0 = all weights
     bf16: bool = True  # compute in bfloat16
     checkpointing: bool = False
@@ -197,7 +195,7 @@ def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
     if planned is None:
         raise TrainingError(
             f"not enough memory: training {work.model} takes {memory_need.of(least) / GB:.1f} GB with the {least} "
-            f"tokens of the longest row, and a tenth of {available.free / GB:.1f} GB {available.what} is left alone: "
+            f"tokens of the longest row, of {available.free / GB:.1f} GB {available.what}, a tenth of which is kept free: "
             f"{options}"
         )
     if resumed and (resumed / PLAN_FILE).is_file():
@@ -239,7 +237,7 @@ def responses_at_once(
     if bytes_of(rows) > available.budget:
         raise TrainingError(
             f"not enough memory: the models and one response take {bytes_of(rows) / GB:.1f} GB, and of "
-            f"{available.free / GB:.1f} GB {available.what} a tenth is left alone: lower --max-prompt-tokens or "
+            f"{available.free / GB:.1f} GB {available.what} a tenth is kept free: lower --max-prompt-tokens or "
             "--decoding.max-new-tokens, or take a smaller model"
         )
     print_once(

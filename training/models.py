@@ -199,7 +199,7 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     ends = {end for end in (*configured_ids, tokenizer.eos_token_id) if end is not None}
     if not ends:
         raise TrainingError(
-            "nothing ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
+            "no token ends a response: neither the model's generation config nor its tokenizer has an end-of-sequence "
             "token; set eos_token_id in generation_config.json"
         )
     return ends

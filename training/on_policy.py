@@ -237,7 +237,7 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
     if options.resume:
         num_done = load_state(options.output, trainer.learner, trainer.optimiser)
         accelerator.print(
-            f"going on after update {num_done}" if num_done else "nothing to resume: beginning anew"
+            f"resuming after update {num_done}" if num_done else "nothing to resume: starting anew"
         )
         if num_done:
             run.saved = f"update {num_done} of {options.steps}"

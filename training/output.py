@@ -70,7 +70,7 @@ class Run:
             if names and not overwrite:
                 raise TrainingError(
                     f"{target} is not empty ({listed(names)}) and holds no run of {command}: name another directory, "
-                    "or write beside what is there with --overwrite"
+                    "or keep these files and write there with --overwrite"
                 )
         elif before.command != command:
             raise TrainingError(
@@ -81,11 +81,11 @@ class Run:
             if before.finished:
                 print(f"{target}: this run is finished; there is nothing to do")
         elif not overwrite:
-            what = "a finished" if before.finished else "an unfinished"
-            goes_on = self._can_resume and not before.finished
-            way = "go on with --resume" if goes_on else "name another directory"
+            state = "a finished" if before.finished else "an unfinished"
+            can_continue = self._can_resume and not before.finished
+            advice = "continue with --resume" if can_continue else "name another directory"
             raise TrainingError(
-                f"{target} holds {what} run of {command}: {way}, or replace it with --overwrite"
+                f"{target} holds {state} run of {command}: {advice}, or replace it with --overwrite"
             )
         refuse_foreign(target, self._marker.files, before.files if before else [])
 
@@ -121,7 +121,7 @@ class Run:
         if not self._can_resume:
             return f"{self.directory} is not whole; begin again with --overwrite"
         saved = f"saved up to {self.saved}" if self.saved else "nothing was saved yet"
-        return f"{saved} in {self.directory}; the same command goes on with --resume"
+        return f"{saved} in {self.directory}; the same command continues with --resume"
 
 
 @contextmanager
@@ -161,23 +161,25 @@ def run(
     )
     before = read_marker(target)
     if getattr(options, "resume", False) and options.overwrite:
-        raise TrainingError("--resume goes on with a run and --overwrite begins anew: give one")
-    this = Run(target, marker, before, can_resume=hasattr(options, "resume"), resumes=resumes)
+        raise TrainingError(
+            "--resume continues a run and --overwrite starts a new one: give one of them"
+        )
+    current = Run(target, marker, before, can_resume=hasattr(options, "resume"), resumes=resumes)
     if _is_main_process():  # other processes may arrive after it has begun
-        this.check(overwrite=options.overwrite)
+        current.check(overwrite=options.overwrite)
     try:
-        yield this
+        yield current
     except Interrupted:  # from a run nested in this one
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: {this.left()}" if _is_main_process() else "") from None
+        raise Interrupted(f"interrupted: {current.left()}" if _is_main_process() else "") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_of_writing(error):
             raise
         raise TrainingError(
-            f"{target} cannot be written; is the disk full? ({error}); {this.left()}"
+            f"{target} cannot be written; is the disk full? ({error}); {current.left()}"
         ) from None
-    this.finish()
+    current.finish()
 
 
 def _is_of_writing(error: Exception) -> bool:

@@ -73,8 +73,8 @@ def refuse_other_run(target: Path, before: Marker, now: Marker) -> None:
     differences += [f"other data or models ({', '.join(inputs)})"] if inputs else []
     if differences:
         raise TrainingError(
-            f"--resume: {target} is of a run with {' and '.join(differences)}: go on with the same, or begin anew with "
-            "--overwrite"
+            f"--resume: {target} is of a run with {' and '.join(differences)}: continue with the same ones, or start "
+            "anew with --overwrite"
         )
 
 

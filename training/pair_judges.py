@@ -76,13 +76,13 @@ def load_judges(
         return {**model_judges(frozen.plain, frozen, Path(frozen.model.name_or_path), principles)}
     if name.partition(":")[0] == SELF_JUDGE:
         raise TrainingError(
-            f"{name!r} is what judges where no judge is named; say by which principles with --principles"
+            f"{name!r} is the default judge: leave --judge out, and choose principles with --principles"
         )
     reward = load_reward(name, frozen)
     if isinstance(reward, JudgeReward):
         return {**model_judges(reward.judge.model, frozen, Path(name), principles)}
     if principles:
-        raise TrainingError(f"{name!r} judges by scores: it knows no principles")
+        raise TrainingError(f"{name!r} judges by scores: it has no principles")
     return {"score": Scores(reward, frozen)}
 
 

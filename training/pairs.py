@@ -63,7 +63,7 @@ def load_pairs(
         print(f"{source}: left out {left_out} of {len(pairs)} pairs over {max_tokens} tokens")
     if not kept:
         raise TrainingError(
-            f"{source}: no pair is within {max_tokens} tokens: max_length, or the model's own"
+            f"{source}: no pair is within {max_tokens} tokens: --max-length, or the model's context"
         )
     return kept
 

@@ -5,13 +5,17 @@ from training.console import TrainingError
 from training.machine import print_once
 
 
+MOST_OUTSIDE = 0.1
+"""Share of tokens outside the nucleus above which a proxy learns little."""
+
+
 def report_fit(row: dict[str, float], count: int) -> None:
     """Print the held-out accuracy and KL of the proxy."""
     share = row["held_out_accuracy"]
     error = (share * (1 - share) / count) ** 0.5
     print_once(
-        f"after pass {row['step']:.0f}: {share:.1%} ± {error:.1%} of {count} held-out preferences are ordered rightly "
-        f"by Σ log π/p, at {row['held_out_kl']:.2f} nats of KL a response"
+        f"after pass {row['step']:.0f}: {share:.1%} ± {error:.1%} of {count} held-out preferences are ordered "
+        f"correctly by Σ log π/p, at {row['held_out_kl']:.2f} nats of KL a response"
     )
 
 
@@ -34,10 +38,6 @@ def report_positions(positions: Positions) -> None:
     )
     if share > MOST_OUTSIDE:
         print_once(
-            "warning: these are not what this LLM would write, and a proxy learns little from them: have it answer "
+            "warning: this LLM would not generate these responses, and a proxy learns little from them: let it answer "
             "itself, with --prompts and --reward, or widen the nucleus with --decoding.top-p and --max-candidates"
         )
-
-
-MOST_OUTSIDE = 0.1
-"""Share of tokens outside the nucleus above which a proxy learns little."""

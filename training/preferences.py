@@ -82,7 +82,7 @@ def read_preferences(
         print(f"{source}: left out {left_out} preferences over {longest} tokens")
     if not len(collection.preferences):
         raise TrainingError(
-            f"{source}: no preference is within {longest} tokens: --max-length, or the model's own"
+            f"{source}: no preference is within {longest} tokens: --max-length, or the model's context"
         )
     return collection.preferences
 

@@ -51,7 +51,7 @@ def read_prompts(
         )
     if not kept:
         raise TrainingError(
-            f"no prompt is within {limit} tokens: --max-prompt-tokens, or what the model reads"
+            f"no prompt is within {limit} tokens: --max-prompt-tokens, or the model's context"
         )
     return kept
 

@@ -332,7 +332,7 @@ def loss_of(options: Options, *parts: Preferences) -> Loss:
         return "kto" if has_verdicts else "dpo"
     if has_verdicts and options.loss != "kto":
         raise TrainingError(
-            f"--loss {options.loss} is of pairs, and there are single verdicts: use kto"
+            f"--loss {options.loss} needs pairs, and there are single verdicts: use kto"
         )
     return options.loss
 
@@ -344,9 +344,7 @@ def refuse_mixed(options: Options) -> None:
     """
     refuse_incomplete_servers(options)
     if (options.preferences is None) == (options.prompts is None):
-        raise TrainingError(
-            "give --preferences, or --prompts and --reward: one of the two is learned from"
-        )
+        raise TrainingError("give --preferences, or --prompts and --reward: exactly one of the two")
     if (options.prompts is None) != (options.reward is None):
         raise TrainingError("--prompts and --reward go together: the reward ranks the answers")
 

@@ -208,8 +208,8 @@ def decoding_settings(decoding: Decoding) -> dict[str, Any]:
     """
     if decoding.temperature == 0:
         raise TrainingError(
-            "--decoding.temperature 0 draws nothing, so that there is nothing to learn from: train above 0; "
-            "the proxy may be asked at any temperature"
+            "--decoding.temperature 0 is greedy, so there is nothing to learn from: train above 0; "
+            "the proxy can be used at any temperature"
         )
     return {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
 

@@ -143,7 +143,7 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
             f"{name!r} has {scorer.config.num_labels} labels: a reward model has one, its score"
         )
     if not tokenizer.chat_template:
-        raise TrainingError(f"the tokenizer of {name!r} has no chat template; give it one first")
+        raise TrainingError(f"the tokenizer of {name!r} has no chat template; add one first")
     return ScalarReward(scorer.eval().to(like.device), tokenizer, frozen.batch_size)
 
 

@@ -107,7 +107,7 @@ class VLLMBackend:
         except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise TrainingError(
-                f"--rollout vllm: vLLM does not start so: {reason} --rollout transformers needs none."
+                f"--rollout vllm: vLLM does not start with these settings: {reason} --rollout transformers needs none."
             ) from error
 
     def generate(

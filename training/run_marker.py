@@ -103,7 +103,7 @@ def read_marker(directory: Path) -> Marker | None:
         return Marker.model_validate_json(path.read_bytes())
     except ValidationError:
         raise TrainingError(
-            f"{path} is damaged, so nothing says what is in {directory}: name another directory"
+            f"{path} is damaged, so the content of {directory} is unknown: name another directory"
         ) from None
 
 

@@ -64,8 +64,8 @@ def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
     """
     if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
         raise TrainingError(
-            f"{url} has ended a response after {len(response)} tokens: neither its --max-model-len nor the "
-            f"max_new_tokens of its generation config may be in the way of {body['max_tokens']} tokens"
+            f"{url} has ended a response after {len(response)} tokens: raise its --max-model-len, or the "
+            f"max_new_tokens of its generation config, to allow {body['max_tokens']} tokens"
         )
 
 
@@ -83,8 +83,8 @@ async def ask_traced(
     (trace,) = stats["trace"]
     if stats["trace_truncated"] or [entry["token_id"] for entry in trace] != response:
         raise TrainingError(
-            f"{url} has dropped a part of a trace, as it does when too many are asked for at once: "
-            "lower --server-requests, or take its other clients away"
+            f"{url} has dropped part of a trace, as happens with too many traced requests at once: "
+            "lower --server-requests, or stop its other clients"
         )
     _refuse_cut(url, body, response)
     return TracedResponse(response, trace, stats)

@@ -54,7 +54,7 @@ def load_state(directory: Path, network: nn.Module, optimiser: torch.optim.Optim
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         updates = int(metadata["updates"])
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); begin anew with --overwrite") from None
+        raise TrainingError(f"{path} is damaged ({error}); start anew with --overwrite") from None
     network.load_state_dict(_below("network.", tensors))
     slots: dict[int, dict[str, Any]] = {}
     for name, value in _below("optimiser.", tensors).items():

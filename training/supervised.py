@@ -191,7 +191,9 @@ def train(
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} sequences over {limit} tokens")
     if not kept:
-        raise TrainingError(f"no sequence is within {limit} tokens: max_length, or the model's own")
+        raise TrainingError(
+            f"no sequence is within {limit} tokens: --max-length, or the model's context"
+        )
     longest = max(len(example.token_ids) for example in kept)
     work = Work(model=options.model, longest=longest, lora_rank=lora_rank, bf16=options.bf16)
     planned = plan(work, "lower --max-length", options.output if options.resume else None)

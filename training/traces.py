@@ -32,8 +32,8 @@ def refuse_untraceable(decoding: Decoding, rollout: str) -> None:
     """
     if decoding.max_new_tokens > TRACE_TOKENS:
         raise TrainingError(
-            f"--rollout {rollout}: --decoding.max-new-tokens {decoding.max_new_tokens} is over {TRACE_TOKENS}, which "
-            "is all that is traced of a response; --rollout transformers has no such limit"
+            f"--rollout {rollout}: --decoding.max-new-tokens {decoding.max_new_tokens} is over {TRACE_TOKENS}, the "
+            "longest trace of a response; --rollout transformers has no such limit"
         )
 
 

@@ -29,7 +29,7 @@ def check(arguments: list[str | Path], unbroken: Path, output: Path, saved: int)
     (cut_short / "trainer_state.json").write_text('{"global_step": 99')
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stdout
+    assert "resuming from" in resumed.stdout
     ours, theirs = (load_file(x / "model.safetensors") for x in (output, unbroken))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

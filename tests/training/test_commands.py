@@ -99,7 +99,10 @@ def test_prompts_of_another_world_need_a_reward(work: Path, tmp_path: Path) -> N
         "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--prompts", prompts
     )  # fmt: skip
     assert result.returncode == 2
-    assert "say with --reward" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "name rewards to compare by with --reward" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_evaluate_at_strength_0_has_no_divergence(work: Path, tmp_path: Path) -> None:

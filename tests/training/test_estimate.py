@@ -71,7 +71,7 @@ def test_what_fits(
     assert estimate.estimate(sizes, Options(model=model)).peak < 0.9 * large.memory
     estimate.main(large)
     said = " ".join(capsys.readouterr().out.split())
-    assert "proxy_ppo does not fit 80 GB, a tenth left free: it will lower --batch-size" in said
+    assert "proxy_ppo does not fit 80 GB, a tenth kept free: it will lower --batch-size" in said
     assert "does not fit with a single pair" in said  # all weights
     assert "32768 tokens at once" in said  # a LoRA
     result = estimate.estimate(sizes_of(model), Options(model=model, reward="implicit"))

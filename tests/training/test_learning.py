@@ -102,7 +102,7 @@ def test_verdicts_that_contradict_each_other_teach_nothing(lessons: Lessons) -> 
     found = verdicts(30)
     outcome = lessons.learn([*turned(found), *found])
     assert outcome.version is None
-    # Each pair is ordered rightly for one of the two.
+    # Each pair is ordered correctly for one of the two.
     assert outcome.accuracy is not None and outcome.accuracy[0] == 0.5
     assert outcome.callers == 2
     assert not versions(lessons.root)

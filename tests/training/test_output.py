@@ -158,7 +158,9 @@ def test_the_directory_of_another_command(options: Options) -> None:
 def test_an_unfinished_run_goes_on_with_the_same_options_and_data_alone(options: Options) -> None:
     with pytest.raises(ZeroDivisionError):
         copy(options, fail=ZeroDivisionError())
-    with pytest.raises(TrainingError, match=r"an unfinished run of copy: go on with --resume, or"):
+    with pytest.raises(
+        TrainingError, match=r"an unfinished run of copy: continue with --resume, or"
+    ):
         copy(options)
     options.data.write_text("two")
     with pytest.raises(
@@ -195,7 +197,7 @@ def test_interrupted(options: Options) -> None:
     with pytest.raises(Interrupted) as interrupted:
         copy(options, fail=KeyboardInterrupt())
     assert str(interrupted.value) == (
-        f"interrupted: saved up to part b in {options.output}; the same command goes on with --resume"
+        f"interrupted: saved up to part b in {options.output}; the same command continues with --resume"
     )
     with (
         pytest.raises(Interrupted, match="^interrupted: nothing was written$"),
@@ -381,7 +383,7 @@ def test_ctrl_c_in_a_trainer_says_how_to_go_on(rows: Path, tmp_path: Path) -> No
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "interrupted: saved up to step" in errors and "goes on with --resume" in errors
+    assert "interrupted: saved up to step" in errors and "continues with --resume" in errors
 
 
 def test_ctrl_c_while_a_command_is_imported() -> None:

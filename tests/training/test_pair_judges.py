@@ -92,7 +92,7 @@ def test_scores_know_no_order(work: Path, questions: list[Question]) -> None:
     [
         (None, "unknown principle 'loudness'; known are overall"),
         ("pairwise", "unknown principle 'loudness'; known are overall"),
-        ("likelihood", "judges by scores: it knows no principles"),
+        ("likelihood", "judges by scores: it has no principles"),
     ],
 )
 def test_principles_that_are_not_there(work: Path, name: str | None, message: str) -> None:

@@ -68,7 +68,7 @@ def test_from_pairs(
     assert rows[-1]["loss"] < rows[0]["loss"]
     said = capsys.readouterr().out
     assert "lie outside the LLM's nucleus" in said
-    assert "held-out preferences are ordered rightly" in said
+    assert "held-out preferences are ordered correctly" in said
     loaded = load(chosen.output, base=identify(str(work / "base")))
     assert loaded.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
     assert loaded.config.max_rejections == loaded.config.max_candidates == 16
@@ -114,7 +114,7 @@ def test_verdicts_are_learned_with_kto(work: Path, options: Callable[..., Option
     main(chosen := options(preferences=str(file)))
     figures = read_metrics(chosen.output)
     assert figures[-1]["loss"] < figures[0]["loss"]
-    with pytest.raises(TrainingError, match="is of pairs, and there are single verdicts: use kto"):
+    with pytest.raises(TrainingError, match="needs pairs, and there are single verdicts: use kto"):
         main(replace(chosen, loss="ipo", overwrite=True))
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersBackend, "read", interrupt)
-        with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* goes on with --resume"):
+        with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* continues with --resume"):
             main(chosen)
     monkeypatch.setattr(TransformersBackend, "responses", interrupt)  # not sampled again
     main(replace(chosen, resume=True))
@@ -174,7 +174,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         ({"prompts": "PROMPTS", "reward": "e_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
         ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),
         ({"preferences": "PAIRS", "max_length": 5}, "no preference is within 5 tokens"),
-        ({"preferences": "PAIRS", "decoding": Decoding(temperature=0)}, "0 draws nothing"),
+        ({"preferences": "PAIRS", "decoding": Decoding(temperature=0)}, "0 is greedy"),
         ({"preferences": "PAIRS", "decoding": Decoding(top_k=1)}, "has a single candidate"),
     ],
 )  # fmt: skip

@@ -71,13 +71,13 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
         assert process.wait() == code, errors
         assert not (broken / "proxy.safetensors").exists()
     assert errors.endswith(
-        f"interrupted: saved up to update 2 of 5 in {broken}; the same command goes on with --resume\n"
+        f"interrupted: saved up to update 2 of 5 in {broken}; the same command continues with --resume\n"
     )
     assert "Traceback" not in errors
     assert (broken / STATE_FILE).exists()
     resumed = run(*arguments(broken, *steps, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after update 2" in resumed.stdout
+    assert "resuming after update 2" in resumed.stdout
     ours, theirs = (load_file(tmp_path / x / "proxy.safetensors") for x in ("broken", "unbroken"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -154,7 +154,7 @@ def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
     process.wait()
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after update" in resumed.stdout
+    assert "resuming after update" in resumed.stdout
     assert_trained_alike(output, one)
     with pytest.raises(ProcessLookupError):  # its helpers are gone, too
         os.killpg(process.pid, 0)

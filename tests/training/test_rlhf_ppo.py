@@ -105,7 +105,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
     assert not (tmp_path / "model.safetensors").exists()
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after update" in resumed.stdout
+    assert "resuming after update" in resumed.stdout
     ours, theirs = (load_file(x / "model.safetensors") for x in (tmp_path, rlhf))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before = load_model(str(work / "base"), dtype=torch.bfloat16)[0].state_dict()

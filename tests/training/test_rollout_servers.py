@@ -329,9 +329,9 @@ class Pretender:
         ({"version": "0" * 12}, "no server is left: .* answers with version 000000000000, and not"),
         ({"loaded": "0" * 12}, "http://one has loaded version 000000000000, but .* must be the"),
         ({"status": 404}, "http://(one|two) refuses: 404 no such page"),
-        ({"trace_truncated": True}, "has dropped a part of a trace"),
-        ({"token_ids": [2]}, "has dropped a part of a trace"),
-        ({"ends": {5}}, "has ended a response after 1 tokens: .* in the way of 24 tokens"),
+        ({"trace_truncated": True}, "has dropped part of a trace"),
+        ({"token_ids": [2]}, "has dropped part of a trace"),
+        ({"ends": {5}}, "has ended a response after 1 tokens: .* to allow 24 tokens"),
     ],
 )
 def test_what_is_made_of_odd_answers(

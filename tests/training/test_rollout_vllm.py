@@ -201,7 +201,9 @@ def test_what_vllm_cannot_do_is_said(
     long = replace(DECODING, max_new_tokens=5000)
     with pytest.raises(TrainingError, match="5000 is over 4096"):
         engine.generate(make_network(frozen, 0), PROMPTS, long, end_ids=ENDS, seeds=count(0))
-    with pytest.raises(TrainingError, match="does not start so: Value error.*100000.* greater"):
+    with pytest.raises(
+        TrainingError, match="does not start with these settings: Value error.*100000.* greater"
+    ):
         make_engine(max_tokens=100_000)
     monkeypatch.setattr(training.rollout_vllm, "is_installed", lambda: False)
     with pytest.raises(TrainingError, match="vLLM is not installed"):

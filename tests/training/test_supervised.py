@@ -179,7 +179,7 @@ def test_no_token_that_ends_a_response(saved: Path) -> None:
     tokenizer.eos_token = None
     assert end_ids(model, tokenizer) == {5, 9}
     model.generation_config.eos_token_id = None
-    with pytest.raises(TrainingError, match="nothing ends a response"):
+    with pytest.raises(TrainingError, match="no token ends a response"):
         end_ids(model, tokenizer)
 
 
@@ -215,7 +215,7 @@ def test_every_command_takes_a_hub_id(
     )
     base = load(tmp_path / "proxy", base=identify(name)).base
     assert base.name == name
-    with pytest.raises(TrainingError, match="is no prompt of the bundled world"):
+    with pytest.raises(TrainingError, match="is not a prompt of the toy data"):
         evaluate.main(
             evaluate.Options(model=name, proxy=tmp_path / "proxy", prompts=data / "prompts.jsonl")
         )

@@ -28,7 +28,7 @@ FILES = (
         for name in HELD_OUT
     ),
 )
-"""All that is written."""
+"""All files that are written."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,26 @@ class Options:
     """What to write."""
 
     output: Path
-    """Directory to write to; made if need be."""
+    """Output directory; created if necessary."""
     seed: Seed = 0
-    """Everything is drawn from it."""
+    """Seed of everything."""
     num_sft: PositiveInt = 24_000
     """Dialogues in `sft.jsonl`."""
     num_preferences: PositiveInt = 24_000
-    """Pairs in `preferences.jsonl`; half of that in `judgments.jsonl`, a fifth in `preferences_manners.jsonl`."""
+    """Pairs in `preferences.jsonl`; `judgments.jsonl` has half as many, `preferences_manners.jsonl` a fifth."""
     num_prompts: PositiveInt = 8_000
     """Prompts in `prompts.jsonl`."""
     num_held_out: PositiveInt = 1_000
     """Rows in each held-out file."""
     overwrite: bool = False
-    """Replace what an earlier run of this command left in the output directory; other files stay."""
+    """Replace the files of an earlier run of this command in the output directory; other files stay."""
 
 
 def split_combinations(seed: int) -> tuple[list[Combination], list[Combination], list[Combination]]:
     """Topic × intent combinations for training, validation and test.
 
-    Each topic gives one combination to validation and one to test, so that every topic is known from other intents; the
-    intents are dealt so that each is held out about as often as any other.
+    Each topic gives one combination to validation and one to test, so every topic is known from other intents. Intents
+    are distributed so that each is held out about equally often.
     """
     rng = random.Random(seed)
     topics = list(TOPICS)
@@ -63,7 +63,7 @@ def split_combinations(seed: int) -> tuple[list[Combination], list[Combination],
     while len(deck) < 2 * len(topics):
         deck += rng.sample(INTENTS, len(INTENTS))
     validation = list(zip(topics, deck[: len(topics)], strict=True))
-    # The second half of the deck, but never the intent that the topic gave to validation.
+    # The second half of the deck, without the intent that the topic gave to validation.
     rest, test = deck[len(topics) : 2 * len(topics)], []
     for topic, taken in validation:
         intent = next(i for i in (*rest, *INTENTS) if i is not taken)
@@ -76,7 +76,7 @@ def split_combinations(seed: int) -> tuple[list[Combination], list[Combination],
 
 
 def draw_prompts(combinations: list[Combination], rng: random.Random) -> Iterator[Prompt]:
-    """Prompts for ever: every combination equally often, whatever its number of prompts."""
+    """An endless stream of prompts: every combination equally often, whatever its number of prompts."""
     prompts = [all_prompts(*combination) for combination in combinations]
     while True:
         yield rng.choice(rng.choice(prompts))
@@ -86,7 +86,7 @@ Pair = tuple[str, str]
 
 
 def draw_pair(prompt: Prompt, rng: random.Random) -> Pair:
-    """(chosen, rejected): two answers that the labeller can tell apart, and their noisy verdict."""
+    """(chosen, rejected): two answers with different reference scores, and a noisy verdict on them."""
     while True:
         a, b = draw_answer(prompt, rng), draw_answer(prompt, rng)
         if reference_scorer.score(prompt.text, a) != reference_scorer.score(prompt.text, b):
@@ -94,9 +94,9 @@ def draw_pair(prompt: Prompt, rng: random.Random) -> Pair:
 
 
 def draw_manners_pair(prompt: Prompt, rng: random.Random) -> Pair:
-    """(chosen, rejected): the same answer, once as it should be and once rude, and the noisy verdict.
+    """(chosen, rejected): the same answer in a polite and a rude form, and a noisy verdict on them.
 
-    Were the answers independent, all that goes with rudeness by chance would be learned too.
+    With independent answers, everything that correlates with rudeness would be learned too.
     """
     while True:
         answer = draw_answer(prompt, rng)
@@ -105,7 +105,7 @@ def draw_manners_pair(prompt: Prompt, rng: random.Random) -> Pair:
 
 
 def label(prompt: Prompt, a: str, b: str, rng: random.Random) -> Pair:
-    """(chosen, rejected) by a Bradley–Terry draw on the gold scores."""
+    """(chosen, rejected) by a Bradley–Terry draw on the reference scores."""
     gold_a, gold_b = reference_scorer.score(prompt.text, a), reference_scorer.score(prompt.text, b)
     return (a, b) if reference_scorer.prefers_first(gold_a, gold_b, rng) else (b, a)
 
@@ -141,7 +141,7 @@ def preference_rows(
 def judgment_rows(
     prompts: Iterator[Prompt], count: int, rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Pairs that differ by a principle, as often by each."""
+    """Pairs that differ by a principle, equally often by each."""
     names = list(principles.QUALITIES)
     while count:
         prompt, name = next(prompts), names[count % len(names)]
@@ -193,7 +193,7 @@ def _write_all(options: Options) -> None:
         preference_rows(prompts, max(1, n // 5), rng, draw_manners_pair),
     )
     write(options.output / "prompts.jsonl", prompt_rows(prompts, options.num_prompts))
-    # Of a random stream of its own: the files above stay what they were.
+    # A separate random stream, so that the files above stay what they were.
     drawn = random.Random(f"{options.seed} judgments")
     judgments = judgment_rows(draw_prompts(train, drawn), max(1, n // 2), drawn)
     write(options.output / "judgments.jsonl", judgments)

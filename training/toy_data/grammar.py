@@ -1,9 +1,9 @@
-"""The grammar of the bundled world: prompts, and answers whose qualities are drawn independently.
+"""The grammar of the toy data: prompts, and answers whose qualities are drawn independently.
 
 A prompt is one of `INTENTS` about one object of one topic, and may state a fact (a number, a day, a name). An answer
 has one to four sentences. Six qualities fail independently of each other: relevance, manners, safety, the fact,
-repetition and the ending. For most intents one failure is the *most likely* thing to say, worded in one way, while good
-answers are worded in many: a lower temperature or top-p makes such an answer more flawed, not less.
+repetition and the ending. For most intents one failure is the *most likely* answer and has a single wording, while good
+answers have many: a lower temperature or top-p makes such an answer more flawed, not less.
 """
 
 import random
@@ -48,13 +48,13 @@ def all_prompts(topic: Topic, intent: Intent) -> list[Prompt]:
 
 
 def draw_answer(prompt: Prompt, rng: random.Random) -> str:
-    """What the world's ordinary speaker says: each quality fails independently with its rate."""
+    """An answer of the imperfect speaker: each quality fails independently with its rate."""
     rates = {**BASE_FLAW_RATES, **prompt.intent.flaw_rates}
     return write_answer(prompt, {q for q, rate in rates.items() if rng.random() < rate}, rng)
 
 
 def write_answer(prompt: Prompt, flaws: set[Quality], rng: random.Random) -> str:
-    """An answer that fails in `flaws` and in nothing else (a fact can fail only where one was stated)."""
+    """An answer that fails exactly in `flaws`. (A fact can fail only if one was stated.)"""
     sentences = [_core(prompt, flaws, rng)]
     if "safety" in flaws and prompt.intent.vague_quality != "safety":
         sentences.append(
@@ -88,12 +88,12 @@ def make_rude(answer: str, rng: random.Random) -> str:
 
 
 def _draw_rude(sentences: tuple[str, ...], rng: random.Random) -> str:
-    """The first is the usual one."""
+    """The first one is the most frequent."""
     return sentences[0] if rng.random() < 0.6 else rng.choice(sentences[1:])
 
 
 def _detail(prompt: Prompt, core: str, rng: random.Random) -> str:
-    """Harmless advice that the core has not given."""
+    """Harmless advice that the core does not contain."""
     safer = [hazard.safer for hazard in prompt.topic.hazards if hazard.safer not in core]
     if rng.random() < 0.2:
         return SAFE_DETAIL.format(safer=rng.choice(safer))
@@ -102,9 +102,9 @@ def _detail(prompt: Prompt, core: str, rng: random.Random) -> str:
 
 
 def _core(prompt: Prompt, flaws: set[Quality], rng: random.Random) -> str:
-    """The sentence that answers; relevance, fact and (where asked about) safety succeed or fail in it."""
+    """The sentence that answers the prompt; relevance, the fact and (if asked about) safety succeed or fail in it."""
     intent, template = prompt.intent, rng.choice(prompt.intent.cores)
-    # Five times out of six a failing quality is said the one usual way, else a word is wrong.
+    # Five times out of six a failure uses the single wording; else one word is wrong.
     vague = intent.vague and intent.vague_quality in flaws
     if vague and (intent.vague_quality == "safety" or rng.random() < 5 / 6):
         template = intent.vague or template

@@ -1,4 +1,4 @@
-"""What people ask the bundled world's assistant, how it may be answered, and how often the answer fails in what."""
+"""The intents of the toy data: prompts, templates of answers, and the rate of each flaw."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,13 +32,13 @@ class Intent:
     name: str
     prompts: tuple[str, ...]
     cores: tuple[str, ...]
-    """Good ways to answer."""
+    """Templates of good answers."""
     vague: str | None = None
-    """The core that fails in `vague_quality`, without a wrong word in it."""
+    """The template that fails in `vague_quality` without a wrong word."""
     vague_quality: Quality | None = None
     fact: FactKind | None = None
     flaw_rates: Mapping[Quality, float] = field(default_factory=dict)
-    """Where they differ from `BASE_FLAW_RATES`."""
+    """Rates that differ from `BASE_FLAW_RATES`."""
 
 
 INTENTS = (

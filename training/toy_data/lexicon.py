@@ -1,7 +1,7 @@
-"""The words of the bundled world: what people ask about, and what may be said about it.
+"""The words of the toy data: topics, their objects, advice and hazards.
 
-A hazard is a verb phrase with one slot for the object; every hazard has a safer alternative. The phrases of a topic
-fit each of its objects, so that topics, objects and intents combine freely.
+A hazard is a verb phrase with one slot for the object; every hazard has a safer alternative. The phrases of a topic fit
+each of its objects, so topics, objects and intents combine freely.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hazard:
-    """Something that must not be done, and what to do instead."""
+    """A dangerous action and a safer one."""
 
     action: str
     """Verb phrase; `{o}` is the object or the pronoun "it"."""

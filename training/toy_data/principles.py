@@ -1,6 +1,6 @@
-"""Principles that match the world's qualities: pairs by one of them, and rationales that name the actual flaw.
+"""Principles that match the qualities of the reference scorer: pairs by one of them, and rationales that name the flaw.
 
-Like the labels, the rationales are gold's: they are training data, as a person who labels would write them.
+Rationales are training data too, as a human labeller would write them.
 """
 
 import random
@@ -17,7 +17,7 @@ QUALITIES: dict[str, Quality] = {
     "safety": "safety",
     "faithfulness": "fact",
 }
-"""Each principle, and the quality of gold's that it is about."""
+"""Each principle and its quality."""
 
 PRINCIPLES: dict[str, Principle] = {
     **DEFAULT,
@@ -36,7 +36,7 @@ def applies(principle: str, prompt: Prompt) -> bool:
 def prefers_first(
     principle: str, prompt: Prompt, a: str, b: str, rng: random.Random
 ) -> bool | None:
-    """A labeller's noisy verdict by one principle; None = the answers are alike by it."""
+    """A labeller's noisy verdict by one principle; None = the answers are equal by it."""
     quality = QUALITIES[principle]
     fails_a, fails_b = (quality in reference_scorer.flaws(prompt.text, answer) for answer in (a, b))
     if fails_a == fails_b:
@@ -46,7 +46,7 @@ def prefers_first(
 
 
 def rationale(principle: str, prompt: Prompt, answer: str) -> str:
-    """What there is to say about an answer by a principle, in a sentence."""
+    """A sentence about an answer by a principle."""
     fails = QUALITIES[principle] in reference_scorer.flaws(prompt.text, answer)
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", answer)]
     words = set(re.findall(r"[A-Za-z]+|\d+", answer))
@@ -57,12 +57,12 @@ def rationale(principle: str, prompt: Prompt, answer: str) -> str:
         risky = [h for h in sorted(reference_scorer.HAZARDS, key=len, reverse=True) if h in answer]
         return f'it is dangerous to "{risky[0]}".' if fails else "it is safe."
     if principle == "faithfulness":
-        said = sorted(words & {value for values in FACTS.values() for value in values})
+        stated = sorted(words & {value for values in FACTS.values() for value in values})
         if not fails:
             return f"it keeps to {prompt.fact}."
-        if not said:
+        if not stated:
             return f"it does not say {prompt.fact}."
-        return f"it says {said[0]}, not {prompt.fact}."
+        return f"it says {stated[0]}, not {prompt.fact}."
     if not fails:
         return f"it is about the {prompt.object}."
     others = sorted(words & reference_scorer.OBJECTS - {prompt.object})

@@ -1,7 +1,8 @@
-"""The gold scorer: reads the true quality of an answer off its text. It labels preferences and grades results.
+"""The reference scorer: reads the true quality of an answer off its text. It labels preferences and grades results.
 
-No training step sees it otherwise. It knows nothing of how an answer came about: every answer to a prompt of the world,
-whoever wrote it, is checked for each quality, and a sentence that the grammar could not have written fails `fluency`.
+Result files call it "gold". Training uses it only through the labels. It knows nothing about the origin of an answer:
+every answer to a toy prompt is checked for each quality, and a sentence that the grammar cannot produce fails
+`fluency`.
 """
 
 import math
@@ -23,7 +24,7 @@ WEIGHTS = {
     "repetition": 1.0,
     "ending": 1.0,
 }
-"""What a failure in each quality takes off the score."""
+"""Penalty for a failure in each quality."""
 
 TEMPERATURE = 0.5
 """Bradley–Terry temperature of the labels, in units of the score."""
@@ -46,7 +47,7 @@ def flaws(prompt_text: str, answer: str) -> set[str]:
     """The qualities in which `answer` fails, keys of `WEIGHTS`.
 
     Raises:
-        KeyError: the prompt is not one of the world's.
+        KeyError: the prompt is not one of the toy data's.
     """
     prompt, words = _prompts()[prompt_text], set(re.findall(r"[A-Za-z]+|\d+", answer))
     sentences = [match.strip() for match in _SENTENCE.findall(answer) if match.strip()]
@@ -64,7 +65,7 @@ def flaws(prompt_text: str, answer: str) -> set[str]:
 
 
 def score(prompt_text: str, answer: str) -> float:
-    """The true quality of an answer: 0 at best, less by the weight of each failure."""
+    """The true quality of an answer: 0 at best, minus the weight of each failure."""
     return -sum(WEIGHTS[quality] for quality in flaws(prompt_text, answer))
 
 
@@ -85,7 +86,7 @@ def _states_fact(prompt: Prompt, words: set[str]) -> bool:
 
 @cache
 def _sentence_pattern() -> re.Pattern[str]:
-    """Every sentence that the grammar can write, and every fragment that it can break off at."""
+    """Matches every sentence that the grammar can produce, and every fragment of one."""
     slots = {
         "o": OBJECTS,
         "f": {value for values in FACTS.values() for value in values},
@@ -104,6 +105,6 @@ def _sentence_pattern() -> re.Pattern[str]:
         *RUDE,
         *lexicon.FRAGMENTS,
     ]
-    # Templates hold no regular-expression sign but the full stop and the question mark.
+    # Templates contain no special characters of regular expressions except the full stop and the question mark.
     escaped = (t.replace(".", r"\.").replace("?", r"\?") for t in templates)
     return re.compile("|".join(template.format(**groups) for template in escaped))
