@@ -195,8 +195,8 @@ def plan(work: Work, options: str, resumed: Path | None = None) -> Plan:
     if planned is None:
         raise TrainingError(
             f"not enough memory: training {work.model} takes {memory_need.of(least) / GB:.1f} GB with the {least} "
-            f"tokens of the longest row, of {available.free / GB:.1f} GB {available.what}, a tenth of which is kept free: "
-            f"{options}"
+            f"tokens of the longest row, of {available.free / GB:.1f} GB {available.what}, a tenth of which is kept "
+            f"free: {options}"
         )
     if resumed and (resumed / PLAN_FILE).is_file():
         planned = Plan(*json.loads((resumed / PLAN_FILE).read_text()))

@@ -4,7 +4,6 @@ from proxy.positions import Positions
 from training.console import TrainingError
 from training.machine import print_once
 
-
 MOST_OUTSIDE = 0.1
 """Share of tokens outside the nucleus above which a proxy learns little."""
 

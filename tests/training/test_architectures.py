@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from proxy.checkpoint import identify, load
 from proxy.network import ProxyNetwork
-from proxy.reward_file import RewardConfig
+from proxy.reward_file import RewardFile
 from tests.training.models import (
     ANSWERS,
     ARCHITECTURES,
@@ -30,7 +30,7 @@ from training.metrics import read_metrics
 from training.models import load_model
 from training.policy import Decoding, Policy, default_config
 from training.reward_loading import load_reward
-from training.rewards import Frozen, Sample, sequence_logprobs, write_reward_config
+from training.rewards import Frozen, Sample, sequence_logprobs
 from training.rollout import Rollout, generate
 
 TOP_K, TOP_P, MAX_REJECTIONS = 16, 0.95, 3
@@ -131,8 +131,7 @@ def follow(model: Any, prompt: list[int], rollout: Rollout, episode: int) -> int
 def implicit(model_dir: Path, reward: Path) -> None:
     """A reward directory whose model is the frozen LLM itself."""
     shutil.copytree(model_dir, reward)
-    config = RewardConfig(kind="implicit", beta=0.1, base=identify(str(model_dir)))
-    write_reward_config(reward, config)
+    RewardFile(kind="implicit", beta=0.1, base=identify(str(model_dir))).write(reward)
 
 
 def samples_of(frozen: Frozen) -> list[Sample]:

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import training.rollout_servers
+import training.server_requests
 import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
@@ -44,7 +45,7 @@ from training.console import TrainingError
 from training.policy import Decoding, Policy
 from training.proxy_ppo import Options
 from training.rollout import Rollout, generate
-from training.rollout_backends import refuse_half_named_servers
+from training.rollout_backends import refuse_incomplete_servers
 from training.rollout_servers import ServersBackend, name_of
 from training.run_marker import settings_of
 
@@ -270,7 +271,7 @@ def test_what_is_refused_before_a_server_is_asked(
         ({"servers": ("http://a",)}, "--rollout is auto and has no use for --servers"),
     ):
         with pytest.raises(TrainingError, match=message):
-            refuse_half_named_servers(options(**chosen))
+            refuse_incomplete_servers(options(**chosen))
     with pytest.raises(TrainingError, match="nowhere: there is no such directory"):
         make(["http://a"], tmp_path / "nowhere")
     for url in ("one:8000", "localhost", "http://", "http://one:port"):
@@ -394,7 +395,7 @@ def test_servers_that_die_are_done_without_until_none_is_left(
 ) -> None:
     for module in (training.rollout_servers, training.servers):
         monkeypatch.setattr(module, "PAUSES", (0.1, 0.2))
-    network, ask = make_network(frozen, 0, max_rejections=4), training.rollout_servers.ask_traced
+    network, ask = make_network(frozen, 0, max_rejections=4), training.server_requests.ask_traced
     state = SimpleNamespace(victim=None, answers=0)
 
     async def ask_and_kill(*arguments: Any) -> Any:
