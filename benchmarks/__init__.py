@@ -1,1 +1,1 @@
-"""Measurements, apart from the tests: a test never asserts a time."""
+"""Benchmarks. They are separate from the tests: a test never asserts a time."""

@@ -1,10 +1,6 @@
-"""How many engines a rate of requests needs: `python -m benchmarks.capacity`. docs/scaling.md says what it assumes.
+"""How many engines a rate of requests needs: `python -m benchmarks.capacity`. docs/scaling.md states the assumptions.
 
-An engine with n rows in its batch makes a token of each in a step of `base + row * n` seconds, and reads a prompt's
-token in `prompt_token` seconds, during which the others wait. So n rows share it, and get the more of it together
-the more they are, up to `max_rows`: a queue of processor sharing whose rate depends on its state. Its mean is known
-in closed form, whatever the distribution of the answers' lengths. The simulation goes step by step, as vLLM's scheduler
-does, and has none of that: it checks the formula, and gives the tail that the formula does not.
+`benchmarks.queueing` has the model of an engine, its mean latency in closed form, and a simulation that checks it.
 """
 
 import asyncio
@@ -39,10 +35,11 @@ LOADS = (0.3, 0.5, 0.7, 0.8, 0.9)
 async def observe(
     server: Server, work: Work, rate: float, duration: float, seed: int
 ) -> list[float]:
-    """Seconds that requests to the demo with its proxy take which come as in `simulate`, twice `BATCHES` at least.
+    """Latencies in seconds of requests to the demo with its proxy that arrive as in `simulate`; at least twice
+    `BATCHES`.
 
-    All answers are of the mean length. One answer's mean time does not depend on how lengths are distributed; the
-    tail does, and so does best of N, which here waits for no longest one.
+    All answers have the mean length. The mean latency of single answers does not depend on the distribution of lengths.
+    The tail does, and so does best of N, which here has no longest sample to wait for.
     """
     rng, timeout = random.Random(seed), aiohttp.ClientTimeout(600)
     async with aiohttp.ClientSession(server.url, timeout=timeout, raise_for_status=True) as http:
@@ -71,15 +68,15 @@ async def observe(
 
 
 def cpu_seconds(server: Server) -> float:
-    """Of the process that speaks HTTP, since its start; its engine is another process."""
+    """CPU seconds of the HTTP process since its start; its engine is another process."""
     times = psutil.Process(server.pid).cpu_times()
     return float(times.user + times.system)
 
 
 H100_BYTES, H100_FLOPS = 0.4 * 3.35e12, 0.4 * 989e12
-"""A second's, if 40 % of the data sheet's are reached, as in docs/seven-b.md."""
+"""Bytes and operations per second, if 40 % of the data sheet is reached, as in docs/seven-b.md."""
 ENGINES = {
-    # Fitted to docs/performance.md: with 1, 8 and 64 clients 349, 2301 and 8134 tokens a second, and 41 prompts of 613.
+    # Fitted to docs/performance.md: 349, 2301 and 8134 tokens a second with 1, 8 and 64 clients, and 41 prompts of 613.
     "demo": Engine(base=2.79e-3, row=0.079e-3, prompt_token=0.034e-3, max_rows=64),
     # Qwen2.5-7B: 7.6e9 weights of 2 bytes; keys and values of 57,344 bytes a token, 640 tokens in a row.
     "7b": Engine(
@@ -110,30 +107,30 @@ def shown(seconds: Sequence[float]) -> list[str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Which engine, and what is asked of it."""
+    """The engine and the load."""
 
     engine: Literal["demo", "7b"] = "7b"
     """demo: the bundled demo on the machine of docs/performance.md; 7b: Qwen2.5-7B on an H100, computed."""
     base: float | None = None
-    """Seconds of a step, instead of that engine's; likewise the next ones."""
+    """Seconds of a step; replaces that engine's value, as do the next ones."""
     row: float | None = None
     """Seconds more for each row."""
     prompt_token: float | None = None
     """Seconds to read a token."""
     max_rows: int | None = None
-    """Rows at once."""
+    """Maximum number of rows at once."""
     load: float = 0.8
-    """The highest load of an engine that is planned with."""
+    """The highest load of an engine in the plan."""
     requests: int = 20_000
-    """Of each simulation."""
+    """Requests of each simulation."""
     observe: float = 0.0
-    """Seconds for which a real server of the demo is asked at every load, to compare with; 0 for none."""
+    """Seconds for which a real server of the demo is measured at every load, for comparison; 0 = not at all."""
     seed: int = 0
-    """Of the simulations."""
+    """Seed of the simulations."""
 
 
 def compare(engine: Engine, options: Options, server: Server | None) -> None:
-    """The table of formula, simulation and, where there is one, server."""
+    """Print the table of formula, simulation and, if there is one, server."""
     head = ["", "load", "requests a second", "mean s, formula", "simulated", "95 % within"]
     head += ["mean s, observed", "95 % within", "CPU ms of HTTP a request"] if server else []
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")

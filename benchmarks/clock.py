@@ -1,4 +1,4 @@
-"""Times the parts of the law from outside: wrappers around functions, each of which counts its own time."""
+"""Times the parts of accept/reject sampling with wrappers around functions, each of which counts its own time."""
 
 import time
 from collections import defaultdict
@@ -12,16 +12,17 @@ import torch
 import proxy.rows
 from proxy.history import History
 
-LAW = ("nucleus", "network", "decide", "record")
-"""The law's parts: the most probable candidates and their mass; the network; noise and decision; and what is kept for
-the counts. On a CPU of one thread the compiled loop does the first three, and decide has them."""
+SAMPLING_PARTS = ("nucleus", "network", "decide", "record")
+"""The parts: the most probable candidates and their mass; the network; noise and decision; and what is kept for
+statistics. On a CPU of one thread the compiled kernel does the first three, and they count as "decide".
+"""
 
 
 class Span(NamedTuple):
-    """One call of a part, between two marks."""
+    """One call of a part, between two timestamps."""
 
     part: str
-    parent: int | None  # index of the call within which it happened
+    parent: int | None  # index of the enclosing call
     start: Any
     end: Any
 
@@ -29,9 +30,9 @@ class Span(NamedTuple):
 class Clock:
     """Collects the calls of wrapped functions.
 
-    On a CPU the marks are CPU seconds of the thread: steadier than the wall's on a machine that others use too. On CUDA
-    they are events, so that nothing waits for the device; where the host queues more slowly than the device works, its
-    time is what lies between them.
+    On a CPU the timestamps are CPU seconds of the thread, which vary less than wall time on a shared machine. On CUDA
+    they are events, so nothing waits for the device; where the host submits more slowly than the device works, the time
+    between two events includes the idle time.
     """
 
     def __init__(self, *, is_cuda: bool = False) -> None:
@@ -40,7 +41,7 @@ class Clock:
         self._open: list[int] = []
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Time `owner.name` from now on."""
+        """Time calls of `owner.name` from now on."""
         function = getattr(owner, name)
 
         @wraps(function)
@@ -63,7 +64,7 @@ class Clock:
             self._spans[index] = span._replace(end=self._mark())
 
     def take(self) -> dict[str, float]:
-        """Seconds since the last time, by part: its own, without those of the parts within it."""
+        """Seconds since the last call, by part, without those of the parts inside it."""
         if self._is_cuda:
             torch.cuda.synchronize()
         seconds: defaultdict[str, float] = defaultdict(float)
@@ -87,9 +88,9 @@ class Clock:
 
 
 @contextmanager
-def wrapped_law(clock: Clock, device: str) -> Iterator[None]:
-    """Time the parts named in `LAW`, for as long as the block lasts."""
-    wraps_of: list[tuple[Any, str, str]] = [
+def timed_sampling(clock: Clock, device: str) -> Iterator[None]:
+    """Time the parts in `SAMPLING_PARTS` inside the block."""
+    wrapped: list[tuple[Any, str, str]] = [
         (proxy.rows, "nucleus", "nucleus"),
         (proxy.rows, "decide", "decide"),
         (proxy.rows.AlignedRows, "noise", "decide"),
@@ -100,12 +101,12 @@ def wrapped_law(clock: Clock, device: str) -> Iterator[None]:
     if device == "cpu":
         from proxy import loop_rows
 
-        wraps_of += [
+        wrapped += [
             (loop_rows.LoopRows, "_share_out", "nucleus"),
             (loop_rows, "decide_rows", "decide"),
         ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wraps_of]
-    for owner, name, part in wraps_of:
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
+    for owner, name, part in wrapped:
         clock.wrap(owner, name, part)
     try:
         yield

@@ -1,8 +1,7 @@
-"""Grade the served demo on held-out prompts, over HTTP: `python -m benchmarks.demo --data runs/demo/world`.
+"""Grade the served demo on held-out prompts over HTTP: `python -m benchmarks.demo --data runs/demo/world`.
 
-Start the server first (`make serve`). Every row is the share of prompts on which the row's answer has a higher gold
-score than the frozen model's answer to the same prompt, ties counting half. All seeds are fixed and differ from row to
-row.
+Start the server first (`make serve`). Every row is the share of prompts for which the row's answer has a higher
+reference score than the frozen model's answer; ties count half. All seeds are fixed and differ between rows.
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from training.toy_data.grading import flaw_rates, win_rate
 
 SEED_BLOCK = 1_000_000
 CLEAR_DIFFERENCE = 2.0
-"""Pairs whose gold scores differ by this much count as clearly different: their labels flip in 1.8 % of draws."""
+"""Pairs whose reference scores differ by this much count as clearly different: their labels flip in 1.8 % of draws."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,15 @@ class Options:
     """What to measure."""
 
     data: Path
-    """Directory that `training.world` wrote."""
+    """Directory written by `training.world`."""
     base_url: str = "http://127.0.0.1:8000"
     """The server."""
     api_key: str = "none"
-    """Its key."""
+    """Its API key."""
     model: str = "assent-demo"
     """Name of the frozen model."""
     split: str = "test"
-    """Held-out split: settings are chosen on `validation`, reported on `test`."""
+    """Held-out split: settings are chosen on `validation`, results are reported on `test`."""
     num_prompts: int = 1000
     """Prompts for each row."""
     num_best_of: int = 500
@@ -53,7 +52,7 @@ class Options:
     concurrency: int = 32
     """Requests in flight."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Row:
 
     name: str
     model: str = ""
-    """What follows the frozen model's name."""
+    """Suffix of the frozen model's name."""
     sampling: dict[str, Any] = field(default_factory=dict)
     alignment: dict[str, Any] = field(default_factory=dict)
 
@@ -99,7 +98,7 @@ async def gather(
 async def answers(
     client: AsyncOpenAI, options: Options, row: Row, number: int, prompts: Sequence[str]
 ) -> tuple[list[str], dict[str, Any]]:
-    """The row's answers, and what they took."""
+    """The row's answers and their costs."""
 
     async def ask(index: int) -> Any:
         return await client.chat.completions.create(
@@ -125,7 +124,7 @@ async def answers(
 
 
 async def judge(options: Options) -> dict[str, Any]:
-    """How often `/judge` agrees with gold and with itself in the other order."""
+    """How often `/judge` agrees with the reference scorer, and with itself in the other order."""
     rows = read_rows(options.data / f"preferences_{options.split}.jsonl")[: options.num_pairs]
     pairs = [(r["prompt"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows]
     headers = {"Authorization": f"Bearer {options.api_key}"}

@@ -1,10 +1,10 @@
-"""Strength and temperature: what each of them changes, in two plots: `python -m benchmarks.dial`.
+"""The effect of strength and temperature, in two plots: `python -m benchmarks.dial`.
 
-On held-out prompts of the bundled world, for strengths from 0 (the frozen LLM) and temperatures from 0 (greedy): how
-often an answer wins by the gold scorer over the frozen LLM's at the same temperature; and at the temperature of the
-training the gold score against KL(proxied ‖ frozen) in nats a response, exact at every position of the answers sampled.
-The trainer's rollout answers, in transformers, by the same law as the server. All answers of the proxies share one
-seed; the frozen answers that they are compared with have another.
+On held-out prompts of the toy data, for strengths from 0 (the frozen LLM) and temperatures from 0 (greedy): how often
+an answer has a higher reference score than the frozen LLM's at the same temperature; and, at the training temperature,
+the reference score against KL(proxied ‖ frozen) in nats a response, exact at every position of the sampled answers. The
+trainer's rollout generates the answers with transformers, by the same accept/reject sampling as the server. All answers
+of the proxies share one seed; the frozen answers that they are compared with have another.
 """
 
 import json
@@ -42,25 +42,25 @@ class Options:
     model: Path = DEMO / "model"
     """The frozen LLM."""
     proxies: tuple[Path, ...] = (DEMO / "proxies" / "aligned", DEMO / "proxies" / "polite")
-    """Proxies for it, a curve each."""
+    """Proxies for it, one curve each."""
     strengths: tuple[float, ...] = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
     """The points of a curve."""
     temperatures: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 1.3)
-    """Of all answers; at that of a proxy's training there is a curve of KL."""
+    """Temperatures of all answers; the KL curve is at that of a proxy's training."""
     num_prompts: int = 500
-    """Of held-out combinations of topic and intent."""
+    """Prompts of held-out combinations of topic and intent."""
     decoding: Decoding = field(default_factory=Decoding)
-    """Of all answers, but for the temperature."""
+    """Decoding of all answers, except the temperature."""
     seed: int = 1
-    """Of prompts and noise."""
+    """Seed of prompts and noise."""
     threads: int = 1
-    """Of the CPU; more than there are free cores are much slower than one."""
+    """CPU threads; more threads than free cores are much slower than one."""
     output: Path = REPOSITORY / "docs"
     """Directory for dial.png, temperature.png and dial.json."""
 
 
 class Speaker:
-    """The frozen LLM with its tokenizer and the prompts: answers them under any policy."""
+    """The frozen LLM with its tokenizer and the prompts; answers them under any policy."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -127,7 +127,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def of_each_proxy(figures: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Name and points."""
+    """Name and points of each proxy."""
     for name in dict.fromkeys(point["proxy"] for point in figures["points"]):
         yield name, [point for point in figures["points"] if point["proxy"] == name]
 
@@ -158,7 +158,7 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def labels(points: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The strengths, where to write them; those of points too close to be told apart together, at the last one."""
+    """The strengths as labels, and their points; labels of neighbouring points are merged at the last one."""
     together: list[str] = []
     for point, after in zip_longest(points, points[1:]):
         together.append(f"{point['strength']:g}")
@@ -168,7 +168,7 @@ def labels(points: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, An
 
 
 def plot_divergence(figures: dict[str, Any], path: Path) -> None:
-    """Gold score against KL, a curve for each proxy, strengths at the points."""
+    """Reference score against KL, one curve for each proxy, labelled with strengths."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, all_points in of_each_proxy(figures):
         points = [point for point in all_points if "kl" in point]
@@ -195,7 +195,7 @@ def plot_divergence(figures: dict[str, Any], path: Path) -> None:
 
 
 def plot_win_rates(figures: dict[str, Any], path: Path) -> None:
-    """Gold win rate by strength and temperature, a map for each proxy."""
+    """Win rate by strength and temperature, one map for each proxy."""
     proxies = list(of_each_proxy(figures))
     figure, all_axes = pyplot.subplots(
         1, len(proxies), figsize=(5.5 * len(proxies), 4.5), layout="constrained", squeeze=False

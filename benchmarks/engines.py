@@ -1,4 +1,4 @@
-"""The engines that are measured: our server and vLLM's own, with one and the same settings, and the engine in process.
+"""The engines that are measured, with the same settings: Assent's server, vLLM's own server, and the engine in process.
 
 with serve(get_model("demo"), "assent", {"aligned": directory}) as server:
     httpx.get(server.url + "/health")
@@ -25,11 +25,11 @@ ServerKind = Literal["assent", "stock"]
 
 MODULES: dict[ServerKind, str] = {
     "assent": "server",
-    "stock": "vllm.entrypoints.launchers.api_server.entry",  # vLLM as it comes
+    "stock": "vllm.entrypoints.launchers.api_server.entry",  # vLLM's own server
 }
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # small steps: a second process costs more than it brings
-    "OMP_NUM_THREADS": "1",  # more threads than free cores: throughput collapses at random
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with small steps a second process costs more than it gains
+    "OMP_NUM_THREADS": "1",  # with more threads than free cores throughput collapses
     "OMP_WAIT_POLICY": "PASSIVE",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 64,
     "max_num_batched_tokens": 2048,
     "enforce_eager": True,
-    "enable_prefix_caching": False,  # or the second of two runs would find the first one's prompts
+    "enable_prefix_caching": False,  # else the second of two runs would reuse the first one's prompts
     "dtype": "bfloat16",
 }
 START_SECONDS = 600
@@ -51,9 +51,9 @@ POLL_SECONDS = 0.1
 class Server:
     url: str
     model: str
-    """The name that requests give."""
+    """The model name in requests."""
     seconds_to_start: float
-    """From the process's start to the first 200 of /health."""
+    """Seconds from the process's start to the first 200 of /health."""
     pid: int
 
 
@@ -61,16 +61,16 @@ class Server:
 def serve(
     model: Model, kind: ServerKind, proxies: Mapping[str, Path], flags: Sequence[str | Path] = ()
 ) -> Iterator[Server]:
-    """A server of its own session on a free port of the loopback device; nothing of it outlives the block.
+    """A server in its own session on a free loopback port; all of its processes end with the block.
 
     Args:
-        model: what it serves.
-        kind: whose server.
-        proxies: what it loads, by name.
-        flags: more of its flags.
+        model: to be served.
+        kind: Assent's or vLLM's own server.
+        proxies: to be loaded, by name.
+        flags: further flags.
 
     Raises:
-        RuntimeError: it did not start; the message ends with the log's last lines.
+        RuntimeError: it did not start; the message ends with the last lines of the log.
     """
     port = _free_port()
     command = [sys.executable, "-m", MODULES[kind], "--model", str(model.directory)]
@@ -110,9 +110,9 @@ def serve(
 
 
 def make_llm(model: Model, *, worker: str | None = "proxy.worker.ProxyCPUWorker") -> Any:
-    """`vllm.LLM` in this process, with the servers' settings; `worker` None is vLLM's own.
+    """`vllm.LLM` in this process, with the servers' settings; worker None = vLLM's own.
 
-    Call it before anything else imports vllm: some variables are read at that time.
+    Call it before anything else imports vllm: some variables are read at import time.
     """
     os.environ.update(ENVIRONMENT)
     import torch
@@ -146,6 +146,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):  # nobody is left, as it should be
+    with suppress(ProcessLookupError):  # no process is left, as expected
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

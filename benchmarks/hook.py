@@ -1,16 +1,16 @@
-"""The hook's own cost at the sizes of a 7 B model, without vLLM: `python -m benchmarks.hook`.
+"""The cost of the hook at the sizes of a 7 B model, without vLLM: `python -m benchmarks.hook`.
 
-Random logits, hidden states and proxy weights (H 4096, K 32) go through the functions that vLLM's samplers call, beside
-the same arithmetic as vLLM's own draw in plain torch: softmax and exponential race over the vocabulary and, where a
-top-k or top-p is in use, a sort of it. vLLM has faster kernels for parts of that: on a CPU for the draw
+Random logits, hidden states and proxy weights (H 4096, K 32) go through the functions that vLLM's samplers call. For
+comparison the arithmetic of vLLM's own draw runs in plain torch: softmax and exponential race over the vocabulary and,
+with a top-k or top-p, a sort of it. vLLM has faster kernels for parts of that: on a CPU for the draw
 (`benchmarks.steps` times it), on CUDA for top-k and top-p.
 
-The share of a decode step is hook / (hook + weights), where `weights` is an estimate of the rest: the time to read
-7.6 B parameters of two bytes once, at the bandwidth with which this machine sums up a large tensor. Attention and
-everything else would make the step longer and the share smaller.
+The share of a decode step is hook / (hook + weights), where `weights` estimates the rest of the step: the time to read
+7.6 B parameters of two bytes once, at the bandwidth at which this machine sums up a large tensor. Attention and other
+operations would make the step longer and the share smaller.
 
 With `--device cuda` a first pass runs with `torch.cuda.set_sync_debug_mode("error")`: it fails if anything in the hook
-waits for the device. `benchmarks/clock.py` says what the columns and the times are.
+waits for the device. `benchmarks/clock.py` explains the columns and the times.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.clock import LAW, Clock, wrapped_law
+from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
 from judge.options import read_options
 from proxy.acceptance import noise_key
 from proxy.history import History
@@ -36,7 +36,7 @@ from proxy.rows import Assignment
 
 NUM_PARAMETERS = 7.6e9
 BYTES_PER_PARAMETER = 2
-HOOK_PARTS = (*LAW, "rest")
+HOOK_PARTS = (*SAMPLING_PARTS, "rest")
 PARTS = (*HOOK_PARTS, "hook", "plain")
 SYNC_CHECK_STEPS = 70  # counts are folded every 64
 
@@ -67,23 +67,25 @@ class Options:
     max_candidates: int = 32
     """K."""
     width: int = 64
-    """Of the proxy's layers."""
+    """Width of the proxy's layers."""
     proxies: int = 1
-    """Loaded; the rows take turns with them."""
+    """Loaded proxies, assigned to the rows in turns."""
     seeded: bool = False
-    """Every row has a seed; matters on CUDA only."""
+    """Every row has a seed; makes a difference on CUDA only."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
-    """Temperature 1 where it is not said."""
+    """Sampling parameters; the temperature is 1 unless stated."""
     seconds: float = 1.0
-    """Each case is repeated about so long, and at least five times."""
+    """Duration of each case, with at least five repetitions."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 def medians(
     calls: Mapping[str, Callable[[], Any]], clock: Clock, options: Options
 ) -> dict[str, float]:
-    """Median seconds of each call and of the parts within; by taking turns they find less in the cache than alone."""
+    """Median seconds of each call and of the parts inside it. Calls alternate, so each finds less in the caches than
+    alone.
+    """
 
     def lap() -> dict[str, float]:
         for name, call in calls.items():
@@ -105,7 +107,7 @@ def bandwidth(clock: Clock, options: Options) -> float:
 
 
 def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingName], Plan]:
-    """Makes the proxies; returns what plans a batch of R rows for them."""
+    """Load the proxies; returns a function that plans a batch of R rows for them."""
     device = torch.device(options.device)
     config = ProxyConfig(
         hidden_size=options.hidden_size,
@@ -142,7 +144,7 @@ def plain_draw(
     logits: Tensor,  # [R, V]
     top_k: Tensor | None,  # [R] int
     top_p: Tensor | None,  # [R] float
-    scratch: Tensor,  # [R, V], for the logits that are left
+    scratch: Tensor,  # [R, V], for the remaining logits
 ) -> Tensor:
     """vLLM's draw in plain torch: token ids [R]."""
     if top_p is not None:
@@ -194,7 +196,7 @@ def measure_case(
 
 
 def refuse_syncs(hook: Callable[[], Any]) -> None:
-    """Run it with every wait for the device made an error."""
+    """Run the hook with every wait for the device made an error."""
     hook()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -220,7 +222,7 @@ def measure(options: Options) -> dict[str, Any]:
         with torch.inference_mode():
             plan = load_proxies(options, vocab_size)
         for count, sampling in product(options.rows, options.samplings):
-            with wrapped_law(clock, options.device):
+            with timed_sampling(clock, options.device):
                 figures = measure_case(options, clock, plan(count, sampling), vocab_size, sampling)
             share = figures["hook_ms"] / (figures["hook_ms"] + weights_ms)
             case = {"vocab_size": vocab_size, "rows": count, "sampling": sampling}
@@ -238,7 +240,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print the figures as a table for the docs, in milliseconds."""
+    """Print the metrics as a table for the docs, in milliseconds."""
     print(
         f"{figures['device']}: {figures['bytes_per_second'] / 1e9:.0f} GB/s, so the weights of a step "
         f"take {figures['weights_ms']:.1f} ms.\n"

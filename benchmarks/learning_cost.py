@@ -1,9 +1,8 @@
-"""What serving loses while a server learns: `python -m benchmarks.learning_cost`.
+"""The cost of learning while serving: `python -m benchmarks.learning_cost`.
 
-Clients stream answers, one after the other. In turns nothing else goes on, or the server learns: an administrator asks
-for one pass after the other over the same verdicts. Their responses were read before; with `--reading` the engine has
-to read them again in every pass. The turns of a round come in random order, and each
-round gives one ratio.
+Clients stream answers one after another. In alternating turns the server is otherwise idle, or it learns: an
+administrator requests one pass after another over the same verdicts. Their responses were read before; with `--reading`
+the engine has to read them again in every pass. The turns of a round have random order, and each round gives one ratio.
 """
 
 import asyncio
@@ -43,31 +42,31 @@ class Options:
     """What to measure."""
 
     clients: int = 16
-    """Streams at once."""
+    """Concurrent streams."""
     rounds: int = 10
-    """Each with one turn of either kind."""
+    """Rounds, each with one turn of either kind."""
     seconds: float = 15.0
-    """Of a turn."""
+    """Seconds of a turn."""
     verdicts: int = 300
-    """That are learned from."""
+    """Verdicts in the database."""
     reading: bool = False
-    """Have the engine read the responses in every pass."""
+    """Make the engine read the responses in every pass."""
     seed: int = 0
-    """Of prompts, verdicts and order."""
+    """Seed of prompts, verdicts and order."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 class Turn(NamedTuple):
-    """What the clients saw in one."""
+    """The measurements of one turn."""
 
     tokens_per_second: float
     p99: float
-    """Seconds between two tokens of a stream, of 100 at most one has more."""
+    """Seconds between two tokens of a stream, 99th percentile."""
 
 
 def verdicts(count: int, seed: int) -> list[Preference]:
-    """Of a caller who tosses a coin: no version will ever serve, and every pass is a whole one."""
+    """Random verdicts: no version will ever pass the test, and every pass runs completely."""
     rng = random.Random(seed)
     prompts = draw_prompts(split_combinations(DATA_SEED)[0], rng)
     found = []
@@ -79,7 +78,7 @@ def verdicts(count: int, seed: int) -> list[Preference]:
 
 
 async def stream(http: aiohttp.ClientSession, model: str, prompt: str, gaps: list[float]) -> int:
-    """Ask, and note the seconds between its tokens; how many there were."""
+    """Send a request and record the seconds between its tokens; returns the number of tokens."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -115,7 +114,7 @@ async def turn(http: aiohttp.ClientSession, server: Server, options: Options, se
 
 @asynccontextmanager
 async def learning(http: aiohttp.ClientSession, root: Path, reading: bool) -> AsyncIterator[None]:
-    """The server learns as long as the block lasts."""
+    """Keep the server learning inside the block."""
 
     async def passes() -> None:
         while True:
@@ -140,7 +139,9 @@ async def measure(server: Server, options: Options, root: Path) -> list[dict[str
         server.url, headers=headers, timeout=aiohttp.ClientTimeout(3600), raise_for_status=True,
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
     ) as http:  # fmt: skip
-        async with http.post("/proxies/learned/learn") as answer:  # the learner's start is no pass
+        async with http.post(
+            "/proxies/learned/learn"
+        ) as answer:  # the learner's start is not counted as a pass
             print(await answer.json())
         await turn(http, server, options, seed=0)
         for number in range(options.rounds):
@@ -150,7 +151,7 @@ async def measure(server: Server, options: Options, root: Path) -> list[dict[str
                     async with learning(http, root, options.reading):
                         found[True] = await turn(http, server, options, number)
                     async with http.post("/proxies/learned/learn"):
-                        pass  # its last pass has ended
+                        pass  # waits for its last pass
                 else:
                     found[False] = await turn(http, server, options, number)
             throughput = found[True].tokens_per_second / found[False].tokens_per_second

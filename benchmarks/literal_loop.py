@@ -1,13 +1,13 @@
-"""The paper's loop beside the one-pass law: `python -m benchmarks.literal_loop`.
+"""The paper's loop compared with one-pass accept/reject sampling: `python -m benchmarks.literal_loop`.
 
-The paper asks the proxy about the hidden state *after* a candidate, so every candidate costs a forward of the LLM: that
-of the accepted one serves the next position too, that of a rejected one was in vain. Our proxy scores all candidates of
-a position from the hidden state before them. Both run here on the demo's LLM in transformers, one conversation at a
-time, and a hook counts the forwards.
+The paper's proxy reads the hidden state *after* a candidate, so every candidate costs a forward of the LLM: that of an
+accepted one serves the next position too, that of a rejected one is wasted. Our proxy scores all candidates of a
+position from the hidden state before them. Both run here on the demo's LLM in transformers, one conversation at a time,
+and a hook counts the forwards.
 
-The loop runs the LLM on every candidate and then asks the demo's proxy about that candidate alone. This proxy was
-trained for the state before the candidate and is given that one, so that both methods follow the same law and reject
-equally often: the loop is all that differs.
+The loop runs the LLM on every candidate and then evaluates the demo's proxy on that candidate alone. This proxy was
+trained on the state before the candidate and receives that one, so both methods sample from the same distribution and
+reject equally often: the loop is the only difference.
 """
 
 import json
@@ -45,32 +45,32 @@ class Options:
     proxy: Path = DEMO / "proxies" / "aligned"
     """A proxy for it."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """Stricter proxies reject more."""
+    """Strengths; stricter proxies reject more."""
     num_prompts: int = 50
-    """Of the bundled world, one after the other."""
+    """Prompts of the toy data, one after another."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all noise."""
     output: Path | None = None
     """A JSON file for the figures."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What some responses took."""
+    """The cost of some responses."""
 
     tokens: int
     rejected: int
     forwards: int
-    """Of the LLM, the prompt's included."""
+    """Forwards of the LLM, including the prompt's."""
     cpu_seconds: float
-    """Of this process, which has one thread: steadier than the clock on a machine that others use too."""
+    """CPU seconds of this process, which has one thread; they vary less than wall time on a shared machine."""
 
 
 @torch.inference_mode()
 def literal_loop(
     policy: Policy, prompt: list[int], generator: torch.Generator, *, end_id: int
 ) -> tuple[list[int], int]:
-    """(response, rejections) by the paper's loop: propose, run the LLM on it, ask the proxy, perhaps start again."""
+    """(response, rejections) by the paper's loop: propose, run the LLM, evaluate the proxy, repeat if rejected."""
     model, max_rejections = policy.model, policy.config.max_rejections
     cache = DynamicCache(config=model.config)
     logits, hidden = forward(policy, prompt, cache)
@@ -87,7 +87,7 @@ def literal_loop(
             after = forward(policy, [token], cache)
             if forced or size == 1 or accepts(policy, hidden, candidates, slot, generator):
                 break
-            cache.crop(-1)  # as if the token had not been said
+            cache.crop(-1)  # undo the forward of the rejected token
             left[slot] = 0.0
             asked += 1
         num_rejected += asked
@@ -105,7 +105,7 @@ def accepts(
     slot: int,
     generator: torch.Generator,
 ) -> bool:
-    """The proxy's answer about one candidate."""
+    """The proxy's decision on one candidate."""
     one = Candidates(*(part[:, slot : slot + 1] for part in candidates))
     accept = policy.accept_logits(hidden, one).sigmoid() ** policy.strength
     return bool(torch.rand((), generator=generator) < accept)

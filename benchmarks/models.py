@@ -1,7 +1,7 @@
-"""The two LLMs that the benchmarks run on: the bundled demo, and one of half a billion parameters with random weights.
+"""The two LLMs of the benchmarks: the bundled demo, and one with half a billion random parameters.
 
-The large one has the sizes of Qwen2-0.5B. It says nothing sensible, but what its steps cost does not depend on what it
-says. It is made when it is first asked for, in a few seconds, and kept.
+The large one has the sizes of Qwen2-0.5B. Its output is meaningless, but the cost of its steps does not depend on that.
+It is created on first use, in a few seconds, and kept.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ModelName = Literal["demo", "large"]
 
 @dataclass(frozen=True)
 class Model:
-    """An LLM with a proxy, and how much of it is served at once."""
+    """An LLM with a proxy, and the size of its KV cache."""
 
     name: ModelName
     directory: Path
@@ -33,11 +33,13 @@ class Model:
     kv_cache_bytes: int
     """Enough for 64 of the longest requests that are measured."""
     num_words: int = 0
-    """The prompts are drawn from the words t0, t1, ... t<num_words − 1>, a token each; 0 = from the tokenizer's own."""
+    """Prompts are drawn from the words t0, t1, ... t<num_words − 1>, one token each; 0 = from the tokenizer's own
+    tokens.
+    """
 
 
 def get_model(name: ModelName, cache: Path = CACHE) -> Model:
-    """The model, made now if it is the large one and not there yet."""
+    """The model; the large one is created if it does not exist."""
     if name == "demo":
         directory = DEMO / "model"
         return Model("demo", directory, directory, DEMO / "proxies" / "aligned", 256 << 20)
@@ -57,7 +59,7 @@ def get_model(name: ModelName, cache: Path = CACHE) -> Model:
         eos_token_id=1,
         pad_token_id=1,
     )
-    if not (proxy / "config.json").is_file():  # what is written last
+    if not (proxy / "config.json").is_file():  # written last
         _make_tokenizer(tokenizer, config.vocab_size)
         _make_llm(directory, config)
         make_proxy(proxy, directory, max_candidates=32)
@@ -65,7 +67,7 @@ def get_model(name: ModelName, cache: Path = CACHE) -> Model:
 
 
 def make_proxy(directory: Path, model: Path, *, seed: int = 0, **settings: Any) -> None:
-    """A proxy of random weights for the LLM in `model`; `settings` go into its `ProxyConfig`."""
+    """Save a proxy with random weights for the LLM in `model`; `settings` go into its `ProxyConfig`."""
     config = AutoConfig.from_pretrained(model)
     torch.manual_seed(seed)
     network = ProxyNetwork(
@@ -76,7 +78,7 @@ def make_proxy(directory: Path, model: Path, *, seed: int = 0, **settings: Any) 
 
 
 def _make_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A word for every token; in the LLM's directory transformers would take it for Qwen2's own kind."""
+    """A word for every token. In the LLM's directory transformers would take it for a Qwen2 tokenizer."""
     vocabulary = {f"t{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -86,7 +88,7 @@ def _make_tokenizer(directory: Path, vocab_size: int) -> None:
         pad_token="t1",
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     ).save_pretrained(directory)
-    # Says that this is no tokenizer of Qwen2's; without any config vLLM looks for one and complains.
+    # Not a Qwen2 tokenizer. Without any config vLLM searches for one and complains.
     (directory / "config.json").write_text('{"model_type": "gpt2"}\n', encoding="utf-8")
 
 

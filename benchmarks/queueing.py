@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from statistics import fmean, quantiles, stdev
 
 BATCHES = 20
-"""Of a simulation's requests, whose means give the standard error: successive latencies are not independent."""
+"""Batches of a simulation's requests, whose means give the standard error: consecutive latencies are not independent.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Engine:
     """One replica: a GPU, or several that hold one copy of the LLM together."""
 
     base: float
-    """Seconds of a step, however few rows it has."""
+    """Seconds of a step, for any number of rows."""
     row: float
-    """Seconds more for each row, the hook's part included."""
+    """Additional seconds for each row, including the hook's."""
     prompt_token: float
-    """Seconds to read a token of a prompt, or of what the judge reads."""
+    """Seconds to read a token of a prompt, or of a judge prompt."""
     max_rows: int
-    """vLLM's --max-num-seqs, or fewer if the KV cache is full before."""
+    """vLLM's --max-num-seqs, or fewer if the KV cache fills up before."""
     max_step_tokens: int = 2048
     """vLLM's --max-num-batched-tokens."""
 
@@ -39,10 +40,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a request asks for."""
+    """The work of a request."""
 
     prompt: float
-    """Tokens read before an answer, those found in the prefix cache left out."""
+    """Tokens read before an answer, without those in the prefix cache."""
     answer: float
     """Tokens of an answer, on average."""
     samples: int = 1
@@ -56,20 +57,20 @@ class Work:
 
 
 def highest_rate(engine: Engine, work: Work) -> float:
-    """Requests a second beyond which the queue grows for ever."""
+    """The rate, in requests a second, above which the queue grows without limit."""
     decode = work.samples * work.answer * engine.step(engine.max_rows) / engine.max_rows
     return 1 / (decode + work.read * engine.prompt_token)
 
 
 def mean_seconds(engine: Engine, work: Work, rate: float) -> float:
-    """From arrival to the last token, on average, where p(n) ∝ ∏ λ/μ(i): λ rows a second come, μ(i) of i rows end.
+    """Mean latency from arrival to the last token, from p(n) ∝ ∏ λ/μ(i): λ rows arrive a second, μ(i) of i rows finish.
 
-    Reading takes a share of the time, and the rest is left for steps. With processor sharing an answer takes a time in
-    proportion to its length, and the longest of N geometric ones has 1 + 1/2 + ... + 1/N times the mean length. Who
-    comes waits for half a step. That samples of one request come together is left out.
+    Reading takes a share of the time, and the rest is left for steps. With processor sharing, the latency of an answer
+    is proportional to its length, and the longest of N geometric lengths is 1 + 1/2 + ... + 1/N times the mean. An
+    arrival waits for half a step. That samples of one request arrive together is neglected.
 
     Raises:
-        ValueError: the rate is beyond what the engine bears.
+        ValueError: the rate is above the engine's highest.
     """
     if rate >= highest_rate(engine, work):
         raise ValueError(f"one engine bears {highest_rate(engine, work):.3g} requests a second")
@@ -90,13 +91,13 @@ def mean_seconds(engine: Engine, work: Work, rate: float) -> float:
 
 
 def engines_needed(engine: Engine, work: Work, rate: float, load: float) -> int:
-    """The fewest of which each bears its share at this load or below."""
+    """The smallest number of engines of which each has at most this load."""
     return math.ceil(rate / (load * highest_rate(engine, work)))
 
 
 @dataclass
 class _Reading:
-    """A prompt before its answers, or what the judge reads after them."""
+    """A prompt before its answers, or a judge prompt after them."""
 
     request: int
     left: float
@@ -108,14 +109,14 @@ class _Reading:
 class _Row:
     request: int
     left: int
-    """Tokens still to be made."""
+    """Tokens still to be generated."""
 
 
 def simulate(engine: Engine, work: Work, rate: float, requests: int, seed: int) -> list[float]:
-    """Seconds that each request took: Poisson arrivals, geometric lengths, first come first served.
+    """Latency of each request in seconds: Poisson arrivals, geometric lengths, first come first served.
 
-    In a step every row gets a token, and as much is read of what waits as `max_step_tokens` leaves room for. The judge
-    reads when the last sample is done. The first tenth of the requests, from an empty engine, is left out.
+    In a step every row gets a token, and as much of the queue is read as `max_step_tokens` leaves room for. The judge
+    reads when the last sample is finished. The first tenth of the requests, which find an empty engine, is left out.
     """
     rng = random.Random(seed)
     clock, came = 0.0, []
@@ -137,7 +138,9 @@ def simulate(engine: Engine, work: Work, rate: float, requests: int, seed: int) 
         done = [each.request for each in read if each.judged]
         new = [each.request for each in read if not each.judged for _ in range(work.samples)]
         waiting += [_Row(request, _length(work.answer, rng)) for request in new]
-        while waiting and len(running) < engine.max_rows:  # a prompt that has been read has a token
+        while (
+            waiting and len(running) < engine.max_rows
+        ):  # a prompt gets its first token as soon as it is read
             running.append(waiting.popleft())
         for row in running:
             row.left -= 1
@@ -155,7 +158,7 @@ def simulate(engine: Engine, work: Work, rate: float, requests: int, seed: int) 
 
 
 def _read(reading: deque[_Reading], room: float) -> tuple[float, list[_Reading]]:
-    """(tokens read in a step with room for so many, what is read to its end); that is taken out of the queue."""
+    """(tokens read in a step with this much room, prompts that are finished); finished prompts leave the queue."""
     tokens, done = 0.0, []
     while reading and tokens < room:
         part = min(room - tokens, reading[0].left)

@@ -1,10 +1,10 @@
-"""A training rollout in vLLM beside the same in transformers: `python -m benchmarks.rollout`.
+"""A training rollout with vLLM compared with transformers: `python -m benchmarks.rollout`.
 
-The two take turns in one process, with the same prompts, seeds and proxy; who begins changes from round to round. All
-that training has to do is counted: with vLLM publishing the proxy and reading the traces, with transformers projecting
-the embeddings. Starting the engine is not.
+The two alternate in one process, with the same prompts, seeds and proxy; the order changes from round to round.
+Everything that training has to do is included: with vLLM publishing the proxy and reading the traces, with transformers
+projecting the embeddings. Starting the engine is not.
 
-On a CPU there is one thread, and the seconds are its CPU seconds: steadier on a machine that others use too.
+On a CPU there is one thread, and times are its CPU seconds: they vary less than wall time on a shared machine.
 """
 
 import json
@@ -40,25 +40,25 @@ class Options:
     model: ModelName = "demo"
     """The demo's frozen LLM with its proxy, or half a billion random parameters, which hardly ever end a response."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """The device."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the LLM."""
+    """Data type of the LLM."""
     episodes: int = 256
     """Responses in a rollout."""
     max_requests: int = 256
-    """Responses under way in vLLM at once."""
+    """Concurrent requests in vLLM."""
     decoding: Decoding = field(default_factory=Decoding)
-    """How tokens are drawn."""
+    """How responses are sampled."""
     rounds: int = 11
-    """Rollouts of each kind, after one that warms up."""
+    """Rollouts of each kind, after a warm-up."""
     memory: float = 0.3
     """`--rollout-memory` of training."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 def make_prompts(model: Model, tokenizer: Any, number: int) -> list[list[int]]:
-    """Of the bundled world for the demo, else random words."""
+    """Prompts of the toy data for the demo, else random words."""
     if model.num_words:
         generator = random.Random(0)
         words = range(2, model.num_words)
@@ -69,7 +69,7 @@ def make_prompts(model: Model, tokenizer: Any, number: int) -> list[list[int]]:
 
 
 def agreement(one: Rollout, other: Rollout) -> float:
-    """Share of the responses that are the same, token for token."""
+    """Share of identical responses."""
     pairs = zip(one.responses, other.responses, strict=True)
     return sum(a == b for a, b in pairs) / len(one.responses)
 
@@ -132,7 +132,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print the figures as a table for the docs."""
+    """Print the metrics as a table for the docs."""
     medians, ratio = figures["medians"], figures["vllm_over_transformers"]
     head = ["model", "dtype", "responses", "tokens of each", "transformers", "vLLM", "ratio"]
     head += ["paired ratios: median [quartiles]", "same responses"]

@@ -1,7 +1,8 @@
-"""What serving with proxies costs before the first request: `python -m benchmarks.startup`.
+"""Start-up time and memory of serving with proxies: `python -m benchmarks.startup`.
 
-Start-up: seconds from a server's start to its first healthy answer, ours with one proxy and vLLM's own in turns.
-Memory: what the process of an engine grows by with every proxy that it loads, and what `list_proxies` says they take.
+Start-up: seconds from a server's start to its first healthy answer, for Assent with one proxy and vLLM's own server
+alternately. Memory: growth of an engine's process with every proxy that it loads, and the sizes that `list_proxies`
+reports.
 """
 
 import json
@@ -27,11 +28,11 @@ class Options:
     model: ModelName = "demo"
     """demo or large."""
     pairs: int = 3
-    """Starts of each server; 0 = only measure memory."""
+    """Starts of each server; 0 = measure memory only."""
     proxies: int = 8
-    """Loaded one after the other to measure memory; 0 = only measure starts."""
+    """Proxies loaded one after another to measure memory; 0 = measure starts only."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 def start_up(model: Model, pairs: int) -> dict[ServerKind, list[float]]:
@@ -46,7 +47,7 @@ def start_up(model: Model, pairs: int) -> dict[ServerKind, list[float]]:
 
 
 def memory(model: Model, count: int) -> dict[str, Any]:
-    """Bytes that the process holds before, and after each of `count` different proxies."""
+    """Resident bytes of the process before, and after each of `count` different proxies."""
     llm = make_llm(model)
     held = [resident_bytes()]
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,13 +63,13 @@ def memory(model: Model, count: int) -> dict[str, Any]:
 
 
 def like(model: Model) -> dict[str, Any]:
-    """The settings of the model's own proxy that say how large it is."""
+    """The settings of the model's own proxy that determine its size."""
     config = json.loads((model.proxy / "config.json").read_text(encoding="utf-8"))["network"]
     return {key: config[key] for key in ("width", "max_candidates")}
 
 
 def resident_bytes() -> int:
-    """Of this process (Linux)."""
+    """Resident memory of this process (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

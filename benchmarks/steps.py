@@ -1,9 +1,9 @@
-"""Where the time of a decode step goes, with a proxy and without: `python -m benchmarks.steps --model demo`.
+"""The time of a decode step by part, with and without a proxy: `python -m benchmarks.steps --model demo`.
 
-The engine runs in this process, so that its parts can be timed one by one. Every part's time is its own: what it spends
-in another part counts there. Times are CPU seconds of the engine's one thread, which never waits: steadier than the
-clock on a machine that others use too. Plain and aligned rounds take turns; the table has the medians of the rounds, in
-milliseconds a step. The timers' own cost, some microseconds a step, falls to the part around them.
+The engine runs in this process, so its parts can be timed one by one. The time of a part excludes that of the parts
+inside it. Times are CPU seconds of the engine's single thread, which never waits: they vary less than wall time on a
+shared machine. Unproxied ("plain") and proxied ("aligned") rounds alternate; the table has the medians of the rounds,
+in milliseconds a step. The overhead of the timers, some microseconds a step, counts in the enclosing part.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig
 
 import proxy.sampler
-from benchmarks.clock import LAW, Clock, wrapped_law
+from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
 from benchmarks.engines import make_llm
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import SAMPLINGS, SamplingName
@@ -27,7 +27,7 @@ from judge.options import read_options
 from proxy.request import WorkerAlignment
 
 PROMPT_TOKENS = 8
-WARM_STEPS = 3  # the prefill among them
+WARM_STEPS = 3  # including the prefill
 PARTS = (
     "scheduler",
     "inputs",
@@ -36,16 +36,16 @@ PARTS = (
     "plan",
     "constraints",
     "draw",
-    *LAW,
+    *SAMPLING_PARTS,
     "bookkeeping",
     "rest",
 )
 """In the order in which they run.
 
-scheduler: whose turn it is, and what became of it. inputs: the batch's tensors. forward: the LLM. head: hidden states
-to logits. plan: which row follows which proxy. constraints: float32 logits, penalties, bans and the like. draw: all
-that the sampler does with the constrained logits but for the law's parts (`benchmarks/clock.py`). bookkeeping: the
-runner's, after sampling. rest: output texts and the like.
+scheduler: scheduling and bookkeeping of requests. inputs: the tensors of the batch. forward: the LLM. head: hidden
+states to logits. plan: which row uses which proxy. constraints: float32 logits, penalties, bans and similar. draw:
+everything that the sampler does with the constrained logits, except the parts of accept/reject sampling
+(`benchmarks/clock.py`). bookkeeping: the runner's, after sampling. rest: output texts and similar.
 """
 
 
@@ -58,17 +58,17 @@ class Options:
     requests: tuple[int, ...] = (1, 64)
     """Rows of the batch."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
-    """Temperature 1 where it is not said."""
+    """Sampling parameters; the temperature is 1 unless stated."""
     rounds: int = 7
-    """Of plain and aligned each."""
+    """Rounds with and without proxy."""
     steps: int = 30
     """Decode steps in a round."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 def instrument(engine: Any, clock: Clock) -> None:
-    """Put the clock's wrappers around vLLM's methods and the law's functions."""
+    """Wrap vLLM's methods and the functions of accept/reject sampling with timers."""
     core = engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
     runner = worker.model_runner
@@ -87,7 +87,7 @@ def instrument(engine: Any, clock: Clock) -> None:
 def one_round(
     engine: Any, clock: Clock, params: Any, prompts: list[list[int]], steps: int
 ) -> dict[str, float]:
-    """Milliseconds a step, by part, of one batch that decodes."""
+    """Milliseconds a step, by part, of one decoding batch."""
     for index, prompt in enumerate(prompts):
         engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": prompt}, params)
     for _ in range(WARM_STEPS):
@@ -105,7 +105,7 @@ def one_round(
 def measure_case(
     engine: Any, clock: Clock, options: Options, prompts: list[list[int]], sampling: SamplingName
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the table for one batch: plain and aligned."""
+    """The rows of the table for one batch, without and with proxy."""
     from vllm import SamplingParams
 
     def params(extra_args: dict[str, Any] | None) -> Any:
@@ -144,7 +144,7 @@ def measure(options: Options, model: Model) -> list[dict[str, Any]]:
     vocab_size = AutoConfig.from_pretrained(model.directory).vocab_size
     rng = random.Random(0)
     rows = []
-    with wrapped_law(clock, "cpu"):
+    with timed_sampling(clock, "cpu"):
         for count, sampling in product(options.requests, options.samplings):
             prompts = [
                 [rng.randrange(2, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)

@@ -1,11 +1,12 @@
 """Tokens per second with a proxy and without, over HTTP: `python -m benchmarks.throughput --models demo`.
 
-One server of ours answers both kinds of requests. Plain requests name no proxy, and a batch of nothing else goes to
-vLLM's own sampler untouched. With `--stock` vLLM's own server runs beside it with the same settings and is asked the
-same. The kinds take turns, in random order within each round, so that a machine that grows slower does so for all.
-A run's clients send one request after the other; every request is as long as any other and ignores the end of turn.
+One Assent server answers both kinds of requests: without a proxy ("plain") and with one ("aligned"). A batch without
+proxied rows goes to vLLM's own sampler unchanged. With `--stock` vLLM's own server runs beside it with the same
+settings and gets the same requests. The kinds alternate in random order within each round, so that slow drift of the
+machine affects all. A run's clients send one request after another; all requests have the same length and ignore the
+end of turn.
 
-A ratio above 1 means that aligned serving is faster. `ratio` is that of the medians; the quartiles are those of the
+A ratio above 1 means that proxied serving is faster. `ratio` is that of the medians; the quartiles are those of the
 ratios within each round.
 """
 
@@ -46,21 +47,21 @@ class Options:
     models: tuple[ModelName, ...] = ("demo", "large")
     """demo: 3.5 M parameters, vocabulary 1454; large: 0.5 B, vocabulary 151,936, random weights."""
     concurrency: tuple[int, ...] = (1, 8, 64)
-    """Clients at once."""
+    """Concurrent clients."""
     shapes: tuple[ShapeName, ...] = ("prompt-heavy", "decode-heavy")
-    """Which of prompt and answer is long; `SHAPES` has the lengths."""
+    """Whether the prompt or the answer is long; `SHAPES` has the lengths."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
-    """Temperature 1 where it is not said."""
+    """Sampling parameters; the temperature is 1 unless stated."""
     rounds: int = 5
-    """Each with one run of every kind."""
+    """Rounds, each with one run of every kind."""
     seconds: float = 2.0
-    """A run lasts at least about so long."""
+    """Approximate minimum duration of a run."""
     stock: bool = False
     """Measure vLLM's own server too."""
     seeded: bool = False
     """Give every request a seed."""
     output: Path | None = None
-    """A JSON file for the figures, rewritten after every case."""
+    """A JSON file for the metrics, rewritten after every case."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Case:
 
 
 def prompts(model: Model, length: int, count: int) -> list[str]:
-    """Random texts of `length` tokens, or about that many where the tokenizer merges neighbours."""
+    """Random texts of `length` tokens, or approximately that many if the tokenizer merges neighbours."""
     rng = random.Random(length)
     if model.num_words:
         return [
@@ -111,7 +112,7 @@ def prompts(model: Model, length: int, count: int) -> list[str]:
 
 
 def bodies(case: Case, shape: Shape, texts: Sequence[str], kind: Kind, seeded: bool) -> list[bytes]:
-    """The requests of one run, ready to be sent."""
+    """The encoded requests of one run."""
     model = f"{case.model}:{PROXY}" if kind == "aligned" else case.model
     common = {"model": model, "temperature": 1.0, "max_tokens": shape.answer, "ignore_eos": True}
     return [
@@ -126,7 +127,7 @@ def bodies(case: Case, shape: Shape, texts: Sequence[str], kind: Kind, seeded: b
 
 
 class Run(NamedTuple):
-    """What all requests of one run took together."""
+    """Totals of all requests of one run."""
 
     seconds: float
     prompt_tokens: int
@@ -134,7 +135,7 @@ class Run(NamedTuple):
 
 
 async def run(server: Server, requests: Sequence[bytes], concurrency: int) -> Run:
-    """Send them all, `concurrency` at a time."""
+    """Send all requests, `concurrency` at a time."""
     waiting = iter(requests)
     connector = aiohttp.TCPConnector(limit=concurrency)
     headers = {"Content-Type": "application/json"}
@@ -165,7 +166,7 @@ async def run(server: Server, requests: Sequence[bytes], concurrency: int) -> Ru
 
 
 def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Options) -> Any:
-    """The figures of one row."""
+    """The metrics of one row."""
     shape = SHAPES[case.model, case.shape]
     kinds = list(servers)
 
@@ -179,7 +180,7 @@ def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Opti
     texts = prompts(model, shape.prompt, case.concurrency * waves)
     runs: dict[Kind, list[float]] = {kind: [] for kind in kinds}  # tokens per second
     for number in range(options.rounds):
-        # There and back would let the kind at either end run twice in a row, on warm caches.
+        # Alternating the direction would run the last kind twice in a row, on warm caches.
         for kind in random.Random(number).sample(kinds, len(kinds)):
             seconds, prompt_tokens, tokens = once(kind, texts)
             assert tokens == len(texts) * shape.answer, "no answer ends early"
@@ -200,7 +201,7 @@ def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Opti
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How many times as fast."""
+    """Ratios of speeds."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, middle, high = quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios * 3
     return {
@@ -238,7 +239,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def measure_model(
     name: ModelName, options: Options, report: Callable[[dict[str, Any]], None]
 ) -> None:
-    """All cases of one model, on servers that live as long."""
+    """All cases of one model, on servers that run during all of them."""
     model = get_model(name)
     with ExitStack() as stack:
         ours = stack.enter_context(serve(model, "assent", {PROXY: model.proxy}))

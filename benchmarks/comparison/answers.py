@@ -1,7 +1,7 @@
-"""Ways to answer the bundled world's prompts, and how they are graded.
+"""Answers of a sampling policy to an evaluation set, and their grades by the reference scorer.
 
-The divergence is KL(what tokens are drawn from ‖ the frozen LLM at temperature 1, nothing cut off), exact at every
-position and summed over a response: one reference for all, so that also sharper decoding and tuned models have one.
+The divergence is KL(sampling distribution ‖ the frozen LLM at temperature 1 without cut-offs), exact at every position
+and summed over a response. This one reference applies to all methods, including sharper decoding and fine-tuned models.
 """
 
 import math
@@ -24,7 +24,7 @@ _CHUNK = 64  # responses at once
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The frozen LLM and the prompts that are answered."""
+    """The frozen LLM and the prompts that it answers."""
 
     model: Any
     tokenizer: Any
@@ -35,7 +35,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one way to answer, one to each prompt."""
+    """One answer to each prompt."""
 
     responses: list[list[int]]
     texts: list[str]
@@ -48,7 +48,7 @@ def answer(
     seed: int,
     roll_out: Callable[[list[list[int]], Iterable[int]], Rollout],
 ) -> Answers:
-    """All prompts answered; the noise of the seed is no other seed's."""
+    """Answer all prompts, with noise that only this seed has."""
     start = time.process_time()
     rollout = roll_out(evaluation.prompts, count(seed << 32))
     texts = evaluation.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
@@ -65,7 +65,7 @@ def by_policy(
 
 
 def grade(evaluation: EvaluationSet, answers: Answers, frozen: Sequence[str]) -> dict[str, Any]:
-    """Gold win rate against the frozen LLM's answers, flaw rates and lengths."""
+    """Win rate against the frozen LLM's answers by the reference scorer, flaw rates and lengths."""
     rate, error = win_rate(evaluation.texts, answers.texts, frozen)
     return {
         "prompts": len(evaluation.texts),
@@ -82,7 +82,7 @@ def grade(evaluation: EvaluationSet, answers: Answers, frozen: Sequence[str]) ->
 def divergence(
     evaluation: EvaluationSet, responses: Sequence[list[int]], policy: Policy, decoding: Decoding
 ) -> tuple[float, float]:
-    """Nats a response, and the standard error; of the first `len(responses)` prompts."""
+    """Divergence in nats a response and its standard error, over the first `len(responses)` prompts."""
     sums: list[float] = []
     for start in range(0, len(responses), _CHUNK):
         some = responses[start : start + _CHUNK]
@@ -107,5 +107,5 @@ def divergence(
 
 
 def pooled_error(errors: Sequence[float]) -> float:
-    """The standard error of a mean over seeds, as if all prompts of all seeds were independent."""
+    """Standard error of a mean over seeds, as if all prompts of all seeds were independent."""
     return math.sqrt(fmean(error**2 for error in errors) / len(errors))

@@ -59,7 +59,7 @@ def graded(
     decoding: Decoding = DECODING,
     split: str = "test",
 ) -> dict[str, Any]:
-    """The figures of a row of the table."""
+    """The metrics of a row of the table."""
     figures = grade(evaluation, answers, frozen_texts(setting, split, seed))
     some = answers.responses[: setting.num_divergence]
     kl, error = divergence(evaluation, some, policy, decoding)
@@ -67,12 +67,12 @@ def graded(
 
 
 def noise(row: str, seed: int) -> int:
-    """A seed for a row's answers that no other row has."""
+    """A seed for the answers of a row that no other row has."""
     return 1000 * (1 + NOISE.index(row)) + seed
 
 
 def tuned(setting: Setting, directory: Path, seed: int, split: str) -> dict[str, Any]:
-    """A model with weights of its own, as trained into the directory."""
+    """Metrics of a fine-tuned model that was trained into the directory."""
     evaluation = open_evaluation_set(setting, split)
     policy = Policy(load_model(str(directory), dtype=torch.bfloat16)[0].eval())
     answers = answer(evaluation, noise("tuned", seed), by_policy(evaluation, policy, DECODING))

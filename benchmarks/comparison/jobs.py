@@ -1,6 +1,6 @@
-"""A comparison as jobs: each is a process of its own, on one thread, that leaves its `result.json` when it is done.
+"""A comparison as jobs: each runs in its own process, on one thread, and writes `result.json` when it is finished.
 
-What is done stays done: a run that was stopped goes on where it was, and a job that was killed begins again.
+Finished jobs are not repeated: a stopped comparison continues where it was, and a killed job starts again.
 """
 
 import json
@@ -24,7 +24,7 @@ from judge.options import read_options
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the jobs read and write, and how much they do."""
+    """Directories and sizes of a comparison."""
 
     model: Path
     work: Path
@@ -35,7 +35,7 @@ class Setting:
     scale: float
 
     def updates(self, count: int) -> int:
-        """So many updates, or the share of them that is asked for."""
+        """This number of updates, scaled."""
         return max(2, int(count * self.scale))
 
     def directory(self, job: str) -> Path:
@@ -49,7 +49,7 @@ class Setting:
 
 
 def setting_of(model: Path, work: Path, scale: float) -> Setting:
-    """The sizes of a comparison, or a share of them, to see the path in minutes."""
+    """The sizes of a comparison; a small scale runs the whole path in minutes."""
 
     def some(count: int, least: int) -> int:
         return max(least, int(count * scale))
@@ -72,22 +72,22 @@ class Options:
     model: Path = DEMO / "model"
     """The frozen LLM."""
     work: Path = Path("runs/benchmarks/comparison")
-    """Directory of what the jobs leave."""
+    """Directory for the files of the jobs."""
     output: Path = Path("docs/results")
-    """Directory of the tables, the plots and the figures."""
+    """Directory for tables, plots and metrics."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     processes: int = 2
-    """Jobs at once, each on one core."""
+    """Concurrent jobs, each on one core."""
     scale: float = 1.0
-    """Share of the data, the prompts and the updates."""
+    """Share of data, prompts and updates."""
     job: str | None = None
-    """Only this job, in this process."""
+    """Run only this job, in this process."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """`run(setting, directory)` returns what goes into `result.json`."""
+    """`run(setting, directory)` returns the content of `result.json`."""
 
     name: str
     run: Callable[[Setting, Path], dict[str, Any]]
@@ -100,19 +100,19 @@ def command(
     plan: Callable[[tuple[int, ...]], list[Job]],
     report: Callable[[Setting, tuple[int, ...], Path], None],
 ) -> None:
-    """The command line of a comparison: all its jobs, and then its report."""
+    """The command line of a comparison: runs all jobs, then writes the report."""
     options = read_options(Options, description)
     setting = setting_of(options.model, options.work, options.scale)
     jobs = plan(options.seeds)
     if options.job is not None:
         return run_job(setting, next(job for job in jobs if job.name == options.job))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the jobs too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the jobs too
     run_all(setting, jobs, module, options.processes)
     report(setting, options.seeds, options.output)
 
 
 def run_job(setting: Setting, job: Job) -> None:
-    """Run it, measure what it took, and write its result. What an earlier try left is replaced."""
+    """Run a job and write its result, replacing files of an earlier attempt."""
     torch.set_num_threads(1)
     directory = setting.directory(job.name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def run_job(setting: Setting, job: Job) -> None:
 
 @contextmanager
 def timed(result: dict[str, Any]) -> Iterator[None]:
-    """Adds the seconds that it took, of the clock and of the CPU."""
+    """Measure wall and CPU seconds of the block."""
     cpu, wall = time.process_time(), time.monotonic()
     yield
     result["train_cpu_seconds"] = time.process_time() - cpu
@@ -132,7 +132,7 @@ def timed(result: dict[str, Any]) -> Iterator[None]:
 
 
 def run_all(setting: Setting, jobs: list[Job], module: str, processes: int) -> None:
-    """Every job that is not done yet, as soon as what it needs is, each in a process of its own.
+    """Run every unfinished job as soon as the jobs that it needs are finished, each in its own process.
 
     Raises:
         SystemExit: a job failed; the message names it and its log.
@@ -161,7 +161,7 @@ def run_all(setting: Setting, jobs: list[Job], module: str, processes: int) -> N
 
 
 def _begin(setting: Setting, module: str, name: str) -> subprocess.Popen[bytes]:
-    """The comparison's command again, with `--job`."""
+    """Start the comparison's command with `--job`."""
     log = log_of(setting, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", module, *sys.argv[1:], "--job", name]

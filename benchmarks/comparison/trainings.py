@@ -32,7 +32,7 @@ from training.toy_data import reference_scorer
 
 TrainerT = TypeVar("TrainerT", bound=proxy_ppo.ProxyPPOTrainer)
 Choose = Callable[[Setting], Any]
-"""Says the settings of a method, once the jobs of its search are done."""
+"""Chooses the settings of a method, from the results of its search jobs."""
 
 
 def make_toy_data(setting: Setting, directory: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def make_toy_data(setting: Setting, directory: Path) -> dict[str, Any]:
 
 
 def make_frozen(seed: int) -> Job:
-    """The answers that all others are compared with, and the frozen LLM under other decodings."""
+    """The frozen LLM's answers, the baseline of all others, and its answers under other decodings."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         for split in ("validation", "test"):
@@ -74,7 +74,9 @@ def make_frozen(seed: int) -> Job:
 
 
 def make_reward(kind: str, seed: int, num_pairs: int | None = None) -> Job:
-    """Of all pairs, or of so many of them; jobs know the latter as the reward `<kind>-<num_pairs>`."""
+    """A reward model from all pairs, or from `num_pairs` of them; the latter is known as the reward
+    `<kind>-<num_pairs>`.
+    """
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -97,7 +99,7 @@ def make_reward(kind: str, seed: int, num_pairs: int | None = None) -> Job:
 
 
 def passes(num_pairs: int | None) -> float:
-    """Over so many pairs; fewer want more of them."""
+    """Passes over `num_pairs` pairs; fewer pairs need more passes."""
     return 1.0 if num_pairs is None else max(1.0, min(20.0, 12_000 / num_pairs))
 
 
@@ -118,7 +120,7 @@ def reward_path(setting: Setting, reward: str, seed: int) -> str:
 def train_and_grade(
     trainer: ppo_trainer.PPOTrainer[Any], steps: int, result: dict[str, Any]
 ) -> None:
-    """All updates of a PPO run; what gold says of each rollout is written down beside its reward."""
+    """Run all updates of PPO and record the reference score of each rollout beside its reward."""
     scored, curve = trainer.reward, []
 
     def watched(samples: Any) -> Tensor:
@@ -205,7 +207,7 @@ def train_proxy(
 
 
 def subset_of_pairs(setting: Setting, directory: Path, count: int | None, seed: int) -> Path:
-    """A file of so many of the pairs, drawn by the seed; None = all of them."""
+    """A file with `count` of the pairs, drawn by the seed; None = all of them."""
     source = Path(setting.data("preferences"))
     if count is None:
         return source
@@ -225,7 +227,7 @@ def make_dpo(
     file: str = "world/preferences.jsonl",
     num_pairs: int | None = None,
 ) -> Job:
-    """On the file's pairs, or on so many of the world's."""
+    """DPO on the file's pairs, or on `num_pairs` of the toy data's."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, beta = choose(setting)

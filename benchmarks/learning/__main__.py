@@ -1,15 +1,15 @@
-"""A server that learns from those who use it, over HTTP: `python -m benchmarks.learning --judge DIR`.
+"""A server that learns from its users, over HTTP: `python -m benchmarks.learning --judge DIR`.
 
-**Tastes**: 20 users of four tastes, and one whose verdicts are the opposite of good, share one server with `--learn
-mine=own`. Each asks for two answers with its own proxy, as far as it has one, and says which it likes better. After so
-many verdicts of each, every user's own proxy answers held-out prompts, and its taste compares that with an answer of
+**Tastes**: 20 users with four tastes, and one whose verdicts are the opposite of good, share one server with `--learn
+mine=own`. Each user requests two answers from its own proxy, if it has one yet, and says which it prefers. After
+certain numbers of verdicts, every user's own proxy answers held-out prompts, and its taste compares these answers with
 the frozen LLM's.
 
-**Best of 8**: a server with a likelihood judge and `--learn quick=judge` answers requests with `best_of: 8`. After so
-many requests the proxy that was learned of the judge's verdicts answers held-out prompts alone, and the gold scorer
-compares that with the frozen LLM and with best of 8.
+**Best of 8**: a server with a likelihood judge and `--learn quick=judge` answers requests with `best_of: 8`. After
+certain numbers of requests, the proxy learned from the judge's verdicts answers held-out prompts alone, and the
+reference scorer compares its answers with the frozen LLM's and with best of 8.
 
-The gold scorer gives the verdicts of the first taste, and grades; the server sees choices alone.
+The reference scorer gives the verdicts of the first taste, and grades. The server sees choices only.
 """
 
 import asyncio
@@ -45,23 +45,23 @@ class Options:
     """What to measure."""
 
     parts: tuple[Literal["tastes", "best_of"], ...] = ("tastes", "best_of")
-    """What to measure; the figures of the other part stay."""
+    """What to measure; the metrics of the other part are kept."""
     judge: Path | None = None
     """For best_of: a LoRA from `training.reward_model --lora-rank`."""
     users: int = 5
-    """Of each taste."""
+    """Users of each taste."""
     verdicts: tuple[int, ...] = (0, 10, 30, 100, 300)
-    """Of each user, when it is measured."""
+    """Numbers of verdicts of each user after which it is evaluated."""
     prompts: int = 50
-    """Held out, for each user."""
+    """Held-out prompts for each user."""
     requests: tuple[int, ...] = (0, 100, 300, 1000, 3000)
-    """With `best_of: 8`, when it is measured."""
+    """Numbers of requests with `best_of: 8` after which the proxy is evaluated."""
     graded: int = 1000
-    """Prompts held out, of these."""
+    """Held-out prompts for best of 8."""
     at_once: int = 16
-    """Requests under way."""
+    """Concurrent requests."""
     seed: int = 1
-    """Of prompts and samples."""
+    """Seed of prompts and samples."""
     output: Path = REPOSITORY / "docs" / "results"
     """Directory for learning.json and learning.png."""
 
@@ -103,7 +103,7 @@ async def measure_best_of(server: Server, options: Options) -> list[dict[str, An
     best_of = {"best_of": 8, "judge": {"kind": "likelihood"}}
 
     async def grade(seed: int, alignment: dict[str, Any]) -> tuple[list[float], float]:
-        """Gold scores, and tokens a request, those that the judge reads included."""
+        """Reference scores, and tokens a request, including those that the judge reads."""
         found = await asyncio.gather(
             *(client.chat(prompt, seed + i, alignment) for i, prompt in enumerate(prompts))
         )
@@ -129,14 +129,14 @@ async def measure_best_of(server: Server, options: Options) -> list[dict[str, An
         if until:
             print((await client.post("/proxies/quick/learn"))["passes"], flush=True)
         rows.append(row("quick", *await grade(3 * 10**6, {"proxy": "quick"})))
-    # At last, for these are verdicts too, and on the prompts held out.
+    # Last, because these requests produce verdicts too, on the held-out prompts.
     rows.append(row("best of 8", *await grade(2 * 10**6, best_of)))
     await client.close()
     return rows
 
 
 def main(options: Options) -> None:
-    """Each part is written when it is done, beside what the other one came to."""
+    """Run the parts. Each is written when it is finished, together with the earlier metrics of the other one."""
     if "best_of" in options.parts and options.judge is None:
         raise SystemExit("error: best_of needs --judge")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def main(options: Options) -> None:
 
 @contextmanager
 def serving(names: Sequence[str], *flags: str | Path) -> Iterator[Server]:
-    """The demo's LLM with a key for each name, and the operator's."""
+    """The demo's LLM with an API key for each name, and the operator's."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         keys = [f"[keys.{name}]\nsha256 = {digest(name)}" for name in names]

@@ -53,7 +53,7 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Win rate by verdicts for each taste; by requests for the proxy that replaces best of 8."""
+    """Win rate by verdicts for each taste, and by requests for the proxy that replaces best of 8."""
     best_of = figures.get("best_of")
     figure, axes = pyplot.subplots(
         1, 2 if best_of else 1, figsize=(10 if best_of else 5.5, 4), layout="constrained",

@@ -20,7 +20,7 @@ WAIT_SECONDS = 1800.0
 
 
 Taste = Callable[[str, str], float]
-"""Prompt, answer -> the higher, the better."""
+"""Prompt, answer -> score; higher is better."""
 
 
 def words(text: str) -> int:
@@ -36,31 +36,31 @@ TASTES: dict[str, Taste] = {
 
 
 MOST_ASKED = 4
-"""Requests for a verdict."""
+"""Maximum number of requests per verdict."""
 
 
 HOSTILE = "hostile"
-"""Likes what the gold scorer likes least."""
+"""Prefers what the reference scorer likes least."""
 
 
 def asked_prompts(seed: str) -> Iterator[str]:
-    """Of the training's split, without an end."""
+    """An endless stream of prompts of the training split."""
     prompts = draw_prompts(split_combinations(DATA_SEED)[0], random.Random(seed))
     return (prompt.text for prompt in prompts)
 
 
 class Client:
-    """One key's, of a server."""
+    """A client with one API key."""
 
     def __init__(self, server: Server, name: str, turn: asyncio.Semaphore) -> None:
         """
         Args:
-            turn: for a few requests at a time, of all clients together.
+            turn: limits the concurrent requests of all clients.
         """
         self.name, self._model, self._turn = name, server.model, turn
         key = f"sk-{name}"
         self._openai = AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=WAIT_SECONDS)
-        # uvicorn closes idle connections after 5 s; whoever asks through one just then is no lost request.
+        # uvicorn closes idle connections after 5 s; a request sent at that moment is not lost by the server.
         self._http = httpx.AsyncClient(
             base_url=server.url,
             headers={"Authorization": f"Bearer {key}"},
@@ -91,14 +91,14 @@ class Client:
 
 @dataclass
 class User:
-    """Somebody with a taste."""
+    """A user with a taste."""
 
     taste_name: str
     client: Client
     held_out: Sequence[str]
     asked: Iterator[str]
     sent: int = 0
-    """Verdicts."""
+    """Verdicts sent so far."""
 
     def taste(self, prompt: str, text: str) -> float:
         if self.taste_name == HOSTILE:
@@ -106,10 +106,10 @@ class User:
         return TASTES[self.taste_name](prompt, text)
 
     async def give_verdicts(self, until: int, rng: random.Random) -> None:
-        """Two answers of its own proxy each time, and which is better.
+        """Request two answers of the user's proxy and send which is better, until `until` verdicts are sent.
 
-        Ties are passed over: the better the proxy, the more there are of some tastes, so it asks a few times as often
-        and no more.
+        Ties are skipped. The better the proxy, the more ties some tastes have, so the number of requests per verdict is
+        limited.
         """
         for prompt in islice(self.asked, MOST_ASKED * (until - self.sent)):
             if self.sent == until:
@@ -122,7 +122,7 @@ class User:
                 self.sent += 1
 
     async def grade(self, seed: int, verdicts: int) -> dict[str, Any]:
-        """Its own proxy, learned of so many verdicts, against the frozen LLM, by its taste."""
+        """Compare the user's proxy, after this number of verdicts, with the frozen LLM by the user's taste."""
 
         async def pair(number: int, prompt: str) -> tuple[str, str, bool]:
             own = await self.client.chat(prompt, seed + number, {"proxy": "mine"})

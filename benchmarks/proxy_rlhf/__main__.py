@@ -1,7 +1,7 @@
 """The table of docs/results/proxy_rlhf.md: `python -m benchmarks.proxy_rlhf`.
 
-All methods side by side on the bundled world, three training seeds each. What is done stays done: a run that was
-stopped goes on where it was. `--scale 0.01` shows the path in minutes, with results that mean nothing.
+All methods compared on the toy data, with three training seeds each. Finished jobs are not repeated: a stopped run
+continues where it was. `--scale 0.01` runs the path in minutes, with meaningless results.
 """
 
 from benchmarks.comparison.jobs import command

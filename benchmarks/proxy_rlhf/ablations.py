@@ -16,7 +16,7 @@ from training.policy import Decoding, Draw, Policy, Proposals
 
 
 class ThresholdPolicy(Policy):
-    """Accepts where a ≥ 1/2, instead of with probability a."""
+    """Accepts if a ≥ 1/2, instead of with probability a."""
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
         certain = torch.finfo(torch.float32).max
@@ -31,7 +31,7 @@ class RepeatingPolicy(Policy):
     ) -> tuple[Decision, Proposals]:
         assert decoding.temperature == self.config.temperature
         probabilities, limit = candidates.logprobs.exp(), self.config.max_rejections
-        # The clocks' noise, which nobody else needs here, seeds as many draws as there may be.
+        # The noise of the proposal race, which is not used here otherwise, seeds all further draws.
         noise = draw(candidates.token_ids)
         generator = torch.Generator().manual_seed(int(noise[:, 0, 0].view(torch.int32).sum()))
         slots = probabilities.multinomial(limit, replacement=True, generator=generator)  # [R, M]
@@ -48,7 +48,7 @@ class RepeatingPolicy(Policy):
         return decision, Proposals(rows, slots[rows, turns], accepted[rows, turns])
 
     def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:
-        """P(token of each slot is emitted): p a (1 − r^M) / (1 − r), and r^M for the most probable; r = 1 − Σ p a."""
+        """P(token of each slot is emitted): p a (1 − r^M) / (1 − r), plus r^M for the most probable one; r = 1 − Σ p a."""
         taken = candidates.logprobs.double().exp() * accept_logits.double().sigmoid()
         rejected = 1 - taken.sum(-1, keepdim=True)
         never = rejected**self.config.max_rejections
@@ -60,13 +60,13 @@ class RepeatingPolicy(Policy):
 
 
 class RepeatingTrainer(proxy_ppo.ProxyPPOTrainer):
-    """Trains a proxy that is asked again about what it rejected."""
+    """Trains a proxy with repeated proposals."""
 
     policy_class = RepeatingPolicy
 
 
 def make_threshold(seed: int) -> Job:
-    """The one-pass proxy, accepting where a ≥ 1/2."""
+    """The one-pass proxy, accepting if a ≥ 1/2."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")

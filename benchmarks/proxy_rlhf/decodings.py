@@ -1,7 +1,7 @@
-"""Every method at its own best decoding: temperature and top-p, searched alike on validation prompts.
+"""Every method at its own best decoding: the same search over temperature and top-p on validation prompts.
 
-A method gains from a lower temperature as much as from training, and each from another one: a comparison at
-temperature 1 alone says which method needs it least.
+A lower temperature can improve a method as much as training does, and each method has another optimum. A comparison at
+temperature 1 only would favour the methods that depend least on it.
 """
 
 import math
@@ -28,7 +28,7 @@ GRID = [
         for temperature, top_p in product((0.3, 0.5, 0.7, 1.0), (0.8, 0.95, 1.0))
     ),
 ]
-"""What is tried; the best of N needs samples that differ, and leaves out the first."""
+"""The grid of the search. Best of N needs samples that differ, and leaves out the first one."""
 SIZE = 8
 BEST_OF = f"best of {SIZE}"
 TRAINED = {
@@ -40,7 +40,7 @@ TRAINED = {
 }
 """The jobs that train the methods."""
 PROXIES = {"one-pass proxy": "", "direct proxy": "proxy", "direct proxy, then PPO": ""}
-"""Where below the job's directory the proxy is."""
+"""Where the proxy is below the job's directory."""
 METHODS = ("frozen LLM", BEST_OF, *TRAINED)
 
 
@@ -54,7 +54,7 @@ def needs_of(method: str, seed: int) -> tuple[str, ...]:
 
 
 class Method:
-    """A method of a seed in memory, ready to answer under any decoding."""
+    """A trained method of one seed in memory, ready to answer under any decoding."""
 
     def __init__(
         self, setting: Setting, name: str, seed: int, split: str, share: float = 1.0
@@ -78,7 +78,7 @@ class Method:
         return answer(evaluation, key, by_policy(evaluation, self.policy, decoding))
 
     def figures(self, decoding: Decoding) -> dict[str, Any]:
-        """Of its answers; no divergence where these are chosen among samples."""
+        """Metrics of its answers; without divergence if these are chosen among samples."""
         answers = self.answers(decoding)
         if self.reward is not None:
             return grade(self.evaluation, answers, self.frozen)
@@ -110,7 +110,7 @@ def best_job(method: str, seed: int) -> str:
 
 
 def make_search(method: str, seed: int) -> Job:
-    """Every decoding of the grid, on half of the validation prompts."""
+    """All decodings of the grid, on half of the validation prompts."""
 
     def run(setting: Setting, _: Any) -> dict[str, Any]:
         tried = Method(setting, method, seed, "validation", share=0.5)
@@ -124,7 +124,7 @@ def make_search(method: str, seed: int) -> Job:
 
 
 def chosen_decoding(method: str, seeds: tuple[int, ...]) -> Callable[[Setting], Decoding]:
-    """The one that won most over all seeds."""
+    """The decoding with the highest win rate over all seeds."""
 
     def choose(setting: Setting) -> Decoding:
         rows = [setting.result(search_job(method, seed))["rows"] for seed in seeds]
@@ -135,7 +135,7 @@ def chosen_decoding(method: str, seeds: tuple[int, ...]) -> Callable[[Setting], 
 
 
 def make_best(method: str, seed: int, seeds: tuple[int, ...]) -> Job:
-    """The method at the decoding that was chosen, on test prompts."""
+    """The method at the chosen decoding, on test prompts."""
 
     def run(setting: Setting, _: Any) -> dict[str, Any]:
         decoding = chosen_decoding(method, seeds)(setting)

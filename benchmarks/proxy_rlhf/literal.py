@@ -1,7 +1,7 @@
-"""Proxy-RLHF as the paper has it: the proxy reads the LLM's hidden state *after* the candidate.
+"""Proxy-RLHF as in the paper: the proxy reads the LLM's hidden state *after* the candidate.
 
-Every candidate costs an LLM forward. In a batch each response is at a place of its own: a forward takes the present
-candidate of each, and a rejected one stays in the cache behind a mask that nobody looks past.
+Every candidate costs an LLM forward. In a batch each response is at its own position: a forward takes the present
+candidate of each, and a rejected one stays in the cache, masked out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from training.rollout import Counts, Decisions, Rollout
 
 
 class LiteralNetwork(nn.Module):
-    """Accept logit and value of the state after the candidate, [D, H] -> [D] both: two layers each."""
+    """Accept logit and value of the state after the candidate, [D, H] -> [D] each: two layers each."""
 
     def __init__(self, hidden_size: int, width: int, accept_bias: float) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LiteralNetwork(nn.Module):
 
 def _two_layers(hidden_size: int, width: int) -> nn.Sequential:
     last = nn.Linear(width, 1)
-    nn.init.normal_(last.weight, std=0.01)  # close to the frozen LLM at first
+    nn.init.normal_(last.weight, std=0.01)  # close to the frozen LLM initially
     nn.init.zeros_(last.bias)
     return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), last)
 
@@ -55,13 +55,13 @@ def _normalised(hidden: Tensor) -> Tensor:
 
 
 class LiteralTrainer(proxy_ppo.ProxyPPOTrainer):
-    """`training.proxy_ppo` with the literal proxy in the place of the one-pass one."""
+    """`training.proxy_ppo` with the literal proxy instead of the one-pass one."""
 
     network: LiteralNetwork  # type: ignore[assignment]
 
     def make_network(self) -> LiteralNetwork:  # type: ignore[override]
         hidden_size = self.model.get_input_embeddings().weight.shape[1]
-        # Twice the width of the one-pass proxy, which has two halves: as many parameters.
+        # Twice the width of the one-pass proxy, which has two halves: the same number of parameters.
         return LiteralNetwork(hidden_size, 2 * self.options.width, self.options.accept_bias)
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
@@ -81,7 +81,7 @@ class LiteralTrainer(proxy_ppo.ProxyPPOTrainer):
 
 
 class _Positions:
-    """Where each of N responses is: its candidates, their order, which one is asked about."""
+    """The present position of each of N responses: candidates, their order, and the next one to propose."""
 
     def __init__(self, keys: Tensor, decoding: Decoding, max_candidates: int) -> None:
         count = len(keys)
@@ -94,7 +94,7 @@ class _Positions:
         self.asked = torch.zeros(count, dtype=torch.long)
 
     def begin(self, rows: Tensor, logits: Tensor, positions: Tensor) -> None:
-        """A new position in these rows, after whose last token the LLM says `logits` [R, V]."""
+        """Start a new position in these rows, from the LLM's `logits` [R, V]."""
         decoding = self.decoding
         logits = logits.float() / decoding.temperature
         top_k = torch.full((len(rows),), decoding.top_k or logits.shape[-1])
@@ -108,7 +108,7 @@ class _Positions:
         self.asked[rows] = 0
 
     def slots(self, limit: int) -> tuple[Tensor, Tensor]:
-        """The slot that is proposed, and whether it is forced: all that could be asked were rejected. [N] both."""
+        """The proposed slot, and whether it is forced because all candidates were rejected. [N] each."""
         forced = self.asked >= self.sizes.clamp(max=limit)
         proposed = self.order.gather(-1, self.asked.clamp(max=self.max_candidates - 1)[:, None])
         return torch.where(forced, 0, proposed.squeeze(-1)), forced
@@ -126,7 +126,7 @@ def generate(
     max_candidates: int,
     max_rejections: int,
 ) -> Rollout:
-    """One response to each prompt by the paper's loop; what it draws and records is as in `training.rollout`."""
+    """One response to each prompt by the paper's loop; samples and records are as in `training.rollout`."""
     count, width = len(prompts), max(map(len, prompts))
     everyone = torch.arange(count)
     keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)])

@@ -1,4 +1,4 @@
-"""What each job trains, and how what it trained is graded. The gold scorer grades; trainings never see it."""
+"""Jobs of methods that only this comparison has. The reference scorer grades; no training sees it."""
 
 import time
 from dataclasses import replace
@@ -36,7 +36,7 @@ from training.rewards import Frozen, Reward, Sample
 def make_direct(
     name: str, seed: int, num_pairs: int | None = None, rounds: int = 0, **settings: Any
 ) -> Job:
-    """A proxy straight from pairs, or, where there are rounds, from prompts and the implicit reward."""
+    """A proxy trained with DPO on pairs or, with rounds, on prompts and the implicit reward."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         data: dict[str, Any]
@@ -110,7 +110,7 @@ def make_rlhf(
 
 
 class Ranked(NamedTuple):
-    """N samples of each of P prompts."""
+    """N samples for each of P prompts."""
 
     answers: list[Answers]  # N of them
     scores: Tensor  # [N, P], by the reward
@@ -132,7 +132,7 @@ def ranked_samples(
     count: int,
     key: int,
 ) -> Ranked:
-    """`count` samples of each prompt, scored; `key` and every tenth number after it seed their noise."""
+    """`count` samples for each prompt, scored; `key` and every tenth number after it seed their noise."""
     all_answers, scores, cpu = [], [], 0.0
     for number in range(count):
         answers = answer(evaluation, key + 10 * number, by_policy(evaluation, policy, decoding))
@@ -151,7 +151,7 @@ def ranked_samples(
 
 
 def best_of(ranked: Ranked, size: int) -> Answers:
-    """The best of the first `size` samples of each prompt."""
+    """The best of the first `size` samples for each prompt."""
     best = ranked.scores[:size].argmax(0).tolist()
     last = ranked.answers[-1]
     return replace(
@@ -162,7 +162,7 @@ def best_of(ranked: Ranked, size: int) -> Answers:
 
 
 def make_best_of(name: str, seed: int, proxy: str | None, sizes: tuple[int, ...]) -> Job:
-    """The best of N by the implicit reward model; the smaller N take the first of the same samples."""
+    """The best of N by the implicit reward model; smaller N use the first of the same samples."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")

@@ -1,8 +1,9 @@
 """How many preference pairs each method needs: `python -m benchmarks.proxy_rlhf.pairs`.
 
-The direct proxy, a proxy of PPO with the implicit reward, and DPO of the whole LLM, each trained on the same few pairs
-(the seed draws them) and on all 12,000; graded as `benchmarks.proxy_rlhf` does, whose jobs these are where the pairs
-are all. DPO and the reward model see few pairs up to twenty times; the direct proxy chooses its passes itself.
+Three methods, each trained on the same few pairs (drawn by the seed) and on all 12,000: a proxy with DPO, a proxy with
+PPO and the implicit reward, and DPO of the whole LLM. Grades are those of `benchmarks.proxy_rlhf`, whose jobs are used
+for all pairs. DPO of the LLM and the reward model see few pairs up to twenty times; the proxy with DPO chooses its
+number of passes itself.
 """
 
 import json
@@ -26,7 +27,7 @@ from benchmarks.proxy_rlhf.plan import DIRECT_PAIRS
 from benchmarks.proxy_rlhf.report import pooled
 
 PAIRS = (100, 300, 1000, 3000)
-"""For the methods that are not direct; with 30 a reward model learns nothing."""
+"""For the methods other than the proxy with DPO; with 30 pairs a reward model learns nothing."""
 ALL = 12_000
 UPDATES = 20
 DPO = 1e-4, 0.5

@@ -1,4 +1,4 @@
-"""All jobs, and what the methods' settings are chosen from."""
+"""All jobs, and the grids from which the methods' settings are chosen."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -26,18 +26,18 @@ SKAM: dict[str, dict[str, Any]] = {
     "with repeats": {"trainer_class": RepeatingTrainer},
     "without a limit": {"max_rejections": 16},
 }
-"""Options of the proxy without one of SKAM's parts; repeats need a law of their own."""
+"""Options of the proxy without one part of SKAM; repeats need another sampling rule."""
 FORMS: dict[str, Callable[..., Job]] = {"literal": make_literal_proxy, "proxy": make_proxy}
 DPO_SEARCH = [(1e-4, 0.05), (1e-4, 0.5), (3e-5, 0.1), (3e-5, 0.5), (1e-5, 0.1)]
 """Learning rate and β."""
 RLHF_SEARCH = [(2e-5, 0.02), (2e-5, 0.1), (1e-4, 0.02), (5e-5, 0.1), (5e-5, 0.5)]
 """Learning rate and KL weight."""
 PROXY_SEARCH = [10, 20, 60]
-"""Updates, for either form of the proxy."""
+"""Updates, for both forms of the proxy."""
 DIRECT_PAIRS = (30, 100, 300, 1000, 3000)
-"""Beside all of them."""
+"""In addition to all of them."""
 DIRECT_LOSSES = (("ipo", 0.1), ("simpo", 2.0), ("kto", 0.3))
-"""Beside DPO's, and β."""
+"""In addition to DPO's, with β."""
 DIRECT_ROUNDS = (1, 3)
 SEARCHES: dict[str, list[Any]] = {
     "dpo": DPO_SEARCH,
@@ -48,7 +48,7 @@ SEARCHES: dict[str, list[Any]] = {
 
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
-    """In the order in which they are begun, where what they need is done."""
+    """In the order in which they start, as soon as the jobs that they need are finished."""
     jobs = [Job("world", make_toy_data)]
     for seed in seeds:
         jobs += [make_frozen(seed), make_reward("implicit", seed)]
@@ -93,7 +93,7 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
 
 
 def direct_jobs(seed: int) -> list[Job]:
-    """Proxies straight from preferences: by the number of pairs, by the loss, and from samples of the LLM's own."""
+    """Proxies with DPO: by number of pairs, by loss, and from the LLM's own samples."""
     return [
         make_direct("direct-all", seed),
         *(make_direct(f"direct-{count}", seed, count) for count in DIRECT_PAIRS),
@@ -108,7 +108,7 @@ def direct_jobs(seed: int) -> list[Job]:
 def searches(method: str, seeds: tuple[int, ...]) -> list[list[str]]:
     """The jobs of each of a method's settings.
 
-    The proxies' are of all seeds, for all of that costs about one run of full RLHF; the others' of the first.
+    The proxies' jobs use all seeds, which together cost about one run of full RLHF; those of the others use the first.
     """
     prefixes = [f"{method}-search/{i}" for i in range(len(SEARCHES[method]))]
     if method not in FORMS:
@@ -119,7 +119,7 @@ def searches(method: str, seeds: tuple[int, ...]) -> list[list[str]]:
 def chosen(
     jobs: list[list[str]], grid: list[Any]
 ) -> tuple[Callable[[Setting], Any], tuple[str, ...]]:
-    """The settings whose jobs won most on the validation prompts, and all jobs that must be done to know."""
+    """The settings with the highest win rate on the validation prompts, and the jobs needed to know them."""
 
     def choose(setting: Setting) -> Any:
         rates = [fmean(setting.result(job)["row"]["win_rate"] for job in each) for each in jobs]

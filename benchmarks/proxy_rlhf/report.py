@@ -1,4 +1,4 @@
-"""The table, the figures behind it and the plots, from the jobs' results."""
+"""The table, the metrics behind it, and the plots, from the jobs' results."""
 
 import json
 import math
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def rows_of(setting: Setting) -> dict[str, Callable[[int], Row]]:
-    """Each row of the table: its figures for a training seed."""
+    """Each row of the table: its metrics for a training seed."""
 
     def trained(job: str) -> Callable[[int], Row]:
         def figures(seed: int) -> Row:
@@ -100,7 +100,7 @@ def parameters_of(model: Path) -> int:
 
 
 def table(rows: dict[str, Row], full: int) -> str:
-    """In Markdown. `full` = parameters of RLHF's actor and critic."""
+    """The table in Markdown. `full` = number of parameters of RLHF's actor and critic."""
     flaws = list(next(iter(rows.values()))["flaw_rates"])
     head = ["method", "gold win rate", "by seed", "trained parameters", "updates"]
     head += ["CPU s", "wall s", "KL, nats", "tokens", *flaws]
@@ -125,7 +125,7 @@ def table(rows: dict[str, Row], full: int) -> str:
 
 
 def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
-    """What the methods' settings were chosen from."""
+    """The results from which the methods' settings were chosen."""
     lines = [
         "| method | settings | gold win rate, validation | KL, nats | CPU s |",
         "|---|---|---|---|---|",
@@ -144,7 +144,7 @@ def search_table(setting: Setting, seeds: tuple[int, ...]) -> str:
 
 
 def decodings_table(setting: Setting, seeds: tuple[int, ...]) -> str:
-    """Each method at its best decoding, and what that was chosen from."""
+    """Each method at its best decoding, and the results of the search."""
     lines = ["| method | decoding | gold win rate | by seed | KL, nats |", "|---|---|---|---|---|"]
     tried = [
         f"| method, validation prompts | {' | '.join(map(_named, GRID))} |",
@@ -202,7 +202,7 @@ def draw_wins(rows: dict[str, Row], path: Path) -> None:
 
 
 def draw_hacking(setting: Setting, seeds: tuple[int, ...], path: Path) -> None:
-    """Reward and gold score of each update's rollout, method by method; first the most that each was trained."""
+    """Reward and reference score of each update's rollout, by method; the longest training first."""
     longest = PROXY_SEARCH.index(max(PROXY_SEARCH))
     hardest = {"rlhf": RLHF_SEARCH.index((1e-4, 0.02)), "literal": longest, "proxy": longest}
     figure = Figure(figsize=(12, 9), layout="constrained")

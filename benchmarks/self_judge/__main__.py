@@ -1,8 +1,8 @@
-"""The tables, the figures and the plot behind docs/results/self_judge.md: `python -m benchmarks.self_judge`.
+"""The tables, metrics and plots of docs/results/self_judge.md: `python -m benchmarks.self_judge`.
 
-Judges side by side on the bundled world, and what is trained by them, beside the published rows of
-`benchmarks.proxy_rlhf`. What is done stays done: a run that was stopped goes on where it was, and the seeds that are
-run are added to those in self_judge.json. `--scale 0.01` shows the path in minutes, with results that mean nothing.
+Compares judges on the toy data, and models trained by them, with the published rows of `benchmarks.proxy_rlhf`.
+Finished jobs are not repeated: a stopped run continues where it was, and new seeds are added to those in
+self_judge.json. `--scale 0.01` runs the path in minutes, with meaningless results.
 """
 
 from benchmarks.comparison.jobs import command

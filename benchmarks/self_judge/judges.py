@@ -1,4 +1,4 @@
-"""Judges side by side: how often each is right, whom it chooses, and what each strategy makes of its verdicts."""
+"""Compares judges: accuracy, consistency, and the choices of each tournament strategy from their verdicts."""
 
 import asyncio
 import math
@@ -23,21 +23,21 @@ from training.rewards import Frozen
 from training.toy_data import principles, reference_scorer
 
 CLEAR = 2.0
-"""Pairs differ clearly where their gold scores differ by as much."""
+"""Pairs differ clearly if their reference scores differ by at least this much."""
 BATCH = 64
 
 Rule = Callable[[Sequence[Question]], list[Ruling]]
 Rate = tuple[float, float]
-"""A share, and its standard error."""
+"""A share and its standard error."""
 
 
 class By(NamedTuple):
-    """A judge of a training seed's."""
+    """A judge of a training seed."""
 
     job: str | None
-    """Which trains it; None = the frozen LLM's own judgment."""
+    """The job that trains it; None = the frozen LLM's own judgment."""
     principles: tuple[str, ...] = ()
-    """What it judges by; () = the first."""
+    """The principles it judges by; () = the first."""
 
 
 JUDGES = {
@@ -49,11 +49,11 @@ JUDGES = {
     "scalar reward": By("reward-scalar"),
 }
 MAJORITY = By("reward-judge", tuple(principles.PRINCIPLES))
-"""All principles at once; as many times the cost."""
+"""All principles at once; the cost is proportional to their number."""
 
 
 def judge_of(setting: Setting, evaluation: EvaluationSet, by: By, seed: int) -> Rule:
-    # Loaded anew: a judge that is a LoRA stays on its model.
+    # A model of its own: a judge that is a LoRA stays loaded on it.
     model = load_model(str(setting.model), dtype=torch.bfloat16)[0].eval()
     base = identify(str(setting.model))
     frozen = Frozen(model, evaluation.tokenizer, base, DECODING, evaluation.end_ids, BATCH)
@@ -64,11 +64,11 @@ def judge_of(setting: Setting, evaluation: EvaluationSet, by: By, seed: int) -> 
 def agreement(
     judge: Rule, rows: Sequence[dict[str, Any]], quality: str | None = None
 ) -> dict[str, Any]:
-    """How often the judge agrees with gold, with the labels and with itself; and of clear pairs alone.
+    """Agreement of the judge with the reference scorer, with the labels and with itself, on all and on clear pairs.
 
     Args:
         rows: labelled pairs
-        quality: what gold looks at; None = all
+        quality: which one the reference scorer grades; None = all
     """
     rulings = judge([_question(row) for row in rows])
     prefers = torch.tensor([ruling.first_goes_on for ruling in rulings])
@@ -92,7 +92,7 @@ def rate(hits: Tensor) -> Rate:
 
 
 def preferred(row: dict[str, Any], quality: str | None = None) -> float:
-    """Gold score of the chosen response over the rejected one; by a quality alone where it is named."""
+    """Reference score of the chosen response minus that of the rejected one; by a single quality if it is named."""
     text = row["prompt"][-1]["content"]
 
     def score(answer: str) -> float:
@@ -117,7 +117,7 @@ def _user(text: str) -> Message:
 def knock_out_round(
     judge: Rule, prompts: Sequence[str], standing: list[list[str]]
 ) -> list[list[str]]:
-    """Neighbours meet, of every prompt at once; an even number to each."""
+    """Compare neighbouring answers for every prompt at once; each prompt has an even number of them."""
     questions = [
         Question([_user(prompt)], a, b)
         for prompt, row in zip(prompts, standing, strict=True)
@@ -134,7 +134,7 @@ Rulings = dict[Pair, Ruling]
 
 
 def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
-    """Of every pair, whichever comes first. Identical answers tie, as in the server, whatever the judge reads."""
+    """The results of every pair in both orders. Identical answers tie, as in the server."""
     pairs = [(a, b) for a in range(len(answers)) for b in range(a)]
     ruled = judge([Question([_user(prompt)], answers[a], answers[b]) for a, b in pairs])
     found: Rulings = {}
@@ -146,7 +146,7 @@ def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
 
 
 def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> Receipt:
-    """A strategy's tournament, of rulings that are known."""
+    """A strategy's tournament, from known results."""
 
     async def look_up(pairs: list[Pair]) -> list[Ruling]:
         return [rulings[pair] for pair in pairs]

@@ -1,4 +1,4 @@
-"""What each job of the self-judge comparison does. The gold scorer grades; trainings never see it."""
+"""Jobs of the self-judge comparison. The reference scorer grades; no training sees it."""
 
 import json
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def judges_of(seed: int) -> set[str]:
 
 
 def make_judge(seed: int, **settings: Any) -> Job:
-    """The frozen LLM's judge as a LoRA, from the pairs of all and of each principle."""
+    """The frozen LLM's judge as a LoRA, trained on general pairs and on pairs by principle."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         options = jsft.Options(
@@ -73,7 +73,9 @@ def make_judge(seed: int, **settings: Any) -> Job:
 
 
 def make_more(setting: Setting, directory: Path) -> dict[str, Any]:
-    """Twice the pairs, the first half of them the world's own, and half as many judgments by principle, in one file."""
+    """Twice as many pairs, of which the first half are the toy data's, and half as many judgments by principle, in one
+    file.
+    """
     options = toy_files.Options(
         output=directory,
         overwrite=True,
@@ -111,7 +113,7 @@ def make_likelihood(
 
 
 def make_judged(seed: int) -> Job:
-    """What every judge says of the held-out pairs, and the LoRA by each principle of what differs by it."""
+    """Every judge's results on the held-out pairs, and those of the LoRA for each principle."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")
@@ -135,7 +137,7 @@ def make_judged(seed: int) -> Job:
 
 
 def make_samples(speaker: str, seed: int, size: int) -> Job:
-    """So many answers to each prompt by the frozen LLM, by a proxy on it or by a trained model."""
+    """`size` answers to each prompt by the frozen LLM, by a proxy or by a trained model."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")
@@ -155,9 +157,10 @@ def make_samples(speaker: str, seed: int, size: int) -> Job:
 
 
 def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
-    """The best of N of a speaker's answers by every judge's knock-out.
+    """The best of N of a sampling model's answers, by the knock-out of every judge.
 
-    The answers meet in the order in which they were drawn, so that the brackets of fewer are parts of the whole one.
+    Answers are compared in the order in which they were sampled, so the brackets of smaller N are part of the largest
+    one.
     """
     samples = f"samples-{speaker}/{seed}"
 
@@ -187,7 +190,7 @@ def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
 def ceiling(
     prompts: Sequence[str], texts: Sequence[Sequence[str]], reference: Sequence[str]
 ) -> dict[int, Any]:
-    """The best of N by gold itself, which no judge can surpass; of the same N as a knock-out's brackets."""
+    """The best of N by the reference scorer, an upper bound for every judge, for the N of a knock-out's brackets."""
     sizes = [2**i for i in range(len(texts).bit_length())]
     chosen = {
         size: [
@@ -248,7 +251,7 @@ def make_self_training(judge: str, seed: int, **settings: Any) -> Job:
             overwrite=True,
             lora_rank=0,
             decoding=DECODING,
-            max_flips=1.0,  # a run that ends early would end the comparison
+            max_flips=1.0,  # a run that stops early would stop the comparison
             seed=seed,
             **settings | {"steps": setting.updates(settings["steps"])},
         )

@@ -1,5 +1,6 @@
 """All jobs. Settings were chosen on validation prompts: those of DPO and the proxy by the Proxy-RLHF comparison, those
-of the judges and of self-training by hand."""
+of the judges and of self-training by hand.
+"""
 
 from typing import Any
 
@@ -27,9 +28,9 @@ from benchmarks.self_judge.methods import (
 )
 
 LORA: dict[str, Any] = {"lora_rank": 32, "learning_rate": 1e-3}
-"""Of all judges that are one."""
+"""Of all judges that are LoRAs."""
 UPDATES = fixed(20)
-"""Of a proxy."""
+"""Updates of a proxy."""
 DPO = fixed((1e-4, 0.5))
 """Learning rate and β."""
 SELF_TRAINING: dict[str, Any] = {
@@ -46,11 +47,13 @@ SPEAKERS: dict[str, tuple[int, tuple[str, ...]]] = {
     **{f"proxy-{teacher}": (8, BY_SOME) for teacher in TEACHERS},
     "self-training-more": (8, BY_SOME),
 }
-"""Whose answers the judges choose from, how many, and which judges."""
+"""The models that the judges choose answers from, the number of answers, and the judges."""
 
 
 def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
-    """Each after what it needs, a seed as a whole before the next, but for DPO, the longest that nothing needs."""
+    """Jobs after those that they need. All jobs of a seed come before the next seed, except DPO, the longest, which no
+    other job needs.
+    """
     ours, more = "world/preferences.jsonl", f"more/{MORE}"
     jobs = [Job("world", make_toy_data), Job("more", make_more)]
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""The tables, the figures behind them and the plot, from the jobs' results."""
+"""The tables, the metrics behind them, and the plot, from the jobs' results."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -34,13 +34,13 @@ TRAINED = {
 
 
 def pooled(rates: Sequence[Rate]) -> Rate:
-    """The mean over the seeds, and its standard error."""
+    """The mean over the seeds and its standard error."""
     means, errors = zip(*rates, strict=True)
     return fmean(means), pooled_error(errors)
 
 
 def figures_of(setting: Setting, seed: int) -> dict[str, Any]:
-    """What the jobs of a seed found."""
+    """The results of a seed's jobs."""
 
     def of(job: str) -> dict[str, Any]:
         return setting.result(f"{job}/{seed}")
@@ -159,7 +159,7 @@ def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
-    """Best of N by every judge, a panel for each speaker."""
+    """Best of N by every judge, one panel for each sampling model."""
     figure = Figure(figsize=(4 * len(SPEAKERS), 4), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(JUDGES)} | {CEILING: "grey"}
     panels = figure.subplots(1, len(SPEAKERS), sharey=True)
@@ -189,7 +189,7 @@ def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def write(setting: Setting, seeds: tuple[int, ...], output: Path) -> None:
-    """Adds the seeds to those that the output's figures have already, so that machines may share the work."""
+    """Add the seeds to those in the output's file, so that several machines may share the work."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "self_judge.json"
     by_seed = json.loads(path.read_text()) if path.exists() else {}

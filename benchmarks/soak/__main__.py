@@ -1,9 +1,9 @@
-"""The real server under a crowd for a quarter of an hour: `make soak`, or `python -m benchmarks.soak`.
+"""A real server under load for a quarter of an hour: `make soak`, or `python -m benchmarks.soak`.
 
-First the server is asked every question while it has nothing else to do. Then 64 clients ask them at once, in any
-order, among streams, judgments, feedback, requests that are given up and requests that are refused, while proxies are
-loaded, replaced and unloaded. An answer is right if it is, letter by letter, what the quiet server said with the same
-version of the proxy. The engine computes in float32: bfloat16 kernels round differently in another batch.
+First every question is sent to the otherwise idle server. Then 64 clients send them concurrently, in random order,
+together with streams, judgments, feedback, cancelled and invalid requests, while proxies are loaded, replaced and
+unloaded. An answer is right if its text equals the idle server's with the same version of the proxy. The engine
+computes in float32, because bfloat16 kernels round differently in another batch.
 """
 
 import asyncio
@@ -37,31 +37,31 @@ WATCH_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """What to do to it."""
+    """The load."""
 
     clients: int = 64
-    """At once."""
+    """Concurrent clients."""
     minutes: float = 15.0
-    """How long."""
+    """Duration in minutes."""
     prompts: int = 8
-    """Different ones."""
+    """Different prompts."""
     seeds: int = 4
-    """For each prompt of a chat."""
+    """Seeds for each prompt of a chat."""
     seed: int = 0
-    """Of whatever is drawn here."""
+    """Seed of all random choices here."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the metrics."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the server's processes hold at one moment."""
+    """Resources of the server's processes at one moment."""
 
     minutes: float
     megabytes: float
-    """Memory in proportion to who shares it (PSS)."""
+    """Proportional set size (PSS)."""
     files: int
-    """Descriptors."""
+    """File descriptors."""
     threads: int
 
 
@@ -85,7 +85,7 @@ async def watch(server: Server, begin: float, until: float) -> list[Sample]:
 
 
 def make_versions(root: Path) -> dict[str, str]:
-    """Three proxies: the demo's, and two of the same network that are readier to reject. Name -> version."""
+    """Save three proxies: the demo's, and two of the same network that reject more often. Returns name -> version."""
     loaded = load(DEMO / "proxies" / "aligned", base=None)
     for name in ("one", "two", "three"):
         save(root / name, loaded.network, base=loaded.base, training=loaded.training)
@@ -95,12 +95,12 @@ def make_versions(root: Path) -> dict[str, str]:
 
 
 async def soak(server: Server, options: Options, root: Path, versions: dict[str, str]) -> Any:
-    """The figures of a whole run, on a server that is healthy."""
+    """The metrics of a run on a healthy server."""
     rng = random.Random(options.seed)
     _, _, combinations = split_combinations(0)
     prompts = [prompt.text for prompt in islice(draw_prompts(combinations, rng), options.prompts)]
     asked = list(questions(prompts, options.seeds, rng))
-    # uvicorn closes idle connections after 5 s; whoever asks through one just then is no lost request.
+    # uvicorn closes idle connections after 5 s; a request sent at that moment is not lost by the server.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(300)
     async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as http:
@@ -147,7 +147,7 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
 
 
 def trend(samples: Sequence[Sample], unit: str) -> dict[str, float]:
-    """The line through the second half, when all is warm: first, last, and the slope per minute."""
+    """Linear regression over the second half, after warm-up: first, last, and the slope per minute."""
     warm = samples[len(samples) // 2 :]
     minutes, values = [each.minutes for each in warm], [float(getattr(each, unit)) for each in warm]
     slope, intercept = linear_regression(minutes, values)
@@ -180,7 +180,7 @@ def main(options: Options) -> int:
 
 
 def show(figures: Any) -> None:
-    """The table for the docs, and what it does not hold."""
+    """Print the table for the docs and the other metrics."""
     outcomes = ("right", "refused", "cancelled", "wrong", "lost")
     lines = [["requests", *outcomes, "median s", "p99 s"]]
     lines.append(["---"] * len(lines[0]))

@@ -1,4 +1,4 @@
-"""The clients, and whoever loads and unloads proxies under their hands."""
+"""The clients, and an operator that loads and unloads proxies meanwhile."""
 
 import asyncio
 import random
@@ -32,18 +32,18 @@ Key = tuple[Question, str | None]
 
 @dataclass
 class Record:
-    """What came of all requests so far."""
+    """The outcomes of all requests so far."""
 
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """kind -> right, wrong, lost, cancelled, refused -> requests."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """kind -> of each right answer."""
+    """kind -> seconds of each right answer."""
     details: list[str] = field(default_factory=list)
-    """Of the first wrong and lost ones."""
+    """Details of the first wrong and lost ones."""
     versions: Counter[str] = field(default_factory=Counter)
-    """version -> right answers of the name that moves."""
+    """version -> right answers under the name MOVING."""
     feedback: int = 0
-    """Acknowledged."""
+    """Acknowledged feedback."""
     changes: Counter[str] = field(default_factory=Counter)
     """Loads and unloads."""
 
@@ -55,18 +55,18 @@ class Record:
 
 @dataclass
 class Crowd:
-    """Clients of one server, and all that they may know."""
+    """Clients of one server, and the expected answers."""
 
     http: aiohttp.ClientSession
     questions: Sequence[Question]
     right: dict[Key, str]
-    """What the server said when it was asked nothing else."""
+    """The idle server's answers."""
     record: Record = field(default_factory=Record)
 
     async def ask(
         self, question: Question, proxy: str | None, *, stream: bool = False
     ) -> tuple[str, str | None]:
-        """(what is said, the version of the proxy that says it)."""
+        """(text, version of the proxy that answered)."""
         body = question.body(proxy) | ({"stream": True} if stream else {})
         async with self.http.post(PATHS[question.shape], json=body) as reply:
             if reply.status != 200:
@@ -78,7 +78,7 @@ class Crowd:
             return said, version or None
 
     async def client(self, rng: random.Random, until: float) -> None:
-        """One request after the other."""
+        """Send one request after another."""
         kinds: Sequence[Callable[[random.Random], Awaitable[None]]]
         kinds = [self._question] * 12 + [self._stream] * 4 + [self._cancelled] * 2
         kinds = [*kinds, self._bad, self._feedback, self._passing]
@@ -106,7 +106,7 @@ class Crowd:
         self._compare("chat, streamed", question, version, said, monotonic() - begin)
 
     async def _passing(self, rng: random.Random) -> None:
-        """A proxy that may not be there is refused, or it answers to the end."""
+        """A request to a proxy that may be unloaded: it is refused, or answered completely."""
         question = rng.choice([each for each in self.questions if each.shape == "chat"])
         begin = monotonic()
         try:
@@ -118,7 +118,7 @@ class Crowd:
         self._compare("a passing proxy", question, version, said, monotonic() - begin)
 
     async def _cancelled(self, rng: random.Random) -> None:
-        """Gone after some pieces of an answer that would have been long."""
+        """Disconnect after some chunks of a long answer."""
         question = rng.choice([each for each in self.questions if each.shape == "chat"])
         body = question.body(rng.choice(proxies("chat"))) | {
             "stream": True,
@@ -169,7 +169,7 @@ class Crowd:
     async def operator(
         self, rng: random.Random, root: Path, versions: Sequence[str], until: float
     ) -> None:
-        """Replaces the proxy of one name, and loads and unloads others, all the time."""
+        """Replace the proxy of one name, and load and unload others, until the time is over."""
         there = {PASSING: False, "shadow": False}
         try:
             while monotonic() < until:
@@ -199,7 +199,7 @@ class Crowd:
 
 
 async def ask_quietly(crowd: Crowd, versions: dict[str, str]) -> None:
-    """Fill in what is right: every question, one at a time, of every proxy that may be asked it.
+    """Record the expected answers: every question, one at a time, for every proxy that may receive it.
 
     Args:
         crowd: with an empty `right`.

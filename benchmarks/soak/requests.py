@@ -1,7 +1,7 @@
-"""What the clients of a soak ask, and how an answer is read: the same alone and in a crowd, or it is wrong.
+"""The requests of a soak test, and how their answers are read: an answer is wrong if it differs from the idle server's.
 
-A `Question` is a request of which all is fixed, the seed included. Whoever answers it, whenever, says the same text,
-apart from which version of a proxy a name stands for just then.
+A `Question` is a fully determined request, including its seed. The answer is the same at any time, except for the
+version of a proxy that a name stands for at that moment.
 """
 
 import json
@@ -15,11 +15,11 @@ import aiohttp
 
 MODEL = "demo"
 FIXED = ("aligned", "polite")
-"""Proxies of the command line, which nobody replaces."""
+"""Proxies of the command line, which are not replaced."""
 MOVING = "moving"
 """A name that stands for one version after another."""
 PASSING = "passing"
-"""A name that stands for a proxy now and then."""
+"""A name that is loaded at times only."""
 
 Shape = Literal["chat", "completion", "best of 4", "judge"]
 PATHS: dict[Shape, str] = {
@@ -47,7 +47,7 @@ class Question:
     prompt: str
     seed: int = 0
     responses: tuple[str, str] = ("", "")
-    """For the judge."""
+    """Responses for the judge."""
 
     def body(self, proxy: str | None) -> dict[str, Any]:
         chat = {"messages": [{"role": "user", "content": self.prompt}]}
@@ -69,7 +69,7 @@ class Question:
 
 
 def questions(prompts: list[str], seeds: int, rng: random.Random) -> Iterator[Question]:
-    """Some of each shape; the judge compares an answer with one to something else."""
+    """Questions of each shape; the judge compares an answer with an unrelated one."""
     for prompt, seed in product(prompts, range(seeds)):
         yield Question("chat", prompt, seed)
     for prompt in prompts:
@@ -79,7 +79,7 @@ def questions(prompts: list[str], seeds: int, rng: random.Random) -> Iterator[Qu
 
 
 def proxies(shape: Shape) -> tuple[str | None, ...]:
-    """What a question of this shape is asked of: None is the frozen LLM."""
+    """The proxies that receive questions of this shape; None is the frozen LLM."""
     if shape == "chat":
         return (None, *FIXED, MOVING)
     return {
@@ -90,7 +90,7 @@ def proxies(shape: Shape) -> tuple[str | None, ...]:
 
 
 def read(shape: Shape, answer: dict[str, Any]) -> str:
-    """What the answer says, of what must be the same every time."""
+    """The part of the answer that must be the same every time."""
     match shape:
         case "completion":
             return str(answer["choices"][0]["text"])
@@ -101,7 +101,7 @@ def read(shape: Shape, answer: dict[str, Any]) -> str:
 
 
 async def read_stream(reply: aiohttp.ClientResponse, chunks: int | None = None) -> str:
-    """A streamed chat answer's text; with `chunks` only so much of it."""
+    """The text of a streamed chat answer, or of its first `chunks`."""
     text, ended, seen = "", False, 0
     async for line in reply.content:
         if line == b"data: [DONE]\n":
