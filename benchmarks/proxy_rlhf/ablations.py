@@ -48,7 +48,7 @@ class RepeatingPolicy(Policy):
         return decision, Proposals(rows, slots[rows, turns], accepted[rows, turns])
 
     def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:
-        """P(token of each slot is emitted): p a (1 − r^M) / (1 − r), plus r^M for the most probable one; r = 1 − Σ p a."""
+        """P(a slot is emitted): p a (1 − r^M) / (1 − r), plus r^M for the most probable; r = 1 − Σ p a."""
         taken = candidates.logprobs.double().exp() * accept_logits.double().sigmoid()
         rejected = 1 - taken.sum(-1, keepdim=True)
         never = rejected**self.config.max_rejections

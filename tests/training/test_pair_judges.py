@@ -102,7 +102,7 @@ def test_principles_that_are_not_there(work: Path, name: str | None, message: st
 
 def test_the_llm_itself_judges_where_no_judge_is_named(work: Path) -> None:
     """Said as a reward, its principle would be lost."""
-    with pytest.raises(TrainingError, match="where no judge is named; .* with --principles"):
+    with pytest.raises(TrainingError, match="is the default judge: .* with --principles"):
         load_judges("self-judge:overall", frozen_of(work / "base"))
 
 
