@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import proxy.rows
-from proxy.history import History
+import proxy.engine.rows
+import proxy.engine.scoring
+from proxy.engine.decision_stats import DecisionStats
 
 SAMPLING_PARTS = ("nucleus", "network", "decide", "record")
 """The parts: the most probable candidates and their mass; the network; noise and decision; and what is kept for
@@ -91,19 +92,19 @@ class Clock:
 def timed_sampling(clock: Clock, device: str) -> Iterator[None]:
     """Time the parts in `SAMPLING_PARTS` inside the block."""
     wrapped: list[tuple[Any, str, str]] = [
-        (proxy.rows, "nucleus", "nucleus"),
-        (proxy.rows, "decide", "decide"),
-        (proxy.rows.AlignedRows, "noise", "decide"),
-        (proxy.rows.Mixture, "project", "network"),
-        (proxy.rows.Mixture, "accept_logits", "network"),
-        (History, "record", "record"),
+        (proxy.engine.rows, "nucleus", "nucleus"),
+        (proxy.engine.rows, "decide", "decide"),
+        (proxy.engine.rows.ProxiedRows, "noise", "decide"),
+        (proxy.engine.scoring.ProxyScorer, "project", "network"),
+        (proxy.engine.scoring.ProxyScorer, "accept_logits", "network"),
+        (DecisionStats, "record", "record"),
     ]
     if device == "cpu":
-        from proxy import loop_rows
+        from proxy.cpu import rows as cpu_rows
 
         wrapped += [
-            (loop_rows.LoopRows, "_share_out", "nucleus"),
-            (loop_rows, "decide_rows", "decide"),
+            (cpu_rows.KernelRows, "_find_top", "nucleus"),
+            (cpu_rows, "decide_rows", "decide"),
         ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
     for owner, name, part in wrapped:

@@ -26,19 +26,19 @@ from torch import Tensor
 
 from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
 from judge.options import read_options
-from proxy.acceptance import noise_key
-from proxy.history import History
-from proxy.hook import Step, align
+from proxy.engine.assignment import Assignment
+from proxy.engine.batch_plan import BatchPlan, make_plan
+from proxy.engine.decision_stats import DecisionStats
+from proxy.engine.hook import Step, sample_proxied_rows
+from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.plan import Plan, make_plan
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import Assignment
+from proxy.noise import noise_key
 
 NUM_PARAMETERS = 7.6e9
 BYTES_PER_PARAMETER = 2
 HOOK_PARTS = (*SAMPLING_PARTS, "rest")
 PARTS = (*HOOK_PARTS, "hook", "plain")
-SYNC_CHECK_STEPS = 70  # counts are folded every 64
+SYNC_CHECK_STEPS = 140  # more than the 128 steps after which counts are added up
 
 SamplingName = Literal[
     "top_p 1", "top_p 0.95", "top_k 20, top_p 0.95", "T 0.3, top_p 0.95", "greedy"
@@ -106,7 +106,7 @@ def bandwidth(clock: Clock, options: Options) -> float:
     return tensor.numel() * tensor.element_size() / seconds
 
 
-def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingName], Plan]:
+def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingName], BatchPlan]:
     """Load the proxies; returns a function that plans a batch of R rows for them."""
     device = torch.device(options.device)
     config = ProxyConfig(
@@ -121,7 +121,7 @@ def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingNa
         table = torch.randn(vocab_size, 2 * options.width, device=device)
         pool.add(ServedProxy(f"proxy{number}", "0", config), network.weights(), table)
 
-    def plan(count: int, sampling: SamplingName) -> Plan:
+    def plan(count: int, sampling: SamplingName) -> BatchPlan:
         assignments = [
             Assignment(
                 f"request{row}",
@@ -129,7 +129,6 @@ def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingNa
                 max_rejections=config.max_rejections,
                 key=noise_key(row),
                 is_seeded=options.seeded,
-                slot=row + 1,
                 **SAMPLINGS[sampling],
             )
             for row in range(count)
@@ -161,7 +160,7 @@ def plain_draw(
 
 @torch.inference_mode()
 def measure_case(
-    options: Options, clock: Clock, plan: Plan, vocab_size: int, sampling: SamplingName
+    options: Options, clock: Clock, plan: BatchPlan, vocab_size: int, sampling: SamplingName
 ) -> dict[str, float]:
     """Milliseconds of the hook, of its parts and of the plain draw."""
     device, count = torch.device(options.device), len(plan.req_ids)
@@ -172,11 +171,11 @@ def measure_case(
     k, p = settings.get("top_k"), settings.get("top_p")
     top_k = None if k is None else torch.full((count,), k, device=device, dtype=torch.int32)
     top_p = None if p is None else torch.full((count,), p, device=device)
-    history = History(device, reports=True, capacity=count)
-    step = Step(plan, hidden, positions, None, history)
+    stats = DecisionStats(device, reports=True)
+    step = Step(plan, hidden, positions, None, stats)
 
     def hook() -> Tensor:
-        return align(step, logits, tempered=False)
+        return sample_proxied_rows(step, logits, temperature_applied=False)
 
     if options.device == "cuda":
         refuse_syncs(hook)

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-import proxy.sampler
+import proxy.engine.sampler_v1
 from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
 from benchmarks.engines import make_llm
 from benchmarks.models import Model, ModelName, get_model
@@ -81,7 +81,7 @@ def instrument(engine: Any, clock: Clock) -> None:
     clock.wrap(runner, "sample_tokens", "bookkeeping")
     clock.wrap(runner.sampler, "forward", "constraints")
     clock.wrap(runner.sampler, "sample", "draw")
-    clock.wrap(proxy.sampler, "align", "draw")
+    clock.wrap(proxy.engine.sampler_v1, "sample_proxied_rows", "draw")
 
 
 def one_round(

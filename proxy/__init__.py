@@ -1,36 +1,23 @@
-"""The proxy: a small network that accepts or rejects what a frozen LLM proposes, token by token.
+"""The proxy: a small network that accepts or rejects the tokens that a frozen LLM proposes.
 
-One line a module, in the order in which they are read best. The law and the network:
+The algorithm, which the engine, the trainer and the judge share:
 
-- `acceptance` - the law: logits, scores and noise in, one token per row out. Pure tensor functions.
-- `exact`      - the same law in closed form: the probability of each token.
-- `network`    - the network that scores the candidates of a row.
-- `checkpoint` - a trained network on disk, tied to the LLM that it was trained for.
-- `reward_file` - `reward.json`: what a reward or judge on disk is, and its LLM.
-- `likelihood` - how much likelier a proxy makes responses: a reward, and a judge.
-- `learned`    - versions that a server learns, on disk.
-- `request`    - what a request may ask of it.
-- `positions`  - where responses left a proxy a choice: what it is trained on directly.
-- `position_store` - these, kept for a server that learns.
+- `acceptance`     - accept/reject sampling: logits, scores and noise in, one token per row out.
+- `noise`          - its random numbers: fresh, or from a request's seed.
+- `exact`          - the same in closed form: the probability of each token.
+- `network`        - the network that scores the candidates of a row.
+- `checkpoint`     - a trained network on disk, with the fingerprint of its LLM.
+- `reward_file`    - `reward.json`: what a reward or judge on disk is, and its LLM.
+- `likelihood`     - how much likelier responses are with a proxy: a reward, and a judge.
+- `positions`      - the positions of responses where a proxy has a choice.
+- `position_store` - these on disk, for a server that learns.
+- `learned`        - versions that a server learns, on disk.
+- `request`        - what a request may ask of a proxy, and what the worker answers.
 
-In the engine:
+In vLLM:
 
-- `hook`       - what happens to the logits of one step.
-- `plan`       - how the rows of one batch are sampled, until the batch changes.
-- `ledger`     - which requests follow which proxy, and their plan.
-- `rows`       - the rows that proxies decide, one evaluation for all.
-- `pool`       - all loaded proxies side by side on the device.
-- `registry`   - which proxies these are: names, versions, shadows.
-- `history`    - what became of aligned tokens, by request and by proxy.
-- `metrics`    - the same for Prometheus.
-- `reading`    - positions of given responses, kept as their prefill goes by.
-- `loop`       - the law on a CPU, compiled, one row after another.
-- `loop_rows`  - a plan's rows as that loop wants them.
-- `sampler`    - the hook in the place of the draw of vLLM's sampler.
-- `sampler_v2` - likewise in Model Runner V2.
-- `worker`     - vLLM's workers with that sampler, and the calls that load and unload proxies.
-- `lora_cpu`   - vLLM's LoRA on a CPU, mended.
-- `orphan`     - the end of an engine whose server was killed.
+- `worker`         - vLLM's workers with proxies, and the calls that load and unload them.
 
-Only the samplers, `worker` and `lora_cpu` import vllm; importing this package imports nothing.
+`engine/` has everything behind the worker, `cpu/` the compiled kernel for CPUs. Importing this package
+imports nothing.
 """

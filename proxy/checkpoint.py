@@ -1,7 +1,7 @@
 """A trained proxy on disk: a directory with `proxy.safetensors` and `config.json`. No pickles.
 
-A proxy reads the hidden states of one particular LLM; on another it would speak nonsense without
-an error. So the checkpoint carries the fingerprint of its base, and `load` compares. Errors:
+A proxy works with the hidden states of one LLM only; on another LLM its scores would be meaningless,
+without an error. So the checkpoint has the fingerprint of its base, and `load` compares it. Errors:
 
     ProxyError (a ValueError)
     ├── CheckpointError       a file is missing, corrupt or of another schema
@@ -31,7 +31,7 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 class ProxyError(ValueError):
-    """Something is wrong with a proxy; the message says what, where and how to mend it."""
+    """A problem with a proxy; the message says what it is, where, and how to fix it."""
 
 
 class CheckpointError(ProxyError):
@@ -43,21 +43,21 @@ class FingerprintMismatch(ProxyError):
 
 
 class BaseModelId(BaseModel):
-    """The LLM that a proxy belongs to."""
+    """The LLM that a proxy was trained for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str  # for people; never compared
+    name: str  # for messages; never compared
     fingerprint: str
 
 
-class LoadedProxy(NamedTuple):
-    """A proxy in memory, and where it comes from."""
+class ProxyCheckpoint(NamedTuple):
+    """A checkpoint in memory."""
 
     network: ProxyNetwork
     config: ProxyConfig
     version: str  # content hash, 12 hex digits
-    training: dict[str, Any]  # how it was trained and what it scored
+    training: dict[str, Any]  # settings and results of the training
     base: BaseModelId
 
 
@@ -68,7 +68,7 @@ class _ConfigFile(BaseModel):
     network: ProxyConfig
     base: BaseModelId
     training: dict[str, Any]
-    weights_sha256: str  # catches a write that was cut short between the two files
+    weights_sha256: str  # detects an interruption between the two files
 
 
 def save(
@@ -98,7 +98,7 @@ def save(
     return _version(weights, text)
 
 
-def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> LoadedProxy:
+def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> ProxyCheckpoint:
     """Read a checkpoint onto the CPU, in eval mode.
 
     Args:
@@ -141,11 +141,11 @@ def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> Load
         ) from error
     network.eval().requires_grad_(False)
     version = _version(weights, text)
-    return LoadedProxy(network, network.config, version, config.training, config.base)
+    return ProxyCheckpoint(network, network.config, version, config.training, config.base)
 
 
 def _with_decoding(config: _ConfigFile) -> ProxyConfig:
-    """The network's configuration; of an older one the training's options say with which decoding."""
+    """The network's configuration; older ones have their decoding in the training's options."""
     network = config.network
     names = ("temperature", "top_k", "top_p")
     if network.model_fields_set.intersection(names):
@@ -173,10 +173,10 @@ def identify(
 def resolve_model_dir(
     model: str, revision: str | None = None, *, cache_dir: str | None = None
 ) -> Path:
-    """The local directory of a model: a path as it is, a hub id as a snapshot of weights, config and tokenizer.
+    """The local directory of a model: the path itself, or a snapshot of a hub id's weights, config and tokenizer.
 
     Raises:
-        ProxyError: there is neither such a directory nor such a model within reach.
+        ProxyError: there is no such directory, and no such model on the hub.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -198,10 +198,10 @@ def resolve_model_dir(
 
 
 def fingerprint(model_dir: str | os.PathLike[str]) -> str:
-    """A sha256 that tells one LLM's weights from another's without reading all of them.
+    """A sha256 that identifies an LLM's weights without reading all of them.
 
-    Covers name, dtype, shape and the first 4 KiB of every tensor, by tensor name, so it takes a
-    moment even for a large model and does not depend on how the weights are split into files.
+    Covers name, dtype, shape and the first 4 KiB of every tensor, by tensor name: quick even for a
+    large model, and independent of how the weights are split into files.
 
     Raises:
         ProxyError: no safetensors in the directory, or a damaged file.
@@ -219,7 +219,7 @@ def fingerprint(model_dir: str | os.PathLike[str]) -> str:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files that make up the model; repositories may hold the same weights a second time."""
+    """The model's files; repositories may contain the same weights a second time."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:

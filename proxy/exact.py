@@ -1,14 +1,17 @@
-"""The law in closed form: the probability of each token, where `acceptance` draws one.
+"""Accept/reject sampling in closed form: the probability of each token, where `acceptance` draws one.
 
-Candidate i rings at rate q_i = p_i^(T0 / T). It is emitted if its coin came up (probability a_i^β) and, at the moment t
-it rings, every other candidate either has not rung yet or has rung and been rejected, fewer than M of the latter:
+Candidate i has rate q_i = p_i^(T0 / T) in the race. It is emitted if it is accepted (probability
+a_i^β) and, at its arrival time t, every other candidate either has not arrived yet or has arrived and
+was rejected, fewer than M of the latter:
 
     P(i) = a_i^β ∫ q_i e^(−q_i t) Σ_{m<M} [z^m] Π_{j≠i} (e^(−q_j t) + (1 − a_j^β)(1 − e^(−q_j t)) z) dt
 
-What is left is the probability that nothing was accepted, and belongs to the most probable candidate. With t = e^y
-the integrand falls off doubly exponentially on both sides, where the trapezoidal rule converges exponentially fast.
+The rest of the probability is that nothing is accepted; it goes to the most probable candidate. With
+t = e^y the integrand decays doubly exponentially on both sides, where the trapezoidal rule converges
+exponentially fast.
 
-All of it can be differentiated by the accept logits: a proxy is trained on it directly (`training.proxy_dpo`).
+Everything is differentiable in the accept logits: a proxy is trained on it directly
+(`training.proxy_dpo`).
 """
 
 import math
@@ -23,19 +26,19 @@ from proxy.acceptance import Candidates, greedy_slots
 
 
 class Grid(NamedTuple):
-    """Where the integrand is evaluated: y = log t from `start` on, where the fastest clock's rate is 1."""
+    """Where the integrand is evaluated: y = log t from `start` on, with the largest rate scaled to 1."""
 
-    start: float  # the first clock rings before with probability K e^start
+    start: float  # an arrival before it has a probability below K e^start
     step: float
     dtype: torch.dtype
 
 
 EXACT = Grid(-17.0, 0.5, torch.float64)
-"""To 1e-7."""
+"""Error below 1e-7."""
 TRAINING = Grid(-9.0, 0.8, torch.float32)
-"""To 5e-4, at a quarter of the cost."""
-_PAST_LAST = 4.0  # the slowest clock has not rung by then with probability exp(-e^4) = 2e-24
-# Between log rates: of two clocks so far apart the slower rings first with probability e^-40 = 4e-18.
+"""Error below 5e-4, at a quarter of the cost."""
+_PAST_LAST = 4.0  # the slowest candidate arrives later with probability exp(-e^4) = 2e-24
+# Between log rates: of two candidates so far apart the slower arrives first with probability e^-40 = 4e-18.
 _WIDEST_GAP = 40.0
 
 
@@ -59,7 +62,7 @@ def emission_probabilities(
         return F.one_hot(slots, cost.shape[-1]).to(grid.dtype)
     rates = _rates(logprobs * sharpness)
     accept = (-cost).exp() * inside
-    # Where all others together are fewer than M, how many were rejected does not matter: the sum is a product.
+    # With no more than M candidates the limit never applies, and the sum over m is a product.
     is_limited = size.squeeze(-1) > max_rejections
     unforced = torch.zeros_like(rates)
     for rows, probabilities in (
@@ -67,22 +70,22 @@ def emission_probabilities(
         (is_limited, partial(_limited, max_rejections=max_rejections)),
     ):
         if rows.any():
-            found = probabilities(rates[rows], accept[rows], grid)
-            unforced = unforced.index_put((rows,), found)
+            values = probabilities(rates[rows], accept[rows], grid)
+            unforced = unforced.index_put((rows,), values)
     unforced = torch.where(size == 1, inside.to(grid.dtype), unforced)
     forced = (1 - unforced.sum(-1, keepdim=True)).clamp(min=0)
     return torch.cat((unforced[:, :1] + forced, unforced[:, 1:]), -1)
 
 
 def sharpened(candidates: Candidates, sharpness: float) -> Candidates:
-    """What the LLM alone draws from at another temperature above 0: p^sharpness, renormalised over the nucleus."""
+    """The frozen LLM's distribution at another temperature above 0: p^sharpness, renormalised over the nucleus."""
     return candidates._replace(logprobs=(candidates.logprobs * sharpness).log_softmax(-1))
 
 
 def _rates(logs: Tensor) -> Tensor:
-    """Log rates [R, K], the largest first, as rates; the largest is 1, and none is far below the one before it.
+    """Log rates [R, K], the largest first, as rates: the largest is 1, and gaps are bounded.
 
-    Far apart, the order is as good as certain, however far: so the grid need not reach further.
+    Beyond the bound the order of arrival is practically certain, and the grid need not reach further.
     """
     gaps = -logs.diff(dim=-1, prepend=logs[:, :1])
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)  # outside the nucleus
@@ -90,8 +93,8 @@ def _rates(logs: Tensor) -> Tensor:
     return (-near.cumsum(-1)).exp()
 
 
-def _clocks(rates: Tensor, accept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """At each of G times: P(not rung yet), P(rung and rejected), density of ringing × dt; [G, R, K] each."""
+def _race(rates: Tensor, accept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """At each of G times: P(not arrived), P(arrived and rejected), density of arrival × dt; [G, R, K] each."""
     slowest = rates[rates > 0].min().item()
     end = _PAST_LAST - math.log(slowest)
     logs = torch.arange(
@@ -103,14 +106,14 @@ def _clocks(rates: Tensor, accept: Tensor, grid: Grid) -> tuple[Tensor, Tensor, 
 
 
 def _unlimited(rates: Tensor, accept: Tensor, grid: Grid) -> Tensor:
-    later, rejected, ring = _clocks(rates, accept, grid)
+    later, rejected, arrival = _race(rates, accept, grid)
     logs = (later + rejected).clamp(min=torch.finfo(rates.dtype).tiny).log()
     others = (logs.sum(-1, keepdim=True) - logs).exp()
-    return accept * (ring * others).sum(0)
+    return accept * (arrival * others).sum(0)
 
 
 def _limited(rates: Tensor, accept: Tensor, grid: Grid, max_rejections: int) -> Tensor:
-    later, rejected, ring = _clocks(rates, accept, grid)
+    later, rejected, arrival = _race(rates, accept, grid)
     num_slots = rates.shape[-1]
 
     def with_next(ways: Tensor, slot: int) -> Tensor:
@@ -125,7 +128,7 @@ def _limited(rates: Tensor, accept: Tensor, grid: Grid, max_rejections: int) -> 
         behind.append(with_next(behind[-1], num_slots - 1 - slot))
     result = [
         # m before it, and fewer than M - m behind it
-        (ring[..., slot] * (one * other.cumsum(-1).flip(-1)).sum(-1)).sum(0)
+        (arrival[..., slot] * (one * other.cumsum(-1).flip(-1)).sum(-1)).sum(0)
         for slot, (one, other) in enumerate(zip(before, reversed(behind), strict=True))
     ]
     return accept * torch.stack(result, -1) * (max_rejections > 0)

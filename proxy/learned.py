@@ -1,6 +1,7 @@
-"""Versions of a proxy that a server learns, on disk: `<root>/<version>/`, each a checkpoint and its rows.
+"""Versions of a proxy that a server learns, on disk: `<root>/<version>/`, a checkpoint and its rows.
 
-`rows.json` lists the rows of the feedback database and whose they are, so that a person's can be forgotten.
+`rows.json` lists the rows of the feedback database that the version was trained on, with their callers, so
+that a caller's rows can be forgotten.
 """
 
 import json
@@ -15,9 +16,9 @@ from proxy.network import ProxyNetwork
 
 ROWS_FILE = "rows.json"
 MIN_VERDICTS = 10
-"""Fewer teach nothing that could be tested."""
+"""A proxy is learned from at least so many: fewer leave nothing to test it on."""
 KEPT = 3
-"""Versions of a proxy, beside the live one."""
+"""Versions of a proxy that are kept beside the live one."""
 
 Rows = Mapping[int, str | None]
 """Row -> its caller; None = unknown."""
@@ -41,7 +42,7 @@ def save_version(
 
 
 def rows_of(version: Path) -> Rows:
-    """What a version comes from; nothing where it was not learned by a server."""
+    """The rows that a version was trained on; empty if no server learned it."""
     try:
         return dict(json.loads((version / ROWS_FILE).read_text())["rows"])
     except FileNotFoundError:
@@ -49,13 +50,13 @@ def rows_of(version: Path) -> Rows:
 
 
 def versions(root: Path) -> list[Path]:
-    """The newest first."""
-    found = [path.parent for path in root.glob(f"[!.]*/{WEIGHTS_FILE}")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    """The directories of all versions, the newest first."""
+    directories = [path.parent for path in root.glob(f"[!.]*/{WEIGHTS_FILE}")]
+    return sorted(directories, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def prune(root: Path, live: Path | None) -> None:
-    """Delete old versions, but for the live one."""
+    """Delete old versions, except the live one."""
     for path in versions(root)[KEPT:]:
         if path != live:
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""How much likelier responses are with a proxy than without: what makes a proxy a reward, and a judge.
+"""How much likelier responses are with a proxy than without: a proxy as a reward or a judge.
 
     r(y) = Σ_t log π(y_t) / p(y_t)
 
-over the positions that leave a choice, with π the emitted law of `proxy.exact` at strength 1.
+over the positions that leave a choice, with π the distribution of `proxy.exact` at strength 1.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxy.acceptance import Candidates
 from proxy.exact import emission_probabilities
-from proxy.network import ProxyConfig, Weights, score_alone
+from proxy.network import ProxyConfig, Weights, score_single
 from proxy.positions import Positions
 
 _ROWS = 512  # positions at once
@@ -25,7 +25,7 @@ def log_ratios(
     Args:
         weights: the proxy's, with P = 1.
         table: its candidate table, [V, 2W].
-        config: its own.
+        config: its configuration.
         positions: of the responses, read with the nucleus of this configuration.
     """
     device = table.device
@@ -34,7 +34,7 @@ def log_ratios(
         candidates = Candidates(
             positions.token_ids[rows].long().to(device), positions.logprobs[rows].to(device)
         )
-        accept_logits = score_alone(
+        accept_logits = score_single(
             weights,
             positions.hidden[rows].to(device),
             table[candidates.token_ids],
@@ -44,8 +44,9 @@ def log_ratios(
             candidates, accept_logits, strength=1.0, max_rejections=config.max_rejections
         )
         slots = positions.slots[rows, None].to(device)
-        taken = (each.double().gather(-1, slots) for each in (emitted, candidates.logprobs))
-        probability, logprob = (each.squeeze(-1) for each in taken)
+        probability, logprob = (
+            x.double().gather(-1, slots).squeeze(-1) for x in (emitted, candidates.logprobs)
+        )
         tiny = torch.finfo(torch.float32).tiny
         parts.append((probability.clamp(min=tiny).log() - logprob).cpu())
     owners = torch.arange(len(positions.counts)).repeat_interleave(positions.counts)

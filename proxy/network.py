@@ -1,17 +1,17 @@
 """The proxy network: hidden state and candidates in, one accept logit per candidate out.
 
-The paper feeds the LLM's hidden state *after* the candidate, which costs one LLM forward per
-candidate. Here the state *before* it, h, meets the candidate's own frozen embedding e(y): together
-they determine everything the LLM knows about "prefix + y", and all K candidates of a position are
-scored at once (`acceptance` has the law that follows).
+The paper's input is the LLM's hidden state *after* the candidate, which costs one LLM forward pass
+per candidate. Here the input is the state *before* it, h, with the candidate's own frozen embedding
+e(y). Together they determine everything the LLM knows about "prefix + y", and all K candidates of a
+position are scored at once. `acceptance` turns the scores into a token.
 
     u = W_h rms(h)      c = W_e rms(e(y))      x = [u + c, u * c, log p(y) / 5]
     accept logit = w · gelu(W x + b) + accept_bias
 
 With W = [A B l] the product splits into A u, A c + b, B (u * c) and l log p(y) / 5. The first depends
-on the position alone; c and A c + b depend on the token alone, so `candidate_table` computes them once
+on the position alone. c and A c + b depend on the token alone, so `candidate_table` computes them once
 for the whole vocabulary. `state_features` and `accept_logits` do the rest, for one proxy or for
-several side by side: the trainer and the server both call them.
+several stacked ones; the trainer and the server both call them.
 """
 
 import math
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-# Log-probabilities enter as a feature; below this one, less probable makes no difference.
+# Log-probabilities are a feature, clamped from below.
 MIN_LOGPROB = -20.0
 _LOGPROB_SCALE = 5.0
-NORM_FLOOR = 1e-6  # for a state that is all zero
+NORM_FLOOR = 1e-6  # for a state of zeros
 
 
 class ProxyConfig(BaseModel):
-    """Sizes of the network, and the settings of the law that it was trained with."""
+    """Sizes of the network, and the sampling settings that it was trained with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,18 +38,18 @@ class ProxyConfig(BaseModel):
     vocab_size: int = Field(gt=0)  # V of the LLM
     width: int = Field(64, ge=2)  # of the proxy's layers
     max_candidates: int = Field(16, gt=0)  # K
-    max_rejections: int = Field(8, ge=0)  # a request may ask for another number
+    max_rejections: int = Field(8, ge=0)  # default; a request may set another
     use_logprob: bool = True  # whether the candidate's log-probability is a feature
     accept_bias: float = Field(2.0, allow_inf_nan=False)  # accept logit at the start: 2 = 88 %
-    # The decoding that it was trained with. The nucleus is always that of this temperature, T0, and never
-    # wider than this top-k and top-p, which are also those of greedy requests.
+    # Decoding in training. The nucleus always has this temperature, T0, and is never wider than this
+    # top-k and top-p, which greedy requests use too.
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     top_k: int = Field(0, ge=0)  # 0 = no limit but max_candidates
     top_p: float = Field(1.0, gt=0, le=1)
 
 
 class Weights(NamedTuple):
-    """The part of the network that meets the hidden state, of P proxies of width W: float32."""
+    """All weights but the candidate table, of P proxies of width W: float32."""
 
     state: Tensor  # [P, H, 2W], gives u and A u
     product: Tensor  # [P, W, W], B
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 def state_features(weights: Weights, hidden: Tensor) -> Tensor:
     """u and A u of every position: [P, R, H], the lm_head's input -> [P, R, 2W]."""
     hidden = hidden.float()
-    # rms after the product: the same, and H / 2W times less to divide
+    # The norm is divided out after the product: the same result with H / 2W times fewer divisions.
     norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).add_(NORM_FLOOR)
     return torch.bmm(hidden, weights.state).div(norm)
 
@@ -72,7 +72,7 @@ def accept_logits(
     candidates: Tensor,  # [P, R, K, 2W], rows of the proxies' candidate tables
     logprobs: Tensor,  # [P, R, K], natural log, renormalised over the nucleus; may be -inf
 ) -> Tensor:
-    """Accept logits [P, R, K]: each proxy's own R positions; sigmoid gives probabilities."""
+    """Accept logits [P, R, K], each proxy on its own R positions; their sigmoid is the probability."""
     u, from_state = features.unsqueeze(2).chunk(2, -1)
     c, from_candidate = candidates.chunk(2, -1)
     mixed = torch.addcmul(
@@ -84,7 +84,7 @@ def accept_logits(
     return torch.baddbmm(weights.bias, F.gelu(mixed), weights.score).view_as(logprobs)
 
 
-def score_alone(
+def score_single(
     weights: Weights,  # P = 1
     hidden: Tensor,  # [R, H]
     candidates: Tensor,  # [R, K, 2W]
@@ -99,7 +99,7 @@ def score_alone(
 class ProxyNetwork(nn.Module):
     """Accept logits for candidates, and the value of a state (used in training only).
 
-    Computes in float32, whatever it is given.
+    Computes in float32, whatever the input dtype.
     """
 
     def __init__(self, config: ProxyConfig) -> None:
@@ -112,19 +112,19 @@ class ProxyNetwork(nn.Module):
         self.score = nn.Linear(width, 1)
         self.value_hidden = nn.Linear(config.hidden_size, width // 2)
         self.value_score = nn.Linear(width // 2, 1)
-        # Training starts near "accept every candidate alike": close to the frozen LLM.
+        # Training starts near "accept all candidates with the same probability", close to the frozen LLM.
         nn.init.normal_(self.score.weight, std=0.01)
         nn.init.constant_(self.score.bias, config.accept_bias)
         nn.init.zeros_(self.value_score.weight)
         nn.init.zeros_(self.value_score.bias)
 
     def candidate_table(self, embeddings: Tensor) -> Tensor:
-        """Frozen embedding rows [V, H] -> c and A c + b, [V, 2 width]; any part of V will do."""
+        """Frozen embedding rows [V, H] -> c and A c + b, [V, 2 width]; works on any part of V."""
         c = self.candidate_half(_rms_normalise(embeddings))
         return torch.cat((c, F.linear(c, self._parts()[0], self.mix.bias)), dim=-1)
 
     def weights(self) -> Weights:
-        """The other part, with P = 1."""
+        """All weights but the table, with P = 1."""
         of_sum, of_product, of_logprob = self._parts()
         state = self.state_half.weight
         both = torch.cat((state, of_sum @ state)).T * math.sqrt(self.config.hidden_size)
@@ -138,15 +138,15 @@ class ProxyNetwork(nn.Module):
 
     def forward(self, hidden: Tensor, candidates: Tensor, logprobs: Tensor) -> Tensor:
         """[R, H], rows of the candidate table [R, K, 2 width], logprobs [R, K] -> [R, K]."""
-        return score_alone(self.weights(), hidden, candidates, logprobs)
+        return score_single(self.weights(), hidden, candidates, logprobs)
 
     def value(self, hidden: Tensor) -> Tensor:
-        """Expected return from states [R, H] -> [R]; a head of its own."""
+        """Expected return from states [R, H] -> [R], by a separate head."""
         features = F.gelu(self.value_hidden(_rms_normalise(hidden)))
         return self.value_score(features).squeeze(-1)
 
     def num_parameters(self) -> int:
-        """How many parameters training changes, the value head included."""
+        """Number of trained parameters, the value head included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +160,6 @@ class ProxyNetwork(nn.Module):
 
 
 def _rms_normalise(x: Tensor) -> Tensor:
-    """Rows of root mean square 1, in float32: LLMs differ in scale by orders of magnitude."""
+    """Rows scaled to root mean square 1, in float32: the scale differs between LLMs by orders of magnitude."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

@@ -1,6 +1,6 @@
-"""What an LLM has read of responses that a server learns from, on disk: `proxy.positions.Positions`, by a hash.
+"""Positions of the responses that a server learns from, on disk: serialised `proxy.positions.Positions` by key.
 
-By who judged them, too: what a caller wants forgotten goes with the rest of theirs.
+Each entry has the caller who judged the response, so that a caller's entries can be deleted.
 """
 
 import sqlite3
@@ -16,10 +16,10 @@ class PositionStore:
     def __init__(self, root: Path) -> None:
         """
         Args:
-            root: the directory that has it, or gets it.
+            root: the directory of the database, which is created if it is missing.
         """
         self._database = sqlite3.connect(root / FILE_NAME, isolation_level=None)
-        # What is lost in a power cut is read again.
+        # Entries lost in a power failure are computed again.
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.execute("PRAGMA secure_delete=ON")
@@ -29,28 +29,31 @@ class PositionStore:
         )
 
     def get(self, key: str) -> bytes | None:
+        """The entry of a key, which counts as used now."""
         row = self._database.execute(
             "UPDATE positions SET used = ? WHERE key = ? RETURNING content", (time.time(), key)
         ).fetchone()
         return row[0] if row else None
 
     def put(self, key: str, caller: str | None, content: bytes) -> None:
+        """Add an entry, or replace it."""
         row = key, caller, time.time(), content
         self._database.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?, ?)", row)
 
     def forget(self, caller: str) -> None:
+        """Delete a caller's entries, from the write-ahead log too."""
         self._database.execute("DELETE FROM positions WHERE caller = ?", (caller,))
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def trim(self, most: int) -> None:
-        """Delete what was not used for longest, beyond so many bytes."""
+    def trim(self, max_bytes: int) -> None:
+        """Delete the least recently used entries beyond so many bytes."""
         sizes = self._database.execute(
             "SELECT key, length(content) FROM positions ORDER BY used DESC"
         ).fetchall()
         total = 0
         for key, size in sizes:
             total += size
-            if total > most:
+            if total > max_bytes:
                 self._database.execute("DELETE FROM positions WHERE key = ?", (key,))
 
     def close(self) -> None:

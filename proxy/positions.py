@@ -1,7 +1,7 @@
-"""Where responses left a proxy a choice: what it is trained on, straight from preferences.
+"""The positions of responses where a proxy has a choice: the data of training from preferences.
 
-A position is kept if its nucleus has several candidates and the response's token is among them. The
-others teach nothing: a proxy has no say in a nucleus of one, nor in tokens that the LLM would not say.
+A position is kept if its nucleus has several candidates and the response's token is among them. A
+proxy has no influence on the others: on a nucleus of one token, and on tokens outside the nucleus.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxy.acceptance import Candidates, nucleus_alike
+from proxy.acceptance import Candidates, uniform_nucleus
 from proxy.network import ProxyConfig
 from proxy.request import ReadRequest
 
@@ -28,7 +28,7 @@ class Positions(NamedTuple):
 
     @property
     def share_outside(self) -> float:
-        """Of the tokens, how many lie outside the nucleus."""
+        """The share of tokens that are outside the nucleus."""
         return self.outside.sum().item() / max(1, self.tokens.sum().item())
 
     def of(self, responses: Tensor) -> tuple["Positions", Tensor]:
@@ -43,13 +43,13 @@ class Positions(NamedTuple):
 
 
 def joined(parts: Sequence[Positions]) -> Positions:
-    """One after the other."""
+    """The positions of all parts, concatenated."""
     return Positions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def nucleus_of(logits: Tensor, config: ProxyConfig | ReadRequest) -> Candidates:
     """A proxy's nucleus of [R, V] logits under the decoding that it is trained with."""
-    return nucleus_alike(
+    return uniform_nucleus(
         logits, config.temperature, config.top_k, config.top_p, config.max_candidates
     )
 
@@ -58,24 +58,24 @@ def choices(
     hidden: Tensor,  # [R, H] of R tokens of N responses, response by response
     candidates: Candidates,  # of these rows
     targets: Tensor,  # [R] the tokens
-    owners: Tensor,  # [R] whose they are, into N
+    owners: Tensor,  # [R] their responses, into N
     num_responses: int,  # N
 ) -> Positions:
-    """What of R rows leaves a choice, on the CPU."""
+    """Those of R rows that leave a choice, on the CPU."""
     is_inside_nucleus = candidates.logprobs > -torch.inf
     is_taken = (candidates.token_ids == targets[:, None]) & is_inside_nucleus
     is_inside = is_taken.any(-1)
     kept = is_inside & (is_inside_nucleus.sum(-1) > 1)
 
-    def counted(which: Tensor) -> Tensor:
-        return torch.bincount(owners[which], minlength=num_responses).cpu()
+    def count(mask: Tensor) -> Tensor:
+        return torch.bincount(owners[mask], minlength=num_responses).cpu()
 
     return Positions(
         hidden[kept].cpu(),
         candidates.token_ids[kept].int().cpu(),
         candidates.logprobs[kept].cpu(),
         is_taken[kept].int().argmax(-1).cpu(),
-        counted(kept),
-        counted(torch.ones_like(kept)),
-        counted(~is_inside),
+        count(kept),
+        count(torch.ones_like(kept)),
+        count(~is_inside),
     )

@@ -1,19 +1,35 @@
-"""What a request may ask of the proxy, and how it travels to the worker.
+"""What a request may ask of a proxy, and the contract between the server or trainer and the worker.
 
 The server validates `Alignment` at admission, pins the proxy's version, and puts `to_extra_args()`
 into vLLM's `SamplingParams.extra_args`; the worker finds it there with `alignment_of`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EXTRA_ARGS_KEY = "alignment"
+TRACE_TOKENS = 4096
+"""Tokens of a request that are traced; later ones are not."""
+TRACED_REQUESTS = 1024
+"""Requests whose traces wait to be taken; beyond it the oldest are dropped."""
+READ_SAMPLING_PARAMS = {
+    "max_tokens": 1,
+    "temperature": 0.0,
+    "detokenize": False,
+    "skip_reading_prefix_cache": True,  # cached tokens have no hidden states
+}
+"""vLLM's sampling parameters of a request with `read`: a prefill whose token nobody wants."""
+
+# vLLM's ids: the caller's id and 8 hex digits; the i-th of n samples has "i_" in front.
+_CHILD_PREFIX = re.compile(r"^\d+_")
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 class Alignment(BaseModel):
-    """Which proxy speaks in a request, and how strictly."""
+    """Which proxy decides a request's tokens, and how strictly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +54,7 @@ class Alignment(BaseModel):
 
 
 class ReadRequest(BaseModel):
-    """That a response at the end of the prompt is to be read, and which nucleus is meant."""
+    """Asks the worker to read the response at the end of the prompt, with this nucleus."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,17 +66,19 @@ class ReadRequest(BaseModel):
 
 
 class WorkerAlignment(Alignment):
-    """The same with what the server adds: the worker's part of a request."""
+    """An `Alignment` with the server's additions, as the worker receives it."""
 
     version: str | None = Field(
-        None, description="The proxy's content hash; none = what the name stands for just now."
+        None, description="The proxy's content hash; none = the version that the name is bound to."
     )
-    read: ReadRequest | None = Field(None, description="What is to be read (`proxy.reading`).")
+    read: ReadRequest | None = Field(
+        None, description="What is to be read (`proxy.engine.reading`)."
+    )
     shadow: bool = Field(True, description="Whether shadow proxies may score this request.")
 
     @property
     def acts(self) -> bool:
-        """Whether a proxy decides; strength 0 is the frozen LLM's own draw."""
+        """Whether a proxy decides; strength 0 is the frozen LLM's own sampling."""
         return self.proxy is not None and self.strength > 0
 
     def to_extra_args(self) -> dict[str, Any]:
@@ -69,15 +87,20 @@ class WorkerAlignment(Alignment):
 
 
 def alignment_of(extra_args: Mapping[str, Any] | None) -> WorkerAlignment:
-    """The alignment found in `SamplingParams.extra_args`; plain sampling if there is none.
+    """The alignment in `SamplingParams.extra_args`; if there is none, one without a proxy.
 
     Never raises: an exception in the worker would end the engine, and some routes take raw
-    extra arguments from clients. What cannot be understood is plain sampling.
+    extra arguments from clients. Invalid arguments mean sampling without a proxy.
     """
-    found = extra_args.get(EXTRA_ARGS_KEY) if isinstance(extra_args, Mapping) else None
-    if found is None:
+    fields = extra_args.get(EXTRA_ARGS_KEY) if isinstance(extra_args, Mapping) else None
+    if fields is None:
         return WorkerAlignment.model_construct()
     try:
-        return WorkerAlignment.model_validate(found)
+        return WorkerAlignment.model_validate(fields)
     except (ValidationError, RecursionError):
         return WorkerAlignment.model_construct()
+
+
+def caller_id(engine_id: str) -> str:
+    """The id that the caller gave to the engine, from the engine's own id."""
+    return _RANDOM_SUFFIX.sub("", _CHILD_PREFIX.sub("", engine_id))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from typing import Any
 
-from proxy.orphan import SERVER_PID
+from proxy.engine.parent_watch import SERVER_PID
 
 
 def main() -> None:

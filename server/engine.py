@@ -40,8 +40,12 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds, random_uuid
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from proxy.reading import PREFILL
-from proxy.request import EXTRA_ARGS_KEY, ReadRequest, WorkerAlignment
+from proxy.request import (
+    EXTRA_ARGS_KEY,
+    READ_SAMPLING_PARAMS,
+    ReadRequest,
+    WorkerAlignment,
+)
 
 __all__ = [
     "LOAD_FORMAT_HEADER",
@@ -177,7 +181,9 @@ async def read_responses(
 
     async def read(prompt: list[int], response: list[int]) -> str:
         alignment = WorkerAlignment(read=ReadRequest(start=len(prompt), **decoding), shadow=False)
-        params = SamplingParams(**PREFILL, extra_args=OwnExtraArgs(alignment.to_extra_args()))
+        params = SamplingParams(
+            **READ_SAMPLING_PARAMS, extra_args=OwnExtraArgs(alignment.to_extra_args())
+        )
         inputs, request_id = tokens_input([*prompt, *response]), f"positions-{random_uuid()}"
         async with aclosing(engine.generate(inputs, params, request_id)) as outputs:
             async for _ in outputs:

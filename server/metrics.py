@@ -1,4 +1,4 @@
-"""The API server's metrics on GET /metrics, beside vLLM's and the worker's (`proxy.metrics`).
+"""The API server's metrics on GET /metrics, beside vLLM's and the worker's (`proxy.engine.metrics`).
 
 assent_verdicts_total{winner}           pairs judged by one principle; winner is a, b or tie
 assent_judge_tokens_total{kind}         tokens spent on judging; kind is prompt or completion

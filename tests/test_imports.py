@@ -7,6 +7,7 @@ files named below import vllm. Imports inside functions and under `if TYPE_CHECK
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,12 @@ FORBIDDEN = {
 
 # The only files that may import vllm. Whoever upgrades vLLM reads these.
 VLLM_FILES = {
-    "proxy/lora_cpu.py",
-    "proxy/sampler.py",
-    "proxy/sampler_v2.py",
+    "proxy/engine/embeddings.py",
+    "proxy/engine/lora_cpu.py",
+    "proxy/engine/ranks.py",
+    "proxy/engine/runner.py",
+    "proxy/engine/sampler_v1.py",
+    "proxy/engine/sampler_v2.py",
     "proxy/worker.py",
     "server/cli.py",
     "server/doctor.py",
@@ -92,6 +96,28 @@ def test_a_package_and_the_readme_name_all_modules(package: str) -> None:
     assert files <= set(re.findall(r"\w+\.py", readme))
 
 
+@pytest.mark.parametrize("package", ["proxy/cpu", "proxy/engine"])
+def test_a_part_of_a_package_names_all_modules(package: str) -> None:
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    named = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert sorted(named) == sorted(modules)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not inside functions either."""
+    modules = {file.removesuffix(".py").replace("/", "."): file for file in source_files()}
+    graph = {
+        module: {
+            name
+            for _, name in imported_modules((ROOT / file).read_text(encoding="utf-8"), file)
+            if name in modules
+        }
+        for module, file in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
 def test_every_package_is_read() -> None:
     assert {Path(file).parts[0] for file in source_files()} == set(FORBIDDEN)
 
@@ -150,7 +176,7 @@ def test_a_bad_import_is_found(file: str, source: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("proxy/sampler.py", "from vllm.v1.sample.sampler import Sampler"),
+        ("proxy/engine/sampler_v1.py", "from vllm.v1.sample.sampler import Sampler"),
         ("proxy/a.py", "import torch\nfrom . import training"),
         ("judge/prompts/a.py", "from ..verdict import Verdict"),
         ("server/a.py", "import proxy.request\nfrom judge.judge import Judge"),

@@ -33,8 +33,8 @@ from accelerate import Accelerator
 
 from judge.feedback import Feedback, FeedbackError
 from proxy.checkpoint import BaseModelId, ProxyError
+from proxy.engine.parent_watch import watch_parent
 from proxy.network import ProxyConfig
-from proxy.orphan import end_with_server
 from proxy.position_store import PositionStore
 from proxy.positions import Positions, joined
 from training.console import TrainingError
@@ -227,7 +227,7 @@ class Rest:
 
 
 def main() -> None:
-    end_with_server()
+    watch_parent()
     be_modest()
     stream = Stream(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # libraries print to stdout

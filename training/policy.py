@@ -14,15 +14,15 @@ from judge.options import NonNegative, PositiveShare
 from proxy.acceptance import (
     Candidates,
     Decision,
+    arrival_times,
     decide,
-    narrower,
+    narrower_top_k,
     nucleus,
-    nucleus_alike,
-    proposal_times,
     proposed_mask,
+    uniform_nucleus,
 )
 from proxy.exact import emission_probabilities, sharpened
-from proxy.network import ProxyConfig, ProxyNetwork, score_alone
+from proxy.network import ProxyConfig, ProxyNetwork, score_single
 
 _MAX_TIES = 16  # candidates tied with the k-th one, all of which vLLM keeps
 
@@ -87,7 +87,10 @@ class Policy:
             if is_greedy:
                 top_k, top_p = self.config.top_k, self.config.top_p
             else:
-                top_k, top_p = narrower(top_k, self.config.top_k), min(top_p, self.config.top_p)
+                top_k, top_p = (
+                    narrower_top_k(top_k, self.config.top_k),
+                    min(top_p, self.config.top_p),
+                )
         elif is_greedy:
             return nucleus(logits, 1)
         elif not top_k and top_p == 1:
@@ -95,7 +98,7 @@ class Policy:
             tokens = torch.arange(vocab_size, device=logits.device).expand(rows, -1)
             return Candidates(tokens, (logits.float() / temperature).log_softmax(-1))
         most = self.config.max_candidates if self.network else (top_k or vocab_size) + _MAX_TIES
-        return nucleus_alike(logits, temperature, top_k, top_p, most)
+        return uniform_nucleus(logits, temperature, top_k, top_p, most)
 
     def sharpness(self, decoding: Decoding) -> float:
         """The exponent of the nucleus' probabilities in the proposal distribution; inf = greedy."""
@@ -108,7 +111,7 @@ class Policy:
         if self._weights is None or self._table is None:
             return torch.zeros_like(candidates.logprobs)
         table_rows = self._table[candidates.token_ids]
-        return score_alone(self._weights, hidden, table_rows, candidates.logprobs)
+        return score_single(self._weights, hidden, table_rows, candidates.logprobs)
 
     def decide(
         self,
@@ -136,7 +139,7 @@ class Policy:
         if self.network is None:  # no proxy, no proposals
             nothing = torch.empty(0, dtype=torch.long, device=device)
             return decision, Proposals(nothing, nothing, nothing.bool())
-        times = proposal_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
+        times = arrival_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
         proposed = proposed_mask(times, decision)
         of, slots = torch.nonzero(proposed, as_tuple=True)
         return decision, Proposals(of, slots, (slots == decision.slots[of]) & ~decision.forced[of])

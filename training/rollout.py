@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from proxy.acceptance import Candidates, Decision, noise_key, seeded_noise
+from proxy.acceptance import Candidates, Decision
 from proxy.exact import divergence
+from proxy.noise import noise_key, seeded_noise
 from training.console import TrainingError
 from training.model_inputs import HeadInput, pad_left
 from training.models import context_of

@@ -21,13 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
-from proxy.history import TRACED_REQUESTS
-from proxy.ledger import callers_id
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from proxy.positions import joined as joined_positions
-from proxy.reading import PREFILL
-from proxy.request import ReadRequest, WorkerAlignment
+from proxy.request import (
+    READ_SAMPLING_PARAMS,
+    TRACED_REQUESTS,
+    ReadRequest,
+    WorkerAlignment,
+    caller_id,
+)
 from training.console import TrainingError
 from training.policy import Decoding
 from training.positions import Response
@@ -220,8 +223,8 @@ class VLLMBackend:
         traces = self._call("take_traces", ids)
         counts = self._call("take_alignment_counts", ids).values()
         reads = self._call("take_reads")
-        by_callers_id = {callers_id(req_id): req_id for req_id in traces}
-        req_ids = [by_callers_id[request_id] for request_id in ids]
+        by_caller_id = {caller_id(req_id): req_id for req_id in traces}
+        req_ids = [by_caller_id[request_id] for request_id in ids]
         responses = [list(output.outputs[0].token_ids) for output in outputs]
         in_order = [traces[req_id] for req_id in req_ids]
         assert [[entry["token_id"] for entry in trace] for trace in in_order] == responses
@@ -256,7 +259,7 @@ def _reading(start: int, config: ProxyConfig) -> Any:
         max_candidates=config.max_candidates,
     )
     alignment = WorkerAlignment(read=read, shadow=False)
-    return SamplingParams(**PREFILL, extra_args=alignment.to_extra_args())
+    return SamplingParams(**READ_SAMPLING_PARAMS, extra_args=alignment.to_extra_args())
 
 
 def _start(settings: dict[str, Any]) -> Any:

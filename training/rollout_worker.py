@@ -28,8 +28,8 @@ class RolloutGPUWorker(ProxyGPUWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.model_runner.execute_model_state is not None:
-            req_ids = list(self._read.read_ids(self.model_runner))
-            hidden, positions, _ = self._read.read_rows(self.model_runner)
+            req_ids = list(self._runner.request_ids())
+            hidden, positions, _ = self._runner.sampling_inputs()
             self._reads.append(Read(req_ids, positions[: len(req_ids)].clone(), hidden.clone()))
         return super().sample_tokens(grammar_output)
 

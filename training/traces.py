@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxy.history import TRACE_TOKENS
+from proxy.request import TRACE_TOKENS
 from training.console import TrainingError
 from training.policy import Decoding
 from training.rollout import Decisions

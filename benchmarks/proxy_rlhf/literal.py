@@ -17,7 +17,8 @@ from benchmarks.comparison.answers import answer, grade
 from benchmarks.comparison.evaluation import frozen_texts, noise, open_evaluation_set
 from benchmarks.comparison.jobs import Job, Setting
 from benchmarks.comparison.trainings import Choose, needs_of_reward, proxy_options, train_proxy
-from proxy.acceptance import Candidates, noise_key, nucleus, proposal_times, seeded_noise
+from proxy.acceptance import Candidates, arrival_times, nucleus
+from proxy.noise import noise_key, seeded_noise
 from training import proxy_ppo
 from training.model_inputs import HeadInput
 from training.policy import Decoding
@@ -102,7 +103,7 @@ class _Positions:
         candidates: Candidates = nucleus(logits, self.max_candidates, top_k, top_p)
         race, coins = seeded_noise(self.keys[rows], positions, candidates.token_ids).unbind(1)
         self.token_ids[rows], self.logprobs[rows] = candidates
-        self.order[rows] = proposal_times(candidates, race).argsort(-1)
+        self.order[rows] = arrival_times(candidates, race).argsort(-1)
         self.coins[rows] = coins
         self.sizes[rows] = (candidates.logprobs > -torch.inf).sum(-1)
         self.asked[rows] = 0

@@ -135,7 +135,7 @@ if [ "$what" = packages ]; then rm -f "$log"; exit 0; fi
 begin 5 "assent itself, and a first import"
 logged "${pip_install[@]}" --no-build-isolation --editable . ||
     fail "the log says what is wrong with pyproject.toml."
-logged "$python" -c "import server, proxy.loop, judge, training, torch, vllm  # proxy.loop compiles
+logged "$python" -c "import server, proxy.cpu.kernel, judge, training, torch, vllm  # proxy.cpu.kernel compiles
 assert (torch.version.cuda is not None) == ('$device' == 'cuda'), torch.__version__" ||
     fail "the last line says what could not be imported; mend it if it is ours."
 

@@ -209,14 +209,14 @@ def serve(llm: Any, vocab_size: int) -> tuple[list[Step], list[Any]]:
     """Requests of all kinds at once, half of them long; what the sampler got, and vLLM's outputs."""
     from vllm import SamplingParams
 
-    from proxy.sampler import ProxySampler
+    from proxy.engine.sampler_v1 import ProxySampler
 
     rng = torch.Generator().manual_seed(1)
     prompts = [
         {"prompt_token_ids": torch.randint(2, vocab_size, (length,), generator=rng).tolist()}
         for length in PROMPT_LENGTHS
     ]
-    aligned = {"alignment": {"proxy": "one"}}
+    proxied = {"alignment": {"proxy": "one"}}
     # Requests 0 and 3 have no proxy; at least one that has is in every batch of four.
     params = [
         SamplingParams(
@@ -226,7 +226,7 @@ def serve(llm: Any, vocab_size: int) -> tuple[list[Step], list[Any]]:
             temperature=0.0 if i == 4 else 1.0,
             seed=i if i % 2 else None,
             prompt_logprobs=1 if i in (1, 2) else None,
-            extra_args=aligned if i % 3 else None,
+            extra_args=proxied if i % 3 else None,
         )
         for i in range(len(prompts))
     ]

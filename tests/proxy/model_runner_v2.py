@@ -138,7 +138,7 @@ def counts_of(llm: Any, outputs: list[Any]) -> list[dict[str, Any]]:
 @contextmanager
 def recorded_steps() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """(hidden rows, the logits as the head gave them) of every step with a proxy."""
-    from proxy.sampler_v2 import ProxySamplerV2
+    from proxy.engine.sampler_v2 import ProxySamplerV2
 
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = ProxySamplerV2.__call__

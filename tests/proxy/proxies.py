@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.pool import ProxyPool, ServedProxy
 
 H, V = 12, 40
 EMBEDDINGS = torch.randn(V, H, generator=torch.Generator().manual_seed(0))  # the LLM's
@@ -18,7 +18,7 @@ class Proxy(NamedTuple):
     served: ServedProxy
     network: ProxyNetwork
 
-    def score_alone(self, hidden: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:
+    def score_single(self, hidden: Tensor, token_ids: Tensor, logprobs: Tensor) -> Tensor:
         """[R, H], [R, K] and [R, K] -> [R, K], by the network itself, without the pool."""
         return self.network(hidden, self.network.candidate_table(EMBEDDINGS)[token_ids], logprobs)
 

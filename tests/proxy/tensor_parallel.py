@@ -18,8 +18,8 @@ from unittest.mock import patch
 
 import torch
 
+from proxy.engine.sampler_v1 import ProxySampler
 from proxy.network import ProxyNetwork
-from proxy.sampler import ProxySampler
 from proxy.worker import ProxyCPUWorker
 from tests.proxy.architectures import ARCHITECTURES, make_model, make_proxy, recorded_calls
 

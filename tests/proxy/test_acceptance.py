@@ -18,14 +18,12 @@ from proxy.acceptance import (
     Candidates,
     Decision,
     accept_mask,
+    arrival_times,
     decide,
-    draw_noise,
-    noise_key,
     nucleus,
-    proposal_times,
     proposed_mask,
-    seeded_noise,
 )
+from proxy.noise import draw_noise, noise_key, seeded_noise
 from tests.proxy.references import (
     FALSE_ALARM,
     Outcome,
@@ -269,7 +267,7 @@ def test_proposed_mask_marks_what_the_counts_count():
     limits = torch.randint(0, 6, (500,))
     answers = {"strength": strength, "max_rejections": limits, "greedy": greedy}
     decision = decide(candidates, accept_logits, noise, sharpness=sharpness, **answers)
-    times = proposal_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
+    times = arrival_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
     mask = proposed_mask(times, decision)
     accepts = accept_mask(candidates, accept_logits, noise[:, 1], **answers)
     emitted = torch.nn.functional.one_hot(decision.slots, 8).bool()
@@ -439,6 +437,6 @@ def test_nothing_reads_a_tensor_on_the_host():
         )
         keys, positions = torch.empty(2, 4, dtype=torch.int64)
         seeded_noise(keys, positions, candidates.token_ids)
-        mask = proposed_mask(proposal_times(candidates, noise[:, 0], greedy=greedy), decision)
+        mask = proposed_mask(arrival_times(candidates, noise[:, 0], greedy=greedy), decision)
     assert [tuple(x.shape) for x in (decision.columns, mask)] == [(4, 4), (4, 8)]
     assert decision.token_ids.dtype == decision.slots.dtype == torch.int64

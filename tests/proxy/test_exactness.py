@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxy.acceptance import decide, draw_noise, noise_key, nucleus, seeded_noise
+from proxy.acceptance import decide, nucleus
 from proxy.checkpoint import identify, save
+from proxy.engine.sampler_v1 import ProxySampler
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.sampler import ProxySampler
+from proxy.noise import draw_noise, noise_key, seeded_noise
 from tests.proxy.references import (
     AmbiguousError,
     Outcome,

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import proxy.history
+import proxy.engine.batch_plan
+import proxy.engine.decision_stats
+import proxy.engine.rows
+import proxy.engine.scoring
 import proxy.network
-import proxy.plan
-import proxy.rows
-from proxy.acceptance import Decision, noise_key, seeded_noise
-from proxy.history import History
-from proxy.hook import Step, align, score_shadows
-from proxy.plan import make_plan
-from proxy.pool import ProxyPool
-from proxy.rows import Assignment
+from proxy.acceptance import Decision
+from proxy.engine.assignment import Assignment
+from proxy.engine.batch_plan import make_plan
+from proxy.engine.decision_stats import DecisionStats
+from proxy.engine.hook import Step, sample_proxied_rows, score_shadows
+from proxy.engine.pool import ProxyPool
+from proxy.noise import noise_key, seeded_noise
 from tests.proxy.proxies import EMBEDDINGS, H, Proxy, V, biased, put_into, unlike_proxies
 from tests.proxy.references import (
     Outcome,
@@ -32,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stands in for the history: what it is told, and nothing else."""
+    """Stands in for the stats: what it is told, and nothing else."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, Decision, Any, Any]] = []
@@ -51,7 +53,7 @@ class Recorder:
 def step_of(
     pool: ProxyPool,
     assignments: list[Assignment],
-    history: Any,
+    stats: Any,
     *,
     hidden: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
@@ -65,7 +67,7 @@ def step_of(
         hidden=torch.randn(rows, H) if hidden is None else hidden,
         positions=torch.arange(rows, dtype=torch.int32) if positions is None else positions,
         discarded=None if discarded is None else torch.tensor(discarded),
-        history=history,
+        stats=stats,
     )
 
 
@@ -105,9 +107,9 @@ def random_setting(rng: np.random.Generator, proxy: Proxy) -> Setting:
     )
 
 
-@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize("temperature_applied", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
-def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
+def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(temperature_applied, traced):
     """Random settings, proxies and plain neighbours; the very tokens, counts and forced flags.
 
     Without a trace a CPU runs the compiled loop, with one the law on tensors.
@@ -136,14 +138,14 @@ def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(tempered, traced):
             )
             for row, (proxy, setting) in enumerate(zip(chosen, settings, strict=True))
         ]
-        history = Recorder()
+        stats = Recorder()
         positions = torch.from_numpy(rng.integers(1, 500, size=17, dtype=np.int32))
-        step = step_of(pool, assignments, history, positions=positions)
+        step = step_of(pool, assignments, stats, positions=positions)
         logits = torch.randn(17, V) * 2
         scale = torch.tensor([a.divisor for a in assignments])
-        scaled = logits / scale.unsqueeze(-1) if tempered else logits
-        align(step, scaled, tempered=tempered)
-        ((rows, decision, _, _),) = history.steps
+        scaled = logits / scale.unsqueeze(-1) if temperature_applied else logits
+        sample_proxied_rows(step, scaled, temperature_applied=temperature_applied)
+        ((rows, decision, _, _),) = stats.steps
         actual = zip(*decision.columns[1:].tolist(), strict=True)
         for row, outcome in zip(rows.rows, actual, strict=True):
             proxy = chosen[row]
@@ -165,11 +167,11 @@ def test_the_answer_is_what_is_recorded():
         Assignment("r1"),
         Assignment("r2", b.served, max_rejections=3),
     ]
-    history = Recorder()
-    step = step_of(pool, assignments, history, discarded=[False, False, True])
-    token_ids = align(step, torch.randn(3, V), tempered=False)
-    ((rows, decision, discarded, tracing),) = history.steps
-    assert rows is step.plan.aligned
+    stats = Recorder()
+    step = step_of(pool, assignments, stats, discarded=[False, False, True])
+    token_ids = sample_proxied_rows(step, torch.randn(3, V), temperature_applied=False)
+    ((rows, decision, discarded, tracing),) = stats.steps
+    assert rows is step.plan.proxied
     assert torch.equal(token_ids, decision.token_ids) and token_ids.shape == (2,)
     assert discarded.tolist() == [False, True]
     assert tracing is None
@@ -179,9 +181,11 @@ def test_a_trace_is_kept_only_where_one_is_wanted():
     pool = ProxyPool()
     a, *_ = unlike_proxies(pool)
     assignments = [Assignment("r0", a.served), Assignment("r1", a.served, traced=True)]
-    history = Recorder()
-    align(step_of(pool, assignments, history), torch.randn(2, V), tempered=False)
-    ((_, _, discarded, tracing),) = history.steps
+    stats = Recorder()
+    sample_proxied_rows(
+        step_of(pool, assignments, stats), torch.randn(2, V), temperature_applied=False
+    )
+    ((_, _, discarded, tracing),) = stats.steps
     assert discarded is None
     candidates, accept_logits, noise = tracing
     assert candidates.token_ids.shape == accept_logits.shape == (2, 5)
@@ -204,14 +208,16 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
             calls[name] += 1
             return original(*args)
 
-        for module in (proxy.network, proxy.rows):
+        for module in (proxy.network, proxy.engine.scoring):
             monkeypatch.setattr(module, name, counted)
 
     spy("state_features")
     spy("accept_logits")
-    project = proxy.rows.Mixture.project
+    project = proxy.engine.scoring.ProxyScorer.project
     monkeypatch.setattr(
-        proxy.rows.Mixture, "project", lambda *args: calls.update(["project"]) or project(*args)
+        proxy.engine.scoring.ProxyScorer,
+        "project",
+        lambda *args: calls.update(["project"]) or project(*args),
     )
     pool = ProxyPool()
     proxies = unlike_proxies(pool)
@@ -219,7 +225,7 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
         Assignment("r", proxies[row % 4].served, traced=traced) for row in range(num_rows)
     ]
     step = step_of(pool, assignments, Recorder())
-    align(step, torch.randn(num_rows, V), tempered=False)
+    sample_proxied_rows(step, torch.randn(num_rows, V), temperature_applied=False)
     assert calls == ({"state_features": 1, "accept_logits": 1} if traced else {"project": 1})
 
 
@@ -230,9 +236,10 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
     def without_values(data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype).to(meta)
 
-    for module in (proxy.rows, proxy.plan, proxy.history):
+    for module in (proxy.engine.rows, proxy.engine.batch_plan, proxy.engine.scoring):
         monkeypatch.setattr(module, "to_device", without_values)
-    monkeypatch.setattr(proxy.history, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(proxy.engine.decision_stats, "HostCopy", lambda columns: columns)
+    monkeypatch.setattr(proxy.engine.decision_stats, "time", SimpleNamespace(monotonic=lambda: 0.0))
     pool = ProxyPool()
     a, b, c, d = unlike_proxies(pool)
     pool.weights = type(pool.weights)(*(x.to(meta) for x in pool.weights or ()))  # type: ignore[misc]
@@ -243,7 +250,7 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
         Assignment("r2", b.served, temperature=0.0),
         Assignment("r3", c.served),
     ]
-    history = History(meta, reports=True, capacity=4)
+    stats = DecisionStats(meta, reports=True)
     for chosen in (assignments, assignments[:1], assignments[2:3] * 4):
         rows = len(chosen)
         step = Step(
@@ -251,13 +258,13 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
             hidden=torch.empty(rows, H, device=meta),
             positions=torch.empty(rows, dtype=torch.int32, device=meta),
             discarded=torch.empty(rows, dtype=torch.bool, device=meta),
-            history=history,
+            stats=stats,
         )
         logits = torch.empty(rows, V, device=meta)
-        token_ids = align(step, logits, tempered=False)
+        token_ids = sample_proxied_rows(step, logits, temperature_applied=False)
         assert token_ids.shape == (sum(a.proxy is not None for a in chosen),)
         sampled = torch.empty(rows, dtype=torch.int64, device=meta)
-        score_shadows(step, logits, sampled, tempered=True)
+        score_shadows(step, logits, sampled, temperature_applied=True)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the control
         token_ids.tolist()
 
@@ -282,11 +289,11 @@ def score(
     shadow = put_into(pool, "shadow", biased(shadow_bias, **config))
     if assignments is None:
         assignments = [Assignment(f"r{row}") for row in range(len(sampled))]
-    history = Recorder()
-    step = step_of(pool, assignments, history, discarded=discarded, shadows=[shadow])
+    stats = Recorder()
+    step = step_of(pool, assignments, stats, discarded=discarded, shadows=[shadow])
     rows = len(sampled)
-    score_shadows(step, logits.expand(rows, -1), torch.tensor(sampled), tempered=True)
-    ((name, scored, changed),) = history.shadows
+    score_shadows(step, logits.expand(rows, -1), torch.tensor(sampled), temperature_applied=True)
+    ((name, scored, changed),) = stats.shadows
     assert name == "shadow"
     return scored, changed
 
@@ -350,21 +357,21 @@ def test_rows_that_no_shadow_scores():
 def test_no_shadow_is_asked_where_all_rows_are_exempt():
     pool = ProxyPool()
     shadow = put_into(pool, "shadow", biased(0.0))
-    history = Recorder()
-    step = step_of(pool, [Assignment("r0", shadowed=False)], history, shadows=[shadow])
-    score_shadows(step, LOGITS[None], torch.tensor([0]), tempered=True)
-    assert history.shadows == []
+    stats = Recorder()
+    step = step_of(pool, [Assignment("r0", shadowed=False)], stats, shadows=[shadow])
+    score_shadows(step, LOGITS[None], torch.tensor([0]), temperature_applied=True)
+    assert stats.shadows == []
 
 
 def test_every_shadow_scores_every_row():
     pool = ProxyPool()
     shadows = [put_into(pool, "yes", biased(1e4)), put_into(pool, "no", biased(-1e4, width=3))]
     acting = put_into(pool, "acting", biased(0.0, width=9))
-    history = Recorder()
+    stats = Recorder()
     assignments = [Assignment("r0"), Assignment("r1", acting.served, max_rejections=4)]
-    step = step_of(pool, assignments, history, shadows=shadows)
-    score_shadows(step, LOGITS.expand(2, -1), torch.tensor([1, 0]), tempered=True)
-    assert history.shadows == [
+    step = step_of(pool, assignments, stats, shadows=shadows)
+    score_shadows(step, LOGITS.expand(2, -1), torch.tensor([1, 0]), temperature_applied=True)
+    assert stats.shadows == [
         ("yes", [True, True], [False, False]),
         ("no", [True, True], [True, False]),
     ]

@@ -3,8 +3,8 @@
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from proxy.network import score_alone
-from proxy.pool import ProxyPool
+from proxy.engine.pool import ProxyPool
+from proxy.network import score_single
 from tests.proxy.proxies import H, Proxy, V, opinionated, put_into, unlike_proxies
 
 R, K = 3, 7
@@ -19,9 +19,9 @@ def assert_each_is_itself(pool: ProxyPool, proxies: list[Proxy]) -> None:
     assert pool.proxies == [proxy.served for proxy in proxies]
     for slot, proxy in enumerate(proxies):
         assert proxy.served.slot == slot
-        weights, table = pool.alone(proxy.served)
-        scores = score_alone(weights, hidden, table[token_ids], logprobs)
-        expected = proxy.score_alone(hidden, token_ids, logprobs)
+        weights, table = pool.single(proxy.served)
+        scores = score_single(weights, hidden, table[token_ids], logprobs)
+        expected = proxy.score_single(hidden, token_ids, logprobs)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from proxy import reading
+from proxy.engine import reading
+from proxy.engine.reading import Reader
 from proxy.positions import Positions, choices, nucleus_of
-from proxy.reading import Reader
 from proxy.request import ReadRequest, WorkerAlignment
 
 HIDDEN, VOCAB, START = 8, 30, 3
@@ -100,7 +100,7 @@ def test_a_rank_that_does_not_report_takes_part_and_keeps_nothing() -> None:
 
 def test_what_nobody_asks_for_is_forgotten(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(tensor.nbytes for tensor in read_whole("r1"))
-    monkeypatch.setattr(reading, "MOST_BYTES", size)
+    monkeypatch.setattr(reading, "MAX_BYTES", size)
     for name in ("r0", "r1"):
         run(reader, [name], {name: 0}, {name: len(IDS[name])})
     assert reader.take(["r0"]) == {}

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-import proxy.rows
-from proxy.acceptance import Candidates, noise_key, nucleus, seeded_noise
+import proxy.engine.rows
+import proxy.engine.scoring
+from proxy.acceptance import Candidates, nucleus
+from proxy.engine.assignment import Assignment
+from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.engine.rows import ProxiedRows
+from proxy.engine.scoring import ProxyScorer
 from proxy.network import ProxyConfig
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import AlignedRows, Assignment, Mixture
+from proxy.noise import noise_key, seeded_noise
 from tests.proxy.proxies import H, Proxy, V, unlike_proxies
 from training.policy import Decoding, Policy
 
@@ -36,8 +40,8 @@ def assign(proxies: dict[str, Proxy], name: str, **settings: Any) -> Assignment:
     return Assignment("r", proxies[name].served, **settings)
 
 
-def aligned_of(pool: ProxyPool, assignments: list[Assignment]) -> AlignedRows:
-    return AlignedRows([*range(len(assignments))], assignments, pool, CPU, covers_batch=True)
+def proxied_rows_of(pool: ProxyPool, assignments: list[Assignment]) -> ProxiedRows:
+    return ProxiedRows([*range(len(assignments))], assignments, pool, CPU, covers_batch=True)
 
 
 def some_candidates(rows: int) -> Candidates:
@@ -64,25 +68,25 @@ def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, shares, mon
     evaluations = []
 
     def spy(name: str) -> None:
-        original = getattr(proxy.rows, name)
+        original = getattr(proxy.engine.scoring, name)
 
         def counted(weights: Any, first: torch.Tensor, *rest: Any) -> torch.Tensor:
             evaluations.append(first[..., 0].numel())
             return original(weights, first, *rest)
 
-        monkeypatch.setattr(proxy.rows, name, counted)
+        monkeypatch.setattr(proxy.engine.scoring, name, counted)
 
     spy("accept_logits")
-    spy("score_alone")
+    spy("score_single")
     torch.manual_seed(0)
-    mixture = Mixture([proxies[name].served for name in shares], pool, CPU)
+    mixture = ProxyScorer([proxies[name].served for name in shares], pool, CPU)
     hidden, candidates = torch.randn(len(shares), H), some_candidates(len(shares))
     actual = mixture.accept_logits(hidden, candidates)
     features = mixture.project(hidden) / hidden.norm(dim=-1, keepdim=True)
     assert actual.shape == (len(shares), K) and features.shape == (len(shares), 32)
     for row, name in enumerate(shares):
         one = slice(row, row + 1)
-        expected = proxies[name].score_alone(hidden[one], *(x[one] for x in candidates))
+        expected = proxies[name].score_single(hidden[one], *(x[one] for x in candidates))
         torch.testing.assert_close(actual[one], expected, rtol=1e-4, atol=1e-5)
         network = proxies[name].network
         rms = hidden[row].square().mean().sqrt()
@@ -94,7 +98,7 @@ def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, shares, mon
 
 def test_rows_outlive_a_change_of_the_pool(pool, proxies):
     """They keep the tensors that they were made with: a step may be under way."""
-    mixture = Mixture([proxies[name].served for name in "cab"], pool, CPU)
+    mixture = ProxyScorer([proxies[name].served for name in "cab"], pool, CPU)
     hidden, candidates = torch.randn(3, H), some_candidates(3)
     before = mixture.accept_logits(hidden, candidates)
     pool.retain([proxies["b"].served])
@@ -102,7 +106,7 @@ def test_rows_outlive_a_change_of_the_pool(pool, proxies):
 
 
 def test_settings_of_each_row(pool, proxies):
-    settings = aligned_of(
+    settings = proxied_rows_of(
         pool,
         [
             assign(proxies, "a", strength=2.0, max_rejections=7, temperature=0.5, top_k=3),
@@ -126,7 +130,7 @@ def test_settings_of_each_row(pool, proxies):
 
 
 def test_what_is_usual_takes_no_tensor(pool, proxies):
-    settings = aligned_of(pool, [assign(proxies, "a"), assign(proxies, "a")]).settings
+    settings = proxied_rows_of(pool, [assign(proxies, "a"), assign(proxies, "a")]).settings
     assert (settings.strength, settings.temperature, settings.sharpness) == (None, None, None)
     assert (settings.greedy, settings.sizes) == (None, None)
     assert (settings.top_k, settings.top_p) == (None, None)
@@ -175,25 +179,25 @@ def test_seeded_rows_draw_from_their_seeds_alone(pool, proxies):
     positions = torch.tensor([40, 40, 3, 41], dtype=torch.int32)
     assignments = [assign(proxies, n, seed=seed) for n, seed in zip("abda", seeds, strict=True)]
     token_ids = torch.randperm(V)[:40].expand(4, -1)
-    noise = aligned_of(pool, assignments).noise(positions, token_ids)
+    noise = proxied_rows_of(pool, assignments).noise(positions, token_ids)
     assert noise.shape == (4, 2, 40) and noise.dtype == torch.float32
     assert len(noise.unique()) == noise.numel()
     for row, assignment in enumerate(assignments):
         one = slice(row, row + 1)
         key = torch.tensor([noise_key(seeds[row])])
         assert torch.equal(noise[one], seeded_noise(key, positions[one].long(), token_ids[one]))
-        alone = aligned_of(pool, [assignment]).noise(positions[one], token_ids[one, :5])
+        alone = proxied_rows_of(pool, [assignment]).noise(positions[one], token_ids[one, :5])
         assert torch.equal(noise[one, :, :5], alone)
 
 
 def test_an_accelerator_draws_afresh_for_rows_without_a_seed(pool, proxies, monkeypatch):
     """As on any device but a CPU: in one kernel, for all; seeded rows are left alone."""
     seeds = [11, None, 11]
-    rows = aligned_of(pool, [assign(proxies, "a", seed=seed) for seed in seeds])
+    rows = proxied_rows_of(pool, [assign(proxies, "a", seed=seed) for seed in seeds])
     assert rows.settings.keys.device == CPU  # made before the device is another
     monkeypatch.setattr(rows, "_device", torch.device("meta"))
     positions = torch.tensor([40, 40, 41])
-    monkeypatch.setattr(proxy.rows, "draw_noise", lambda *_: torch.full((3, 2, 5), 0.5))
+    monkeypatch.setattr(proxy.engine.rows, "draw_noise", lambda *_: torch.full((3, 2, 5), 0.5))
     token_ids = torch.arange(5).expand(3, -1)
     noise = rows.noise(positions, token_ids)
     seeded = seeded_noise(torch.tensor([noise_key(11)] * 2), positions[[0, 2]], token_ids[:2])
@@ -217,13 +221,13 @@ def test_neighbours_change_nothing(pool, proxies, traced):
         )
         for seed, name in enumerate("abca")
     ]
-    together = aligned_of(pool, assignments)
-    alone = [aligned_of(pool, [assignment]) for assignment in assignments]
+    together = proxied_rows_of(pool, assignments)
+    alone = [proxied_rows_of(pool, [assignment]) for assignment in assignments]
     for position in range(100):
         logits, hidden = torch.randn(4, V), torch.randn(4, H)
         positions = torch.full((4,), position, dtype=torch.int32)
         args = logits, hidden, positions
-        decision, _ = together.decide(*args, tempered=False)
+        decision, _ = together.decide(*args, temperature_applied=False)
         for row, rows in enumerate(alone):
-            one, _ = rows.decide(*(x[row : row + 1] for x in args), tempered=False)
+            one, _ = rows.decide(*(x[row : row + 1] for x in args), temperature_applied=False)
             assert torch.equal(decision.columns[:, [row]], one.columns)

@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from proxy.acceptance import Decision, decide, noise_key, nucleus, seeded_noise
+from proxy.acceptance import Decision, decide, nucleus
 from proxy.checkpoint import BaseModelId, ProxyError, save
+from proxy.noise import noise_key, seeded_noise
 from tests.proxy.proxies import EMBEDDINGS, H, V, opinionated
 
 # vLLM is imported inside the tests: it changes torch for the whole process.
@@ -192,10 +193,11 @@ def make_worker(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
     from vllm.envs import disable_envs_cache
     from vllm.v1.worker.gpu_worker import Worker
 
+    import proxy.engine.ranks
     import proxy.worker
 
     group = SimpleNamespace(rank_in_group=0, world_size=1)
-    monkeypatch.setattr(proxy.worker, "get_tp_group", lambda: group)
+    monkeypatch.setattr(proxy.engine.ranks, "get_tp_group", lambda: group)
     monkeypatch.setattr(Worker, "load_model", lambda worker: None)
     config = VllmConfig()
 
@@ -297,9 +299,9 @@ def by_v1(
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
 
-    from proxy.history import History
-    from proxy.hook import Step
-    from proxy.sampler import ProxySampler
+    from proxy.engine.decision_stats import DecisionStats
+    from proxy.engine.hook import Step
+    from proxy.engine.sampler_v1 import ProxySampler
 
     asked = [MIXED[name][1] for name in names]
     temperature = torch.tensor([kwargs.get("temperature", 1.0) for kwargs in asked])
@@ -320,8 +322,8 @@ def by_v1(
     )
     sampler = Sampler()
     sampler.__class__ = ProxySampler
-    history = History(CPU, reports=False, capacity=1)
-    sampler.step = Step(worker._ledger._plan, hidden, positions, None, history)
+    stats = DecisionStats(CPU, reports=False)
+    sampler.step = Step(worker._tracker._plan, hidden, positions, None, stats)
     return sampler.sample(logits.clone(), metadata)[0].tolist()
 
 
@@ -394,7 +396,7 @@ def test_only_rows_of_the_batch_are_counted(make_worker):
     runner.add("chatcmpl-b-00000000", params("two", seed=2))
     for a, b, spoken in ((4, 3, [0, 1]), (4, 1, [0, 1]), (1, 1, [1, 1]), (1, 1, [1, 1])):
         runner.schedule(**{"chatcmpl-a-00000000": a, "chatcmpl-b-00000000": b})
-        hidden, positions, discarded = worker._read.read_rows(runner)
+        hidden, positions, discarded = worker._runner.sampling_inputs()
         assert len(hidden) == len(positions) == 2
         unfinished = [False, False] if discarded is None else discarded.tolist()
         assert unfinished == [not said for said in spoken]
@@ -452,7 +454,7 @@ def test_a_shadow_scores_and_changes_nothing(make_worker, tmp_path):
     requests = {"a": (None, {"seed": 1, "top_k": 5}), "b": (None, {"temperature": 0.0})}
     torch.manual_seed(0)  # the shadow's own dice
     scored: list[tuple[int, int]] = []
-    worker._ledger.history.record_shadow = lambda _, scores, changes: scored.append(
+    worker._tracker.stats.record_shadow = lambda _, scores, changes: scored.append(
         (int(scores.sum()), int((scores & changes).sum()))
     )
     for other in (worker, stock):
@@ -510,17 +512,18 @@ def test_a_step_that_the_plan_is_not_for_is_vllms(make_worker):
 def test_the_worker_picks_by_the_model_runner(make_worker):
     from vllm.v1.sample.sampler import Sampler
 
-    import proxy.sampler
-    import proxy.sampler_v2
+    import proxy.engine.sampler_v1
+    import proxy.engine.sampler_v2
+    from proxy.engine.runner import RunnerV1, RunnerV2
 
     worker = make_worker(load=False)
     assert worker.use_v2_model_runner
-    assert type(worker.model_runner.sampler) is proxy.sampler_v2.ProxySamplerV2
-    assert worker._read is proxy.sampler_v2
+    assert type(worker.model_runner.sampler) is proxy.engine.sampler_v2.ProxySamplerV2
+    assert type(worker._runner) is RunnerV2
     worker = make_worker(v2=False, sampler=Sampler(), load=False)
     assert not worker.use_v2_model_runner
-    assert type(worker.model_runner.sampler) is proxy.sampler.ProxySampler
-    assert worker._read is proxy.sampler
+    assert type(worker.model_runner.sampler) is proxy.engine.sampler_v1.ProxySampler
+    assert type(worker._runner) is RunnerV1
 
 
 def test_other_samplers_are_refused(make_worker):
@@ -552,7 +555,7 @@ WORKER = [
 
 
 def test_vllms_methods_are_those_that_we_override_and_call():
-    """Whoever upgrades vLLM reads here what proxy/sampler_v2.py and proxy/worker.py rely on."""
+    """Whoever upgrades vLLM reads here what proxy/engine/sampler_v2.py and proxy/worker.py rely on."""
     from vllm.v1.sample import sampler as v1
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -560,8 +563,8 @@ def test_vllms_methods_are_those_that_we_override_and_call():
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu_worker import Worker
 
-    from proxy.sampler import ProxySampler
-    from proxy.sampler_v2 import ProxySamplerV2
+    from proxy.engine.sampler_v1 import ProxySampler
+    from proxy.engine.sampler_v2 import ProxySamplerV2
 
     expected = {
         Sampler.add_request: ["self", "req_idx", "sampling_params"],
@@ -599,7 +602,7 @@ def test_nothing_has_joined_what_may_change_logits_before_the_draw():
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
     from vllm.v1.sample.metadata import SamplingMetadata
 
-    from proxy.sampler import _WORK_OF
+    from proxy.engine.sampler_v1 import _WORK_OF
 
     assert {*BUILTIN_LOGITS_PROCESSORS} == {*_WORK_OF}
     assert {field.name for field in dataclasses.fields(SamplingMetadata)} == {
@@ -642,9 +645,9 @@ def test_the_law_is_all_only_where_nothing_else_has_work(changed, expected):
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 
-    from proxy.plan import make_plan
-    from proxy.pool import ProxyPool
-    from proxy.sampler import _WORK_OF, _is_all_law
+    from proxy.engine.batch_plan import make_plan
+    from proxy.engine.pool import ProxyPool
+    from proxy.engine.sampler_v1 import _WORK_OF, _only_proxies_decide
 
     processors: list[Any] = [object.__new__(kind) for kind in BUILTIN_LOGITS_PROCESSORS]
     for processor in processors:
@@ -656,8 +659,8 @@ def test_the_law_is_all_only_where_nothing_else_has_work(changed, expected):
     fields |= {"no_penalties": True, "logitsprocs": LogitsProcessors(processors)}
     fields |= {name: value for name, value in changed.items() if name in fields}
     plan = make_plan([], [], ProxyPool(), CPU, shadows=())
-    assert _is_all_law(plan, SamplingMetadata(**fields)) is expected
-    assert not _is_all_law(plan._replace(plain_rows=[0]), SamplingMetadata(**fields))
+    assert _only_proxies_decide(plan, SamplingMetadata(**fields)) is expected
+    assert not _only_proxies_decide(plan._replace(unproxied_rows=[0]), SamplingMetadata(**fields))
 
 
 def test_what_a_step_is_read_from_is_there():
@@ -711,7 +714,7 @@ def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypat
 
 
 def test_logprobs_are_numbers_where_no_token_is_allowed():
-    from proxy.sampler import ProxySampler
+    from proxy.engine.sampler_v1 import ProxySampler
 
     logits = torch.tensor([[-torch.inf] * 3, [0.0, 0.0, -torch.inf]])
     logprobs = ProxySampler.compute_logprobs(logits)

@@ -48,18 +48,18 @@ def stock(make_llm):
 
 
 @pytest.fixture(scope="module")
-def aligned_llm(make_llm):
+def proxied_llm(make_llm):
     return make_llm(worker_cls=WORKER)
 
 
 @pytest.fixture
-def aligned(aligned_llm, checkpoints):
+def proxied(proxied_llm, checkpoints):
     """The engine with both proxies loaded afresh and no other."""
-    for entry in rpc(aligned_llm, "list_proxies"):
-        rpc(aligned_llm, "unload_proxy", entry["name"], entry["version"])
+    for entry in rpc(proxied_llm, "list_proxies"):
+        rpc(proxied_llm, "unload_proxy", entry["name"], entry["version"])
     for name, directory in checkpoints.items():
-        rpc(aligned_llm, "load_proxy", name, directory)
-    return aligned_llm
+        rpc(proxied_llm, "load_proxy", name, directory)
+    return proxied_llm
 
 
 def rpc(llm: Any, method: str, *args: Any) -> Any:
@@ -111,23 +111,23 @@ PLAIN = [
 ]
 
 
-def test_without_a_proxy_the_tokens_are_vllms(stock, aligned):
+def test_without_a_proxy_the_tokens_are_vllms(stock, proxied):
     sampling = [params(**kwargs) for kwargs in PLAIN]
-    assert tokens(generate(aligned, PROMPTS, sampling)) == tokens(
+    assert tokens(generate(proxied, PROMPTS, sampling)) == tokens(
         generate(stock, PROMPTS, sampling)
     )
 
 
-def test_strength_zero_is_vllm(stock, aligned):
+def test_strength_zero_is_vllm(stock, proxied):
     expected = generate(stock, PROMPTS, [params(**kwargs) for kwargs in PLAIN])
     sampling = [params("one", strength=0.0, **kwargs) for kwargs in PLAIN]
-    outputs = generate(aligned, PROMPTS, sampling)
+    outputs = generate(proxied, PROMPTS, sampling)
     assert tokens(outputs) == tokens(expected)
-    assert rpc(aligned, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+    assert rpc(proxied, "take_alignment_counts", [o.request_id for o in outputs]) == {}
 
 
 @pytest.mark.parametrize("greedy_neighbours", [False, True])
-def test_plain_rows_of_a_mixed_batch_are_vllms(stock, aligned, greedy_neighbours):
+def test_plain_rows_of_a_mixed_batch_are_vllms(stock, proxied, greedy_neighbours):
     """Rows with proxies between them change nothing, in whatever mix."""
     temperature = 0.0 if greedy_neighbours else 1.0
     mixed_prompts = [p for prompt in PROMPTS for p in (prompt, "the dog")]
@@ -140,75 +140,75 @@ def test_plain_rows_of_a_mixed_batch_are_vllms(stock, aligned, greedy_neighbours
     mixed = [p for i, kw in enumerate(PLAIN) for p in (params(**kw), neighbours[i])]
     plain = [p for kw in PLAIN for p in (params(**kw), params(seed=9))]
     expected = tokens(generate(stock, mixed_prompts, plain))[::2]
-    assert tokens(generate(aligned, mixed_prompts, mixed))[::2] == expected
+    assert tokens(generate(proxied, mixed_prompts, mixed))[::2] == expected
 
 
 @pytest.mark.parametrize("only", [{"temperature": 0.0}, {"seed": 6}])
-def test_mixed_batches_of_one_kind(stock, aligned, only):
+def test_mixed_batches_of_one_kind(stock, proxied, only):
     """All-greedy and all-random batches take other paths through vLLM's sampler."""
     sampling = [params("one", **only), *(params(**only) for _ in PROMPTS[1:])]
     expected = tokens(generate(stock, PROMPTS, [params(**only) for _ in PROMPTS]))
-    assert tokens(generate(aligned, PROMPTS, sampling))[1:] == expected[1:]
+    assert tokens(generate(proxied, PROMPTS, sampling))[1:] == expected[1:]
 
 
-def test_a_proxy_changes_the_text_and_the_counts_add_up(stock, aligned):
+def test_a_proxy_changes_the_text_and_the_counts_add_up(stock, proxied):
     kinds = [{"seed": i, "top_p": 0.95} for i in range(3)] + [{"temperature": 0.0}] * 3
-    outputs = generate(aligned, PROMPTS, [params("one", **kind) for kind in kinds])
+    outputs = generate(proxied, PROMPTS, [params("one", **kind) for kind in kinds])
     plain = generate(stock, PROMPTS, [params(**kind) for kind in kinds])
-    version = next(e["version"] for e in rpc(aligned, "list_proxies") if e["name"] == "one")
+    version = next(e["version"] for e in rpc(proxied, "list_proxies") if e["name"] == "one")
     for output, reference in zip(outputs, plain, strict=True):
-        counts = counts_of(aligned, output)
+        counts = counts_of(proxied, output)
         assert tokens([output]) != tokens([reference])
         assert (counts["proxy"], counts["version"]) == ("one", version)
         assert counts["accepted"] + counts["forced"] == 16
         assert counts["proposed"] == counts["accepted"] + counts["rejected"]
         assert counts["rejected"] > 0
-        assert rpc(aligned, "take_alignment_counts", [output.request_id]) == {}
+        assert rpc(proxied, "take_alignment_counts", [output.request_id]) == {}
 
 
-def test_counts_stop_with_the_text(aligned):
+def test_counts_stop_with_the_text(proxied):
     sampling = [params("one", seed=i, ignore_eos=False, max_tokens=60, logit_bias={EOS: 4.0})
                 for i in range(len(PROMPTS))]  # fmt: skip
-    outputs = generate(aligned, PROMPTS, sampling)
+    outputs = generate(proxied, PROMPTS, sampling)
     lengths = [len(t) for t in tokens(outputs)]
     assert len(set(lengths)) > 1 and max(lengths) < 60
     for output, length in zip(outputs, lengths, strict=True):
-        counts = counts_of(aligned, output)
+        counts = counts_of(proxied, output)
         assert counts["accepted"] + counts["forced"] == length
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_a_batch(aligned):
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(proxied):
     kinds = [{"proxy": ("one", "two")[i % 2], "seed": 20 + i, "top_p": 0.9} for i in range(5)]
     sampling = [params(**kind) for kind in kinds] + [params(seed=3)]
-    together = tokens(generate(aligned, PROMPTS, sampling))
-    alone = [tokens(generate(aligned, [p], [s]))[0] for p, s in zip(PROMPTS, sampling, strict=True)]
+    together = tokens(generate(proxied, PROMPTS, sampling))
+    alone = [tokens(generate(proxied, [p], [s]))[0] for p, s in zip(PROMPTS, sampling, strict=True)]
     assert together == alone
     greedy = [params("one", temperature=0.0), params(seed=1)]
     assert (
-        tokens(generate(aligned, PROMPTS[:2], greedy))[0]
-        == tokens(generate(aligned, PROMPTS[:1], greedy[:1]))[0]
+        tokens(generate(proxied, PROMPTS[:2], greedy))[0]
+        == tokens(generate(proxied, PROMPTS[:1], greedy[:1]))[0]
     )
 
 
-def test_several_samples_of_a_request(aligned):
-    (output,) = generate(aligned, PROMPTS[:1], [params("one", n=3, seed=5)])
+def test_several_samples_of_a_request(proxied):
+    (output,) = generate(proxied, PROMPTS[:1], [params("one", n=3, seed=5)])
     texts = [list(sample.token_ids) for sample in output.outputs]
     assert len({tuple(text) for text in texts}) == 3
     # vLLM gives sample i the seed 5 + i.
     alone = [
-        tokens(generate(aligned, PROMPTS[:1], [params("one", seed=5 + i)]))[0] for i in range(3)
+        tokens(generate(proxied, PROMPTS[:1], [params("one", seed=5 + i)]))[0] for i in range(3)
     ]
     assert texts == alone
-    counts = rpc(aligned, "take_alignment_counts", [output.request_id])
+    counts = rpc(proxied, "take_alignment_counts", [output.request_id])
     assert sorted(req_id.split("_")[0] for req_id in counts) == ["0", "1", "2"]
     assert all(c["accepted"] + c["forced"] == 16 for c in counts.values())
 
 
-def test_logprobs_are_the_frozen_llms(aligned, model_dir):
+def test_logprobs_are_the_frozen_llms(proxied, model_dir):
     """Against transformers on the finished text."""
     from transformers import AutoModelForCausalLM
 
-    (output,) = generate(aligned, PROMPTS[1:2], [params("one", seed=1, logprobs=3)])
+    (output,) = generate(proxied, PROMPTS[1:2], [params("one", seed=1, logprobs=3)])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     ids = [*output.prompt_token_ids, *tokens([output])[0]]
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
             assert {t: a[t].logprob for t in top} == pytest.approx(top, rel=1e-5, abs=1e-5)
 
 
-def test_constraints_bind_the_proxy_too(aligned):
+def test_constraints_bind_the_proxy_too(proxied):
     rng = torch.Generator().manual_seed(0)
     few = torch.randperm(288, generator=rng)[:12].tolist()
     biased = {t: -100.0 for t in range(288) if t not in few[:8]}
@@ -269,7 +269,7 @@ def test_constraints_bind_the_proxy_too(aligned):
         params("one", temperature=0.0, allowed_token_ids=few[5:6]),
         params("one", seed=5, min_p=1.0),
     ]  # fmt: skip
-    outputs = generate(aligned, ["a b c d"] * 6, sampling)
+    outputs = generate(proxied, ["a b c d"] * 6, sampling)
     allowed, bias, penalty, min_tokens, single, _ = tokens(outputs)
     assert set(allowed) <= set(few[:5]) and len(set(allowed)) > 1
     assert set(bias) <= set(few[:8]) and len(set(bias)) > 1
@@ -277,19 +277,19 @@ def test_constraints_bind_the_proxy_too(aligned):
     assert len(min_tokens) == 8 and min_tokens[-1] == EOS
     assert single == few[5:6] * 16
     # min_p 1 leaves one candidate, which nobody needs to be asked about: nothing is rejected.
-    counts = counts_of(aligned, outputs[5])
+    counts = counts_of(proxied, outputs[5])
     assert (counts["proposed"], counts["rejected"], counts["forced"]) == (16, 0, 0)
 
 
-def test_stop_strings(aligned):
-    free = generate(aligned, PROMPTS[:1], [params("one", seed=1)])[0].outputs[0].text
+def test_stop_strings(proxied):
+    free = generate(proxied, PROMPTS[:1], [params("one", seed=1)])[0].outputs[0].text
     stop = free[5:7]
-    (output,) = generate(aligned, PROMPTS[:1], [params("one", seed=1, stop=[stop])])
+    (output,) = generate(proxied, PROMPTS[:1], [params("one", seed=1, stop=[stop])])
     assert output.outputs[0].text == free[: free.index(stop)]
     assert output.outputs[0].finish_reason == "stop"
 
 
-def test_structured_choice(aligned):
+def test_structured_choice(proxied):
     from vllm.sampling_params import StructuredOutputsParams
 
     sampling = [
@@ -297,24 +297,24 @@ def test_structured_choice(aligned):
                structured_outputs=StructuredOutputsParams(choice=["the cat sat", "a dog", "hat"]))
         for seed in range(5)
     ] + [params(seed=1)]  # fmt: skip
-    outputs = generate(aligned, PROMPTS, sampling)
+    outputs = generate(proxied, PROMPTS, sampling)
     texts = {output.outputs[0].text for output in outputs[:5]}
     assert texts <= {"the cat sat", "a dog", "hat"} and len(texts) > 1
 
 
-def test_two_proxies_in_one_batch_give_what_each_gives_alone(aligned):
+def test_two_proxies_in_one_batch_give_what_each_gives_alone(proxied):
     names = ["one", "two", "one", "two", "two", "one"]
     sampling = [params(name, seed=i) for i, name in enumerate(names)]
-    mixed = tokens(generate(aligned, PROMPTS, sampling))
+    mixed = tokens(generate(proxied, PROMPTS, sampling))
     for name in ("one", "two"):
         rows = [i for i, n in enumerate(names) if n == name]
-        alone = tokens(generate(aligned, [PROMPTS[i] for i in rows], [sampling[i] for i in rows]))
+        alone = tokens(generate(proxied, [PROMPTS[i] for i in rows], [sampling[i] for i in rows]))
         assert alone == [mixed[i] for i in rows]
 
 
 def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """(hidden rows, logits) of every step with a proxy, as the sampler gets them."""
-    from proxy.sampler import ProxySampler
+    from proxy.engine.sampler_v1 import ProxySampler
 
     steps: list[tuple[Any, Any]] = []
     original = ProxySampler.forward
@@ -364,7 +364,7 @@ def test_seeded_requests_survive_chunked_prefill(make_llm, stock, checkpoints):
 def rejects_only(llm: Any, name: str, token: int) -> None:
     """Turn a loaded proxy into one that rejects this token always and no other ever."""
     worker = worker_of(llm)
-    weights, table = worker._registry.pool.alone(worker._registry._bound[name])
+    weights, table = worker._registry.pool.single(worker._registry._bound[name])
     with torch.inference_mode():
         for part in (*weights, table):
             part.zero_()
@@ -373,9 +373,9 @@ def rejects_only(llm: Any, name: str, token: int) -> None:
         weights.bias[0, 0, 0] = 100.0
 
 
-def test_a_rejected_token_appears_only_when_forced(aligned):
+def test_a_rejected_token_appears_only_when_forced(proxied):
     token, other = 60, 61
-    rejects_only(aligned, "one", token)
+    rejects_only(proxied, "one", token)
     free = params("one", seed=1, max_tokens=200)
     # The rejected token is always the likelier of two, and one rejection is all there may be.
     forced = params(
@@ -393,9 +393,9 @@ def test_a_rejected_token_appears_only_when_forced(aligned):
     greedy = params("one", temperature=0.0, max_tokens=20, allowed_token_ids=[token, other],
                     logit_bias={token: 20.0})  # fmt: skip
     sampling = [free, forced, unforced, single, never_asked, greedy]
-    outputs = generate(aligned, PROMPTS, sampling)
+    outputs = generate(proxied, PROMPTS, sampling)
     texts = tokens(outputs)
-    counts = [counts_of(aligned, output) for output in outputs]
+    counts = [counts_of(proxied, output) for output in outputs]
 
     assert token not in texts[0] and counts[0]["forced"] == 0
     assert 0 < texts[1].count(token) == counts[1]["forced"] < 200
@@ -405,8 +405,8 @@ def test_a_rejected_token_appears_only_when_forced(aligned):
     assert texts[5] == [other] * 20 and counts[5]["rejected"] == 20
 
 
-def test_max_rejections_zero_is_greedy_decoding(stock, aligned):
-    sampled = tokens(generate(aligned, PROMPTS, [params("one", max_rejections=0)] * 6))
+def test_max_rejections_zero_is_greedy_decoding(stock, proxied):
+    sampled = tokens(generate(proxied, PROMPTS, [params("one", max_rejections=0)] * 6))
     assert sampled == tokens(generate(stock, PROMPTS, [params(temperature=0.0)] * 6))
 
 
@@ -423,38 +423,38 @@ def test_max_rejections_zero_is_greedy_decoding(stock, aligned):
         {"alignment": {"proxy": "no such proxy"}},
     ],
 )
-def test_malformed_extra_args_are_plain_sampling(stock, aligned, extra_args):
+def test_malformed_extra_args_are_plain_sampling(stock, proxied, extra_args):
     from vllm import SamplingParams
 
     sampling = SamplingParams(seed=1, max_tokens=8, ignore_eos=True, extra_args=extra_args)
     expected = tokens(generate(stock, PROMPTS[:1], [params(seed=1, max_tokens=8)]))
-    assert tokens(generate(aligned, PROMPTS[:1], [sampling])) == expected
+    assert tokens(generate(proxied, PROMPTS[:1], [sampling])) == expected
 
 
-def test_loading_errors_leave_the_engine_alive(aligned, base, tmp_path, checkpoints):
+def test_loading_errors_leave_the_engine_alive(proxied, base, tmp_path, checkpoints):
     foreign = make_proxy(
         tmp_path / "foreign", BaseModelId(name="another-llm", fingerprint="0" * 64), 1
     )
     with pytest.raises(ProxyError, match="another-llm"):
-        rpc(aligned, "load_proxy", "foreign", foreign)
+        rpc(proxied, "load_proxy", "foreign", foreign)
     network = ProxyNetwork(ProxyConfig(hidden_size=32, vocab_size=288))
     save(tmp_path / "narrow", network, base=base, training={})
     with pytest.raises(ProxyError, match="hidden size 32"):
-        rpc(aligned, "load_proxy", "narrow", str(tmp_path / "narrow"))
+        rpc(proxied, "load_proxy", "narrow", str(tmp_path / "narrow"))
     with pytest.raises(ProxyError, match="nowhere"):
-        rpc(aligned, "load_proxy", "lost", str(tmp_path / "nowhere"))
+        rpc(proxied, "load_proxy", "lost", str(tmp_path / "nowhere"))
     with pytest.raises(ProxyError, match="name"):
-        rpc(aligned, "load_proxy", "", checkpoints["one"])
+        rpc(proxied, "load_proxy", "", checkpoints["one"])
     with pytest.raises(ProxyError, match=r"Loaded: one \(\w{12}\), two \(\w{12}\)\."):
-        rpc(aligned, "unload_proxy", "three")
+        rpc(proxied, "unload_proxy", "three")
     with pytest.raises(ProxyError, match=r"'one \(v1\)'"):
-        rpc(aligned, "unload_proxy", "one", "v1")
-    assert [entry["name"] for entry in rpc(aligned, "list_proxies")] == ["one", "two"]
-    assert len(tokens(generate(aligned, PROMPTS, [params("one", seed=1)] * 6))) == 6
+        rpc(proxied, "unload_proxy", "one", "v1")
+    assert [entry["name"] for entry in rpc(proxied, "list_proxies")] == ["one", "two"]
+    assert len(tokens(generate(proxied, PROMPTS, [params("one", seed=1)] * 6))) == 6
 
 
-def test_loading_describes_the_proxy(aligned, checkpoints, base):
-    entry = rpc(aligned, "load_proxy", "three", checkpoints["two"])
+def test_loading_describes_the_proxy(proxied, checkpoints, base):
+    entry = rpc(proxied, "load_proxy", "three", checkpoints["two"])
     assert entry == {
         "name": "three",
         "version": entry["version"],
@@ -471,27 +471,27 @@ def test_loading_describes_the_proxy(aligned, checkpoints, base):
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "training": {"seed": 2},
     }
-    assert rpc(aligned, "list_proxies")[-1] == entry
-    assert rpc(aligned, "unload_proxy", "three") == entry
+    assert rpc(proxied, "list_proxies")[-1] == entry
+    assert rpc(proxied, "unload_proxy", "three") == entry
 
 
-def test_requests_in_flight_keep_the_version_they_began_with(aligned, checkpoints):
-    engine = aligned.llm_engine
-    expected = tokens(generate(aligned, PROMPTS[:1], [params("one", seed=1)]))[0]
-    versions = {e["name"]: e["version"] for e in rpc(aligned, "list_proxies")}
+def test_requests_in_flight_keep_the_version_they_began_with(proxied, checkpoints):
+    engine = proxied.llm_engine
+    expected = tokens(generate(proxied, PROMPTS[:1], [params("one", seed=1)]))[0]
+    versions = {e["name"]: e["version"] for e in rpc(proxied, "list_proxies")}
     engine.add_request("early", PROMPTS[0], params("one", seed=1))
     for _ in range(5):
         engine.step()
-    rpc(aligned, "load_proxy", "one", checkpoints["two"])
-    rpc(aligned, "unload_proxy", "two")
+    rpc(proxied, "load_proxy", "one", checkpoints["two"])
+    rpc(proxied, "unload_proxy", "two")
     engine.add_request("late", PROMPTS[0], params("one", seed=1))
     finished = {}
     while engine.has_unfinished_requests():
         finished |= {o.request_id: o for o in engine.step() if o.finished}
     assert tokens([finished["early"]])[0] == expected
     assert tokens([finished["late"]])[0] != expected
-    assert counts_of(aligned, finished["early"])["version"] == versions["one"]
-    assert counts_of(aligned, finished["late"])["version"] == versions["two"]
+    assert counts_of(proxied, finished["early"])["version"] == versions["one"]
+    assert counts_of(proxied, finished["late"])["version"] == versions["two"]
 
 
 def versions_of(llm: Any) -> dict[str, list[str]]:
@@ -502,43 +502,43 @@ def versions_of(llm: Any) -> dict[str, list[str]]:
     return found
 
 
-def test_several_versions_under_a_name(stock, aligned, checkpoints):
+def test_several_versions_under_a_name(stock, proxied, checkpoints):
     """A request may ask for any; without, it gets the one that was loaded last: also a rollback."""
 
     def texts(name: str = "one", version: str | None = None) -> list[list[int]]:
         sampling = [params(name, version=version, seed=i) for i in range(3)]
-        return tokens(generate(aligned, PROMPTS[:3], sampling))
+        return tokens(generate(proxied, PROMPTS[:3], sampling))
 
     old, new = texts("one"), texts("two")
     plain = tokens(generate(stock, PROMPTS[:3], [params(seed=i) for i in range(3)]))
-    first = rpc(aligned, "load_proxy", "one", checkpoints["one"])["version"]
-    second = rpc(aligned, "load_proxy", "one", checkpoints["two"])["version"]
-    assert versions_of(aligned) == {"one": [first, second], "two": [second]}
+    first = rpc(proxied, "load_proxy", "one", checkpoints["one"])["version"]
+    second = rpc(proxied, "load_proxy", "one", checkpoints["two"])["version"]
+    assert versions_of(proxied) == {"one": [first, second], "two": [second]}
     assert (texts(), texts(version=first), texts(version=second)) == (new, old, new)
-    rpc(aligned, "load_proxy", "one", checkpoints["one"])
-    assert versions_of(aligned) == {"one": [first, second], "two": [second]}
+    rpc(proxied, "load_proxy", "one", checkpoints["one"])
+    assert versions_of(proxied) == {"one": [first, second], "two": [second]}
     assert (texts(), texts(version=first), texts(version=second)) == (old, old, new)
-    assert rpc(aligned, "unload_proxy", "one")["version"] == first
+    assert rpc(proxied, "unload_proxy", "one")["version"] == first
     # The server lets no such request in; the worker must not fall over it.
     assert texts() == texts(version=first) == plain
     assert texts(version=second) == new
     # Without a version: the only one there is.
-    assert rpc(aligned, "unload_proxy", "one")["version"] == second
-    assert versions_of(aligned) == {"two": [second]}
+    assert rpc(proxied, "unload_proxy", "one")["version"] == second
+    assert versions_of(proxied) == {"two": [second]}
 
 
-def test_loading_a_version_again_changes_nothing(aligned, checkpoints):
-    entries, pool = rpc(aligned, "list_proxies"), worker_of(aligned)._registry.pool
+def test_loading_a_version_again_changes_nothing(proxied, checkpoints):
+    entries, pool = rpc(proxied, "list_proxies"), worker_of(proxied)._registry.pool
     proxies, tables = list(pool.proxies), pool.tables
-    assert rpc(aligned, "load_proxy", "one", checkpoints["one"]) == entries[0]
-    assert rpc(aligned, "list_proxies") == entries
+    assert rpc(proxied, "load_proxy", "one", checkpoints["one"]) == entries[0]
+    assert rpc(proxied, "list_proxies") == entries
     assert pool.proxies == proxies and pool.tables is tables
 
 
-def test_a_load_that_fails_half_way_leaves_nothing_behind(aligned, checkpoints, monkeypatch):
+def test_a_load_that_fails_half_way_leaves_nothing_behind(proxied, checkpoints, monkeypatch):
     sampling = [params(("one", "two")[i % 2], seed=i) for i in range(6)]
-    expected = tokens(generate(aligned, PROMPTS, sampling))
-    entries, pool = rpc(aligned, "list_proxies"), worker_of(aligned)._registry.pool
+    expected = tokens(generate(proxied, PROMPTS, sampling))
+    entries, pool = rpc(proxied, "list_proxies"), worker_of(proxied)._registry.pool
     tables = pool.tables
 
     def no_memory(*_: Any) -> Any:
@@ -547,24 +547,24 @@ def test_a_load_that_fails_half_way_leaves_nothing_behind(aligned, checkpoints, 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "_stack", no_memory)
         with pytest.raises(ProxyError, match="OutOfMemoryError: no room"):
-            rpc(aligned, "load_proxy", "one", checkpoints["two"])
-    assert rpc(aligned, "list_proxies") == entries
+            rpc(proxied, "load_proxy", "one", checkpoints["two"])
+    assert rpc(proxied, "list_proxies") == entries
     assert pool.tables is tables and len(pool.proxies) == 2
-    assert tokens(generate(aligned, PROMPTS, sampling)) == expected
-    rpc(aligned, "load_proxy", "one", checkpoints["two"])
-    assert len(rpc(aligned, "list_proxies")) == 3
+    assert tokens(generate(proxied, PROMPTS, sampling)) == expected
+    rpc(proxied, "load_proxy", "one", checkpoints["two"])
+    assert len(rpc(proxied, "list_proxies")) == 3
 
 
-def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(aligned):
+def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(proxied):
     """And not before: the request goes on as if nothing had happened."""
-    engine, pool = aligned.llm_engine, worker_of(aligned)._registry.pool
-    expected = tokens(generate(aligned, PROMPTS[:1], [params("one", seed=1)]))[0]
+    engine, pool = proxied.llm_engine, worker_of(proxied)._registry.pool
+    expected = tokens(generate(proxied, PROMPTS[:1], [params("one", seed=1)]))[0]
     before = [proxy.name for proxy in pool.proxies if proxy.name == "one"]
     engine.add_request("long", PROMPTS[0], params("one", seed=1))
     for _ in range(4):
         engine.step()
-    rpc(aligned, "unload_proxy", "one")
-    assert [entry["name"] for entry in rpc(aligned, "list_proxies")] == ["two"]
+    rpc(proxied, "unload_proxy", "one")
+    assert [entry["name"] for entry in rpc(proxied, "list_proxies")] == ["two"]
     engine.add_request("short", PROMPTS[1], params("two", seed=1, max_tokens=3))
     for _ in range(6):  # "short" comes and goes
         engine.step()
@@ -574,13 +574,13 @@ def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(aligned):
         finished |= {o.request_id: o for o in engine.step() if o.finished}
     assert tokens([finished["long"]])[0] == expected
     old = [StorageWeakRef(part.untyped_storage()) for part in (*pool.weights, pool.tables)]
-    generate(aligned, PROMPTS[:1], [params(seed=1, max_tokens=1)])
+    generate(proxied, PROMPTS[:1], [params(seed=1, max_tokens=1)])
     assert [proxy.name for proxy in pool.proxies] == ["two"]
     assert pool.tables.shape[0] == pool.weights.state.shape[0] == 1
     assert all(ref.expired() for ref in old)
-    rpc(aligned, "unload_proxy", "two")
+    rpc(proxied, "unload_proxy", "two")
     assert (pool.proxies, pool.weights, pool.tables) == ([], None, None)
-    assert counts_of(aligned, finished["long"])["proxy"] == "one"
+    assert counts_of(proxied, finished["long"])["proxy"] == "one"
 
 
 def counter(llm: Any, name: str, **labels: str) -> float:
@@ -591,70 +591,70 @@ def counter(llm: Any, name: str, **labels: str) -> float:
 SHADOWED = [{"seed": 1, "top_k": 5}, {"temperature": 0.0}, {"seed": 2, "top_k": 3, "top_p": 0.9}]
 
 
-def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(aligned, checkpoints):
-    """Of plain rows and aligned ones, greedy and sampled; a request may be exempt."""
+def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(proxied, checkpoints):
+    """Of plain rows and proxied ones, greedy and sampled; a request may be exempt."""
     sampling = [params(name, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
-    expected = generate(aligned, PROMPTS, sampling)
-    counts = [counts_of(aligned, output) for output in expected[3:]]
-    entry = rpc(aligned, "load_proxy", "ghost", checkpoints["two"], True)
+    expected = generate(proxied, PROMPTS, sampling)
+    counts = [counts_of(proxied, output) for output in expected[3:]]
+    entry = rpc(proxied, "load_proxy", "ghost", checkpoints["two"], True)
     labels = {"proxy": "ghost", "version": entry["version"]}
-    assert entry["shadow"] and rpc(aligned, "list_proxies")[-1] == entry
-    outputs = generate(aligned, PROMPTS, sampling)
+    assert entry["shadow"] and rpc(proxied, "list_proxies")[-1] == entry
+    outputs = generate(proxied, PROMPTS, sampling)
     assert tokens(outputs) == tokens(expected)
-    assert [counts_of(aligned, output) for output in outputs[3:]] == counts
-    rpc(aligned, "list_proxies")  # brings the metrics up to date
+    assert [counts_of(proxied, output) for output in outputs[3:]] == counts
+    rpc(proxied, "list_proxies")  # brings the metrics up to date
     # All tokens are among its 6 candidates but for some of "one", which has 16 where greedy.
-    scored = counter(aligned, "shadow_tokens", **labels)
-    changed = counter(aligned, "shadow_changed", **labels)
+    scored = counter(proxied, "shadow_tokens", **labels)
+    changed = counter(proxied, "shadow_changed", **labels)
     assert 5 * 16 <= scored <= 6 * 16
     assert 0 < changed < scored
     exempt = [params(name, shadow=False, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
-    assert tokens(generate(aligned, PROMPTS, exempt)) == tokens(expected)
-    rpc(aligned, "list_proxies")
-    assert counter(aligned, "shadow_tokens", **labels) == scored
+    assert tokens(generate(proxied, PROMPTS, exempt)) == tokens(expected)
+    rpc(proxied, "list_proxies")
+    assert counter(proxied, "shadow_tokens", **labels) == scored
     mixed = [params(shadow=False, seed=1), params(seed=1, top_k=2, max_tokens=5)]
-    generate(aligned, PROMPTS[:2], mixed)
-    rpc(aligned, "unload_proxy", "ghost")
-    rpc(aligned, "list_proxies")
-    assert counter(aligned, "shadow_tokens", **labels) == scored + 5
-    generate(aligned, PROMPTS, sampling)
-    rpc(aligned, "list_proxies")
-    assert counter(aligned, "shadow_tokens", **labels) == scored + 5
+    generate(proxied, PROMPTS[:2], mixed)
+    rpc(proxied, "unload_proxy", "ghost")
+    rpc(proxied, "list_proxies")
+    assert counter(proxied, "shadow_tokens", **labels) == scored + 5
+    generate(proxied, PROMPTS, sampling)
+    rpc(proxied, "list_proxies")
+    assert counter(proxied, "shadow_tokens", **labels) == scored + 5
 
 
-def test_a_shadow_cannot_be_asked_for(stock, aligned, checkpoints):
-    entry = rpc(aligned, "load_proxy", "ghost", checkpoints["two"], True)
+def test_a_shadow_cannot_be_asked_for(stock, proxied, checkpoints):
+    entry = rpc(proxied, "load_proxy", "ghost", checkpoints["two"], True)
     sampling = [params("ghost", seed=1), params("ghost", version=entry["version"], seed=1)]
-    outputs = generate(aligned, PROMPTS[:2], sampling)
+    outputs = generate(proxied, PROMPTS[:2], sampling)
     assert tokens(outputs) == tokens(generate(stock, PROMPTS[:2], [params(seed=1)] * 2))
-    assert rpc(aligned, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+    assert rpc(proxied, "take_alignment_counts", [o.request_id for o in outputs]) == {}
     with pytest.raises(ProxyError, match="as a shadow: unload it first"):
-        rpc(aligned, "load_proxy", "ghost", checkpoints["two"])
+        rpc(proxied, "load_proxy", "ghost", checkpoints["two"])
     with pytest.raises(ProxyError, match="to act: unload it first"):
-        rpc(aligned, "load_proxy", "two", checkpoints["two"], True)
+        rpc(proxied, "load_proxy", "two", checkpoints["two"], True)
     # A shadow of a name that acts does not stand in for it.
-    rpc(aligned, "load_proxy", "one", checkpoints["two"], True)
+    rpc(proxied, "load_proxy", "one", checkpoints["two"], True)
     again = [params("one", seed=1)] * 2
-    acting = tokens(generate(aligned, PROMPTS[:2], again))
-    rpc(aligned, "unload_proxy", "one", entry["version"])
-    assert acting == tokens(generate(aligned, PROMPTS[:2], again))
+    acting = tokens(generate(proxied, PROMPTS[:2], again))
+    rpc(proxied, "unload_proxy", "one", entry["version"])
+    assert acting == tokens(generate(proxied, PROMPTS[:2], again))
     assert acting != tokens(outputs)
 
 
-def test_metrics_of_the_worker_have_name_and_version(aligned):
-    versions = {e["name"]: e["version"] for e in rpc(aligned, "list_proxies")}
+def test_metrics_of_the_worker_have_name_and_version(proxied):
+    versions = {e["name"]: e["version"] for e in rpc(proxied, "list_proxies")}
     metrics = ("tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced")
 
     def read() -> dict[str, list[float]]:
-        rpc(aligned, "list_proxies")
+        rpc(proxied, "list_proxies")
         return {
-            n: [counter(aligned, m, proxy=n, version=v) for m in metrics]
+            n: [counter(proxied, m, proxy=n, version=v) for m in metrics]
             for n, v in versions.items()
         }
 
     before = read()
-    outputs = generate(aligned, PROMPTS, [params(n, seed=1) for n in ("one", "two", "one") * 2])
-    counts = [counts_of(aligned, output) for output in outputs]
+    outputs = generate(proxied, PROMPTS, [params(n, seed=1) for n in ("one", "two", "one") * 2])
+    counts = [counts_of(proxied, output) for output in outputs]
     after = read()
     for name, rows in (("one", 4), ("two", 2)):
         mine = [c for c in counts if c["proxy"] == name]
@@ -681,16 +681,16 @@ def assert_adds_up(trace: list[dict[str, Any]], counts: dict[str, Any], text: li
         assert all(0 <= each["accept_probability"] <= 1 for each in entry["rejected"])
 
 
-def test_traces_while_requests_run_and_afterwards(aligned):
+def test_traces_while_requests_run_and_afterwards(proxied):
     """Piece by piece, in the order of emission; what they say adds up to text and counts."""
-    engine = aligned.llm_engine
+    engine = proxied.llm_engine
     # Every third request is not traced, and one is plain.
     sampling = [
         params(("one", "two")[i % 2], seed=i, trace=i % 3 != 2, strength=1.0 + i % 2)
         for i in range(5)
     ] + [params(seed=1)]
     untraced = [params(("one", "two")[i % 2], seed=i, strength=1.0 + i % 2) for i in range(5)]
-    expected = tokens(generate(aligned, PROMPTS, [*untraced, params(seed=1)]))
+    expected = tokens(generate(proxied, PROMPTS, [*untraced, params(seed=1)]))
     ids = [f"t{i}" for i in range(6)]
     for req_id, prompt, one in zip(ids, PROMPTS, sampling, strict=True):
         engine.add_request(req_id, prompt, one)
@@ -699,7 +699,7 @@ def test_traces_while_requests_run_and_afterwards(aligned):
     lengths = set()
 
     def take(asked: list[str]) -> None:
-        for engine_id, entries in rpc(aligned, "take_traces", asked).items():
+        for engine_id, entries in rpc(proxied, "take_traces", asked).items():
             assert entries
             traces.setdefault(engine_id.split("-")[0], []).extend(entries)
 
@@ -715,18 +715,18 @@ def test_traces_while_requests_run_and_afterwards(aligned):
     assert sorted(traces) == ["t0", "t1", "t3", "t4"]
     assert tokens([finished[req_id] for req_id in ids]) == expected
     for req_id, trace in traces.items():
-        counts = counts_of(aligned, finished[req_id])
+        counts = counts_of(proxied, finished[req_id])
         assert_adds_up(trace, counts, expected[int(req_id[1])])
         assert any(entry["rejected"] for entry in trace)
-    assert rpc(aligned, "take_traces", ids) == {}
+    assert rpc(proxied, "take_traces", ids) == {}
 
 
-def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, aligned, checkpoints):
+def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, proxied, checkpoints):
     """Six requests of 200 tokens and room for five blocks of 128: the same texts, counts and traces."""
     sampling = [
         params(("one", "two")[i % 2], seed=i, max_tokens=200, trace=i < 4) for i in range(6)
     ]
-    expected = tokens(generate(aligned, PROMPTS, sampling))
+    expected = tokens(generate(proxied, PROMPTS, sampling))
     llm = make_llm(worker_cls=WORKER, num_gpu_blocks_override=6, disable_log_stats=False)
     for name, directory in checkpoints.items():
         rpc(llm, "load_proxy", name, directory)
@@ -743,34 +743,34 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, aligned, 
             assert_adds_up(trace, counts, expected[i])
 
 
-def test_a_trace_ends_with_the_text(aligned):
+def test_a_trace_ends_with_the_text(proxied):
     sampling = [params("one", seed=i, ignore_eos=False, max_tokens=60, logit_bias={EOS: 4.0}, trace=True)
                 for i in range(6)]  # fmt: skip
-    outputs = generate(aligned, PROMPTS, sampling)
-    traces = rpc(aligned, "take_traces", [output.request_id for output in outputs])
+    outputs = generate(proxied, PROMPTS, sampling)
+    traces = rpc(proxied, "take_traces", [output.request_id for output in outputs])
     assert len(traces) == 6
     for output in outputs:
         ((_, trace),) = [t for t in traces.items() if t[0].startswith(f"{output.request_id}-")]
         assert trace[-1]["token_id"] == EOS
-        assert_adds_up(trace, counts_of(aligned, output), tokens([output])[0])
+        assert_adds_up(trace, counts_of(proxied, output), tokens([output])[0])
 
 
-def test_aborted_requests_leave_nothing_behind(aligned):
-    engine = aligned.llm_engine
+def test_aborted_requests_leave_nothing_behind(proxied):
+    engine = proxied.llm_engine
     engine.add_request("gone", PROMPTS[0], params("one", seed=1))
     for _ in range(3):
         engine.step()
     engine.abort_request(["gone"])
-    outputs = generate(aligned, PROMPTS, [params("one", seed=i) for i in range(6)])
+    outputs = generate(proxied, PROMPTS, [params("one", seed=i) for i in range(6)])
     asked = ["gone", *(output.request_id for output in outputs)]
-    assert len(rpc(aligned, "take_alignment_counts", asked)) == 7
-    ledger = worker_of(aligned)._ledger
-    known = (*ledger._finished, *ledger._internal_ids)
+    assert len(rpc(proxied, "take_alignment_counts", asked)) == 7
+    tracker = worker_of(proxied)._tracker
+    known = (*tracker._finished, *tracker._engine_ids)
     assert not [req_id for req_id in known if req_id.split("-")[0] in asked]
 
 
 def test_the_candidate_table_is_that_of_the_llms_embeddings(
-    make_llm, aligned, checkpoints, model_dir
+    make_llm, proxied, checkpoints, model_dir
 ):
     """With LoRA switched on too, where vLLM wraps the embedding layer."""
     from safetensors.torch import load_file
@@ -782,13 +782,13 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
     with_lora = make_llm(worker_cls=WORKER, enable_lora=True, max_lora_rank=8, max_loras=1)
     generate(with_lora, PROMPTS, [params(seed=1)] * 6)
     rpc(with_lora, "load_proxy", "one", checkpoints["one"])
-    for llm in (aligned, with_lora):
+    for llm in (proxied, with_lora):
         worker = worker_of(llm)
-        _, table = worker._registry.pool.alone(worker._registry._bound["one"])
+        _, table = worker._registry.pool.single(worker._registry._bound["one"])
         torch.testing.assert_close(table, expected)
     sampling = [params("one", seed=i) for i in range(6)]
     assert tokens(generate(with_lora, PROMPTS, sampling)) == tokens(
-        generate(aligned, PROMPTS, sampling)
+        generate(proxied, PROMPTS, sampling)
     )
 
 
@@ -803,7 +803,7 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
     ],
 )
 def test_what_is_not_supported_is_refused_at_start(feature, named):
-    from proxy.worker import _refuse_unsupported
+    from proxy.engine.unsupported import refuse_unsupported
 
     settings = {
         "speculative_config": None,
@@ -817,14 +817,14 @@ def test_what_is_not_supported_is_refused_at_start(feature, named):
         part = SimpleNamespace(**settings)
         return SimpleNamespace(**settings, parallel_config=part, model_config=part)
 
-    _refuse_unsupported(config(settings))
+    refuse_unsupported(config(settings))
     with pytest.raises(ProxyError, match=named):
-        _refuse_unsupported(config(settings | feature))
+        refuse_unsupported(config(settings | feature))
 
 
 def test_of_several_ranks_only_the_last_raises():
     """vLLM's executor would mistake the replies after the first error for the next answers."""
-    from proxy.worker import raised_by_last_rank
+    from proxy.engine.ranks import raised_by_last_rank
 
     @raised_by_last_rank
     def call(worker, argument):

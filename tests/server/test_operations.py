@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 def test_every_metric_is_documented():
     """Those of the API server, and of the worker."""
-    from proxy.metrics import _counters
+    from proxy.engine.metrics import _counters
 
     _counters()
     assert metrics and calibration  # imported for what they register

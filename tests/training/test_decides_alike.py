@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import training.rollout
-from proxy.acceptance import Decision, seeded_noise
+from proxy.acceptance import Decision
 from proxy.checkpoint import identify, save
-from proxy.hook import align
+from proxy.engine.hook import sample_proxied_rows
+from proxy.engine.sampler_v1 import ProxySampler
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.sampler import ProxySampler
+from proxy.noise import seeded_noise
 from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
 from tests.proxy.references import (
     AmbiguousError,
@@ -216,7 +217,7 @@ class Traced(NamedTuple):
 
 
 class Recorder:
-    """Stands in for the history, and keeps what was decided last."""
+    """Stands in for the stats, and keeps what was decided last."""
 
     def record(self, rows: Any, decision: Decision, discarded: Any, tracing: Any) -> None:
         self.decision, self.tracing = decision, tracing
@@ -245,12 +246,12 @@ def decide_in_engine(
 
     def recorded_align(step: Any, *args: Any, **kwargs: Any) -> Tensor:
         recorder = Recorder()
-        rows = step.plan.aligned
-        token_ids = align(step._replace(history=recorder), *args, **kwargs)
+        rows = step.plan.proxied
+        token_ids = sample_proxied_rows(step._replace(stats=recorder), *args, **kwargs)
         columns = (
-            *(rows.pick(x).clone() for x in (raw[0], step.hidden)),
+            *(rows.select_rows(x).clone() for x in (raw[0], step.hidden)),
             torch.tensor([a.key for a in rows.assignments]),
-            rows.pick(step.positions[: len(step.hidden)]).clone(),
+            rows.select_rows(step.positions[: len(step.hidden)]).clone(),
             *recorder.decision.columns[1:].clone(),
         )
         for row, assignment in enumerate(rows.assignments):
@@ -263,7 +264,7 @@ def decide_in_engine(
         return token_ids
 
     monkeypatch.setattr(ProxySampler, "forward", recorded_forward)
-    monkeypatch.setattr("proxy.sampler.align", recorded_align)
+    monkeypatch.setattr("proxy.engine.sampler_v1.sample_proxied_rows", recorded_align)
     prompts, params = [], []
     for i, one in enumerate(asked):
         decoding = one.decoding

@@ -156,7 +156,7 @@ def test_every_rollout_has_the_weights_of_its_moment(
     (loaded,) = engine._call("list_proxies")
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert [proxy.version for proxy in worker._registry.pool.proxies] == [loaded["version"]]
-    assert not worker._ledger.history._traces and not worker._reads
+    assert not worker._tracker.stats.traces._entries and not worker._reads
 
 
 def test_more_responses_than_the_worker_keeps_traces_of(

@@ -1,4 +1,4 @@
-"""Ends an engine whose server has been killed: it would keep the device's memory from the server's successor."""
+"""Ends the engine when its server was killed: otherwise it would keep the device's memory from the next server."""
 
 import logging
 import os
@@ -14,10 +14,10 @@ SERVER_PID = "ASSENT_SERVER_PID"
 logger = logging.getLogger(__name__)
 
 
-def end_with_server() -> None:
-    """From now on this process is killed when the server that it descends from ends in whatever way.
+def watch_parent() -> None:
+    """Kill this process as soon as the server that started it ends, however it ends.
 
-    Where there is no server, as in a rollout, or none on this host, nothing happens.
+    Does nothing where there is no server, as in a rollout, or none on this host.
     """
     pid = int(os.environ.get(SERVER_PID, "0"))
     if pid not in {parent.pid for parent in psutil.Process().parents()}:
@@ -27,6 +27,6 @@ def end_with_server() -> None:
     def wait() -> None:
         select.select([server], [], [])
         logger.error("The server was killed: its engine ends too.")
-        os.kill(os.getpid(), signal.SIGKILL)  # whatever it is doing
+        os.kill(os.getpid(), signal.SIGKILL)  # even in the middle of a step
 
-    threading.Thread(target=wait, name="end-with-server", daemon=True).start()
+    threading.Thread(target=wait, name="watch-parent", daemon=True).start()

@@ -3,20 +3,22 @@
 import math
 import random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from prometheus_client import REGISTRY
 
-import proxy.history
+import proxy.engine.decision_stats
+import proxy.engine.traces
 from proxy.acceptance import Decision
-from proxy.history import History
-from proxy.hook import Step, align
-from proxy.ledger import Batch, Ledger
-from proxy.plan import Plan, make_plan
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import AlignedRows, Assignment
+from proxy.engine.assignment import Assignment
+from proxy.engine.batch_plan import BatchPlan, make_plan
+from proxy.engine.decision_stats import DecisionStats
+from proxy.engine.hook import Step, sample_proxied_rows
+from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.engine.request_tracker import Batch, RequestTracker
+from proxy.engine.rows import ProxiedRows
 from tests.proxy.proxies import H, V, opinionated, put_into, unlike_proxies
 
 CPU = torch.device("cpu")
@@ -24,13 +26,13 @@ EOS = 1
 
 
 class Requests:
-    """What a worker has in hand, a ledger, and the counts as a loop would keep them."""
+    """What a worker has in hand, a tracker, and the counts as a loop would keep them."""
 
     def __init__(self, seed: int, **kwargs: Any) -> None:
         self.random = random.Random(seed)
         self.pool = ProxyPool()
         self.proxies = {p.served.name: p.served for p in unlike_proxies(self.pool)}
-        self.ledger = Ledger(CPU, **kwargs)
+        self.tracker = RequestTracker(CPU, **kwargs)
         self.params: dict[str, Any] = {}  # of every live request
         self.preempted: dict[str, Any] = {}  # which the runner has dropped for now
         self.counts: dict[str, list[int]] = {}  # tokens, proposed, forced
@@ -54,14 +56,14 @@ class Requests:
     def proxy_of(self, req_id: str) -> str | None:
         return self.params[req_id].extra_args["alignment"]["proxy"]
 
-    def plan(self, req_ids: list[str]) -> Plan:
+    def plan(self, req_ids: list[str]) -> BatchPlan:
         batch = Batch(
             req_ids=req_ids,
             params_of=self.params.__getitem__,
             live=self.params.keys(),
         )
         find = {(name, None): proxy for name, proxy in self.proxies.items()}
-        return self.ledger.plan_of(req_ids) or self.ledger.plan(
+        return self.tracker.plan_of(req_ids) or self.tracker.plan(
             batch,
             self.pool,
             lambda *key: find.get(key),
@@ -69,7 +71,7 @@ class Requests:
         )
 
     def step(self, req_ids: list[str]) -> None:
-        rows = self.plan(req_ids).aligned
+        rows = self.plan(req_ids).proxied
         if rows is None:
             return
         ids = [req_ids[row] for row in rows.rows]
@@ -79,7 +81,7 @@ class Requests:
         discarded = [self.random.random() < 0.1 for _ in ids]
         decision = Decision(torch.tensor([[0] * len(ids), token_ids, proposed, forced]))
         mask = torch.tensor(discarded) if any(discarded) else None
-        self.ledger.history.record(rows, decision, mask)
+        self.tracker.stats.record(rows, decision, mask)
         for req_id, *told in zip(ids, token_ids, proposed, forced, discarded, strict=True):
             self.count(req_id, *told)
 
@@ -126,10 +128,10 @@ def value_of(name: str, **labels: str) -> float:
 METRICS = ["tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced"]
 
 
-@pytest.mark.parametrize(("seed", "fold_steps"), [(0, 1), (1, 64), (2, 5), (3, 10**5)])
-def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
+@pytest.mark.parametrize(("seed", "aggregate_steps"), [(0, 1), (1, 64), (2, 5), (3, 10**5)])
+def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
     """Requests come, stop, are preempted (dropped by the runner or not), and go, in any order."""
-    monkeypatch.setattr(proxy.history, "_FOLD_STEPS", fold_steps)
+    monkeypatch.setattr(proxy.engine.decision_stats, "_AGGREGATE_STEPS", aggregate_steps)
     before = {(m, p): value_of(m, proxy=p, version="v1") for m in METRICS for p in "abcd"}
     world = Requests(seed, capacity=40)
     rng = world.random
@@ -156,7 +158,7 @@ def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
                 if rng.random() < 0.5:
                     del world.params[req_id]
         if asked:
-            answer = world.ledger.take(asked)
+            answer = world.tracker.take(asked)
             # Whoever has never been scheduled is not known.
             assert all(not any(world.counts.get(r, [])) for r in asked if r not in answer)
             assert without_names(answer) == world.expect(list(answer))
@@ -164,9 +166,9 @@ def test_counting_later_is_counting_at_once(seed, fold_steps, monkeypatch):
     assert num_answers > 30
     rest = list(world.counts)
     expected = {r: c for r, c in world.expect(rest).items() if any(c.values())}
-    actual = without_names(world.ledger.take(rest))
+    actual = without_names(world.tracker.take(rest))
     assert {r: c for r, c in actual.items() if any(c.values())} == expected
-    world.ledger.history.flush_metrics()
+    world.tracker.stats.flush_metrics()
     for name, counts in world.totals.items():
         total = as_answer(*counts)
         values = [counts[0], total["proposed"], total["rejected"], total["forced"]]
@@ -193,39 +195,43 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(proxy.history, "time", clock)
+    monkeypatch.setattr(proxy.engine.decision_stats, "time", clock)
     return clock
 
 
-def rows_of(name: str, *, version: str = "v1", slots: tuple[int, ...] = (1, 2)) -> AlignedRows:
+def rows_of(name: str, *, version: str = "v1") -> ProxiedRows:
     pool = ProxyPool()
     served = put_into(pool, name, opinionated(1), version).served
-    assignments = [Assignment(f"r{slot}", served, slot=slot, stop_ids=(EOS,)) for slot in slots]
+    assignments = [Assignment(f"r{row}", served, stop_ids=(EOS,)) for row in range(2)]
     rows = make_plan([a.req_id for a in assignments], assignments, pool, CPU, shadows=())
-    assert rows.aligned is not None
-    return rows.aligned
+    assert rows.proxied is not None
+    return rows.proxied
+
+
+def numbers(rows: ProxiedRows) -> list[list[int]]:
+    """Tokens, proposed and forced of each request."""
+    counts = [assignment.counts for assignment in rows.assignments]
+    return [[c.tokens, c.proposed, c.forced] for c in counts]
 
 
 def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
     """After 64 steps, but no more often than once in a second: reading waits for the device."""
-    history = History(CPU, reports=True, capacity=4)
+    stats = DecisionStats(CPU, reports=True)
     rows = rows_of("flushed", version="0123456789ab")
-    history.open(1)
-    history.open(2)
 
     def tokens() -> float:
         return value_of("tokens_aligned", proxy="flushed", version="0123456789ab")
 
     for _ in range(64):
-        history.record(rows, decided([7, 7]), None)
+        stats.record(rows, decided([7, 7]), None)
     assert tokens() == 0
     clock.seconds += 1.5
     for _ in range(63):
-        history.record(rows, decided([7, 7], proposed=2, forced=True), None)
+        stats.record(rows, decided([7, 7], proposed=2, forced=True), None)
     assert tokens() == 0
-    history.record(rows, decided([7, 7], proposed=2, forced=True), None)
+    stats.record(rows, decided([7, 7], proposed=2, forced=True), None)
     labels = {"proxy": "flushed", "version": "0123456789ab"}
-    history.flush_metrics()  # nothing twice
+    stats.flush_metrics()  # nothing twice
     assert tokens() == 256
     assert value_of("candidates_proposed", **labels) == 128 * 3 + 128 * 2
     assert value_of("candidates_rejected", **labels) == 128 * 2 + 128 * 2
@@ -233,62 +239,127 @@ def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
 
 
 def test_metrics_of_shadows(clock):
-    history = History(CPU, reports=True, capacity=4)
+    stats = DecisionStats(CPU, reports=True)
     shadow = ServedProxy("ghost", "v7", opinionated(1).config)
     for _ in range(3):
         scored = torch.tensor([True, True, False])
-        history.record_shadow(shadow, scored, torch.tensor([True, False, True]))
+        stats.record_shadow(shadow, scored, torch.tensor([True, False, True]))
     labels = {"proxy": "ghost", "version": "v7"}
     assert value_of("shadow_tokens", **labels) == 0
-    history.flush_metrics()
-    history.flush_metrics()
+    stats.flush_metrics()
+    stats.flush_metrics()
     assert value_of("shadow_tokens", **labels) == 6
     assert value_of("shadow_changed", **labels) == 3
     clock.seconds += 1.5
-    history.record_shadow(shadow, torch.tensor([True]), torch.tensor([False]))
+    stats.record_shadow(shadow, torch.tensor([True]), torch.tensor([False]))
     assert value_of("shadow_tokens", **labels) == 7
 
 
 @pytest.mark.parametrize(("reports", "steps"), [(True, 2), (False, 0)])
 def test_what_the_hook_took(reports, steps):
     before = value_of("hook_steps"), value_of("hook_seconds")
-    history = History(CPU, reports=reports, capacity=4)
+    stats = DecisionStats(CPU, reports=reports)
     for _ in range(2):
-        history.record_seconds(0.25)
-    history.flush_metrics()
-    history.flush_metrics()  # nothing twice
+        stats.record_seconds(0.25)
+    stats.flush_metrics()
+    stats.flush_metrics()  # nothing twice
     assert value_of("hook_steps") - before[0] == steps
     assert value_of("hook_seconds") - before[1] == pytest.approx(0.25 * steps)
 
 
 def test_a_history_that_does_not_report_keeps_nothing():
-    history = History(CPU, reports=False, capacity=4)
+    stats = DecisionStats(CPU, reports=False)
     rows = rows_of("silent")
-    history.open(1)
-    history.record(rows, decided([7, 7]), None)
-    history.record_shadow(rows.assignments[0].proxy, torch.tensor([True]), torch.tensor([True]))
-    assert history.read([1]) == [[0, 0, 0]]
-    history.flush_metrics()
+    stats.record(rows, decided([7, 7]), None)
+    stats.record_shadow(rows.assignments[0].proxy, torch.tensor([True]), torch.tensor([True]))
+    stats.aggregate()
+    assert numbers(rows) == [[0, 0, 0]] * 2
+    stats.flush_metrics()
     assert value_of("tokens_aligned", proxy="silent", version="v1") == 0
     assert value_of("shadow_tokens", proxy="silent", version="v1") == 0
 
 
-def test_slots():
-    history = History(CPU, reports=True, capacity=2)
-    assert history.size() == 3
-    rows = rows_of("slots")
-    history.open(1)
-    history.open(2)
-    history.record(rows, decided([7, EOS]), None)
-    history.record(rows, decided([7, 7]), None)
-    history.grow()
-    assert history.size() == 6
-    assert history.read([2, 1]) == [[1, 3, 0], [2, 6, 0]]
-    history.open(2)
-    history.open(5)
-    assert history.read([2, 1, 5]) == [[0, 0, 0], [2, 6, 0], [0, 0, 0]]
-    history.record(rows, decided([7, 7]), None)
-    assert history.read([1, 2]) == [[3, 9, 0], [1, 3, 0]]
+def test_counts_are_those_of_each_request_up_to_its_end():
+    """Whether its end is seen now or was seen before; and a closed one gets nothing more."""
+    stats = DecisionStats(CPU, reports=True)
+    rows = rows_of("closed")
+    first, second = rows.assignments
+    stats.record(rows, decided([7, EOS]), None)
+    stats.record(rows, decided([7, 7]), None)
+    stats.aggregate()
+    assert numbers(rows) == [[2, 6, 0], [1, 3, 0]]
+    assert (first.counts.closed, second.counts.closed) == (False, True)
+    stats.record(rows, decided([7, 7]), None)
+    stats.aggregate()
+    assert numbers(rows) == [[3, 9, 0], [1, 3, 0]]
+    first.counts.closed = True
+    stats.record(rows, decided([7, 7]), None)
+    stats.aggregate()
+    assert numbers(rows) == [[3, 9, 0], [1, 3, 0]]
+
+
+class SlowCopy:
+    """Stands in for a copy from an accelerator, which arrives when the test says so."""
+
+    waited: ClassVar[list["SlowCopy"]]
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.arrived = False
+
+    def is_done(self) -> bool:
+        return self.arrived
+
+    def numpy(self) -> Any:
+        if not self.arrived:
+            self.waited.append(self)
+        return self.tensor.numpy()
+
+
+@pytest.fixture
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopy]:
+    """The copies of an accelerator's steps, in their order."""
+    copies: list[SlowCopy] = []
+
+    def make(tensor: torch.Tensor) -> SlowCopy:
+        copies.append(SlowCopy(tensor))
+        return copies[-1]
+
+    SlowCopy.waited = []
+    monkeypatch.setattr(proxy.engine.decision_stats, "HostCopy", make)
+    return copies
+
+
+def test_an_accelerators_steps_are_waited_for_only_where_needed(slow_copies):
+    """Steps that have arrived are added up; of the others those up to the last one of the requests."""
+    stats = DecisionStats(torch.device("cuda"), reports=True)
+    old, new = rows_of("old"), rows_of("new")
+    for _ in range(3):
+        stats.record(old, decided([7, 7]), None)
+    stats.record(new, decided([7, 7]), torch.tensor([True, False]))
+    stats.record(new, decided([7, 7]), None)
+    slow_copies[0].arrived = True
+    stats.aggregate([])
+    assert (numbers(old), numbers(new)) == ([[1, 3, 0]] * 2, [[0, 0, 0]] * 2)
+    assert SlowCopy.waited == []
+    stats.aggregate([old.assignments[1].counts])
+    assert (numbers(old), numbers(new)) == ([[3, 9, 0]] * 2, [[0, 0, 0]] * 2)
+    assert SlowCopy.waited == slow_copies[1:3]
+    stats.aggregate()
+    assert numbers(new) == [[1, 3, 0], [2, 6, 0]]
+    assert SlowCopy.waited == slow_copies[1:]
+
+
+def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
+    stats = DecisionStats(torch.device("cuda"), reports=True)
+    rows = rows_of("ended")
+    stats.record(rows, decided([EOS, 7]), None)
+    stats.record(rows, decided([7, 7]), None)
+    slow_copies[0].arrived = True
+    stats.aggregate([rows.assignments[0].counts])
+    assert SlowCopy.waited == [] and numbers(rows)[0] == [1, 3, 0]
+    stats.aggregate([rows.assignments[1].counts])
+    assert SlowCopy.waited == slow_copies[1:] and numbers(rows) == [[1, 3, 0], [2, 6, 0]]
 
 
 # --- traces ---
@@ -297,29 +368,31 @@ def test_slots():
 class Traced:
     """Steps of the real law over one batch, and what a trace of it ought to say."""
 
-    def __init__(self, assignments: list[Assignment], pool: ProxyPool, capacity: int = 9) -> None:
+    def __init__(self, assignments: list[Assignment], pool: ProxyPool) -> None:
         self.pool = pool
         self.plan = make_plan([a.req_id for a in assignments], assignments, pool, CPU, shadows=())
-        self.history = History(CPU, reports=True, capacity=capacity)
-        for assignment in assignments:
-            self.history.open(assignment.slot)
+        self.stats = DecisionStats(CPU, reports=True)
 
     def step(self, num: int = 1, discarded: list[bool] | None = None) -> list[list[dict[str, Any]]]:
         """The entries of every row, step by step."""
         expected = []
-        rows = self.plan.aligned
+        rows = self.plan.proxied
         assert rows is not None and rows.any_traced
         for _ in range(num):
             logits, hidden = torch.randn(len(rows.rows), V) * 3, torch.randn(len(rows.rows), H)
             seen: list[Any] = []
             recorder = SimpleNamespace(
                 record=lambda *step: seen.append(step),  # noqa: B023
-                record_seconds=self.history.record_seconds,
+                record_seconds=self.stats.record_seconds,
             )
             mask = None if discarded is None else torch.tensor(discarded)
             positions = torch.randint(1000, (len(rows.rows),))
-            align(Step(self.plan, hidden, positions, mask, recorder), logits, tempered=False)
-            self.history.record(*seen[0])
+            sample_proxied_rows(
+                Step(self.plan, hidden, positions, mask, recorder),
+                logits,
+                temperature_applied=False,
+            )
+            self.stats.record(*seen[0])
             _, _, _, (candidates, accept_logits, noise) = seen[0]
             expected.append(
                 [
@@ -364,17 +437,17 @@ def traced(pool: ProxyPool, **settings: Any) -> list[Assignment]:
     a, b, c, _ = unlike_proxies(pool)
     settings = {"top_k": 4} | settings
     return [
-        Assignment("t0", a.served, 1.0, 3, slot=1, traced=True, **settings),
-        Assignment("t1", b.served, 0.5, 1, slot=2, traced=True, temperature=0.7, **settings),
-        Assignment("quiet", c.served, 1.0, 3, slot=3, **settings),
-        Assignment("t2", c.served, 3.0, 0, slot=4, traced=True, **settings),
-        Assignment("t3", a.served, 1.2, 8, slot=5, traced=True, temperature=0.0, **settings),
+        Assignment("t0", a.served, 1.0, 3, traced=True, **settings),
+        Assignment("t1", b.served, 0.5, 1, traced=True, temperature=0.7, **settings),
+        Assignment("quiet", c.served, 1.0, 3, **settings),
+        Assignment("t2", c.served, 3.0, 0, traced=True, **settings),
+        Assignment("t3", a.served, 1.2, 8, traced=True, temperature=0.0, **settings),
     ]
 
 
-def take(history: History, req_id: str) -> list[dict[str, Any]]:
-    history.fold()
-    return history.take_trace(req_id)
+def take(stats: DecisionStats, req_id: str) -> list[dict[str, Any]]:
+    stats.aggregate()
+    return stats.traces.take(req_id)
 
 
 def test_a_trace_says_what_the_loop_would_have_done():
@@ -383,7 +456,7 @@ def test_a_trace_says_what_the_loop_would_have_done():
     pool = ProxyPool()
     world = Traced(traced(pool), pool)
     first = world.step(300)
-    actual = {name: take(world.history, name) for name in ("t0", "t1", "t2", "t3", "quiet")}
+    actual = {name: take(world.stats, name) for name in ("t0", "t1", "t2", "t3", "quiet")}
     for row, name in ((0, "t0"), (1, "t1"), (3, "t2"), (4, "t3")):
         assert actual[name] == [step[row] for step in first]
     assert actual["quiet"] == []
@@ -397,9 +470,9 @@ def test_a_trace_says_what_the_loop_would_have_done():
     assert asked == {True, False}
     assert {len(entry["rejected"]) for entry in actual["t3"]} >= {0, 1}
     # What has been taken is gone, and what comes next is what came since.
-    assert take(world.history, "t0") == []
+    assert take(world.stats, "t0") == []
     second = world.step(3)
-    assert take(world.history, "t0") == [step[0] for step in second]
+    assert take(world.stats, "t0") == [step[0] for step in second]
 
 
 def test_a_trace_adds_up_to_the_counts():
@@ -410,12 +483,12 @@ def test_a_trace_adds_up_to_the_counts():
     world.step(50)
     for assignment in assignments:
         if assignment.traced:
-            entries = take(world.history, assignment.req_id)
-            ((tokens, proposed, forced),) = world.history.read([assignment.slot])
-            assert tokens == len(entries) == 50
-            assert forced == sum(entry["forced"] for entry in entries)
+            entries = take(world.stats, assignment.req_id)
+            counts = assignment.counts
+            assert counts.tokens == len(entries) == 50
+            assert counts.forced == sum(entry["forced"] for entry in entries)
             rejected = sum(len(entry["rejected"]) for entry in entries)
-            assert proposed - (tokens - forced) == rejected
+            assert counts.proposed - (counts.tokens - counts.forced) == rejected
             assert len({entry["token_id"] for entry in entries}) > 10
 
 
@@ -427,48 +500,47 @@ def test_unfinished_prefills_and_what_comes_after_the_end_are_not_traced():
     world = Traced(assignments, pool)
     world.step(2, discarded=[True, False, False, False, False])
     expected = world.step(2)
-    assert take(world.history, "t0") == [expected[0][0]]
+    assert take(world.stats, "t0") == [expected[0][0]]
     world.step(2)
-    assert take(world.history, "t0") == []
-    assert len(take(world.history, "t1")) == 1
+    assert take(world.stats, "t0") == []
+    assert len(take(world.stats, "t1")) == 1
 
 
 def test_a_trace_ends_at_its_limit(monkeypatch):
     """In one go or in pieces: the first 4096 tokens (20 here), and none after them."""
-    assert proxy.history.TRACE_TOKENS == 4096
-    monkeypatch.setattr(proxy.history, "TRACE_TOKENS", 20)
+    assert proxy.engine.traces.TRACE_TOKENS == 4096
+    monkeypatch.setattr(proxy.engine.traces, "TRACE_TOKENS", 20)
     torch.manual_seed(3)
     pool = ProxyPool()
     world = Traced(traced(pool), pool)
     expected = world.step(10)
-    assert take(world.history, "t0") == [step[0] for step in expected]
+    assert take(world.stats, "t0") == [step[0] for step in expected]
     expected += (second := world.step(9))
-    assert take(world.history, "t0") == [step[0] for step in second]
+    assert take(world.stats, "t0") == [step[0] for step in second]
     expected += (third := world.step(5))
-    assert take(world.history, "t0") == [third[0][0]]
-    assert take(world.history, "t1") == [step[1] for step in expected[:20]]
+    assert take(world.stats, "t0") == [third[0][0]]
+    assert take(world.stats, "t1") == [step[1] for step in expected[:20]]
     world.step(5)
-    assert take(world.history, "t0") == take(world.history, "t1") == []
-    world.history.forget_trace("t1")
+    assert take(world.stats, "t0") == take(world.stats, "t1") == []
+    world.stats.traces.forget("t1")
     world.step(5)  # as if its name had come again
-    assert len(take(world.history, "t1")) == 5
+    assert len(take(world.stats, "t1")) == 5
 
 
 def test_traces_that_nobody_takes_are_bounded(monkeypatch):
     """The one that has waited longest is cut off: a trace has no holes."""
-    monkeypatch.setattr(proxy.history, "TRACED_REQUESTS", 2)
+    monkeypatch.setattr(proxy.engine.traces, "TRACED_REQUESTS", 2)
     torch.manual_seed(4)
     pool = ProxyPool()
     a, *_ = unlike_proxies(pool)
     three = [
-        Assignment(f"t{slot}", a.served, slot=slot, max_rejections=8, traced=True)
-        for slot in (1, 2, 3)
+        Assignment(f"t{number}", a.served, max_rejections=8, traced=True) for number in (1, 2, 3)
     ]
     world = Traced(three, pool)
     world.step(4)
-    assert take(world.history, "t1") == []
-    assert [len(take(world.history, name)) for name in ("t2", "t3")] == [4, 4]
+    assert take(world.stats, "t1") == []
+    assert [len(take(world.stats, name)) for name in ("t2", "t3")] == [4, 4]
     two = Traced(three[:2], pool)
-    two.history = world.history
+    two.stats = world.stats
     two.step(4)
-    assert [len(take(world.history, name)) for name in ("t1", "t2")] == [0, 4]
+    assert [len(take(world.stats, name)) for name in ("t1", "t2")] == [0, 4]

@@ -1,7 +1,7 @@
-"""The proxies that a worker has loaded: by name and version, bound to names, shadows, retired ones.
+"""The proxies that a worker has loaded: names, versions, shadows, retired versions.
 
-A version once loaded never changes. A name is bound to one version at a time, for requests that do
-not ask for another; a version that is unloaded while requests still use it stays until they end.
+A loaded version never changes. A name is bound to one version at a time, for requests that ask for
+no other. A version that is unloaded while requests use it stays until they end.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from proxy.checkpoint import LoadedProxy, ProxyError
-from proxy.pool import ProxyPool, ServedProxy
+from proxy.checkpoint import ProxyCheckpoint, ProxyError
+from proxy.engine.pool import ProxyPool, ServedProxy
 
 
 class Registry:
-    """Who is in the pool, and why."""
+    """Which proxies are in the pool, and under which names."""
 
     def __init__(self) -> None:
         self.pool = ProxyPool()
-        self.retired: set[ServedProxy] = set()  # unloaded, and perhaps still in use
+        self.retired: set[ServedProxy] = set()  # unloaded, perhaps still in use
         self._loaded: dict[tuple[str, str], ServedProxy] = {}  # by name and version
         self._bound: dict[str, ServedProxy] = {}  # by name: what requests get without a version
         self._descriptions: dict[ServedProxy, dict[str, Any]] = {}
@@ -28,45 +28,50 @@ class Registry:
         self,
         name: str,
         directory: str,
-        loaded: LoadedProxy,
+        checkpoint: ProxyCheckpoint,
         make_table: Callable[[], Tensor],  # -> [V, 2 width], on the device
-        together: Callable[[Callable[[], None]], None],
+        on_all_ranks: Callable[[Callable[[], None]], None],
         *,
         shadow: bool,
     ) -> dict[str, Any]:
-        """Take in what has been read from a directory and bind the name to it; its description.
+        """Add a checkpoint that was read from `directory`, bind the name to it, return its description.
 
-        `together` does what it is given on all ranks; where one of them fails it raises
-        ProxyError on all, and nothing has changed. It is raised, too, if the same version acts
-        already and is to be a shadow, or the other way.
+        `on_all_ranks` runs its argument on all ranks. If one of them fails, it raises ProxyError on
+        all, and nothing has changed.
+
+        Raises:
+            ProxyError: as above, or the version is loaded already, and as a shadow where it is now
+                to act, or the other way round.
         """
-        proxy = self._loaded.get((name, loaded.version))
+        proxy = self._loaded.get((name, checkpoint.version))
         if proxy is not None and self._descriptions[proxy]["shadow"] != shadow:
             raise ProxyError(
-                f"Version {loaded.version} of {name!r} is loaded already, "
+                f"Version {checkpoint.version} of {name!r} is loaded already, "
                 f"{'to act' if shadow else 'as a shadow'}: unload it first."
             )
         if proxy is None:
-            proxy = ServedProxy(name, loaded.version, loaded.config)
+            proxy = ServedProxy(name, checkpoint.version, checkpoint.config)
             try:
-                together(lambda: self.pool.add(proxy, loaded.network.weights(), make_table()))
+                on_all_ranks(
+                    lambda: self.pool.add(proxy, checkpoint.network.weights(), make_table())
+                )
             except ProxyError:
                 self.pool.retain({*self._loaded.values(), *self.retired})
                 raise
-            self._loaded[name, loaded.version] = proxy
+            self._loaded[name, checkpoint.version] = proxy
             self._descriptions[proxy] = {
                 "name": name,
-                "version": loaded.version,
+                "version": checkpoint.version,
                 "directory": str(Path(directory).resolve()),
                 "shadow": shadow,
-                "max_candidates": loaded.config.max_candidates,
-                "max_rejections": loaded.config.max_rejections,
-                "temperature": loaded.config.temperature,
-                "top_k": loaded.config.top_k,
-                "top_p": loaded.config.top_p,
-                "num_parameters": loaded.network.num_parameters(),
-                "base": loaded.base.model_dump(),
-                "training": loaded.training,
+                "max_candidates": checkpoint.config.max_candidates,
+                "max_rejections": checkpoint.config.max_rejections,
+                "temperature": checkpoint.config.temperature,
+                "top_k": checkpoint.config.top_k,
+                "top_p": checkpoint.config.top_p,
+                "num_parameters": checkpoint.network.num_parameters(),
+                "base": checkpoint.base.model_dump(),
+                "training": checkpoint.training,
             }
         if not shadow:
             self._bound[name] = proxy
@@ -75,7 +80,8 @@ class Registry:
     def unload(self, name: str, version: str | None) -> dict[str, Any]:
         """Retire a version and return its description; `free` gives back its memory.
 
-        Raises ProxyError if it is not loaded.
+        Raises:
+            ProxyError: it is not loaded.
         """
         versions = [v for n, v in self._loaded if n == name]
         if version is None and name in self._bound:
@@ -95,21 +101,21 @@ class Registry:
         return description
 
     def free(self, in_use: Collection[ServedProxy]) -> None:
-        """Give back what retired proxies occupy that no request uses."""
+        """Give back the memory of retired proxies that no request uses."""
         self.retired &= {*in_use}
         self.pool.retain({*self._loaded.values(), *self.retired})
 
     def find(self, name: str, version: str | None) -> ServedProxy | None:
-        """The proxy that a request asks for; None if there is none that may act."""
+        """The proxy that a request asks for; None if it is not loaded or a shadow."""
         proxy = self._bound.get(name) if version is None else self._loaded.get((name, version))
         return None if proxy is None or self._descriptions[proxy]["shadow"] else proxy
 
     def shadows(self) -> Sequence[ServedProxy]:
-        """Those that only score, the first loaded first."""
+        """The proxies that only score, in the order of loading."""
         return [proxy for proxy in self._loaded.values() if self._descriptions[proxy]["shadow"]]
 
     def list(self) -> list[dict[str, Any]]:
-        """The descriptions of all that is loaded."""
+        """The descriptions of all loaded versions."""
         return [self._describe(proxy) for proxy in self._loaded.values()]
 
     def _describe(self, proxy: ServedProxy) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from proxy.plan import Plan, make_plan
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import Assignment
+from proxy.engine.assignment import Assignment
+from proxy.engine.batch_plan import BatchPlan, make_plan
+from proxy.engine.pool import ProxyPool, ServedProxy
 from tests.proxy.proxies import Proxy, unlike_proxies
 
 
@@ -28,7 +28,7 @@ def assign(proxies: dict[str, Proxy], name: str | None, **settings: Any) -> Assi
 
 def plan_of(
     pool: ProxyPool, assignments: list[Assignment], shadows: Sequence[ServedProxy] = ()
-) -> Plan:
+) -> BatchPlan:
     req_ids = [f"r{row}" for row in range(len(assignments))]
     return make_plan(req_ids, assignments, pool, torch.device("cpu"), shadows=shadows)
 
@@ -36,24 +36,24 @@ def plan_of(
 def test_rows_with_a_proxy_among_plain_ones(pool, proxies):
     plan = plan_of(pool, [assign(proxies, name) for name in (None, "b", "a", None, "b")])
     assert plan.req_ids == ["r0", "r1", "r2", "r3", "r4"]
-    assert plan.plain_rows == plan.plain_index.tolist() == [0, 3]
-    rows = plan.aligned
+    assert plan.unproxied_rows == plan.unproxied_index.tolist() == [0, 3]
+    rows = plan.proxied
     assert rows is not None
     assert rows.rows == [1, 2, 4]
     assert [proxy.name for proxy in rows.proxies] == ["b", "a", "b"]
     x = torch.arange(10).view(5, 2)
-    assert rows.pick(x).tolist() == [[2, 3], [4, 5], [8, 9]]
+    assert rows.select_rows(x).tolist() == [[2, 3], [4, 5], [8, 9]]
 
 
 def test_a_batch_of_one_kind(pool, proxies):
     everyone = plan_of(pool, [assign(proxies, name) for name in "ab"])
-    assert everyone.aligned is not None and everyone.aligned.index is None
-    assert everyone.plain_rows == everyone.plain_index.tolist() == []
+    assert everyone.proxied is not None and everyone.proxied.index is None
+    assert everyone.unproxied_rows == everyone.unproxied_index.tolist() == []
     x = torch.zeros(2, 3)
-    assert everyone.aligned.pick(x) is x
+    assert everyone.proxied.select_rows(x) is x
     nobody = plan_of(pool, [assign(proxies, None)] * 2)
-    assert nobody.aligned is None and len(nobody.req_ids) == 2
-    assert plan_of(pool, []).aligned is None
+    assert nobody.proxied is None and len(nobody.req_ids) == 2
+    assert plan_of(pool, []).proxied is None
 
 
 def test_what_shadows_may_score(pool, proxies):
@@ -65,7 +65,7 @@ def test_what_shadows_may_score(pool, proxies):
     ]
     shadows = [proxies[name].served for name in "bd"]
     plan = plan_of(pool, assignments, shadows)
-    assert plan.plain_rows == [1, 2]
+    assert plan.unproxied_rows == [1, 2]
     assert [rows.proxies for rows in plan.shadows] == [[shadow] * 2 for shadow in shadows]
     for rows, limit in zip(plan.shadows, (1, 8), strict=True):
         assert rows.rows == [0, 2] and not rows.any_traced

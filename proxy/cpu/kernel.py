@@ -1,17 +1,31 @@
-"""The law on a CPU: the loop that the paper describes, compiled, one row after another.
+"""Accept/reject sampling on a CPU: the paper's loop, compiled, one row after another.
 
-`acceptance` settles all positions at once with some forty tensor operations, which suits an
-accelerator. On a CPU their overhead is most of what a small batch costs, so here the same law is
-written out: propose, ask the proxy, throw away, propose again. The network is asked about the
-candidates that are proposed and about no others. Given the same noise both decide alike, up to
-rounding; `tests/proxy/test_loop.py` holds them together.
+`proxy.acceptance` is the definition. It decides all rows at once with some forty tensor operations,
+which suits an accelerator. On a CPU the overhead of the operations is most of what a small batch
+costs, so here the same rule is a loop over the rows, and the network scores the proposed candidates
+only. Given the same noise both decide alike, up to rounding (`tests/proxy/test_kernel.py`).
 
-`loop_rows` calls it. numba compiles this file at its first import on a machine (seconds) and keeps
-the result on disk, until this very file changes: what is compiled belongs in here, all of it.
+`decide_rows`, for each of A rows:
+
+1. The size largest of V logits, largest first; the first token first among equal ones.
+2. The nucleus: divide by the temperature; drop what underflows, what is below the top_k-th value,
+   and what has a mass of top_p or more before it. Keep at least one candidate.
+3. The arrival time of each candidate in an exponential race of rates p^sharpness. Its noise is a hash
+   of the request's key, the position and the token, as in `noise.seeded_noise`.
+4. Propose candidates in the order of arrival. Accept one with probability a^strength, where a is the
+   network's (`proxy.network`, with the candidate's half of the first layer from a table). Stop at the
+   first accepted one; after max_rejections take the first candidate, which is `forced`. A row with one
+   candidate accepts it. A greedy row scores the max_rejections most probable candidates and takes
+   that of largest log p - strength * -log a.
+
+numba compiles this file at its first import on a machine, which takes seconds, and caches the result
+on disk until this file changes. It would not see a change of imported constants: everything compiled
+is defined here, and a test holds the constants equal to those of `noise`, `acceptance` and `network`. That is
+why the file is longer than 300 lines.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite.binding import ffi
@@ -20,28 +34,83 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
-from proxy.acceptance import GOLDEN_GAMMA, MIX, POSITION_STEP, UNDERFLOW
-from proxy.network import MIN_LOGPROB, NORM_FLOOR
-from proxy.rows import LOOP_REQUEST
+# As in proxy.noise and proxy.acceptance.
+GOLDEN_GAMMA, POSITION_STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+UNDERFLOW = np.float32(math.log(np.finfo(np.float32).tiny))
+# As in proxy.network.
+MIN_LOGPROB, NORM_FLOOR = np.float32(-20.0), 1e-6
 
-_MASK = 2**64 - 1
-_GAMMA, _STEP = np.uint64(GOLDEN_GAMMA & _MASK), np.uint64(POSITION_STEP & _MASK)
-_MIX_1, _MIX_2 = np.uint64(MIX[0] & _MASK), np.uint64(MIX[1] & _MASK)
-_UNDERFLOW, _MIN_LOGPROB = np.float32(UNDERFLOW), np.float32(MIN_LOGPROB)
 _SQRT_HALF = math.sqrt(0.5)
-
-_BLOCK, _MANY_BLOCKS = 16, 128  # logits; blocks for each that is sought
-_GREATEST_GAP, _BISECTIONS = 2**16, 4
+_BLOCK, _MANY_BLOCKS = 16, 128  # logits; blocks for each logit that is wanted
+_LARGEST_GAP, _BISECTIONS = 2**16, 4
 TILE = 4  # rows multiplied at once
 NOWHERE = 0
 """Address of nothing."""
+
+REQUEST = np.dtype(
+    [
+        ("row", np.int64),  # in the logits
+        ("proxy", np.int64),  # its index in `Proxies`
+        ("size", np.int64),  # candidates at most
+        ("max_rejections", np.int64),
+        ("key", np.int64),  # of its noise
+        ("top_k", np.int64),  # 0 = off
+        ("top_p", np.float32),  # 1 = off
+        ("temperature", np.float32),  # of the nucleus
+        ("sharpness", np.float32),
+        ("strength", np.float32),
+        ("greedy", np.bool_),
+    ],
+    align=True,
+)
+"""One row's request."""
+
+
+class Logits(NamedTuple):
+    """The logits of the batch, R rows of which A are decided."""
+
+    address: int  # of [R, V], float32 or bfloat16
+    stride: int  # numbers from row to row; the head may have padded the vocabulary
+    is_bfloat16: bool
+    temperature_applied: bool  # they are divided by the requests' temperatures
+
+
+class Top(NamedTuple):
+    """The largest logits of each row."""
+
+    is_given: bool  # True: read from here, False: found by the kernel
+    values: Any  # [A, K] float32, largest first; changed
+    token_ids: Any  # [A, K] int64
+    mass: Any  # [A] float32, logsumexp of the row's logits divided by the temperature, if given
+
+
+class Hidden(NamedTuple):
+    """The lm_head's input, and its product with the proxies' first layer."""
+
+    address: (
+        int  # of [A, H] bfloat16, to be multiplied here; NOWHERE: `rows`, `projected` are given
+    )
+    state: Any  # [2W, H] float32, what it is multiplied with
+    rows: Any  # [A, H] float32, with rows to spare for whole tiles if multiplied here
+    projected: Any  # [A, 2W] float32, likewise
+
+
+class Proxies(NamedTuple):
+    """Tables and weights of P proxies, float32."""
+
+    tables: Any  # [P, V, 2W]
+    product: Any  # [P, W, W]
+    logprob: Any  # [P, 1, W]
+    score: Any  # [P, W, 1]
+    bias: Any  # [P, 1, 1]
 
 
 def _hide_from_vllm() -> None:
     """Let vLLM start another engine in this process.
 
-    To register its CPU kernels it asks every object of every module for `__dict__`. llvmlite's
-    handle of the LLVM library takes that, like any name, for a function to look up.
+    To register its CPU kernels, vLLM asks every object of every module for `__dict__`. llvmlite's
+    handle of the LLVM library takes any name for a function to look up, and fails.
     """
     handle = type(ffi.lib)
     look_up = handle.__getattr__
@@ -69,10 +138,10 @@ def _pointer(_: Any, address: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _exponential(key: Any, position: Any, counter: Any) -> Any:
-    """One number of `acceptance.seeded_noise`."""
-    bits = key + position * _STEP + np.uint64(counter) * _GAMMA
-    bits = (bits ^ (bits >> np.uint64(30))) * _MIX_1
-    bits = (bits ^ (bits >> np.uint64(27))) * _MIX_2
+    """One number of `noise.seeded_noise`."""
+    bits = key + position * POSITION_STEP + np.uint64(counter) * GOLDEN_GAMMA
+    bits = (bits ^ (bits >> np.uint64(30))) * MIX_1
+    bits = (bits ^ (bits >> np.uint64(27))) * MIX_2
     bits ^= bits >> np.uint64(31)
     return -math.log((np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53)
 
@@ -159,7 +228,7 @@ def _floor(values: Any, wanted: Any) -> Any:
     for value in values:
         high = max(high, value)
     low, gap = high, np.float32(1.0)
-    while gap < _GREATEST_GAP and _reach(values, low) < wanted:
+    while gap < _LARGEST_GAP and _reach(values, low) < wanted:
         gap *= np.float32(2.0)
         high, low = low, low - gap
     if _reach(values, low) < wanted:
@@ -205,7 +274,7 @@ def _nucleus_size(values: Any, top_k: Any, top_p: Any, total: Any) -> Any:
     `total` is the whole vocabulary's probability in units of the first value's.
     """
     count = 0
-    while count < len(values) and values[count] - values[0] > _UNDERFLOW:
+    while count < len(values) and values[count] - values[0] > UNDERFLOW:
         count += 1
     is_top_k = top_k <= len(values)
     if is_top_k:
@@ -290,7 +359,7 @@ def _accept_cost(
 ) -> Any:
     """-log of the probability that the proxy accepts: softplus(-accept logit)."""
     width = len(mixed)
-    logprob = max(logprob, _MIN_LOGPROB)
+    logprob = max(logprob, MIN_LOGPROB)
     for j in range(width):
         mixed[j] = candidate[width + j] + features[width + j] + logprob * of_logprob[j]
     for i in range(width):
@@ -305,7 +374,7 @@ def _accept_cost(
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _propose(
-    request: Any,  # LOOP_REQUEST
+    request: Any,  # REQUEST
     position: Any,
     values: Any,  # [n] logits of the nucleus at its temperature, largest first
     ids: Any,  # [n or more] their tokens
@@ -368,7 +437,7 @@ def _propose(
         boolean,
         float32[:, ::1],
         int64[:, ::1],
-        from_dtype(LOOP_REQUEST)[::1],
+        from_dtype(REQUEST)[::1],
         float32[::1],
         int64,
         float32[:, ::1],
@@ -390,12 +459,12 @@ def decide_rows(
     logits: Any,  # address of [R, V], float32 or bfloat16
     stride: Any,  # from row to row; the head may have padded the vocabulary
     logits_are_halves: Any,
-    tempered: Any,  # whether they have been divided by the temperature of the nucleus
+    temperature_applied: Any,  # whether they have been divided by the temperature of the nucleus
     finds_all: Any,  # whether the next two and mass are still to be found
     all_values: Any,  # [A, K] logits, largest first; changed
     all_ids: Any,  # [A, K] their tokens
-    requests: Any,  # [A] LOOP_REQUEST
-    mass: Any,  # [A] logsumexp of the tempered logits, if there is a top-p
+    requests: Any,  # [A] REQUEST
+    mass: Any,  # [A] logsumexp of the temperature_applied logits, if there is a top-p
     hidden: Any,  # address of [A, H] bfloat16; nowhere: the next three are settled
     state: Any,  # [2W, H] what they are multiplied with
     states: Any,  # [A, H]
@@ -432,7 +501,10 @@ def decide_rows(
             row_logits = floats
         if finds_all:
             _find_top(row_logits, values, ids, maxima)
-        top, temperature = values[0], np.float32(1.0) if tempered else request.temperature
+        top, temperature = (
+            values[0],
+            np.float32(1.0) if temperature_applied else request.temperature,
+        )
         for i in range(len(values)):
             values[i] /= temperature
         row_k = request.top_k if request.top_k > 0 else vocab_size

@@ -1,8 +1,8 @@
-"""vLLM's LoRA on a CPU, mended: rows without an adapter get the frozen LLM, beside others too.
+"""A correction of vLLM's LoRA on a CPU: rows without an adapter get the frozen LLM.
 
-vLLM's CPU operators look up a row's adapter by its index, and -1, which says "none", finds the last
-one: in a batch with an adapter, requests for the frozen LLM are answered by it (vLLM's pull requests
-48421 and 49656). Here what such rows would add to an output is set to zero.
+vLLM's CPU operators look up a row's adapter by its index, and the index -1, which means "none", finds
+the last adapter: in a batch with an adapter, requests for the frozen LLM get its output (vLLM's pull
+requests 48421 and 49656). Here the adapter's contribution to such rows is set to zero.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
 class FrozenRowsPunica(PunicaWrapperCPU):
-    """All of its products with an adapter's second matrix pass one of the three methods."""
+    """Every product with an adapter's second matrix goes through one of these three methods."""
 
     def _expand_prefill(self, y: Tensor, x: Tensor, *args: Any) -> None:
         super()._expand_prefill(y, self._adapted(x), *args)
@@ -22,8 +22,8 @@ class FrozenRowsPunica(PunicaWrapperCPU):
 
     def add_lora_logits(self, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if len(y) != len(self.sampler_indices):
-            # Logits of a prompt, for a judge that reads its log-probabilities: nobody says whose they are, but a
-            # judge's adapter leaves lm_head alone. Other requests are refused them (server.plugin).
+            # Prompt logprobs, for a judge that reads them: vLLM does not say whose rows these are, but a
+            # judge's adapter leaves lm_head unchanged. The server refuses them to other requests.
             return
         frozen = (self.sampler_indices < 0).nonzero().squeeze(-1)
         kept = y[frozen]
@@ -36,7 +36,7 @@ class FrozenRowsPunica(PunicaWrapperCPU):
 
 
 def keep_adapters_off_frozen_rows(runner: Any) -> None:
-    """Call it after the model has been loaded with LoRA."""
+    """Correct a runner whose model is loaded with LoRA."""
     manager = runner.lora_manager._adapter_manager
     for wrapper in manager.punica_wrapper_mapping.values():
         wrapper.__class__ = FrozenRowsPunica

@@ -1,7 +1,7 @@
-"""All loaded proxies side by side on the worker's device, so that one step can mix them freely.
+"""All loaded proxies, stacked on the worker's device, so that one step can mix them freely.
 
-P proxies share stacked tensors; narrower ones are padded with zeros, which contribute nothing.
-Loading and unloading build new tensors, so a load needs room for both for a moment.
+P proxies share stacked tensors. Narrower ones are padded with zeros, which contribute nothing.
+Loading and unloading build new tensors, so a load needs memory for both for a moment.
 """
 
 from collections.abc import Callable, Collection
@@ -19,12 +19,12 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class ServedProxy:
-    """A proxy on the worker's device: what stands for it in requests, and where its numbers are."""
+    """A proxy on the worker's device: its name in requests, and its place in the pool."""
 
     name: str
     version: str
     config: ProxyConfig
-    slot: int = -1  # its place in the pool
+    slot: int = -1  # its index in the stacked tensors
 
 
 class _Entry(NamedTuple):
@@ -43,33 +43,39 @@ class ProxyPool:
         self._derived: dict[Any, Any] = {}
 
     def add(self, proxy: ServedProxy, weights: Weights, table: Tensor) -> None:
-        """Take in one more: `Weights` with P = 1 and its candidate table [V, 2 width]."""
+        """Add a proxy: its `Weights` with P = 1 and its candidate table [V, 2 width]."""
         self._stack([*self._entries(), _Entry(proxy, weights, table)])
 
     def retain(self, proxies: Collection[ServedProxy]) -> None:
-        """Free all but these."""
+        """Free all other proxies."""
         if any(proxy not in proxies for proxy in self.proxies):
             self._stack([entry for entry in self._entries() if entry.proxy in proxies])
 
-    def alone(self, proxy: ServedProxy) -> tuple[Weights, Tensor]:
-        """Views of one proxy: `Weights` with P = 1, and its table [V, 2W]."""
+    @property
+    def tensors(self) -> tuple[Weights, Tensor]:
+        """`weights` and `tables` of a pool that is not empty."""
         assert self.weights is not None and self.tables is not None
+        return self.weights, self.tables
+
+    def single(self, proxy: ServedProxy) -> tuple[Weights, Tensor]:
+        """Views of one proxy: `Weights` with P = 1, and its table [V, 2W]."""
+        weights, tables = self.tensors
         slot = proxy.slot
-        return Weights(*(part[slot : slot + 1] for part in self.weights)), self.tables[slot]
+        return Weights(*(part[slot : slot + 1] for part in weights)), tables[slot]
 
     def derived(self, key: Any, make: Callable[[], _T]) -> _T:
-        """What `make` makes of the tensors, once for as long as these stay the same."""
+        """The result of `make`, cached under `key` until the tensors change."""
         if key not in self._derived:
             self._derived[key] = make()
         return cast(_T, self._derived[key])
 
     def num_bytes(self, proxy: ServedProxy) -> int:
-        """What one proxy occupies here."""
-        weights, table = self.alone(proxy)
+        """Memory that one proxy takes here."""
+        weights, table = self.single(proxy)
         return sum(tensor.numel() * tensor.element_size() for tensor in (*weights, table))
 
     def _entries(self) -> list[_Entry]:
-        return [_Entry(proxy, *self.alone(proxy)) for proxy in self.proxies]
+        return [_Entry(proxy, *self.single(proxy)) for proxy in self.proxies]
 
     def _stack(self, entries: list[_Entry]) -> None:
         self._derived.clear()
@@ -79,7 +85,7 @@ class ProxyPool:
         width = max(entry.proxy.config.width for entry in entries)
         padded = [_padded_weights(entry.weights, width) for entry in entries]
         weights = Weights(*(torch.cat(parts) for parts in zip(*padded, strict=True)))
-        # Its columns are what a CPU's loop multiplies with, and others do not mind.
+        # The CPU kernel multiplies with its columns; others do not depend on the layout.
         weights = weights._replace(state=weights.state.mT.contiguous().mT)
         tables = torch.stack([_padded_halves(entry.table, width) for entry in entries])
         self.proxies = [entry.proxy for entry in entries]
@@ -89,13 +95,13 @@ class ProxyPool:
 
 
 def _padded_weights(weights: Weights, width: int) -> Weights:
-    # Negative where a wider proxy has gone: then only zeros are cut off.
-    more = width - weights.product.shape[-1]
+    # Negative after a wider proxy was removed: then only zeros are cut off.
+    added = width - weights.product.shape[-1]
     return Weights(
         state=_padded_halves(weights.state, width),
-        product=F.pad(weights.product, (0, more, 0, more)),
-        logprob=F.pad(weights.logprob, (0, more)),
-        score=F.pad(weights.score, (0, 0, 0, more)),
+        product=F.pad(weights.product, (0, added, 0, added)),
+        logprob=F.pad(weights.logprob, (0, added)),
+        score=F.pad(weights.score, (0, 0, 0, added)),
         bias=weights.bias,
     )
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from proxy.acceptance import Decision, noise_key
-from proxy.ledger import Batch, Ledger
-from proxy.plan import Plan
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import Assignment
+from proxy.acceptance import Decision
+from proxy.engine.assignment import Assignment
+from proxy.engine.batch_plan import BatchPlan
+from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.engine.request_tracker import Batch, RequestTracker
+from proxy.noise import noise_key
 from tests.proxy.proxies import opinionated, put_into
 
 EOS = 1
@@ -32,10 +33,10 @@ def params(proxy: str | None, **alignment: Any) -> Any:
 
 
 class Worker:
-    """The requests that a worker has in hand, its proxies, and its ledger."""
+    """The requests that a worker has in hand, its proxies, and its tracker."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.ledger = Ledger(torch.device("cpu"), **kwargs)
+        self.tracker = RequestTracker(torch.device("cpu"), **kwargs)
         self.requests: dict[str, Any] = {}
         self.pool = ProxyPool()
         self.proxies: dict[tuple[str, str | None], ServedProxy] = {}
@@ -47,20 +48,22 @@ class Worker:
         self.proxies[name, None] = self.proxies[name, version] = proxy
         return proxy
 
-    def plan(self, batch: list[str] | None = None, *, shadows: Sequence[ServedProxy] = ()) -> Plan:
+    def plan(
+        self, batch: list[str] | None = None, *, shadows: Sequence[ServedProxy] = ()
+    ) -> BatchPlan:
         chosen = Batch(
             req_ids=list(self.requests) if batch is None else batch,
             params_of=self.requests.__getitem__,
             live=self.requests.keys(),
         )
         find = self.proxies.get
-        return self.ledger.plan_of(chosen.req_ids) or self.ledger.plan(
+        return self.tracker.plan_of(chosen.req_ids) or self.tracker.plan(
             chosen, self.pool, lambda *key: find(key), shadows=shadows
         )
 
     def assignments(self) -> list[Assignment]:
         """Those of all requests that a proxy decides."""
-        rows = self.plan().aligned
+        rows = self.plan().proxied
         return [] if rows is None else rows.assignments
 
     def step(
@@ -69,10 +72,10 @@ class Worker:
         proposed: int = 3,
         forced: bool = False,
         discarded: set[str] = frozenset(),  # type: ignore[assignment]
-        plan: Plan | None = None,
+        plan: BatchPlan | None = None,
     ) -> None:
         """Decide for every row alike; token 7 unless told otherwise."""
-        rows = (plan or self.plan()).aligned
+        rows = (plan or self.plan()).proxied
         if rows is None:
             return
         ids = [a.req_id for a in rows.assignments]
@@ -82,7 +85,7 @@ class Worker:
             torch.tensor([[0] * count, token_ids, [proposed] * count, [forced] * count])
         )
         mask = torch.tensor([req_id in discarded for req_id in ids])
-        self.ledger.history.record(rows, decision, mask)
+        self.tracker.stats.record(rows, decision, mask)
 
 
 def test_what_each_request_gets():
@@ -98,12 +101,12 @@ def test_what_each_request_gets():
         "r7": params("a", version="v2"),
     }
     plan = worker.plan(shadows=[worker.proxies["b", None]])
-    assert plan.aligned is not None
-    assert plan.plain_rows == [1, 4, 5, 7]
+    assert plan.proxied is not None
+    assert plan.unproxied_rows == [1, 4, 5, 7]
     assert plan.shadows[0].rows == [0, 1, 2, 4, 5, 6, 7]
     assert [a.temperature for a in plan.shadows[0].assignments[:2]] == [0.0, 1.0]
-    r0, r2, r3, r6 = plan.aligned.assignments
-    assert [proxy.name for proxy in plan.aligned.proxies] == ["a", "b", "a", "a"]
+    r0, r2, r3, r6 = plan.proxied.assignments
+    assert [proxy.name for proxy in plan.proxied.proxies] == ["a", "b", "a", "a"]
     assert [a.strength for a in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]
     assert [a.max_rejections for a in (r0, r2, r3, r6)] == [5, 0, 5, 5]  # the proxy's own number
     assert [a.is_greedy for a in (r0, r2, r3, r6)] == [True, False, False, False]
@@ -111,15 +114,15 @@ def test_what_each_request_gets():
     assert (r3.key, r3.is_seeded) == (noise_key(-5), True)
     assert not r0.is_seeded and len({a.key for a in (r0, r2, r3, r6)}) == 4
     assert set(r2.stop_ids) == {8, 9, EOS}
-    assert len({a.slot for a in (r0, r2, r3, r6)} - {0}) == 4
+    assert len({id(a.counts) for a in (r0, r2, r3, r6)}) == 4
 
 
 def test_an_unknown_proxy_is_said_once_and_sampled_without(caplog):
     worker = Worker()
     worker.requests = {"r0": params("unknown"), "r1": params("a", version="v9")}
-    with caplog.at_level(logging.WARNING, logger="proxy.ledger"):
+    with caplog.at_level(logging.WARNING, logger="proxy.engine.request_tracker"):
         for batch in (["r0"], ["r0", "r1"], ["r1"]):
-            assert worker.plan(batch).aligned is None
+            assert worker.plan(batch).proxied is None
     assert [record.args for record in caplog.records] == [("unknown", None), ("a", "v9")]
 
 
@@ -128,7 +131,7 @@ def test_params_without_anything():
     worker = Worker()
     worker.requests = {"r0": None, "r1": SimpleNamespace(extra_args=None)}
     plan = worker.plan()
-    assert (plan.req_ids, plan.aligned) == (["r0", "r1"], None)
+    assert (plan.req_ids, plan.proxied) == (["r0", "r1"], None)
 
 
 def test_plan_is_cached_while_the_batch_is_the_same():
@@ -139,9 +142,9 @@ def test_plan_is_cached_while_the_batch_is_the_same():
     assert worker.plan(["r0", "r1"]) is first
     swapped = worker.plan(["r1", "r0"])
     assert swapped is not first
-    assert swapped.aligned is not None
-    assert swapped.aligned.assignments == before[::-1]
-    worker.ledger.forget_plan()
+    assert swapped.proxied is not None
+    assert swapped.proxied.assignments == before[::-1]
+    worker.tracker.forget_plan()
     assert worker.plan(["r1", "r0"]) is not swapped
 
 
@@ -151,7 +154,7 @@ def test_counts_add_up_and_are_taken_once():
     worker.step(proposed=3)
     worker.step(proposed=1)
     worker.step(proposed=5, forced=True)
-    assert worker.ledger.take(["x", "y", "z"]) == {
+    assert worker.tracker.take(["x", "y", "z"]) == {
         "x-00000001": {
             "proxy": "a",
             "version": "v1",
@@ -162,10 +165,10 @@ def test_counts_add_up_and_are_taken_once():
         }
     }
     worker.step()  # one more step is under way when the counts are taken
-    assert worker.ledger.take(["x"]) == {}
+    assert worker.tracker.take(["x"]) == {}
     worker.requests.clear()
     worker.plan([])
-    assert worker.ledger.take(["x", "x-00000001"]) == {}
+    assert worker.tracker.take(["x", "x-00000001"]) == {}
 
 
 @pytest.mark.parametrize("asked", [["abc"], ["0_abc-0000000a", "1_abc-0000000a"]])
@@ -179,8 +182,8 @@ def test_samples_of_one_request_are_found_by_the_callers_id(asked):
     worker.step()
     worker.requests.clear()
     worker.plan([])  # they have finished
-    assert set(worker.ledger.take(asked)) == {"0_abc-0000000a", "1_abc-0000000a"}
-    assert set(worker.ledger.take(["abcd"])) == {"abcd-0000000b"}
+    assert set(worker.tracker.take(asked)) == {"0_abc-0000000a", "1_abc-0000000a"}
+    assert set(worker.tracker.take(["abcd"])) == {"abcd-0000000b"}
 
 
 def test_unfinished_prefills_do_not_count():
@@ -188,7 +191,7 @@ def test_unfinished_prefills_do_not_count():
     worker.requests = {"x": params("a"), "y": params("a")}
     worker.step(discarded={"y"})
     worker.step()
-    counts = worker.ledger.take(["x", "y"])
+    counts = worker.tracker.take(["x", "y"])
     assert [counts[r]["accepted"] for r in "xy"] == [2, 1]
 
 
@@ -200,7 +203,7 @@ def test_rows_after_the_end_do_not_count():
     worker.step(tokens={"x": EOS})
     worker.step(tokens={"y": 9})
     worker.step()
-    counts = worker.ledger.take(["x", "y"])
+    counts = worker.tracker.take(["x", "y"])
     assert [counts[r]["accepted"] for r in "xy"] == [1, 2]
 
 
@@ -213,7 +216,7 @@ def test_a_request_keeps_the_version_it_began_with():
     del worker.proxies["b", None]
     worker.requests |= {"z": params("a"), "old": params("a", version="v1"), "b": params("b")}
     worker.step()
-    counts = worker.ledger.take(["x", "y", "z", "old", "early", "b"])
+    counts = worker.tracker.take(["x", "y", "z", "old", "early", "b"])
     versions = {r: c["version"] for r, c in counts.items()}
     assert versions == {"x": "v1", "y": "v1", "z": "v2", "old": "v1"}
     assert [counts[r]["accepted"] for r in ("x", "y", "z", "old")] == [2, 2, 1, 1]
@@ -225,7 +228,7 @@ def test_a_preempted_request_keeps_its_counts():
     worker.step()
     worker.step(plan=worker.plan(["y"]))
     worker.step()
-    counts = worker.ledger.take(["x", "y"])
+    counts = worker.tracker.take(["x", "y"])
     assert [counts[r]["accepted"] for r in "xy"] == [2, 3]
 
 
@@ -238,12 +241,12 @@ def test_a_request_that_the_runner_dropped_goes_on_where_it_was(seed):
     (before, _) = worker.assignments()
     dropped = worker.requests.pop("x")
     worker.step()
-    assert worker.ledger.proxies_in_use(worker.requests) == {worker.proxies["b", None]}
+    assert worker.tracker.proxies_in_use(worker.requests) == {worker.proxies["b", None]}
     worker.load("a", "v2")
     worker.requests["x"] = dropped
     worker.step()
     assert worker.assignments()[1] == before
-    counts = worker.ledger.take(["x", "y"])
+    counts = worker.tracker.take(["x", "y"])
     assert (counts["x"]["accepted"], counts["y"]["accepted"]) == (2, 3)
     assert counts["x"]["version"] == "v1"
 
@@ -252,16 +255,16 @@ def test_proxies_in_use():
     worker = Worker()
     a, b = worker.proxies["a", None], worker.proxies["b", None]
     worker.requests = {"x": params("a"), "y": params("b"), "z": params(None)}
-    assert worker.ledger.proxies_in_use(worker.requests) == set()  # none has begun
+    assert worker.tracker.proxies_in_use(worker.requests) == set()  # none has begun
     worker.step()
-    assert worker.ledger.proxies_in_use(worker.requests) == {a, b}
-    worker.ledger.take(["y"])  # asked for while it runs: it goes on
-    assert worker.ledger.proxies_in_use(worker.requests) == {a, b}
+    assert worker.tracker.proxies_in_use(worker.requests) == {a, b}
+    worker.tracker.take(["y"])  # asked for while it runs: it goes on
+    assert worker.tracker.proxies_in_use(worker.requests) == {a, b}
     del worker.requests["x"]
-    assert worker.ledger.proxies_in_use(worker.requests) == {b}
-    assert worker.ledger.take(["x"])["x"]["accepted"] == 1
+    assert worker.tracker.proxies_in_use(worker.requests) == {b}
+    assert worker.tracker.take(["x"])["x"]["accepted"] == 1
     worker.requests.clear()
-    assert worker.ledger.proxies_in_use(worker.requests) == set()
+    assert worker.tracker.proxies_in_use(worker.requests) == set()
 
 
 def test_forgetting_the_plan_counts_what_was_decided():
@@ -270,10 +273,10 @@ def test_forgetting_the_plan_counts_what_was_decided():
     worker.requests = {"x": params("a")}
     for _ in range(3):
         worker.step()
-    assert len(worker.ledger.history._records) == 3
-    worker.ledger.forget_plan()
-    assert worker.ledger.history._records == []
-    assert worker.ledger.take(["x"])["x"]["accepted"] == 3
+    assert len(worker.tracker.stats._records) == 3
+    worker.tracker.forget_plan()
+    assert worker.tracker.stats._records == []
+    assert worker.tracker.take(["x"])["x"]["accepted"] == 3
 
 
 def test_unseeded_requests_draw_alike_on_all_ranks():
@@ -296,17 +299,18 @@ def test_memory_is_bounded():
     for i in range(50):
         worker.requests = {"live": worker.requests["live"], f"r{i}": params("a")}
         worker.step()
+        assert len(worker.tracker._counted) <= 4
     worker.requests = {}
     worker.plan([])
-    counts = worker.ledger.take(["live", *(f"r{i}" for i in range(50))])
+    counts = worker.tracker.take(["live", *(f"r{i}" for i in range(50))])
     assert {r: c["accepted"] for r, c in counts.items()} == {
         "live": 51,
         "r47": 1,
         "r48": 1,
         "r49": 1,
     }
-    assert worker.ledger.history.size() == 5
-    assert not worker.ledger._internal_ids and not worker.ledger._live
+    tracker = worker.tracker
+    assert not (tracker._engine_ids or tracker._live or tracker._counted or tracker._finished)
 
 
 def test_more_live_requests_than_foreseen():
@@ -314,25 +318,25 @@ def test_more_live_requests_than_foreseen():
     worker.requests = {f"r{i}": params("a") for i in range(9)}
     worker.step()
     worker.step()
-    counts = worker.ledger.take(worker.requests)
+    counts = worker.tracker.take(worker.requests)
     assert [c["accepted"] for c in counts.values()] == [2] * 9
 
 
-def test_a_slot_starts_from_zero_for_its_next_owner():
+def test_the_counts_of_a_forgotten_request_go_to_nobody():
     worker = Worker(capacity=1)
     worker.requests = {"x": params("a")}
     worker.step(tokens={"x": EOS})
     worker.requests = {"y": params("b")}
     worker.step()
-    assert worker.ledger.take(["x", "y"])["y"]["accepted"] == 1
+    assert worker.tracker.take(["x", "y"])["y"]["accepted"] == 1
 
 
 def test_ranks_that_do_not_report_count_nothing():
     worker = Worker(reports=False)
     worker.requests = {"x": params("a", trace=True)}
     worker.step()
-    assert worker.ledger.take_traces(["x"]) == {}
-    assert worker.ledger.take(["x"]) == {}
+    assert worker.tracker.take_traces(["x"]) == {}
+    assert worker.tracker.take(["x"]) == {}
 
 
 def test_traces_by_the_callers_id():
@@ -344,16 +348,16 @@ def test_traces_by_the_callers_id():
         "quiet-0000000b": params("a"),
     }
     plan = worker.plan()
-    assert plan.aligned is not None
+    assert plan.proxied is not None
 
     def step() -> None:
         args = torch.randn(3, 40), torch.randn(3, 12), torch.zeros(3)
-        assert plan.aligned is not None
-        decision, tracing = plan.aligned.decide(*args, tempered=False)
-        worker.ledger.history.record(plan.aligned, decision, None, tracing)
+        assert plan.proxied is not None
+        decision, tracing = plan.proxied.decide(*args, temperature_applied=False)
+        worker.tracker.stats.record(plan.proxied, decision, None, tracing)
 
     def lengths(asked: list[str]) -> dict[str, int]:
-        taken = worker.ledger.take_traces(asked)
+        taken = worker.tracker.take_traces(asked)
         return {req_id: len(entries) for req_id, entries in taken.items()}
 
     step()
@@ -366,6 +370,6 @@ def test_traces_by_the_callers_id():
     worker.plan([])
     assert lengths(["abc"]) == {"0_abc-0000000a": 1}
     step()  # their last step was under way
-    assert len(worker.ledger.take(["abc"])) == 2
+    assert len(worker.tracker.take(["abc"])) == 2
     assert lengths(["abc", "0_abc-0000000a", "1_abc-0000000a"]) == {}
-    assert not worker.ledger.history._num_traced
+    assert not worker.tracker.stats.traces._num_traced

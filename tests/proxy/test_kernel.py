@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from proxy.acceptance import noise_key
+from proxy.engine.assignment import Assignment
+from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.engine.rows import ProxiedRows
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.pool import ProxyPool, ServedProxy
-from proxy.rows import AlignedRows, Assignment
+from proxy.noise import noise_key
 
 H, V, WIDTH = 64, 500, 16
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> AlignedRows:
+def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
     """A trace makes a CPU take the tensors' way."""
     assignments = [
         Assignment(
@@ -38,7 +39,7 @@ def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> AlignedRows:
         )
         for row in range(count)
     ]
-    return AlignedRows(list(range(count)), assignments, pool, CPU, covers_batch=True)
+    return ProxiedRows(list(range(count)), assignments, pool, CPU, covers_batch=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -77,10 +78,24 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
         logits[step % count] = -torch.inf  # nothing is allowed
         positions = torch.full((count,), step, dtype=torch.int32)
         args: tuple[Any, ...] = logits, hidden, positions
-        one, none = loop.decide(*args, tempered=False)
-        other, tracing = tensors.decide(*args, tempered=False)
+        one, none = loop.decide(*args, temperature_applied=False)
+        other, tracing = tensors.decide(*args, temperature_applied=False)
         assert none is None and tracing is not None
         differing += int((one.columns != other.columns).any(0).sum())
         forced += int(one.forced.sum())
     assert differing <= 2
     assert (100 if count > 1 else -1) < forced < 1900
+
+
+def test_the_kernels_constants_are_those_of_the_definition():
+    """It has its own, because its cache on disk would not notice that an imported one has changed."""
+    from proxy import acceptance, network, noise
+    from proxy.cpu import kernel
+
+    def unsigned(*numbers: int) -> list[int]:
+        return [number % 2**64 for number in numbers]
+
+    mine = [kernel.GOLDEN_GAMMA, kernel.POSITION_STEP, kernel.MIX_1, kernel.MIX_2]
+    assert mine == unsigned(noise.GOLDEN_GAMMA, noise.POSITION_STEP, *noise.MIX)
+    assert pytest.approx(acceptance.UNDERFLOW, rel=1e-7) == kernel.UNDERFLOW
+    assert (kernel.MIN_LOGPROB, kernel.NORM_FLOOR) == (network.MIN_LOGPROB, network.NORM_FLOOR)

@@ -1,8 +1,8 @@
-"""Reads the positions of given responses in the engine: a prompt that ends with the response, prefilled.
+"""Reads the positions of a given response: a request whose prompt ends with the response.
 
-A request says with `WorkerAlignment.read` where its response begins and which nucleus is meant. The
-worker keeps the hidden states of these tokens as its prefill goes by, chunk by chunk, asks the head for
-their logits, and hands over what leaves a choice when it is asked. Nothing here imports vllm.
+`WorkerAlignment.read` says where the response begins and which nucleus is meant. During the prefill
+the worker takes the hidden states of the response's tokens, chunk by chunk, computes their logits,
+and keeps the positions that leave a choice until somebody takes them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,25 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxy.ledger import callers_id
 from proxy.positions import Positions, choices, joined, nucleus_of
-from proxy.request import ReadRequest, alignment_of
+from proxy.request import ReadRequest, alignment_of, caller_id
 
-MOST_BYTES = 2**28
-"""Of positions that nobody has asked for yet; beyond it the oldest are forgotten."""
-PREFILL = {
-    "max_tokens": 1,
-    "temperature": 0.0,
-    "detokenize": False,
-    "skip_reading_prefix_cache": True,  # what is in the cache is not computed, nor seen
-}
-"""vLLM's sampling parameters of a request that is read and says nothing."""
-_ROWS = 256  # whose logits are computed at once
+MAX_BYTES = 2**28
+"""Of positions that nobody has taken; beyond it the oldest are forgotten."""
+_ROWS = 256  # positions whose logits are computed at once
 
 
 @dataclass
 class _Reading:
-    """A request under way."""
+    """A request whose prefill is not finished."""
 
     spec: ReadRequest
     token_ids: list[int]  # of the prompt, the response at its end
@@ -40,13 +32,13 @@ class _Reading:
 
 
 class Reader:
-    """What a worker reads, and has read."""
+    """The requests that a worker reads, and the positions that it has read."""
 
     def __init__(self, compute_logits: Callable[[Tensor], Any], *, reports: bool) -> None:
         """
         Args:
-            compute_logits: hidden states [R, H] -> logits [R, V]; of one tensor-parallel rank, None on the others.
-            reports: whether this is the rank that hands over.
+            compute_logits: hidden states [R, H] -> logits [R, V]; None on all tensor-parallel ranks but the first.
+            reports: whether this is the rank that keeps positions.
         """
         self._compute_logits, self._reports = compute_logits, reports
         self._under_way: dict[str, _Reading] = {}
@@ -54,11 +46,11 @@ class Reader:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is under way that is to be read."""
+        """Whether a prefill is under way that is to be read."""
         return bool(self._under_way)
 
     def schedule(self, scheduler_output: Any) -> None:
-        """Look at what vLLM has scheduled for the next step."""
+        """Note what vLLM has scheduled for the next step."""
         for new in scheduler_output.scheduled_new_reqs:
             spec = alignment_of(getattr(new.sampling_params, "extra_args", None)).read
             if spec is not None and new.prompt_token_ids:
@@ -75,11 +67,11 @@ class Reader:
                 self._under_way[req_id].computed = computed
         for req_id, reading in self._under_way.items():
             reading.scheduled = scheduler_output.num_scheduled_tokens.get(req_id, 0)
-            if not reading.computed:  # it was preempted, and begins again
+            if not reading.computed:  # it was preempted and begins again
                 reading.parts.clear()
 
     def read(self, req_ids: Sequence[str], scheduled: Sequence[int], hidden: Tensor) -> None:
-        """Keep what the step has computed: `hidden` [T, H] has `scheduled` rows of each request, in this order."""
+        """Take a step's hidden states [T, H]: `scheduled` rows of each request, in this order."""
         first = 0
         for req_id, count in zip(req_ids, scheduled, strict=True):
             if req_id in self._under_way:
@@ -87,13 +79,13 @@ class Reader:
             first += count
 
     def take(self, request_ids: Sequence[str]) -> dict[str, Positions]:
-        """What was read of finished requests, by the callers' ids; others are left out."""
-        return {each: self._done.pop(each) for each in request_ids if each in self._done}
+        """The positions of finished requests, by the callers' ids; other requests are left out."""
+        return {req_id: self._done.pop(req_id) for req_id in request_ids if req_id in self._done}
 
     def _read(self, req_id: str, hidden: Tensor) -> None:
         reading = self._under_way[req_id]
         spec, ids, before = reading.spec, reading.token_ids, reading.computed
-        # The row of a token is what the next one is drawn from.
+        # A token's row is the one that the next token is drawn from.
         begin = max(before, spec.start - 1)
         end = min(before + len(hidden), len(ids) - 1)
         for start in range(begin, end, _ROWS):
@@ -108,21 +100,21 @@ class Reader:
         if before + len(hidden) >= len(ids):
             del self._under_way[req_id]
             if self._reports and reading.parts:
-                self._done[callers_id(req_id)] = _summed(joined(reading.parts))
+                self._done[caller_id(req_id)] = _summed(joined(reading.parts))
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        sizes = {req_id: sum(t.nbytes for t in found) for req_id, found in self._done.items()}
+        sizes = {r: sum(t.nbytes for t in positions) for r, positions in self._done.items()}
         total = sum(sizes.values())
         for req_id, size in sizes.items():
-            if total <= MOST_BYTES:
+            if total <= MAX_BYTES:
                 return
             del self._done[req_id]
             total -= size
 
 
 def _summed(parts: Positions) -> Positions:
-    """The parts of one response as one."""
+    """The parts of one response as one response."""
     return parts._replace(
         **{
             name: getattr(parts, name).sum(0, keepdim=True)

@@ -1,13 +1,13 @@
-"""Prometheus counters of the worker: what the proxies did to the text.
+"""Prometheus counters of the worker.
 
     assent_tokens_aligned_total{proxy,version}       tokens emitted under a proxy
-    assent_candidates_proposed_total{proxy,version}  candidates put to it, accepted ones included
-    assent_candidates_rejected_total{proxy,version}  candidates it threw away
-    assent_candidates_forced_total{proxy,version}    tokens emitted because it accepted none
+    assent_candidates_proposed_total{proxy,version}  candidates put to it, the accepted ones included
+    assent_candidates_rejected_total{proxy,version}  candidates it rejected
+    assent_candidates_forced_total{proxy,version}    tokens emitted although it accepted none
     assent_shadow_tokens_total{proxy,version}        tokens that a shadow proxy scored
-    assent_shadow_changed_total{proxy,version}       tokens that it would have decided otherwise
+    assent_shadow_changed_total{proxy,version}       tokens that it would have replaced
     assent_hook_steps_total                          steps in which a proxy decided anything
-    assent_hook_seconds_total                        what they took of the host's time
+    assent_hook_seconds_total                        host time that the hook took in them
 
 The worker is a process of its own: the server sets PROMETHEUS_MULTIPROC_DIR before anything
 imports prometheus_client, and the numbers appear on its /metrics.
@@ -51,7 +51,7 @@ def _counters() -> _Counters:
 
 
 def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) -> None:
-    """Add what one proxy did since the last call. All keys' own proxies of a name count as one."""
+    """Add the counts of one proxy since the last call. The own proxies of all API keys count as one per name."""
     counters = _counters()
     proxy, owner, _ = proxy.partition("/")
     version = "own" if owner else version
@@ -62,13 +62,13 @@ def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) ->
 
 
 def add_steps(steps: int, seconds: float) -> None:
-    """Add what the hook took since the last call."""
+    """Add steps and host time of the hook since the last call."""
     _counters().hook_steps.inc(steps)
     _counters().hook_seconds.inc(seconds)
 
 
 def add_shadow(proxy: str, version: str, *, tokens: int, changed: int) -> None:
-    """Add what one shadow proxy would have done since the last call."""
+    """Add the counts of one shadow proxy since the last call."""
     counters = _counters()
     counters.shadow_tokens.labels(proxy, version).inc(tokens)
     counters.shadow_changed.labels(proxy, version).inc(changed)

@@ -1,0 +1,179 @@
+"""The rows of a batch that proxies decide: their settings as tensors, and the decision of a step.
+
+R = logits rows, A = those of them that a proxy decides, K = candidates.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxy.acceptance import Candidates, Decision, decide, nucleus
+from proxy.engine.assignment import Assignment
+from proxy.engine.device import to_device
+from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.engine.scoring import ProxyScorer
+from proxy.noise import draw_noise, seeded_noise
+
+
+class Settings(NamedTuple):
+    """The requests' settings, row by row, as `proxy.acceptance` takes them; None = default in all rows."""
+
+    sizes: Tensor | None  # [A] int64, candidates at most
+    strength: Tensor | None  # [A] float32
+    max_rejections: Tensor  # [A] int64
+    greedy: Tensor | None  # [A] bool
+    temperature: Tensor | None  # [A] float32, of the nucleus
+    sharpness: Tensor | None  # [A] float32
+    top_k: Tensor | None  # [A] int64, V = off
+    top_p: Tensor | None  # [A] float32
+    keys: Tensor  # [A] int64
+    is_seeded: Tensor  # [A] bool
+
+
+class ScoredCandidates(NamedTuple):
+    """Everything that the decisions of A rows are made from."""
+
+    candidates: Candidates
+    accept_logits: Tensor  # [A, K]
+    noise: Tensor  # [A, 2, K]
+
+
+class ProxiedRows:
+    """A rows, the settings of their requests, and how they are decided."""
+
+    def __init__(
+        self,
+        rows: list[int],
+        assignments: list[Assignment],
+        pool: ProxyPool,
+        device: torch.device,
+        *,
+        covers_batch: bool,  # these are all rows of the batch, in its order
+    ) -> None:
+        assert pool.tables is not None
+        self.rows = rows
+        self.assignments = assignments
+        self.proxies = [a.proxy for a in assignments if a.proxy is not None]  # A of them
+        self.any_traced = any(a.traced for a in assignments)
+        self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
+        self._pool = pool
+        self._device = device
+        self._vocab_size = pool.tables.shape[1]
+        size_of = {p: min(p.config.max_candidates, self._vocab_size) for p in set(self.proxies)}
+        self._sizes = [size_of[proxy] for proxy in self.proxies]
+        self._max_size = max(size_of.values())
+        self._scorer = _scorer(self.proxies, pool, device)
+
+    def select_rows(self, x: Tensor) -> Tensor:
+        """These rows of a tensor with one row for each row of the batch: [R, ...] -> [A, ...]."""
+        return x if self.index is None else x[self.index]
+
+    def decide(
+        self,
+        logits: Tensor,  # [R, V] of any floating type
+        hidden: Tensor,  # [R, H]
+        positions: Tensor,  # [R or more] int, index of the token to be drawn
+        *,
+        temperature_applied: bool,  # the logits are divided by the temperature of the nucleus
+    ) -> tuple[Decision, ScoredCandidates | None]:
+        """The decisions of these rows, and what they are made from if a request wants a trace."""
+        if self._device.type == "cpu" and not self.any_traced:
+            hidden = self.select_rows(hidden)
+            decision = self._kernel_rows.decide(
+                logits, hidden, positions, temperature_applied=temperature_applied
+            )
+            return decision, None
+        settings = self.settings
+        candidates = self.candidates(logits, None if temperature_applied else settings.temperature)
+        scores = self.accept_logits(hidden, candidates)
+        noise = self.noise(self.select_rows(positions[: len(logits)]), candidates.token_ids)
+        decision = decide(
+            candidates,
+            scores,
+            noise,
+            strength=settings.strength,
+            max_rejections=settings.max_rejections,
+            sharpness=settings.sharpness,
+            greedy=settings.greedy,
+        )
+        scored = ScoredCandidates(candidates, scores, noise) if self.any_traced else None
+        return decision, scored
+
+    def candidates(self, logits: Tensor, temperature: Tensor | None) -> Candidates:
+        """The nuclei of these rows, of [R, V] logits that are still to be divided by temperature [A]."""
+        settings = self.settings
+        return nucleus(
+            self.select_rows(logits),
+            self._max_size,
+            settings.top_k,
+            settings.top_p,
+            temperature=temperature,
+            sizes=settings.sizes,
+        )
+
+    def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
+        """[R, H] and A rows of candidates -> [A, K]."""
+        return self._scorer.accept_logits(self.select_rows(hidden), candidates)
+
+    def noise(self, positions: Tensor, token_ids: Tensor) -> Tensor:
+        """[A] positions and [A, K] candidates -> [A, 2, K]; seeded rows draw from their seed alone."""
+        keys, is_seeded = self.settings.keys, self.settings.is_seeded
+        # An accelerator draws fresh noise in one kernel. A CPU takes every row's key, as its
+        # compiled loop does.
+        num_seeded = sum(a.is_seeded for a in self.assignments)
+        if self._device.type == "cpu" or num_seeded == len(self.rows):
+            return seeded_noise(keys, positions, token_ids)
+        rows, num_slots = token_ids.shape
+        fresh = draw_noise(rows, num_slots, self._device)
+        if num_seeded == 0:
+            return fresh
+        seeded = seeded_noise(keys, positions, token_ids)
+        return torch.where(is_seeded.view(-1, 1, 1), seeded, fresh)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Row by row, on the device."""
+
+        def unless(default: Any, data: list[Any], dtype: torch.dtype) -> Tensor | None:
+            if all(value == default for value in data):
+                return None
+            return to_device(data, dtype, self._device)
+
+        rows = self.assignments
+        top_k = [a.truncation[0] or self._vocab_size for a in rows]
+        return Settings(
+            sizes=unless(self._max_size, self._sizes, torch.int64),
+            strength=unless(1.0, [a.strength for a in rows], torch.float32),
+            max_rejections=to_device([a.max_rejections for a in rows], torch.int64, self._device),
+            greedy=unless(False, [a.is_greedy for a in rows], torch.bool),
+            temperature=unless(1.0, [a.divisor for a in rows], torch.float32),
+            sharpness=unless(1.0, [a.sharpness for a in rows], torch.float32),
+            top_k=unless(self._vocab_size, top_k, torch.int64),
+            top_p=unless(1.0, [a.truncation[1] for a in rows], torch.float32),
+            keys=to_device([a.key for a in rows], torch.int64, self._device),
+            is_seeded=to_device([a.is_seeded for a in rows], torch.bool, self._device),
+        )
+
+    @cached_property
+    def _kernel_rows(self) -> Any:
+        from proxy.cpu.rows import KernelRows, proxy_arrays  # imports numba: only a CPU needs it
+
+        return KernelRows(
+            b"".join([assignment.packed for assignment in self.assignments]),
+            self._pool.derived("arrays", lambda: proxy_arrays(*self._pool.tensors)),
+            self._scorer,
+            rows=self.rows,
+            slots=[proxy.slot for proxy in self.proxies],
+            sizes=self._sizes,
+        )
+
+
+def _scorer(proxies: Sequence[ServedProxy], pool: ProxyPool, device: torch.device) -> ProxyScorer:
+    """Of rows with these proxies; where all are the same, one object serves every batch."""
+    if len(set(proxies)) > 1:
+        return ProxyScorer(proxies, pool, device)
+    proxy = proxies[0]
+    return pool.derived(proxy, lambda: ProxyScorer([proxy], pool, device))
