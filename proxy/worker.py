@@ -100,7 +100,11 @@ class ProxyGPUWorker(GPUWorker):
             return candidate_table(checkpoint.network.to(self.device), self._embeddings())
 
         def add_on_all_ranks(add: Callable[[], None]) -> None:
-            on_all_ranks(lambda: (add(), ""))
+            def part() -> tuple[None, str]:
+                add()
+                return None, ""
+
+            on_all_ranks(part)
 
         self._free_unused()
         with torch.inference_mode():

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 import proxy.engine.decision_stats
 import proxy.engine.traces
+import proxy.request
 from proxy.acceptance import Decision
 from proxy.engine.assignment import Assignment
 from proxy.engine.batch_plan import BatchPlan, make_plan
@@ -508,7 +509,7 @@ def test_unfinished_prefills_and_what_comes_after_the_end_are_not_traced():
 
 def test_a_trace_ends_at_its_limit(monkeypatch):
     """In one go or in pieces: the first 4096 tokens (20 here), and none after them."""
-    assert proxy.engine.traces.TRACE_TOKENS == 4096
+    assert proxy.request.TRACE_TOKENS == 4096
     monkeypatch.setattr(proxy.engine.traces, "TRACE_TOKENS", 20)
     torch.manual_seed(3)
     pool = ProxyPool()

@@ -98,4 +98,5 @@ def test_the_kernels_constants_are_those_of_the_definition():
     mine = [kernel.GOLDEN_GAMMA, kernel.POSITION_STEP, kernel.MIX_1, kernel.MIX_2]
     assert mine == unsigned(noise.GOLDEN_GAMMA, noise.POSITION_STEP, *noise.MIX)
     assert pytest.approx(acceptance.UNDERFLOW, rel=1e-7) == kernel.UNDERFLOW
-    assert (kernel.MIN_LOGPROB, kernel.NORM_FLOOR) == (network.MIN_LOGPROB, network.NORM_FLOOR)
+    assert float(kernel.MIN_LOGPROB) == network.MIN_LOGPROB
+    assert kernel.NORM_FLOOR == network.NORM_FLOOR

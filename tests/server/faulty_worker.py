@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from proxy.worker import ProxyCPUWorker, raised_by_last_rank
+from proxy.engine.ranks import raised_by_last_rank
+from proxy.worker import ProxyCPUWorker
 
 
 class FaultyWorker(ProxyCPUWorker):
