@@ -1,22 +1,33 @@
-"""The judge: the LLM itself compares two finished answers, in both orders, one token a judgment.
+"""The judge: the LLM itself compares two finished responses, in both orders, one token a judgment.
 
-Follows SELF-JUDGE (arXiv 2402.11253). Knows nothing of engines: whoever uses it hands over a
-tokenizer and a function that reads two next-token log-probabilities. Imports neither torch nor
-vllm. One line a module:
+Follows SELF-JUDGE (arXiv 2402.11253). Knows no engine: its user passes a tokenizer and a function
+that reads two next-token log-probabilities. Imports neither torch nor vllm.
 
-- `messages`      - chat messages in all their forms.
+Data:
+
+- `messages`      - chat messages in all of OpenAI's forms.
 - `sources`       - rows of a file or a data set.
-- `layouts`       - public data in TRL's formats.
-- `rows`          - which rows can be used, and what becomes of the others.
-- `principles`    - what to judge by, from a file that anybody may write.
-- `prompts`       - the chat that asks for a judgment, and how it is cut where it is too long.
-- `verdict`       - what the answers in both orders, and by several principles, say about a pair.
-- `judge`         - questions in, rulings out, over any engine.
-- `likelihood`    - the second kind of judge: a response's score is a ratio of two likelihoods.
-- `tournament`    - strategies that rank N samples, with a receipt that replays.
+- `layouts`       - the layouts of public data.
+- `rows`          - which rows are usable; the others are counted and reported.
+- `feedback`      - preferences in a database.
+
+Judging:
+
+- `principles`    - what to judge by: templates in a file.
+- `prompts`       - the judge prompt, and how it is shortened.
+- `verdict`       - label probabilities in both orders -> a verdict; verdicts by several principles -> a result.
+- `protocol`      - the interface of a judge.
+- `pairwise`      - the judge that reads both responses.
+- `likelihood`    - the judge that scores each response by a likelihood ratio.
+- `tournament`    - ranks N samples; its record can be replayed.
 - `bradley_terry` - scores from probabilities of winning.
-- `feedback`      - preferences that are kept, in any database.
-- `options`       - options of all commands: bounds of their numbers, `~`.
+
+Commands:
+
+- `options`       - options of all commands.
+- `client`        - API key and error messages of commands that ask a running server.
+- `functions`     - functions that a command line names as `module:function`.
 - `evaluate`      - `python -m judge.evaluate`: how good is a judge?
+- `measure`       - what proxies and best of N win and cost on a running server.
 - `plan`          - `python -m judge.plan`: proxy, best of N, or both?
 """

@@ -1,7 +1,7 @@
 """Rows of public data in TRL's conversational formats: `messages`; `prompt`; `prompt`, `chosen` and `rejected`;
 `prompt`, `completion` and `label`.
 
-Known by their fields, so no option names them. A preference pair may be laid out as
+The fields tell the format, so no option names it. A preference pair may be laid out as
 
 - TRL's: the prompt and both answers are lists of messages, or texts;
 - whole dialogues, as messages (`HuggingFaceH4/ultrafeedback_binarized`, whose `prompt` repeats the first turn) or as
@@ -11,7 +11,7 @@ Known by their fields, so no option names them. A preference pair may be laid ou
 - `instruction` and `completions`, each with a `response` and an `overall_score` (`openbmb/UltraFeedback`); the best one
   is chosen, the worst rejected.
 
-However it is laid out, both dialogues are split where they first differ, and what follows there are the answers.
+In every layout both dialogues are split where they first differ; the rest of each is its answer.
 """
 
 import math
@@ -32,29 +32,29 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _BEGINS = re.compile(
     r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL
-)  # some have lost the first line breaks
+)  # some rows have lost the first line breaks
 _AWAITS = re.compile(r"\n\nAssistant:\s*\Z")
 
 
 def conversational(row: Row, fields: tuple[str, ...]) -> Iterator[Row]:
-    """The row with `fields` in the conversational format; several, of lists of answers.
+    """The row with `fields` in the conversational format; several rows where a field lists answers.
 
     Raises:
-        Unusable: a field is missing, or no known layout is kept to.
+        Unusable: a field is missing, or the layout is unknown.
     """
     if "chosen" in fields:
         yield from (row | pair for pair in _pairs(row))
     elif fields == ("prompt",):
         yield row | _prompt(row)
     elif fields == VERDICT:
-        read = {"prompt": _messages_of_prompt, "completion": _messages_of_answer}
-        yield row | {field: _field(row, field, read[field]) for field in fields}
+        readers = {"prompt": _messages_of_prompt, "completion": _messages_of_answer}
+        yield row | {field: _field(row, field, readers[field]) for field in fields}
     else:
         yield row | {field: _field(row, field, read_messages) for field in fields}
 
 
 def _prompt(row: Row) -> Row:
-    """The same as a pair's prompt, where the row is one."""
+    """The prompt of a row; of a pair, the same as the pair's."""
     is_pair = row.get("chosen") is not None and row.get("rejected") is not None
     if is_pair or _is_scored(row):
         return next(_pairs(row))
@@ -67,13 +67,13 @@ def _pairs(row: Row) -> Iterator[Row]:
         prompt = _field(row, "instruction", lambda text: text)
     else:
         prompt = row.get("prompt")
-        chosen, rejected = (_field(row, field, _several) for field in PAIR[1:])
+        chosen, rejected = (_field(row, field, _answers) for field in PAIR[1:])
     for better, worse in product(chosen, rejected):
         yield split(_dialogue(prompt, better, "chosen"), _dialogue(prompt, worse, "rejected"))
 
 
 def split(chosen: list[Message], rejected: list[Message]) -> Row:
-    """Two dialogues as a pair: the prompt is what they begin with alike; the last turn is an answer in any case."""
+    """Two dialogues as a pair: the prompt is their common beginning; the last turn always belongs to the answer."""
     shared = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:
@@ -89,11 +89,11 @@ def _is_scored(row: Row) -> bool:
 def _messages_of_prompt(prompt: Any) -> list[Message]:
     if not isinstance(prompt, str):
         return read_messages(prompt)
-    return _turns(_AWAITS.sub("", prompt)) if _is_dialogue(prompt) else _said("user", prompt)
+    return _turns(_AWAITS.sub("", prompt)) if _is_dialogue(prompt) else _turn("user", prompt)
 
 
 def _dialogue(prompt: Any, answer: Any, field: str) -> list[Message]:
-    """The conversation that ends with the answer, which may be the whole of it already."""
+    """The conversation that ends with the answer; `answer` may be the whole conversation."""
     if isinstance(answer, str) and not isinstance(prompt, list):
         if _is_dialogue(answer):
             return _turns(answer)
@@ -103,14 +103,14 @@ def _dialogue(prompt: Any, answer: Any, field: str) -> list[Message]:
             return _turns(f"{_AWAITS.sub('', prompt)}\n\nAssistant: {answer}")
     messages = _field({field: answer}, field, _messages_of_answer)
     if isinstance(prompt, str) and messages[0]["role"] != "assistant":
-        return messages  # the prompt is its first turn again
+        return messages  # the prompt repeats its first turn
     before = [] if prompt is None else _field({"prompt": prompt}, "prompt", _messages_of_prompt)
     is_whole = len(messages) > len(before) and messages[: len(before)] == before
     return messages if is_whole else before + messages
 
 
 def _messages_of_answer(answer: Any) -> list[Message]:
-    return _said("assistant", answer) if isinstance(answer, str) else read_messages(answer)
+    return _turn("assistant", answer) if isinstance(answer, str) else read_messages(answer)
 
 
 def _is_dialogue(text: str) -> bool:
@@ -119,16 +119,16 @@ def _is_dialogue(text: str) -> bool:
 
 def _turns(text: str) -> list[Message]:
     _, *turns = _TURN.split("\n\n" + text.lstrip("\n"))
-    said = zip(turns[::2], turns[1::2], strict=True)
-    return [message for who, text in said for message in _said(_ROLES[who], text.strip())]
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return [message for who, text in pairs for message in _turn(_ROLES[who], text.strip())]
 
 
-def _said(role: str, text: str) -> list[Message]:
+def _turn(role: str, text: str) -> list[Message]:
     return read_messages([{"role": role, "content": text}])
 
 
-def _several(answer: Any) -> list[Any]:
-    """Several answers, or the only one: a list of messages is one."""
+def _answers(answer: Any) -> list[Any]:
+    """A list of answers, or the only one: a list of messages is one answer."""
     if isinstance(answer, list) and answer and not isinstance(answer[0], dict):
         return answer
     return [answer]
@@ -154,10 +154,10 @@ def _scored(completion: Any) -> tuple[float, str]:
 
 
 def _field(row: Row, field: str, read: Any) -> Any:
-    """A field, read; what is wrong with it names it."""
+    """The result of `read` on a field; an error names the field."""
     if row.get(field) is None:
-        found = sorted(name for name, value in row.items() if value is not None)
-        raise Unusable(f"the field {field!r} is missing", f"found {', '.join(found)}")
+        present = sorted(name for name, value in row.items() if value is not None)
+        raise Unusable(f"the field {field!r} is missing", f"found {', '.join(present)}")
     try:
         return read(row[field])
     except Unusable as error:

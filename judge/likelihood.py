@@ -1,20 +1,19 @@
-"""The likelihood-ratio judge: a response's score is β · log(π / π_base), with π of a LoRA trained on preferences.
+"""The likelihood-ratio judge: a response's score is β · log(π / π_base), with π the LLM with a LoRA or a proxy.
 
-The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290), which makes the
-probability that one response beats another sigmoid(score - score'). It reads each response alone: there is no order and
-no bias for a position, and N samples cost N readings, however many pairs are compared. In the place of the LoRA π may
-be the LLM with a proxy (`proxy.likelihood`).
+The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290). The probability
+that one response beats another is then sigmoid(score - score'). The judge reads each response alone: there is no order
+and no position bias, and N samples cost N readings, however many pairs are compared. `proxy.likelihood` computes the
+ratio of a proxy.
 """
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, NamedTuple
 
-from judge.judge import Usage
 from judge.messages import Message, text_of
-from judge.principles import Principle
 from judge.prompts import ChatTokenizer, Question, response_ids, shorten
-from judge.verdict import Ruling, Verdict
+from judge.protocol import Usage
+from judge.verdict import TIE, PairResult, Verdict
 
 
 class Reading(NamedTuple):
@@ -27,15 +26,19 @@ class Reading(NamedTuple):
 ReadScores = Callable[[list[Reading]], Awaitable[list[float]]]
 """Readings -> log π(response | prompt) - log π_base(response | prompt) of each, in nats."""
 
+_Key = tuple[tuple[tuple[str, str], ...], str]
+
 
 class LikelihoodJudge:
-    """Compares by scores; a response is scored once, however often it is compared.
+    """Compares pairs by their scores; each response is scored once, however often it is compared.
+
+    It knows no principles: it judges by what π was trained on, and its kind stands in the principle's place.
 
     Args:
         tokenizer: the LLM's
-        read_scores: how to ask the engine
-        beta: what π was trained with
-        max_tokens: a prompt's and its response's most
+        read_scores: asks the engine
+        beta: the β that π was trained with
+        max_tokens: limit of a prompt with its response
         tie_band: see Verdict
         kind: whose likelihood it is
         readings: how often the engine reads a response
@@ -56,15 +59,10 @@ class LikelihoodJudge:
         self.kind, self.readings = kind, readings
         self.beta, self.max_tokens, self.tie_band = beta, max_tokens, tie_band
         self.usage = Usage()
-        self._scores: dict[tuple[tuple[tuple[str, str], ...], str], float] = {}
+        self._scores: dict[_Key, float] = {}
 
-    async def compare(
-        self, questions: Sequence[Question], principles: Mapping[str, Principle]
-    ) -> list[Ruling]:
-        """Every question. Both orders read alike: the probability is the same in either.
-
-        Principles are for other judges: this one judges by what it was trained on, and its kind stands in their place.
-        """
+    async def compare(self, questions: Sequence[Question]) -> list[PairResult]:
+        """Judge every question. The probability is the same in both orders."""
         short = [self._shorten(question) for question in questions]
         new = {
             _key(question.prompt, text): self._reading(question.prompt, text)
@@ -72,19 +70,20 @@ class LikelihoodJudge:
             for text in (question.first, question.second)
             if question.first != question.second and _key(question.prompt, text) not in self._scores
         }
-        read = await self.read_scores(list(new.values())) if new else []
-        self._scores |= dict(zip(new, read, strict=True))
-        for each in new.values():
-            self.usage.prompt_tokens += self.readings * (len(each.prompt) + len(each.response))
+        scores = await self.read_scores(list(new.values())) if new else []
+        self._scores |= dict(zip(new, scores, strict=True))
+        for reading in new.values():
+            length = len(reading.prompt) + len(reading.response)
+            self.usage.prompt_tokens += self.readings * length
             self.usage.completion_tokens += self.readings
         return [
-            Ruling({self.kind: self._verdict(cut)}, truncated=cut is not question)
+            PairResult({self.kind: self._verdict(cut)}, truncated=cut is not question)
             for cut, question in zip(short, questions, strict=True)
         ]
 
     def _verdict(self, question: Question) -> Verdict:
         if question.first == question.second:
-            return Verdict((0.5, 0.5), self.tie_band)
+            return Verdict(TIE, self.tie_band)
         first, second = (
             self._scores[_key(question.prompt, text)] for text in (question.first, question.second)
         )
@@ -92,8 +91,9 @@ class LikelihoodJudge:
         return Verdict((probability, probability), self.tie_band)
 
     def _shorten(self, question: Question) -> Question:
-        def fits(asked: Question) -> bool:
-            readings = [self._reading(asked.prompt, text) for text in (asked.first, asked.second)]
+        def fits(candidate: Question) -> bool:
+            texts = candidate.first, candidate.second
+            readings = [self._reading(candidate.prompt, text) for text in texts]
             return max(len(r.prompt) + len(r.response) for r in readings) <= self.max_tokens
 
         return shorten(question, fits)
@@ -102,7 +102,7 @@ class LikelihoodJudge:
         return Reading(*response_ids(self.tokenizer, prompt, text))
 
 
-def _key(prompt: Sequence[Message], text: str) -> tuple[tuple[tuple[str, str], ...], str]:
+def _key(prompt: Sequence[Message], text: str) -> _Key:
     return tuple((turn["role"], text_of(turn)) for turn in prompt), text
 
 

@@ -1,8 +1,8 @@
-"""Chat messages, and what is known of each: the server keeps, the judge reads and training learns the same.
+"""Chat messages in one form, for the server, the judge and training.
 
-A message is `role` and `content`, a text, and where they are there `tool_calls`, `tool_call_id` and `name`, as chat
-templates take them. All of OpenAI's forms are read: content that is null beside tool calls, or a list of text parts,
-and arguments as JSON text or as an object. What else a message has is dropped.
+A message has `role`, `content` (a text) and optionally `tool_calls`, `tool_call_id` and `name`, as chat templates take
+them. All of OpenAI's forms are read: content that is null beside tool calls, or a list of text parts, and arguments as
+JSON text or as an object. Other fields are dropped.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_DEEPEST = 64  # levels of a message; Python's own bound depends on who calls
+_MAX_DEPTH = 64  # levels of nesting; Python's own limit depends on the caller's stack
 
 
 class Message(TypedDict):
@@ -25,8 +25,8 @@ class Unusable(ValueError):
     """A row, or a message of it, that cannot be used.
 
     Args:
-        reason: alike for all that are of the kind
-        detail: what it is here
+        reason: the same for all rows of the kind, which are counted by it
+        detail: of this row
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -38,7 +38,7 @@ def read_messages(messages: Any) -> list[Message]:
     """The messages in the form above.
 
     Raises:
-        Unusable: it is no list of chat messages, or one of them is not text.
+        Unusable: not a list of chat messages, or one of them is not text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise Unusable("expected a list of chat messages")
@@ -65,7 +65,7 @@ def _read(message: Any) -> Message:
 
 
 def _text_of_parts(content: Any) -> str:
-    """A list of parts is joined as vLLM joins them."""
+    """Parts are joined as vLLM joins them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
@@ -77,7 +77,7 @@ def _text_of_parts(content: Any) -> str:
 
 
 def _read_calls(calls: Any) -> list[dict[str, Any]]:
-    """Calls of functions, with their arguments as an object: so chat templates want them."""
+    """Function calls with their arguments as an object, as chat templates expect them."""
     if not isinstance(calls, Sequence):
         raise Unusable("tool_calls is not a list")
     read = []
@@ -100,20 +100,20 @@ def _read_calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """A message as text, for whoever reads no more than that: each tool call is a line of JSON."""
+    """A message as text: each tool call is a line of JSON."""
     calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
 def as_texts(messages: Iterable[Message]) -> list[Message]:
-    """The messages with no more than role and text."""
+    """The messages with role and text only."""
     return [Message(role=message["role"], content=text_of(message)) for message in messages]
 
 
 def prompt_key(messages: Iterable[Message]) -> str:
-    """Alike for conversations that differ in white space, in the order of keys or in what no reader sees, alone.
+    """The same for conversations that differ only in white space, the order of keys, or fields that no model sees.
 
-    A developer's turn is a system message: so models read it that know no developer.
+    A developer's turn counts as a system message, as most models read it.
     """
     turns = []
     for message in messages:
@@ -124,18 +124,18 @@ def prompt_key(messages: Iterable[Message]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Without nulls in objects, and with single spaces alone."""
+    """Without nulls in objects, and with single spaces."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items() if each is not None}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_text(value: Any) -> None:
     """
     Raises:
-        Unusable: it cannot be written as JSON. Neither a file nor a tokenizer can hold half of a surrogate pair.
+        Unusable: it cannot be written as JSON, or has half of a surrogate pair, which no file can hold.
     """
     if _is_deep(value):
         raise Unusable("nested too deeply")
@@ -153,9 +153,9 @@ def check_text(value: Any) -> None:
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         within = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
-        level = [x for each in within if isinstance(each, list | tuple) for x in each]
+        level = [x for items in within if isinstance(items, list | tuple) for x in items]
         if not level:
             return False
     return True

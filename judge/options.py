@@ -1,4 +1,4 @@
-"""Options of commands, a dataclass each: bounds of its numbers, and how a command line is read and held to them."""
+"""Options of commands, one dataclass each: types with bounds, and reading a command line into one."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -13,13 +13,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of all the generators in use
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that all generators accept
 
 OptionsT = TypeVar("OptionsT")
 
 
 class OptionError(ValueError):
-    """An option cannot be had, such as a number out of its bounds; the message names it."""
+    """An option is invalid, such as a number out of its bounds; the message names it."""
 
 
 def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
@@ -28,21 +28,21 @@ def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
     Raises:
         OptionError: a number is out of the bounds of its field.
     """
-    found = _at_home(tyro.cli(options, description=description))
+    parsed = _expand_home(tyro.cli(options, description=description))
     try:
-        TypeAdapter(options).validate_python(asdict(found))
+        TypeAdapter(options).validate_python(asdict(parsed))
     except ValidationError as error:
         problem = error.errors()[0]
         flag = ".".join(str(part).replace("_", "-") for part in problem["loc"])
         raise OptionError(f"--{flag} {problem['input']}: {problem['msg']}") from None
-    return found
+    return parsed
 
 
 def refuse_existing(directory: Path, names: Iterable[str], source: str, *, overwrite: bool) -> None:
     """
     Raises:
-        OptionError: the command may not write files of these names there: they exist and `overwrite` was not said, one
-            of them is the source that the command reads, or the directory is none.
+        OptionError: the command must not write files of these names there: they exist and `overwrite` is not set, one
+            of them is the source that the command reads, or `directory` is a file.
     """
     if directory.exists() and not directory.is_dir():
         raise OptionError(f"{directory} is a file, and must be a directory")
@@ -55,13 +55,13 @@ def refuse_existing(directory: Path, names: Iterable[str], source: str, *, overw
             )
 
 
-def _at_home(value: Any) -> Any:
-    """With the home directory in the place of a leading `~`, which a shell leaves where it stands after `=`."""
+def _expand_home(value: Any) -> Any:
+    """With a leading `~` expanded, which a shell does not do after `=`."""
     if isinstance(value, str | Path) and str(value).startswith("~"):
         return type(value)(Path(value).expanduser())
     if isinstance(value, tuple):
-        return tuple(map(_at_home, value))
+        return tuple(map(_expand_home, value))
     if is_dataclass(value) and not isinstance(value, type):
         names = (field.name for field in fields(value))
-        return replace(value, **{name: _at_home(getattr(value, name)) for name in names})
+        return replace(value, **{name: _expand_home(getattr(value, name)) for name in names})
     return value

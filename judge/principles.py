@@ -1,9 +1,9 @@
-"""What to judge by: one template a principle, from a TOML, YAML or JSON file that anybody may write.
+"""Principles to judge by: one template each, from a TOML, YAML or JSON file.
 
     [honesty]
     system = "Choose the response that claims nothing it cannot know."
 
-A model that was trained to judge carries the file that it was trained with, `principles.json`.
+The directory of a model that was trained to judge has the principles of its training, `principles.json`.
 """
 
 import json
@@ -21,11 +21,11 @@ SLOTS = ("conversation", "response_a", "response_b")
 
 
 class PrincipleError(ValueError):
-    """A file of principles cannot be used; the message names file, principle and field."""
+    """A file of principles cannot be used; the message names the file, the principle and the field."""
 
 
 class Principle(BaseModel):
-    """The judge prompt's three messages: whoever answers goes on after the third with " A" or " B"."""
+    """The judge prompt's three messages: the model continues the third with " A" or " B"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,20 +34,20 @@ class Principle(BaseModel):
     question: str = (
         "[Conversation]\n{conversation}\n[Response A]\n{response_a}\n[Response B]\n{response_b}"
     )
-    """What is judged. What both orders share stands first, so that a prefix cache can serve it."""
+    """The texts to judge. The text that both orders share comes first, so that a prefix cache can serve it."""
     answer: str = Field("The better response is", min_length=1)
-    """How the answer begins."""
+    """The beginning of the answer."""
 
     @field_validator("question")
     @classmethod
     def _has_each_slot_once(cls, template: str) -> str:
         try:
-            found = [
+            slots = [
                 name for _, name, _, _ in string.Formatter().parse(template) if name is not None
             ]
         except ValueError as error:
             raise ValueError(f"is no template: {error}; write {{{{ for a brace") from None
-        if sorted(found) != sorted(SLOTS):
+        if sorted(slots) != sorted(SLOTS):
             raise ValueError(
                 "must have each of {conversation}, {response_a} and {response_b} once, and no other slot"
             )
@@ -62,10 +62,10 @@ DEFAULT: Mapping[str, Principle] = {
 
 
 def read_principles(path: Path) -> dict[str, Principle]:
-    """The principles of a file, by name, in its order: the first is the one to judge by where none is asked for.
+    """The principles of a file by name, in its order; the first is the default.
 
     Raises:
-        PrincipleError: there is no such file, or it is not what it should be.
+        PrincipleError: the file is missing or invalid.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -76,25 +76,27 @@ def read_principles(path: Path) -> dict[str, Principle]:
         raise PrincipleError(
             f"{path}: must have one table per principle, with its `system` message"
         )
-    found = {}
+    principles = {}
     for name, fields in content.items():
         try:
-            found[str(name)] = Principle.model_validate(fields)
+            principles[str(name)] = Principle.model_validate(fields)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in (name, *first["loc"]))
             raise PrincipleError(f"{path}: {where}: {first['msg']}") from None
-    return found
+    return principles
 
 
 def write_principles(path: Path, principles: Mapping[str, Principle]) -> None:
-    """Write them as JSON; what is as usual is left out."""
-    content = {name: each.model_dump(exclude_defaults=True) for name, each in principles.items()}
+    """Write them as JSON, without fields that have their default."""
+    content = {
+        name: principle.model_dump(exclude_defaults=True) for name, principle in principles.items()
+    }
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def principles_of(model: Path) -> Mapping[str, Principle]:
-    """Those that a model was trained with; `DEFAULT` where its directory has none.
+    """The principles that a model was trained with; `DEFAULT` where its directory has none.
 
     Raises:
         PrincipleError: its file is damaged.

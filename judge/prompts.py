@@ -1,4 +1,4 @@
-"""The judge prompt: a chat whose next token, " A" or " B", is the verdict, and whose next words say why.
+"""The judge prompt: a chat whose next token, " A" or " B", is the verdict, followed by the reasons.
 
     system     the principle to judge by
     user       [Conversation] ... [Response A] ... [Response B] ...
@@ -6,8 +6,8 @@
                A: ...
                B: ...
 
-The decision stands before its reasons, so a judgment costs one token and the reasons are written when somebody wants
-to read them. The trainer builds its judgment examples with these same functions.
+The decision comes before its reasons, so a judgment costs one token, and the reasons are generated only on request.
+The trainer builds its judgment examples with the same functions.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from judge.principles import Principle
 
 LABELS = (" A", " B")
 CUT = " ..."
-"""Stands where a text was cut."""
+"""Marks the end of a text that was cut."""
 
 
 class Question(NamedTuple):
@@ -41,11 +41,11 @@ class JudgePromptError(ValueError):
 
 
 class TooLong(JudgePromptError):
-    """The principle alone is longer than what the model reads."""
+    """The principle alone is longer than the model's context."""
 
 
 class ChatTokenizer(Protocol):
-    """What the judge needs of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that the judge uses."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
@@ -57,12 +57,12 @@ def judge_messages(question: Question, principle: Principle) -> list[Message]:
     conversation = "\n".join(
         f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in question.prompt
     )
-    asked = principle.question.format(
+    text = principle.question.format(
         conversation=conversation, response_a=question.first, response_b=question.second
     )
     return [
         {"role": "system", "content": principle.system},
-        {"role": "user", "content": asked},
+        {"role": "user", "content": text},
         {"role": "assistant", "content": principle.answer},
     ]
 
@@ -75,14 +75,14 @@ def judge_prompt_ids(
 
 
 def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]:
-    """The tokens that " A" and " B" really become after a judge prompt: all of them end alike.
+    """The tokens of " A" and " B" after a judge prompt; all prompts end with the same text.
 
-    A tokenizer may merge or split text differently in context: labels are never looked up alone.
+    A tokenizer may merge or split text differently in context, so labels are never encoded alone.
     Raises JudgePromptError if a label is not exactly one token, or both are the same one.
     """
     text = _render(tokenizer, judge_messages(Question([], "", ""), principle))
     prompt_ids = _encode(tokenizer, text)
-    found = []
+    labels = []
     for label in LABELS:
         ids = _encode(tokenizer, text + label)
         if ids[:-1] != prompt_ids:
@@ -90,24 +90,24 @@ def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]
                 f"this tokenizer does not write the label {label!r} as one token of its own after "
                 f"{principle.answer!r}; such a model cannot judge"
             )
-        found.append(ids[-1])
-    if found[0] == found[1]:
+        labels.append(ids[-1])
+    if labels[0] == labels[1]:
         raise JudgePromptError(
-            f"this tokenizer gives both labels {LABELS} the same token {found[0]}; "
+            f"this tokenizer gives both labels {LABELS} the same token {labels[0]}; "
             "such a model cannot judge"
         )
-    return found[0], found[1]
+    return labels[0], labels[1]
 
 
 def rationale_text(reason_a: str, reason_b: str) -> str:
-    """What follows the label where a judgment gives its reasons."""
+    """The text after the label of a judgment with reasons."""
     return f".\nA: {reason_a}\nB: {reason_b}"
 
 
 def rationale_ids(
     tokenizer: ChatTokenizer, principle: Principle, label: int, text: str
 ) -> list[int]:
-    """The tokens of a rationale and of the turn's end, which follow LABELS[label].
+    """The tokens of a rationale and of the end of the turn, which follow LABELS[label].
 
     Raises JudgePromptError for a template that does not write a message as it begins one.
     """
@@ -125,13 +125,13 @@ def rationale_ids(
 def response_ids(
     tokenizer: ChatTokenizer, prompt: Sequence[Message], response: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation that awaits its answer, and of the answer with the turn's end.
+    """Token ids of a conversation without its answer, and of the answer with the end of the turn.
 
-    Raises JudgePromptError for a template that refuses the conversation, or writes it otherwise with its answer.
+    Raises JudgePromptError for a template that refuses the conversation, or renders it differently with its answer.
     """
     answered = [*prompt, Message(role="assistant", content=response)]
     try:
-        asked, whole = (
+        prompt_ids, whole = (
             _encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, **options))
             for chat, options in (
                 (list(prompt), {"add_generation_prompt": True}),
@@ -140,23 +140,23 @@ def response_ids(
         )
     except TemplateError as error:
         raise JudgePromptError(f"the chat template refuses the conversation: {error}") from None
-    if whole[: len(asked)] != asked:
+    if whole[: len(prompt_ids)] != prompt_ids:
         raise JudgePromptError(
             "the chat template writes a conversation with an answer differently from one that awaits it; such a model "
             "cannot score answers"
         )
-    return asked, whole[len(asked) :]
+    return prompt_ids, whole[len(prompt_ids) :]
 
 
 def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
-    """The question, cut to what fits where it does not, the same in training and in serving.
+    """The question, shortened until it fits; training and serving shorten alike.
 
-    First the oldest turns go, one after the other, but never the last. If that is not enough, the last turn and the
-    responses are cut at their ends, all three to the same number of characters where they are longer: the largest
-    that fits. A cut text ends in `CUT`.
+    First the oldest turns are dropped, one by one, but never the last. If that is not enough, the last turn and the
+    responses are cut at their ends, all three to the same number of characters: the largest that fits. A cut text
+    ends in `CUT`.
 
     Args:
-        question: the question as it was asked
+        question: the whole question
         fits: whether a question is short enough, whatever its order
 
     Raises:
@@ -183,7 +183,7 @@ def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(cut(middle)) else (low, middle)
     if low < 0:
-        raise TooLong("the principle alone is longer than what the model reads: shorten it")
+        raise TooLong("the principle alone is longer than the model's context: shorten it")
     return cut(low)
 
 
@@ -199,7 +199,7 @@ def _render(
         return tokenizer.apply_chat_template(list(messages), **options)
     except TemplateError:
         pass
-    # Gemma's template, for one, knows no system role: there the principle opens the question.
+    # Some templates, such as Gemma's, have no system role: the principle goes before the question.
     system, user, answer = messages
     question = Message(role="user", content=f"{system['content']}\n\n{user['content']}")
     try:
@@ -211,5 +211,5 @@ def _render(
 
 
 def _encode(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    # The template has written every special token already.
+    # The template has written all special tokens.
     return list(tokenizer.encode(text, add_special_tokens=False))

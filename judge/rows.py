@@ -1,17 +1,17 @@
-"""One reading of a row for all commands: its fields in TRL's conversational formats, or why it cannot be used.
+"""Reads rows for all commands: fields in TRL's conversational formats, or the reason why a row cannot be used.
 
 {"messages": [...]}                                   for supervised fine-tuning
 {"prompt": [...], "chosen": [...], "rejected": [...]} preferences
 {"prompt": [...], "completion": [...], "label": true} single verdicts: good or bad
 {"prompt": [...]}                                     prompts
 
-`judge.sources` says what is a source, `judge.layouts` which layouts are understood. The rules:
+`judge.sources` defines sources, `judge.layouts` the layouts. The rules:
 
 - A prompt does not end with the assistant's turn, and an answer is one assistant message: pairs whose answers are
-  several turns cannot be used. An answer that is learned or preferred is not empty; a rejected or bad one may be.
-- Rows that cannot be used are skipped, counted by reason and shown by an example; where they are too large a share,
-  the file is of another kind, and that is an error.
-- Pairs that prefer nothing (both answers, or their scores, are the same) are left out and counted, however many.
+  several turns cannot be used. A learned or preferred answer is not empty; a rejected or bad one may be.
+- Rows that cannot be used are skipped and reported by reason with an example. If their share is too large, the file is
+  of another kind: an error.
+- Pairs that prefer nothing (both answers, or their scores, are the same) are left out and counted, at any share.
 """
 
 import json
@@ -26,42 +26,42 @@ from judge.sources import SourceError, parse, raw_rows
 
 RATIONALE = ("rationale_chosen", "rationale_rejected")
 ABOUT_A_PAIR = ("principle", *RATIONALE)
-"""What a pair may have beside its fields: texts."""
+"""Optional fields of a pair, all texts."""
 
-_Found = TypeVar("_Found")
-_SHOWN = 100  # characters of an example
+_Item = TypeVar("_Item")
+_EXCERPT_LENGTH = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """How rows are read."""
+    """How to read rows."""
 
     max_skipped: Share = 0.1
-    """Rows that cannot be used are skipped and counted, up to this share of all; more of them are an error."""
+    """Limit of the share of unusable rows, which are skipped and counted; a larger share is an error."""
     strict: bool = False
-    """Skip none: the first row that cannot be used is an error."""
+    """Skip no row: the first unusable one is an error."""
 
 
 class PrefersNothing(ValueError):
-    """A pair of equals."""
+    """Both sides of the pair are the same."""
 
 
 def read_rows(
     source: str,
     fields: tuple[str, ...],
     options: RowOptions,
-    use: Callable[[Row], _Found],
+    use: Callable[[Row], _Item],
     limit: int | None = None,
-) -> Iterator[tuple[str, _Found]]:
-    """Where each row stands that can be used, and what `use` makes of it. Prints what was skipped.
+) -> Iterator[tuple[str, _Item]]:
+    """The place of each usable row, and the result of `use` on it. Prints what was skipped.
 
     Args:
-        fields: each becomes a list of messages; none = those that the row has
+        fields: each becomes a list of messages; () = those that the row has
         use: raises ValueError for a row that the caller cannot use
-        limit: only the first so many
+        limit: number of rows to read
 
     Raises:
-        SourceError: there is no such source, it is broken, it has no rows, or too many of them cannot be used.
+        SourceError: the source is missing, broken or empty, or too many of its rows cannot be used.
     """
     tally, kept = _Tally(source, options), 0
     for where, raw in raw_rows(source):
@@ -69,21 +69,21 @@ def read_rows(
             break
         try:
             row = parse(raw)
-            wanted = fields or _fields_of(row)
-            readings = list(conversational(row, wanted))
+            row_fields = fields or _fields_of(row)
+            readings = list(conversational(row, row_fields))
         except Unusable as error:
             tally.skip(where, raw, error)
             continue
         for reading in readings:
             try:
-                found = use(check_row(reading, wanted))
+                item = use(check_row(reading, row_fields))
             except PrefersNothing:
                 tally.equals += 1
             except ValueError as error:
                 tally.skip(where, raw, error)
             else:
                 kept += 1
-                yield where, found
+                yield where, item
     tally.finish(kept)
 
 
@@ -96,11 +96,11 @@ def _fields_of(row: Row) -> tuple[str, ...]:
 
 
 def check_row(row: Row, fields: tuple[str, ...] = PAIR) -> Row:
-    """The row, whose `fields` are lists of messages, without what is null.
+    """The row, whose `fields` are lists of messages, without nulls.
 
     Raises:
         Unusable: it breaks a rule above.
-        PrefersNothing: it is a pair of equals.
+        PrefersNothing: both sides of the pair are the same.
     """
     if "prompt" in fields:
         _check_prompt(row["prompt"])
@@ -170,7 +170,7 @@ class _Skipped(NamedTuple):
 
 
 class _Tally:
-    """What becomes of the rows of a source."""
+    """Counts the rows of a source that are left out."""
 
     def __init__(self, source: str, options: RowOptions) -> None:
         self.source, self.options = source, options
@@ -186,11 +186,11 @@ class _Tally:
         self.skipped[reason] = before._replace(rows=before.rows + 1)
 
     def finish(self, kept: int) -> None:
-        total = sum(each.rows for each in self.skipped.values())
+        total = sum(group.rows for group in self.skipped.values())
         rows = kept + self.equals + total
         if not rows:
             raise SourceError(f"{self.source}: there are no rows")
-        reasons = sorted(self.skipped.values(), reverse=True, key=lambda each: each.rows)
+        reasons = sorted(self.skipped.values(), reverse=True, key=lambda group: group.rows)
         if total > self.options.max_skipped * rows or total == rows:
             raise SourceError(
                 f"{reasons[0].example}; {total} of {rows} rows cannot be used, and --max-skipped allows a share of "
@@ -198,9 +198,9 @@ class _Tally:
             )
         if total:
             print(f"{self.source}: skipped {total} of {rows} rows that cannot be used:")
-        for each in reasons:
-            example = each.example.removeprefix(f"{self.source}, ")
-            print(f"  {each.rows} like {example}: {each.excerpt}")
+        for group in reasons:
+            example = group.example.removeprefix(f"{self.source}, ")
+            print(f"  {group.rows} like {example}: {group.excerpt}")
         if self.equals:
             print(
                 f"{self.source}: left out {self.equals} of {rows} rows that prefer nothing: both answers are the "
@@ -215,4 +215,4 @@ class _Tally:
 def _excerpt(raw: Any) -> str:
     text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
     text = text.strip().encode(errors="replace").decode()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+    return text if len(text) <= _EXCERPT_LENGTH else f"{text[:_EXCERPT_LENGTH]} ..."

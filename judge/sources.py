@@ -1,8 +1,8 @@
-"""Rows of a file or of a data set, as they stand there, each with its place.
+"""Raw rows of a file or a data set, each with its place.
 
-A file is JSON lines or a JSON array, in UTF-8 (with a byte order mark or without), UTF-16 or UTF-32, or Parquet; gzip
-is unpacked. What it is is told by its first bytes. Anything else is a data set's name for `datasets.load_dataset`, with
-a split after a colon: `HuggingFaceH4/ultrafeedback_binarized:train_prefs`.
+A file is JSON lines or a JSON array, in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32, or Parquet; gzip
+is unpacked. Its first bytes tell the format. Anything else is a data set's name for `datasets.load_dataset`, with a
+split after a colon: `HuggingFaceH4/ultrafeedback_binarized:train_prefs`.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from judge.messages import Unusable
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".gz", ".csv", ".tsv", ".txt"}
-"""What ends so is meant to be a file."""
+"""A name with such a suffix is a file's."""
 
 
 class SourceError(ValueError):
@@ -26,10 +26,10 @@ class SourceError(ValueError):
 
 
 def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row: a line of JSON, which `parse` reads, or what was read from elsewhere.
+    """The place of each row, and the row: a line of JSON for `parse`, or an object.
 
     Raises:
-        SourceError: there is no such source, or it is broken.
+        SourceError: the source is missing or broken.
     """
     try:
         path = Path(source).expanduser()
@@ -51,7 +51,7 @@ def parse(row: Any) -> dict[str, Any]:
     """A row as an object.
 
     Raises:
-        Unusable: it is none.
+        Unusable: it is no JSON object.
     """
     if isinstance(row, str):
         try:
@@ -106,7 +106,7 @@ def _array(text: str) -> list[Any] | None:
 
 
 def _rows_of_parquet(source: str, path: Path) -> Iterator[Any]:
-    import pyarrow as pa  # here, for the server needs none of it
+    import pyarrow as pa  # here: the server does not need it
     import pyarrow.parquet as pq
 
     try:
@@ -117,10 +117,10 @@ def _rows_of_parquet(source: str, path: Path) -> Iterator[Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives all objects of a column the same keys, with null where one has no such key."""
+    """Without the nulls that Arrow adds so that all objects of a column have the same keys."""
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _load_dataset(source: str, name: str, split: str) -> Iterable[Any]:
@@ -128,9 +128,9 @@ def _load_dataset(source: str, name: str, split: str) -> Iterable[Any]:
 
     try:
         return load_dataset(name, split=split)
-    except Exception as error:  # each loader has its own
+    except Exception as error:  # loaders raise many kinds
         raise SourceError(
-            f"{source}: neither a file nor a data set that can be had ({_first_line(error)})"
+            f"{source}: neither a file nor a data set that can be loaded ({_first_line(error)})"
         ) from None
 
 

@@ -1,14 +1,14 @@
-"""Who is best of N samples, from comparisons of pairs: a whole round of them is asked for at once.
+"""The ranking of N samples by comparisons of pairs; each round of comparisons is one batch.
 
 `knock_out`    N - 1 comparisons, SELF-JUDGE's self-rejection: shuffle, pair up, the odd one out gets
-               a bye, winners go on. Whoever had a bye plays first in the next round, so nobody rests
-               twice running.
-`final_four`   N + 2 comparisons: a knock-out down to four, and all pairs of these. A knock-out's
-               winner may have won by a hair, or met none of the other good ones; here it meets three.
+               a bye, winners advance. Whoever had a bye plays first in the next round, so nobody gets
+               two in a row.
+`final_four`   N + 2 comparisons: a knock-out down to four, and all pairs of these. The winner of a
+               knock-out may have won narrowly, or met none of the other good ones; here it meets three.
 `round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
 
-A strategy is a generator: it yields a round's pairs, is sent their rulings, and returns the
-ranking. The receipt holds every comparison, and `replay` finds the same ranking from it without a
+A strategy is a generator: it yields the pairs of a round, is sent their results, and returns the
+ranking. The record holds every comparison, and `replay` finds the same ranking from it without a
 model.
 """
 
@@ -18,33 +18,33 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from judge.bradley_terry import scores
-from judge.verdict import Orders, Ruling, Verdict
+from judge.verdict import Orders, PairResult, Verdict
 
 Pair = tuple[int, int]
-Games = Generator[list[Pair], Sequence[Ruling], list[int]]
-"""Rounds of pairs, for their rulings, and at last the ranking."""
-Strategy = Callable[[int, int], Games]
+Games = Generator[list[Pair], Sequence[PairResult], list[int]]
+"""Yields the pairs of each round, is sent their results, returns the ranking."""
+TournamentStrategy = Callable[[int, int], Games]
 """(number of samples, seed) -> games."""
-CompareRound = Callable[[list[Pair]], Awaitable[list[Ruling]]]
+CompareRound = Callable[[list[Pair]], Awaitable[list[PairResult]]]
 
 
 @dataclass(frozen=True)
 class Comparison:
     pair: Pair
-    """Indices of the two samples; the first is the ruling's first."""
+    """Indices of the two samples; the first is the result's first."""
     orders: Mapping[str, Orders]
     """By principle: [p(first wins | shown first), p(first wins | shown second)]."""
     probability: float
     """That the first is better: the mean over principles and orders."""
     winner: int
-    """Index of the sample that is preferred."""
+    """Index of the preferred sample."""
     truncated: bool = False
-    """Something was cut for the judge to read it."""
+    """A text was shortened to fit the judge's context."""
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What happened, in full. In a knock-out, a sample not yet beaten that a round's pairs lack had a bye."""
+class TournamentRecord:
+    """Everything that happened. A sample of a knock-out that is unbeaten and in no pair of a round had a bye."""
 
     strategy: str
     seed: int
@@ -62,7 +62,7 @@ class Receipt:
 
 
 def knock_out(num: int, seed: int) -> Games:
-    """The ranking: the winner, then the others, the later beaten the better, the closer beaten the better."""
+    """The ranking: the winner, then the others; a later defeat ranks higher, and in a round a closer one."""
     standing, beaten = yield from _knock_out(draw(num, seed), until=1)
     return standing + beaten
 
@@ -80,18 +80,18 @@ def round_robin(num: int, seed: int) -> Games:
 
 def _knock_out(
     standing: list[int], until: int
-) -> Generator[list[Pair], Sequence[Ruling], tuple[list[int], list[int]]]:
-    """Rounds until so many stand; returns them and the beaten, the best first."""
-    beaten: list[int] = []  # the first beaten first
+) -> Generator[list[Pair], Sequence[PairResult], tuple[list[int], list[int]]]:
+    """Rounds until `until` samples stand; returns these and the beaten ones, the best first."""
+    beaten: list[int] = []  # in order of defeat
     while len(standing) > until:
         games = min(len(standing) // 2, len(standing) - until)
         pairs = list(zip(standing[: 2 * games : 2], standing[1 : 2 * games : 2], strict=True))
         byes = standing[2 * games :]
-        rulings = yield pairs
-        winners = [_winner(pair, ruling) for pair, ruling in zip(pairs, rulings, strict=True)]
+        results = yield pairs
+        winners = [_winner(pair, result) for pair, result in zip(pairs, results, strict=True)]
         losers = {
-            sum(pair) - winner: abs(ruling.probability - 0.5)
-            for pair, winner, ruling in zip(pairs, winners, rulings, strict=True)
+            sum(pair) - winner: abs(result.probability - 0.5)
+            for pair, winner, result in zip(pairs, winners, results, strict=True)
         }
         beaten += sorted(losers, key=losers.__getitem__, reverse=True)
         standing = byes + winners
@@ -101,24 +101,24 @@ def _knock_out(
 def _all_pairs(order: list[int]) -> Games:
     """One round of all pairs, the earlier shown first; returns the samples by their Bradley–Terry scores."""
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-    rulings = yield pairs
+    results = yield pairs
     place = {sample: i for i, sample in enumerate(order)}
     won = {
-        (place[a], place[b]): ruling.probability
-        for (a, b), ruling in zip(pairs, rulings, strict=True)
+        (place[a], place[b]): result.probability
+        for (a, b), result in zip(pairs, results, strict=True)
     }
-    found = scores(len(order), won)
-    return sorted(order, key=lambda sample: found[place[sample]], reverse=True)
+    strengths = scores(len(order), won)
+    return sorted(order, key=lambda sample: strengths[place[sample]], reverse=True)
 
 
-STRATEGIES: dict[str, Strategy] = {
+STRATEGIES: dict[str, TournamentStrategy] = {
     "knock-out": knock_out,
     "final-four": final_four,
     "round-robin": round_robin,
 }
 
 
-async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) -> Receipt:
+async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) -> TournamentRecord:
     """Rank samples 0 .. num - 1.
 
     Raises ValueError without samples, KeyError for an unknown strategy, and what `compare_round` raises.
@@ -130,33 +130,35 @@ async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) 
     try:
         pairs = next(games)
         while True:
-            rulings = await compare_round(pairs)
+            results = await compare_round(pairs)
             rounds.append(
-                [_comparison(pair, ruling) for pair, ruling in zip(pairs, rulings, strict=True)]
+                [_comparison(pair, result) for pair, result in zip(pairs, results, strict=True)]
             )
-            pairs = games.send(rulings)
+            pairs = games.send(results)
     except StopIteration as end:
-        return Receipt(strategy=strategy, seed=seed, num=num, ranking=end.value, rounds=rounds)
+        return TournamentRecord(
+            strategy=strategy, seed=seed, num=num, ranking=end.value, rounds=rounds
+        )
 
 
-def replay(receipt: Mapping[str, Any]) -> list[int]:
-    """The ranking that a receipt (as JSON) leads to.
+def replay(record: Mapping[str, Any]) -> list[int]:
+    """The ranking that a record (as JSON) leads to.
 
-    Only strategy, seed, num and the orders' probabilities are believed. Raises ValueError where the
-    receipt's pairs are not the seed's, or it has too few or too many rounds.
+    Only strategy, seed, num and the orders' probabilities are used. Raises ValueError where the
+    record's pairs are not the seed's, or it has too few or too many rounds.
     """
-    games = STRATEGIES[receipt["strategy"]](receipt["num"], receipt["seed"])
-    rounds = iter(receipt["rounds"])
+    games = STRATEGIES[record["strategy"]](record["num"], record["seed"])
+    rounds = iter(record["rounds"])
     try:
         pairs = next(games)
         while True:
             recorded: list[Any] = next(rounds, [])
             if [tuple(comparison["pair"]) for comparison in recorded] != pairs:
-                raise ValueError(f"the receipt's round is not the strategy's: expected {pairs}")
-            pairs = games.send([_ruling(comparison["orders"]) for comparison in recorded])
+                raise ValueError(f"the record's round is not the strategy's: expected {pairs}")
+            pairs = games.send([_pair_result(comparison["orders"]) for comparison in recorded])
     except StopIteration as end:
         if next(rounds, None) is not None:
-            raise ValueError("the receipt goes on after its last round") from None
+            raise ValueError("the record has another round after its last round") from None
         return end.value
 
 
@@ -167,19 +169,19 @@ def draw(num: int, seed: int) -> list[int]:
     return sorted(range(num), key=drawn.__getitem__)
 
 
-def _comparison(pair: Pair, ruling: Ruling) -> Comparison:
+def _comparison(pair: Pair, result: PairResult) -> Comparison:
     return Comparison(
         pair=pair,
-        orders={name: verdict.orders for name, verdict in ruling.by_principle.items()},
-        probability=ruling.probability,
-        winner=_winner(pair, ruling),
-        truncated=ruling.truncated,
+        orders={name: verdict.orders for name, verdict in result.by_principle.items()},
+        probability=result.probability,
+        winner=_winner(pair, result),
+        truncated=result.truncated,
     )
 
 
-def _ruling(orders: Mapping[str, Any]) -> Ruling:
-    return Ruling({name: Verdict(tuple(each)) for name, each in orders.items()})
+def _pair_result(orders: Mapping[str, Any]) -> PairResult:
+    return PairResult({name: Verdict(tuple(pair)) for name, pair in orders.items()})
 
 
-def _winner(pair: Pair, ruling: Ruling) -> int:
-    return pair[0] if ruling.first_goes_on else pair[1]
+def _winner(pair: Pair, result: PairResult) -> int:
+    return pair[0] if result.first_advances else pair[1]

@@ -1,6 +1,6 @@
-"""Verdicts: what two label log-probabilities, one pair per order, say about two responses.
+"""Verdicts on a pair of responses, from two label log-probabilities in each order.
 
-A judge favours a position, so each pair is shown in both orders and the two readings are averaged
+A judge favours a position, so each pair is shown in both orders and both probabilities are averaged
 (SELF-JUDGE): score of the first response = (p(A | 1, 2) + p(B | 2, 1)) / 2. With several principles
 the majority of them decides, and the mean score where they are evenly split.
 """
@@ -19,7 +19,7 @@ Orders = tuple[float, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One pair's verdict by one principle. "First" is the pair's first response, called a."""
+    """The verdict on a pair by one principle. "First" is the pair's first response, called a."""
 
     orders: Orders
     tie_band: float = 0.0
@@ -37,7 +37,7 @@ class Verdict:
 
     @property
     def winner(self) -> Winner:
-        """The response that wins in both orders; "tie" where they disagree or leave it too open."""
+        """The response that wins in both orders; "tie" where they disagree or the margin is within the tie band."""
         margin = self.probability - 0.5
         if not self.consistent or margin == 0 or abs(margin) < self.tie_band:
             return "tie"
@@ -45,12 +45,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Ruling:
-    """One pair's verdicts by all principles, and what they come to."""
+class PairResult:
+    """The verdicts on a pair by all principles, and their aggregate."""
 
     by_principle: Mapping[str, Verdict]
     truncated: bool = False
-    """Something was cut for the judge to read it; see `prompts.shorten`."""
+    """A text was shortened to fit the judge's context; see `prompts.shorten`."""
 
     @cached_property
     def mean(self) -> Verdict:
@@ -66,14 +66,14 @@ class Ruling:
 
     @property
     def winner(self) -> Winner:
-        """The response for which more principles are; of as many for either, the mean verdict's."""
+        """The response that more principles prefer; the mean verdict's where the votes are even."""
         winners = [verdict.winner for verdict in self.by_principle.values()]
         votes = winners.count("a") - winners.count("b")
         return ("a" if votes > 0 else "b") if votes else self.mean.winner
 
     @property
-    def first_goes_on(self) -> bool:
-        """Who goes on in a tournament, which must choose: no verdict is a tie but an exact one."""
+    def first_advances(self) -> bool:
+        """Whether the first response advances in a tournament, which must choose: only an exact 1/2 counts as a tie."""
         votes = sum(_sign(verdict.probability) for verdict in self.by_principle.values())
         return votes > 0 if votes else self.probability >= 0.5
 
@@ -92,7 +92,7 @@ def label_probability(logprob_a: float, logprob_b: float) -> float:
 
 
 def orders(shown_first: tuple[float, float], shown_second: tuple[float, float]) -> Orders:
-    """From the logprobs of (" A", " B") as shown (first, second) and as shown (second, first)."""
+    """From the logprobs of (" A", " B"), shown as (first, second) and as (second, first)."""
     return label_probability(*shown_first), label_probability(*reversed(shown_second))
 
 

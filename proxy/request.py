@@ -104,3 +104,9 @@ def alignment_of(extra_args: Mapping[str, Any] | None) -> WorkerAlignment:
 def caller_id(engine_id: str) -> str:
     """The id that the caller gave to the engine, from the engine's own id."""
     return _RANDOM_SUFFIX.sub("", _CHILD_PREFIX.sub("", engine_id))
+
+
+def sample_index(engine_id: str) -> int:
+    """Which of the n samples of a request it is, from the engine's own id; 0 where n is 1."""
+    prefix = _CHILD_PREFIX.match(engine_id)
+    return int(prefix[0][:-1]) if prefix else 0

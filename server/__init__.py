@@ -1,37 +1,42 @@
-"""vLLM's OpenAI-compatible server with Assent's routes. One line a module, in the order of a start:
+"""vLLM's OpenAI-compatible server with Assent's routes.
 
-- `__main__`    - `python -m server`: prepares the process before vLLM is imported.
-- `cli`         - vLLM's flags and our own; everything that can be refused before the engine starts.
-- `adapters`    - judges that are LoRAs, and what vLLM must be told to serve them.
-- `doctor`      - `python -m server doctor`: what a start would meet.
-- `plugin`      - the endpoint plugin that hangs our routes and gates into vLLM's server.
-- `engine`      - every name of vLLM's that the routes use.
-- `state`       - what the routes share: the engine, the loaded proxies, readers of the worker.
-- `proxies`     - which proxies are loaded, what a name stands for, and who still uses which.
-- `access`      - who may use the server, and how much: keys, administrators, limits.
-- `gate`        - the gates before vLLM's routes and before the engine, which every request passes.
-- `admission`   - which proxy speaks in a request, or why it cannot.
-- `schemas`     - what a request may say.
-- `chat`        - POST /v1/chat/completions: every stage of a chat request.
-- `completions` - POST /v1/completions.
-- `best_of`     - N samples, a tournament, one winner.
-- `answers`     - what we add to answers, whole or streamed.
-- `receipts`    - what the worker counted and traced.
-- `traces`      - a trace's entries, each with its token.
-- `streams`     - server-sent events with our fields in them.
-- `judging`     - POST /judge and /judge/rank.
-- `judges`      - the judges as clients of the engine that answers.
-- `calibration` - how far the judge can be trusted, watched.
-- `feedback`    - POST /feedback: what people chose; DELETE: forget it.
-- `keeper`      - keeps it in the database behind the server's back.
-- `learning`    - proxies that are learned of it while serving.
-- `learned_proxy` - one of them.
-- `learner`     - the process that does so, as the server sees it.
-- `listing`     - GET /v1/models.
-- `managing`    - GET, POST and DELETE /proxies, and POST /proxies/NAME/learn.
-- `positions`   - POST /positions: given responses, read for a training elsewhere.
-- `remembered`  - what was loaded over HTTP, for a restart and for other servers.
-- `request_log` - one line of JSON a request.
-- `drain`       - SIGTERM: what is under way is finished first.
-- `metrics`     - our counters beside vLLM's on GET /metrics.
+The start:
+
+- `__main__`         - `python -m server`: prepares the process before vLLM is imported.
+- `own_packages`     - whether `server`, `proxy`, `judge` and `training` are ours.
+- `arguments`        - the command line: our options, and vLLM's.
+- `checks`           - everything that can be refused before the engine starts.
+- `cli`              - every stage of the start.
+- `doctor`           - `python -m server doctor`: the same checks without a start.
+- `plugin`           - adds our routes and middleware to vLLM's server.
+- `vllm_patches`     - every method of vLLM's that is replaced, and why.
+- `engine`           - every name of vLLM's that the routes use.
+- `app_state`        - what the routes share.
+
+A request (`middleware/`, then `routes/`):
+
+- `access`           - API keys, administrators and limits.
+- `admission`        - which proxy aligns a request, or why it is refused.
+- `engine_wrapper`   - adds the admitted proxy to every request to the engine.
+- `schemas`          - the bodies of requests.
+- `best_of`          - N samples, a tournament, the best as the answer.
+- `best_of_stream`   - the same as a stream with progress.
+- `answers`          - adds alignment statistics to responses.
+- `streams`          - the same in server-sent events.
+- `alignment_stats`  - what the worker counted of a request.
+- `traces`           - what the worker traced, token by token.
+- `metrics`          - counters on GET /metrics.
+
+Proxies, judges and feedback:
+
+- `proxies`          - the loaded versions, what a name stands for, and which requests use them.
+- `proxy_manifest`   - proxies loaded over HTTP, in a file for restarts and other servers.
+- `judges`           - the judges on this engine.
+- `judge_adapters`   - judges that are LoRAs.
+- `calibration`      - how far the judge can be trusted, as metrics.
+- `feedback_writer`  - writes preferences to the database.
+- `learning`         - learns proxies from them while serving.
+- `learned_proxies`  - which learned proxies there are, and which versions serve.
+- `learned_proxy`    - the files of one learned proxy.
+- `learner`          - the process that learns.
 """

@@ -2,9 +2,9 @@
 
     python -m server --model deploy/demo/model --proxy aligned=deploy/demo/proxies/aligned
 
-All of vLLM's own flags are understood (`--help=all`). Exit code 2: something was refused before the
-engine started, and one line on stderr says what. `python -m server doctor ...` looks at all of it,
-without a start.
+All of vLLM's own options work too (`--help=all`). Exit code 2: something was refused before the
+engine started, and one line on stderr says what. `python -m server doctor ...` checks the same
+options without a start.
 """
 
 import multiprocessing
@@ -15,30 +15,43 @@ import sys
 import tempfile
 from typing import Any
 
-from proxy.engine.parent_watch import SERVER_PID
+from server.own_packages import check_packages
 
 
 def main() -> None:
+    check_packages()  # before anything of them is imported
+    from proxy.engine.parent_watch import SERVER_PID
+
     # prometheus_client decides at its import whether metrics are shared between processes. The
     # engine and its worker live in other processes, so the directory must be there before.
     with tempfile.TemporaryDirectory(prefix="assent-metrics-") as metrics_directory:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory)
         os.environ[SERVER_PID] = str(os.getpid())
-        stop_at_once_on_sigterm(metrics_directory)
+        exit_on_sigterm(metrics_directory)
         if sys.argv[1:2] == ["doctor"]:
-            from server.doctor import main as examine
+            _doctor(sys.argv[2:])
+        else:
+            from server.cli import serve
 
-            examine(sys.argv[2:])
-        from server.cli import serve
-
-        serve(sys.argv[1:])
+            serve(sys.argv[1:])
 
 
-def stop_at_once_on_sigterm(metrics_directory: str) -> None:
-    """While the server starts; once it serves, vLLM lets SIGTERM end it in good order.
+def _doctor(argv: list[str]) -> None:
+    from server.arguments import StartupError
+    from server.cli import refuse
+    from server.doctor import main as examine
 
-    An exception does not do: while vLLM waits for its engine the exception gets lost, and where it
-    does not, the engine's process may be left behind.
+    try:
+        examine(argv)
+    except StartupError as error:
+        refuse(error)
+
+
+def exit_on_sigterm(metrics_directory: str) -> None:
+    """While the server starts, end at once. Once it serves, `middleware.drain` handles SIGTERM.
+
+    Raising an exception is no solution: vLLM may lose it while it waits for its engine, and the
+    engine's process may be left behind.
     """
 
     def stop(*_: Any) -> None:

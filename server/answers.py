@@ -1,4 +1,4 @@
-"""What we add to vLLM's answers, whole or streamed, and how they go out."""
+"""Adds alignment statistics and traces to vLLM's responses, whole or streamed, and sends them."""
 
 from collections.abc import AsyncGenerator
 from typing import Any, TypeAlias
@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.admission import Plan
+from server.admission import Admission, AdmittedRequest
+from server.alignment_stats import COUNTS, AlignmentCounts
+from server.app_state import AppState
 from server.engine import (
     LOAD_FORMAT_HEADER,
     ChatCompletionResponse,
@@ -15,8 +17,6 @@ from server.engine import (
     metrics_header,
     with_sse_keep_alive,
 )
-from server.receipts import COUNTS, sum_counts
-from server.state import Served
 from server.streams import attach_to_stream
 from server.traces import Trace
 
@@ -24,39 +24,44 @@ Whole: TypeAlias = ChatCompletionResponse | CompletionResponse
 Answer: TypeAlias = ErrorResponse | Whole | AsyncGenerator[str, None]
 
 
-async def add_receipt(answer: Answer, plan: Plan, state: Served) -> Answer:
-    """Say what the proxy did: `alignment` in the answer, or in the last chunk of a stream."""
-    if isinstance(answer, ErrorResponse) or not plan.wants_receipt:
+async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: AppState) -> Answer:
+    """Report what the proxy did: `alignment` in the response, or in the last chunk of a stream."""
+    admission, counts = admitted
+    if isinstance(answer, ErrorResponse) or not admission.wants_stats:
         return answer
-    trace = Trace(plan, state) if plan.alignment is not None and plan.alignment.trace else None
+    is_traced = admission.alignment is not None and admission.alignment.trace
+    trace = Trace(admission, counts, state) if is_traced else None
 
-    async def make_receipt() -> dict[str, Any]:
+    async def make_stats() -> dict[str, Any]:
         truncated = {"trace_truncated": trace.is_truncated()} if trace is not None else {}
-        return await receipt(plan) | truncated
+        return await alignment_stats(admission, counts) | truncated
 
     if not isinstance(answer, Whole):
         advance = trace.advance if trace is not None else None
-        return attach_to_stream(answer, make_receipt=make_receipt, trace=advance)
-    # The trace first: a request whose counts were taken is forgotten.
-    traced = await trace.advance() if trace is not None else []
-    judged = (answer.model_extra or {}).get("alignment", {})
-    answer.alignment = await make_receipt() | judged
+        return attach_to_stream(answer, make_stats=make_stats, trace=advance)
+    # The trace first: the worker forgets a request whose counts were taken.
+    entries = await trace.advance() if trace is not None else []
+    best_of = (answer.model_extra or {}).get("alignment", {})
+    answer.alignment = await make_stats() | best_of
     if trace is not None:
-        by_choice = {each["index"]: each["entries"] for each in traced}
+        by_choice = {choice["index"]: choice["entries"] for choice in entries}
         answer.alignment["trace"] = [by_choice.get(i, []) for i in range(len(answer.choices))]
     return answer
 
 
-async def receipt(plan: Plan) -> dict[str, Any]:
-    """The proxy, the version that the request was pinned to, and what it did, over all choices."""
-    if plan.pinned is None:
+async def alignment_stats(admission: Admission, counts: AlignmentCounts) -> dict[str, Any]:
+    """The proxy, the version that the request is pinned to, and its counts over all choices."""
+    if admission.pinned is None:
         return {"proxy": None, "version": None} | dict.fromkeys(COUNTS, 0)
-    named = {"proxy": plan.pinned.shown_name, "version": plan.pinned.version}
-    return named if plan.take_counts is None else named | sum_counts(await plan.all_counts())
+    stats: dict[str, Any] = {
+        "proxy": admission.pinned.shown_name,
+        "version": admission.pinned.version,
+    }
+    return stats | (await counts.total() if counts.in_response else {})
 
 
 def respond(answer: Answer, raw_request: Request) -> Response:
-    """As vLLM's own routes do."""
+    """Send the response as vLLM's own routes do."""
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     if isinstance(answer, Whole):

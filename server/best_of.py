@@ -1,13 +1,13 @@
-"""Best of N: N sampled answers, the judge's ranking of them, and the best of these.
+"""Best of N: N samples, the judge's ranking of them, and the best as the answer.
 
 Samples and judgments are requests to one engine and share its prefix cache. A sample that fails or
-takes too long drops out; whoever gives up on the request gives up on all of them.
+takes too long drops out. When the client disconnects, all samples and judgments are aborted.
 """
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -15,12 +15,13 @@ from fastapi import Request
 
 from judge.messages import text_of
 from judge.prompts import Question
-from judge.tournament import Pair, play
-from judge.verdict import Ruling
+from judge.protocol import Usage
+from judge.tournament import Pair, TournamentRecord, play
+from judge.verdict import PairResult
 from server import metrics
 from server.access import CALLER, Caller
-from server.admission import Plan, find, judging_proxy
-from server.answers import Answer, add_receipt
+from server.admission import Admission, find_proxy, judging_proxy
+from server.app_state import AppState
 from server.engine import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -30,20 +31,29 @@ from server.engine import (
     VLLMValidationError,
     create_error_response,
 )
+from server.feedback_writer import response_of
 from server.judges import conversation
-from server.keeper import response_of
 from server.schemas import ChatRequest
-from server.state import Served
-from server.streams import as_event
 
 FAILED = ("abort", "error")
-"""Finish reasons of a sample that nobody should be shown."""
+"""Finish reasons of a sample that must not be shown."""
 
 Report = Callable[[ChatCompletionResponse, dict[str, Any]], None]
-"""Told of progress: any finished sample, and how far it is."""
+"""Called with progress: any finished sample, and the progress so far."""
 
 
-def check_best_of(request: ChatRequest, plan: Plan, state: Served, caller: Caller) -> None:
+@dataclass(frozen=True)
+class DroppedSample:
+    """A sample that takes no part in the tournament."""
+
+    reason: str
+    error: ErrorResponse | None = None
+    """vLLM's error, where there is one."""
+
+
+def check_best_of(
+    request: ChatRequest, admission: Admission, state: AppState, caller: Caller
+) -> None:
     """Raises VLLMValidationError (400) before anything is sampled that could not be judged.
 
     VLLMNotFoundError (404) where the proxy that is to judge is not loaded.
@@ -52,109 +62,122 @@ def check_best_of(request: ChatRequest, plan: Plan, state: Served, caller: Calle
     def refuse(parameter: str, reason: str) -> None:
         raise VLLMValidationError(f"{parameter} {reason}", parameter=parameter)
 
-    if (request.n or 1) > plan.best_of:
-        refuse("n", f"must be {plan.best_of} at most: alignment.best_of has no more samples")
+    if (request.n or 1) > admission.best_of:
+        refuse("n", f"must be {admission.best_of} at most: alignment.best_of has no more samples")
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
-    state.judges.select(plan.judge)
-    if plan.judge.proxy is not None:
-        find(plan.judge.proxy, state, caller)
+    state.judges.select(admission.judge)
+    if admission.judge.proxy is not None:
+        find_proxy(admission.judge.proxy, state, caller)
     conversation(request.messages)
 
 
 async def best_of(
     request: ChatRequest,
-    plan: Plan,
-    state: Served,
+    admission: Admission,
+    state: AppState,
     raw_request: Request,
     report: Report = lambda sample, progress: None,
 ) -> ChatCompletionResponse | ErrorResponse:
-    """Draw, judge, and keep the best, with the receipt and the bill.
+    """Sample, judge, and return the best, with the tournament's record and the tokens of all in `usage`.
 
     The judge reads the frozen LLM: its requests carry no proxy.
     """
     start = monotonic()
-    drawn = await _draw(request, plan, state, raw_request, report)
-    samples = {i: each for i, each in enumerate(drawn) if not isinstance(each, str | ErrorResponse)}
-    failed = {i: each for i, each in enumerate(drawn) if isinstance(each, str | ErrorResponse)}
+    drawn = await _sample_all(request, admission, state, raw_request, report)
+    dropped = {i: sample for i, sample in enumerate(drawn) if isinstance(sample, DroppedSample)}
+    samples = [sample for sample in drawn if not isinstance(sample, DroppedSample)]
     if not samples:
-        return _failure(list(failed.values()))
-    finished = list(samples.values())
-    texts = [_text(sample) for sample in finished]
-    turns = conversation(request.messages)
-    principles, caller = state.judges.select(plan.judge), raw_request.scope[CALLER]
-    compared = 0
-
-    async def compare_round(pairs: list[Pair]) -> list[Ruling]:
-        nonlocal compared
-        questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
-        rulings = await state.judges.compare(judge, questions, principles, caller)
-        compared += len(pairs)
-        report(finished[0], {"stage": "judging", "done": compared})
-        return rulings
-
-    metrics.BEST_OF_SAMPLES.inc(len(texts))
-    async with judging_proxy(plan.judge, state, caller) as proxy:
-        judge = state.judges.make(plan.judge.kind, proxy)
-        try:
-            receipt = await play(
-                plan.judge.strategy, len(texts), compare_round, _seed(request, plan)
-            )
-        finally:
-            metrics.count_usage(judge.usage)
-    metrics.COMPARISONS.labels(plan.judge.strategy).observe(compared)
+        return _failure(list(dropped.values()))
+    metrics.BEST_OF_SAMPLES.inc(len(samples))
+    record, usage, principles = await _rank(
+        request, admission, state, raw_request.scope[CALLER], samples, report
+    )
     metrics.BEST_OF_SECONDS.observe(monotonic() - start)
-    answer = _choose(finished, receipt.ranking[: request.n or 1])
-    answer.usage.prompt_tokens += judge.usage.prompt_tokens
-    answer.usage.completion_tokens = (
-        answer.usage.completion_tokens or 0
-    ) + judge.usage.completion_tokens
-    answer.usage.total_tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
+    answer = _choose(samples, record.ranking[: request.n or 1])
+    _add_usage(answer, usage)
     answer.alignment = {
-        "best_of": plan.best_of,
-        "dropped": [{"index": i, "reason": _reason(each)} for i, each in failed.items()],
+        "best_of": admission.best_of,
+        "dropped": [{"index": i, "reason": sample.reason} for i, sample in dropped.items()],
         "judge": {
-            "kind": plan.judge.kind,
-            "principles": list(principles),
-            **receipt.as_json(),
-            "usage": judge.usage.as_json(),
+            "kind": admission.judge.kind,
+            "principles": principles,
+            **record.as_json(),
+            "usage": usage.as_json(),
         },
     }
     return answer
 
 
-async def _draw(
-    request: ChatRequest, plan: Plan, state: Served, raw_request: Request, report: Report
-) -> list[ChatCompletionResponse | ErrorResponse | str]:
-    """Each of N samples, or why there is none. Sample i has the request's seed + i, as with n."""
-    handler = state.chat
+async def _rank(
+    request: ChatRequest,
+    admission: Admission,
+    state: AppState,
+    caller: Caller,
+    samples: Sequence[ChatCompletionResponse],
+    report: Report,
+) -> tuple[TournamentRecord, Usage, list[str]]:
+    """The tournament, the tokens that its judge used, and the names of its principles."""
+    texts = [_text(sample) for sample in samples]
+    turns = conversation(request.messages)
+    settings, judges = admission.judge, state.judges
+    principles = judges.select(settings)
+    compared = 0
+
+    async def compare_round(pairs: list[Pair]) -> list[PairResult]:
+        nonlocal compared
+        questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
+        results = await judges.compare(judge, questions, principles, caller)
+        compared += len(pairs)
+        report(samples[0], {"stage": "judging", "done": compared})
+        return results
+
+    async with judging_proxy(settings, state, caller) as proxy:
+        judge = judges.make(settings.kind, principles, proxy)
+        try:
+            seed = _seed(request, admission)
+            record = await play(settings.strategy, len(texts), compare_round, seed)
+        finally:
+            metrics.count_usage(judge.usage)
+    metrics.COMPARISONS.labels(settings.strategy).observe(compared)
+    return record, judge.usage, list(principles)
+
+
+async def _sample_all(
+    request: ChatRequest,
+    admission: Admission,
+    state: AppState,
+    raw_request: Request,
+    report: Report,
+) -> list[ChatCompletionResponse | DroppedSample]:
+    """N samples. Sample i has the request's seed + i, as with n."""
+    handler, timeout = state.chat, admission.sample_timeout
     if handler is None:
         raise NotImplementedError("The model does not support Chat Completions API")
     tasks = [
-        asyncio.create_task(_sample(handler, request, i, raw_request)) for i in range(plan.best_of)
+        asyncio.create_task(_sample(handler, request, i, raw_request))
+        for i in range(admission.best_of)
     ]
     done = 0
 
-    def count(task: asyncio.Task[Any]) -> None:
+    def count(task: asyncio.Task[ChatCompletionResponse | DroppedSample]) -> None:
         nonlocal done
         done += 1
         if not task.cancelled() and task.exception() is None:
-            found = task.result()
-            if isinstance(found, ChatCompletionResponse):
-                report(found, {"stage": "sampling", "done": done, "of": len(tasks)})
+            sample = task.result()
+            if not isinstance(sample, DroppedSample):
+                report(sample, {"stage": "sampling", "done": done, "of": len(tasks)})
 
     for task in tasks:
         task.add_done_callback(count)
     try:
-        await asyncio.wait(tasks, timeout=plan.sample_timeout)
+        await asyncio.wait(tasks, timeout=timeout)
         late = [task for task in tasks if not task.done()]
         for task in late:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)  # they leave the engine
-        return [
-            f"not finished after {plan.sample_timeout:g} seconds" if task in late else task.result()
-            for task in tasks
-        ]
+        await asyncio.gather(*late, return_exceptions=True)  # the engine aborts their requests
+        too_late = DroppedSample(f"not finished after {timeout or 0:g} seconds")
+        return [too_late if task in late else task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
@@ -162,49 +185,45 @@ async def _draw(
 
 async def _sample(
     handler: OpenAIServingChat, request: ChatRequest, index: int, raw_request: Request
-) -> ChatCompletionResponse | ErrorResponse | str:
-    one: dict[str, Any] = {"n": 1, "stream": False, "stream_options": None}
+) -> ChatCompletionResponse | DroppedSample:
+    update: dict[str, Any] = {"n": 1, "stream": False, "stream_options": None}
     if request.seed is not None:
-        one["seed"] = request.seed + index
-    vllms: ChatCompletionRequest = request.model_copy(update=one)
+        update["seed"] = request.seed + index
+    single: ChatCompletionRequest = request.model_copy(update=update)
     try:
-        answer = await handler.create_chat_completion(vllms, raw_request)
+        answer = await handler.create_chat_completion(single, raw_request)
     except EngineDeadError:
         raise
-    except Exception as error:  # whatever it is, the others may do without this one
-        return create_error_response(error)
+    except Exception as error:  # the other samples may succeed
+        answer = create_error_response(error)
     if isinstance(answer, ErrorResponse):
-        return answer
-    assert isinstance(answer, ChatCompletionResponse), "it was not to be streamed"
+        return DroppedSample(answer.error.message, answer)
+    assert isinstance(answer, ChatCompletionResponse), "the request asked for no stream"
     reason = answer.choices[0].finish_reason
-    return f"ended with {reason!r}" if reason in FAILED else answer
+    return DroppedSample(f"ended with {reason!r}") if reason in FAILED else answer
 
 
-def _failure(reasons: list[ErrorResponse | str]) -> ErrorResponse:
-    """What to answer when no sample is left."""
-    for reason in reasons:
-        if isinstance(reason, ErrorResponse):
-            return reason
-    return create_error_response(TimeoutError(f"no sample is left to judge: {reasons[0]}"))
-
-
-def _reason(failed: ErrorResponse | str) -> str:
-    return failed.error.message if isinstance(failed, ErrorResponse) else failed
+def _failure(dropped: list[DroppedSample]) -> ErrorResponse:
+    """The error to answer with when no sample is left."""
+    for sample in dropped:
+        if sample.error is not None:
+            return sample.error
+    return create_error_response(TimeoutError(f"no sample is left to judge: {dropped[0].reason}"))
 
 
 def _text(sample: ChatCompletionResponse) -> str:
-    """What the judge reads: the content, and the calls of tools as it knows them."""
+    """What the judge reads: the content, and tool calls as text."""
     return text_of(response_of(sample.choices[0].message.model_dump()))
 
 
-def _seed(request: ChatRequest, plan: Plan) -> int:
-    if plan.judge.seed is not None:
-        return plan.judge.seed
+def _seed(request: ChatRequest, admission: Admission) -> int:
+    if admission.judge.seed is not None:
+        return admission.judge.seed
     return request.seed if request.seed is not None else random.randrange(2**32)
 
 
 def _choose(samples: list[ChatCompletionResponse], best: list[int]) -> ChatCompletionResponse:
-    """One answer with the best samples as its choices; the prompt is billed once, all completions are."""
+    """One response with the best samples as its choices; `usage` counts the prompt once, and all completions."""
     answer = samples[best[0]]
     answer.choices = [samples[i].choices[0] for i in best]
     for index, choice in enumerate(answer.choices):
@@ -213,75 +232,8 @@ def _choose(samples: list[ChatCompletionResponse], best: list[int]) -> ChatCompl
     return answer
 
 
-async def stream_best_of(
-    request: ChatRequest,
-    plan: Plan,
-    state: Served,
-    raw_request: Request,
-    *,
-    include_usage: bool,
-) -> Answer:
-    """Server-sent events: progress as soon as a sample is finished, then the winner.
-
-    Whatever fails before that is an answer, or an exception, as without streaming.
-    """
-    queue: asyncio.Queue[tuple[ChatCompletionResponse, dict[str, Any]] | None] = asyncio.Queue()
-
-    async def work() -> Answer:
-        answer = await best_of(
-            request, plan, state, raw_request, lambda *each: queue.put_nowait(each)
-        )
-        return await add_receipt(answer, plan, state)
-
-    task = asyncio.create_task(work())
-    task.add_done_callback(lambda _: queue.put_nowait(None))
-    try:
-        first = await queue.get()
-    except asyncio.CancelledError:
-        task.cancel()
-        raise
-    if first is None:
-        return await task
-
-    async def events() -> AsyncGenerator[str, None]:
-        head = {"id": first[0].id, "created": first[0].created, "model": first[0].model}
-        head["object"] = "chat.completion.chunk"
-        delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        progress: tuple[ChatCompletionResponse, dict[str, Any]] | None = first
-        try:
-            while progress is not None:
-                # A choice in each, if an empty one: many clients look at the first without asking.
-                choice = {"index": 0, "delta": delta, "finish_reason": None}
-                yield as_event(head | {"choices": [choice], "alignment": {"progress": progress[1]}})
-                delta, progress = {}, await queue.get()
-            answer = await task
-            if isinstance(answer, ErrorResponse):
-                yield as_event(answer.model_dump())
-            else:
-                assert isinstance(answer, ChatCompletionResponse)
-                for event in winners(answer, head, include_usage):
-                    yield event
-        except Exception as error:  # as vLLM's streams do: the head has gone out
-            yield as_event(create_error_response(error).model_dump())
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-        yield "data: [DONE]\n\n"
-
-    return events()
-
-
-def winners(answer: ChatCompletionResponse, head: dict[str, Any], include_usage: bool) -> list[str]:
-    """The finished answer as events: each choice in one piece, then usage where it was asked for."""
-    data = answer.model_dump(exclude_none=True)
-    chunks: list[dict[str, Any]] = []
-    for choice in data["choices"]:
-        message = choice.pop("message")
-        for index, call in enumerate(message.get("tool_calls", ())):
-            call["index"] = index
-        chunks.append(head | {"choices": [choice | {"delta": message}]})
-    if include_usage:
-        chunks.append(head | {"choices": [], "usage": data["usage"]})
-    chunks[-1]["alignment"] = data["alignment"]
-    return [as_event(chunk) for chunk in chunks]
+def _add_usage(answer: ChatCompletionResponse, judge: Usage) -> None:
+    usage = answer.usage
+    usage.prompt_tokens += judge.prompt_tokens
+    usage.completion_tokens = (usage.completion_tokens or 0) + judge.completion_tokens
+    usage.total_tokens = usage.prompt_tokens + usage.completion_tokens

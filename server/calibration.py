@@ -1,10 +1,10 @@
-"""How far the judge can be trusted, watched over its last verdicts on GET /metrics.
+"""How far the judge can be trusted: rates over its last verdicts, on GET /metrics.
 
 assent_judge_flip_rate{judge}     share of verdicts in which the two orders disagree: position bias
-assent_judge_tie_rate{judge}      share of ties, those among them
+assent_judge_tie_rate{judge}      share of ties, which include those
 assent_judge_longer_rate{judge}   share of the other verdicts that prefer the longer response
 
-Over the last `WINDOW` verdicts; there is no figure before the first, nor for identical responses.
+Over the last `WINDOW` verdicts. Identical responses do not count.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ WINDOW = 1000
 
 
 def _gauge(name: str, text: str) -> Gauge:
-    # Without the mode each process has a figure of its own; only the API server has any.
+    # Without this mode each process would export its own value; only the API server sets one.
     return Gauge(f"assent_judge_{name}_rate", text, ["judge"], multiprocess_mode="mostrecent")
 
 
@@ -38,7 +38,7 @@ class Calibration:
         self.longer: deque[bool] = deque(maxlen=WINDOW)
 
     def add(self, question: Question, verdict: Verdict) -> None:
-        """Take a verdict into account."""
+        """Count a verdict."""
         lengths = len(question.first), len(question.second)
         if question.first == question.second:
             return

@@ -1,9 +1,9 @@
-"""What a start would meet, found out before it, with what to do about it:
+"""Checks everything that a start needs, without a start, and says what to do about each problem:
 
     python -m server doctor --model runs/base --proxy mine=runs/proxy
 
-takes all flags of a start. No engine is started and no weights are loaded. Exit code 1: something
-would keep the server from starting, or from doing what the flags ask for.
+takes all options of a start. No engine is started and no weights are loaded. Exit code 1: something
+would keep the server from starting, or from doing what the options ask for.
 """
 
 import os
@@ -25,8 +25,9 @@ from vllm.platforms import current_platform
 from judge.principles import Principle
 from judge.prompts import label_ids
 from proxy.checkpoint import BaseModelId, identify, load
-from server import cli
+from server import checks
 from server.access import read_access
+from server.arguments import parse
 
 VLLM_VERSION = "0.32.0"
 GIB = 1024**3
@@ -39,12 +40,12 @@ class Finding(NamedTuple):
     level: Level
     subject: str
     text: str
-    """What was found, and for a warning or an error what to do."""
+    """What was found; for a warning or an error, also what to do."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print all findings; exits with 1 where one is an error."""
-    findings = list(examine(cli.parse(argv)))
+    """Print all findings; exits with 1 where one is an error. Raises StartupError for a wrong command line."""
+    findings = list(examine(parse(argv)))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def examine(args: Namespace) -> Iterator[Finding]:
-    """Every finding, in the order of a start; what rests on a thing that is wrong is left out."""
+    """All findings, in the order of a start; without those that depend on something that is wrong."""
     yield from _software()
     yield from _settings(args)
     if not args.model:
@@ -69,7 +70,7 @@ def examine(args: Namespace) -> Iterator[Finding]:
     if args.learn:
 
         def check() -> None:
-            cli.parse_learn(args, cli.parse_proxies(args.proxy, args.shadow))
+            checks.parse_learn(args, checks.parse_proxies(args.proxy, args.shadow))
 
         yield from _refused("learning", check, ", ".join(args.learn))
     yield from _judge(args, base)
@@ -78,8 +79,8 @@ def examine(args: Namespace) -> Iterator[Finding]:
 
 
 def _software() -> Iterator[Finding]:
-    found = vllm.__version__.partition("+")[0]
-    if found == VLLM_VERSION:
+    installed = vllm.__version__.partition("+")[0]
+    if installed == VLLM_VERSION:
         yield Finding("ok", "vLLM", f"{vllm.__version__}, torch {torch.__version__}")
     else:
         yield Finding(
@@ -101,9 +102,7 @@ def _software() -> Iterator[Finding]:
 
 def _settings(args: Namespace) -> Iterator[Finding]:
     """What `check_server` refuses, and the port."""
-    yield from _refused(
-        "flags", lambda: cli.check_server(args), "nothing that does not go together"
-    )
+    yield from _refused("flags", lambda: checks.check_server(args), "they go together")
     with socket.socket() as probe:
         try:
             probe.bind((args.host or "127.0.0.1", args.port))
@@ -118,12 +117,13 @@ def _settings(args: Namespace) -> Iterator[Finding]:
 
 
 def _model(args: Namespace) -> tuple[list[Finding], BaseModelId | None]:
-    """The LLM's identity, where nothing is wrong with it."""
+    """The findings on the LLM, and its identity if nothing is wrong with it."""
     try:
+        checks.check_model(args)
         base = identify(args.model, args.revision, cache_dir=args.download_dir)
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    except Exception as error:  # of tokenizers, of a config without a key...
+    except Exception as error:  # tokenizers and configs raise many kinds
         return [Finding("error", "model", _line(error))], None
     text = config.get_text_config()
     name = (config.architectures or ["an unnamed architecture"])[0]
@@ -133,30 +133,32 @@ def _model(args: Namespace) -> tuple[list[Finding], BaseModelId | None]:
     about = Finding("ok", "model", f"{name}, {sizes}, fingerprint {base.fingerprint[:12]}")
     if args.chat_template or tokenizer.chat_template:
         return [about, Finding("ok", "chat template", "there is one")], base
-    nobody = "there is none, so nobody can chat: name a file with --chat-template"
+    nobody = "there is none, so chat requests fail: name a file with --chat-template"
     return [about, Finding("warning", "chat template", nobody)], base
 
 
 def _proxies(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
     try:
-        proxies = cli.parse_proxies(args.proxy, args.shadow)
-    except cli.REFUSED as error:
+        proxies = checks.parse_proxies(args.proxy, args.shadow)
+    except checks.STARTUP_ERRORS as error:
         yield Finding("error", "proxies", _line(error))
         return
     for proxy in proxies:
         try:
-            found = load(proxy.directory, base=base)
-        except cli.REFUSED as error:
+            checkpoint = load(proxy.directory, base=base)
+        except checks.STARTUP_ERRORS as error:
             yield Finding("error", f"proxy {proxy.name}", _line(error))
             continue
-        about = f"version {found.version}, {found.network.num_parameters():,} parameters"
-        yield Finding("ok", f"proxy {proxy.name}", about + (", a shadow" * proxy.shadow))
+        text = f"version {checkpoint.version}, {checkpoint.network.num_parameters():,} parameters"
+        yield Finding("ok", f"proxy {proxy.name}", text + (", a shadow" * proxy.shadow))
     if args.proxy_root is not None:
         root = args.proxy_root
         if not root.is_dir():
             yield Finding("error", "proxy root", f"{root}: there is no such directory")
         elif not os.access(root, os.W_OK):
-            text = f"{root} cannot be written: what is loaded over HTTP will not be remembered"
+            text = (
+                f"{root} cannot be written: proxies loaded over HTTP will be gone after a restart"
+            )
             yield Finding("warning", "proxy root", text)
         else:
             yield Finding("ok", "proxy root", str(root))
@@ -166,7 +168,7 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
     principles: dict[str, Principle] = {}
 
     def read() -> None:
-        principles.update(cli.find_principles(args, cli.check_judges(args, base)))
+        principles.update(checks.find_principles(args, checks.check_judges(args, base)))
 
     yield from _refused("judges", read, f"{len(args.judge)} beside the LLM itself")
     tokenizer: Any = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
@@ -180,7 +182,7 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
 
 
 def _memory(args: Namespace) -> Iterator[Finding]:
-    """The files' weights against what is free; vLLM takes its cache of the rest."""
+    """The weights' size against the free memory; vLLM's cache takes the rest."""
     files = list(Path(args.model).glob("*.safetensors"))
     if not files:  # a hub id
         return
@@ -197,19 +199,19 @@ def _memory(args: Namespace) -> Iterator[Finding]:
 
 
 def _access(args: Namespace) -> Iterator[Finding]:
-    environment = dict(os.environ)  # keys are taken out of it
+    environment = dict(os.environ)  # read_access removes the keys from it
     keys = [key for key in (args.api_key or [environment.get("VLLM_API_KEY")]) if key]
     try:
         access = read_access(args.access, keys, environment)
-    except cli.REFUSED as error:
+    except checks.STARTUP_ERRORS as error:
         yield Finding("error", "keys", _line(error))
         return
     is_loopback = args.host in ("localhost", "127.0.0.1", "::1")
     if access.callers:
         admins = sum(caller.admin for caller in access.callers.values())
-        yield Finding("ok", "keys", f"{len(access.callers)}, {admins} of administrators")
+        yield Finding("ok", "keys", f"{len(access.callers)}, of which {admins} are administrators'")
         if args.proxy_root is not None and not admins:
-            text = "no key is an administrator's, so nobody may load proxies: set ASSENT_ADMIN_KEYS"
+            text = "no key is an administrator's, so nobody can load proxies: set ASSENT_ADMIN_KEYS"
             yield Finding("warning", "keys", text)
     elif is_loopback:
         yield Finding("ok", "keys", "none; only this machine can reach the server")
@@ -221,7 +223,7 @@ def _access(args: Namespace) -> Iterator[Finding]:
 def _refused(subject: str, check: Callable[[], None], good: str) -> Iterator[Finding]:
     try:
         check()
-    except cli.REFUSED as error:
+    except checks.STARTUP_ERRORS as error:
         yield Finding("error", subject, _line(error))
     else:
         yield Finding("ok", subject, good)

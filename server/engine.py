@@ -1,6 +1,7 @@
-"""Every name of vLLM's that the routes use, in one place, and the engine as a reader of labels.
+"""Every name of vLLM's that the routes use, and the requests to its engine that are our own.
 
-Whoever upgrades vLLM reads this file, `cli`, `doctor` and `plugin`; no other of the server imports it.
+The start uses vLLM in `arguments`, `cli`, `doctor` and `plugin`; `vllm_patches` replaces methods. No other file of the
+server imports vLLM.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ from proxy.request import (
 
 __all__ = [
     "LOAD_FORMAT_HEADER",
-    "PLAIN_EXTRA_ARGS",
+    "UNPROXIED_EXTRA_ARGS",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
     "CompletionRequest",
@@ -76,6 +77,7 @@ __all__ = [
     "read_responses",
     "read_text",
     "should_include_usage",
+    "tokenizer_of",
     "validate_json_request",
     "with_cancellation",
     "with_sse_keep_alive",
@@ -83,32 +85,37 @@ __all__ = [
 
 
 class OwnExtraArgs(dict[str, Any]):
-    """Extra arguments of a request to the engine that is our own, and no client's."""
+    """Marks the extra arguments of a request to the engine that is our own, not a client's."""
 
 
-PLAIN_EXTRA_ARGS = OwnExtraArgs({EXTRA_ARGS_KEY: {"shadow": False}})
-"""Of a request to the engine that no proxy may act on or score, whatever its HTTP request says."""
+UNPROXIED_EXTRA_ARGS = OwnExtraArgs({EXTRA_ARGS_KEY: {"shadow": False}})
+"""For a request that no proxy may act on or score, whatever its HTTP request says."""
 
 
 class Workers:
-    """The workers of all data-parallel engines; vLLM's own call hands out the first engine's answers."""
+    """The workers of all data-parallel engines. vLLM's own call returns the first engine's results only."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine: Any = engine
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a method of every worker between two steps: a list of answers, one a rank.
+        """Call a method of every worker between two steps; returns one result a rank.
 
-        An engine's error is raised at once, while the others still work on the call; whatever they
-        are asked next they do after it.
+        An engine's error is raised at once, while the others still work on the call. Their next call
+        runs after it.
         """
         core = self._engine.engine_core
-        answers = await core.call_utility_all_async("collective_rpc", method, None, args, None)
-        return list(chain.from_iterable(answers))
+        results = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        return list(chain.from_iterable(results))
+
+
+def tokenizer_of(engine: EngineClient) -> Any:
+    """The LLM's tokenizer."""
+    return engine.renderer.get_tokenizer()
 
 
 def prompt_length(prompt: Any) -> int:
-    """Tokens of a prompt as vLLM's handlers, and ours, give it to the engine."""
+    """Number of tokens of a prompt, in any form that handlers pass to the engine."""
     return length_from_prompt_token_ids_or_embeds(
         prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
     )
@@ -122,14 +129,14 @@ async def read_labels(
 ) -> list[tuple[float, float]]:
     """Both labels' next-token log-probabilities after each prompt, all read at once.
 
-    They are the frozen LLM's, or its with a judge's adapter: the requests carry no proxy.
+    They are those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
     """
     params = [
         SamplingParams(
             max_tokens=1,
             temperature=0.0,
             logprob_token_ids=list(pair),
-            extra_args=PLAIN_EXTRA_ARGS,
+            extra_args=UNPROXIED_EXTRA_ARGS,
         )
         for pair in labels
     ]
@@ -142,16 +149,16 @@ async def read_labels(
 async def read_text(
     engine: EngineClient, prompt: list[int], max_tokens: int, lora: LoRARequest | None = None
 ) -> AsyncGenerator[tuple[str, int], None]:
-    """What is written after the prompt, greedily: each piece's text and its number of tokens."""
+    """Greedy continuation of the prompt: each piece's text and its number of tokens."""
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=PLAIN_EXTRA_ARGS,
+        extra_args=UNPROXIED_EXTRA_ARGS,
     )
     request_id = f"judge-{random_uuid()}"
     outputs = engine.generate(tokens_input(prompt), params, request_id, lora_request=lora)
-    async with aclosing(outputs):  # whoever gives up on us gives up on the engine's request
+    async with aclosing(outputs):  # a caller that stops reading aborts the request
         async for output in outputs:
             yield output.outputs[0].text, len(output.outputs[0].token_ids)
 
@@ -165,18 +172,18 @@ async def read_responses(
     *arguments: Any,
     at_once: int = 16,
 ) -> list[Any]:
-    """Where given responses leave a proxy a choice, or what else the workers make of that.
+    """Reads given responses: the positions where a proxy has a choice, or another of the workers' results on them.
 
     Args:
         engine, workers: of one server.
         responses: token ids of each prompt, and of the response to it.
-        decoding: the nucleus that is meant, as `ReadRequest` has it.
-        take: the workers' method that hands it over; it is given the requests' ids and `arguments`.
-        at_once: responses in the engine; the workers keep what was read of these, and have bounded room for it.
+        decoding: the settings of the nucleus, as in `ReadRequest`.
+        take: the workers' method that returns the result, called with the requests' ids and `arguments`.
+        at_once: number of responses in the engine; the workers hold what was read of them in bounded room.
 
     Returns:
-        Of each what the method returns, by default `proxy.positions.Positions` as safetensors; None = the workers
-        had no room for it.
+        One result a response, by default `proxy.positions.Positions` as safetensors; None = the workers had no room
+        for it.
     """
 
     async def read(prompt: list[int], response: list[int]) -> str:
@@ -190,15 +197,15 @@ async def read_responses(
                 pass
         return request_id
 
-    taken: list[Any] = []
+    results: list[Any] = []
     for start in range(0, len(responses), at_once):
-        some = responses[start : start + at_once]
-        request_ids = await asyncio.gather(*(read(*each) for each in some))
-        found: dict[str, Any] = {}
-        for answer in await workers.collective_rpc(take, args=(request_ids, *arguments)):
-            found |= answer
-        taken += [found.get(request_id) for request_id in request_ids]
-    return taken
+        batch = responses[start : start + at_once]
+        request_ids = await asyncio.gather(*(read(*pair) for pair in batch))
+        by_id: dict[str, Any] = {}
+        for rank in await workers.collective_rpc(take, args=(request_ids, *arguments)):
+            by_id |= rank
+        results += [by_id.get(request_id) for request_id in request_ids]
+    return results
 
 
 async def read_logprob(
@@ -206,7 +213,7 @@ async def read_logprob(
 ) -> float:
     """log π(response | prompt) in nats, summed over the response's tokens."""
     params = SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=PLAIN_EXTRA_ARGS
+        max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=UNPROXIED_EXTRA_ARGS
     )
     ids = [*prompt, *response]
     request_id = f"judge-{random_uuid()}"
@@ -214,6 +221,6 @@ async def read_logprob(
     async with aclosing(outputs):
         async for output in outputs:
             last = output
-    read = last.prompt_logprobs or []
-    places = range(len(prompt), len(ids))
-    return sum(each[ids[i]].logprob for i in places if (each := read[i]) is not None)
+    logprobs = last.prompt_logprobs or []
+    positions = range(len(prompt), len(ids))
+    return sum(row[ids[i]].logprob for i in positions if (row := logprobs[i]) is not None)

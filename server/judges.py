@@ -1,18 +1,18 @@
-"""The judges as clients of the engine that answers. No proxy takes part in a judgment."""
+"""The server's judges: clients of the engine that also answers requests. No proxy takes part in a judgment."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
-from judge.judge import Judge
 from judge.likelihood import LikelihoodJudge, Reading
 from judge.messages import Message, Unusable, read_messages, text_of
+from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
 from judge.prompts import Question
-from judge.verdict import Ruling
+from judge.protocol import Judge
+from judge.verdict import PairResult
 from server import metrics
 from server.access import Caller
-from server.adapters import Adapter, JudgeKind
 from server.calibration import Calibration
 from server.engine import (
     EngineClient,
@@ -24,17 +24,19 @@ from server.engine import (
     read_logprob,
     read_responses,
     read_text,
+    tokenizer_of,
 )
-from server.keeper import Keeper, principle_of
-from server.proxies import LoadedProxy
+from server.feedback_writer import FeedbackWriter, principle_of
+from server.judge_adapters import Adapter, JudgeKind
+from server.proxies import ServedVersion
 from server.schemas import JudgeSettings
 
 DEFAULT_BETA = 0.3
-"""Of a proxy whose checkpoint names none."""
+"""β of a proxy whose checkpoint names none."""
 
 
 class Judges:
-    """What judges, and by what; `make` gives a request its own."""
+    """Makes the judge of each request, and records what it decides."""
 
     def __init__(
         self,
@@ -43,31 +45,33 @@ class Judges:
         chat: OpenAIServingChat | None,
         principles: Mapping[str, Principle],
         adapters: Mapping[JudgeKind, Adapter],
-        keeper: Keeper | None,
+        feedback_writer: FeedbackWriter | None,
     ) -> None:
         """
         Args:
             engine, workers: of the LLM that judges.
             chat: vLLM's handler, for the chat template that the server was told to use.
-            principles: all that there are; the first is the one to judge by where none is named.
+            principles: all of the server; the first is the default.
             adapters: LoRAs that judge in the place of the LLM itself.
-            keeper: of the verdicts; None = they are not kept.
+            feedback_writer: records the verdicts; None = they are not kept.
         """
         self.engine, self.workers = engine, workers
         self.principles, self.adapters = principles, adapters
-        self.keeper = keeper
+        self.feedback_writer = feedback_writer
         self.tokenizer = _Tokenizer(engine, chat)
         self.context: int = engine.model_config.max_model_len
         self.loras = {
             kind: LoRARequest(f"judge-{kind}", adapter.lora_id, str(adapter.directory))
             for kind, adapter in adapters.items()
         }
-        self.calibrations = {kind: Calibration(kind) for kind in get_args(JudgeKind)}
+        self.calibrations: dict[str, Calibration] = {
+            kind: Calibration(kind) for kind in get_args(JudgeKind)
+        }
 
     def select(self, settings: JudgeSettings) -> dict[str, Principle]:
-        """The principles that are asked for, or the first.
+        """The principles that a request names, or the first; {} for a judge that uses none.
 
-        Raises VLLMValidationError (400) for an unknown one, or a judge that there is not.
+        Raises VLLMValidationError (400) for an unknown principle, or a judge that the server does not have.
         """
         if settings.kind != "pairwise":
             if settings.kind == "likelihood" and settings.kind not in self.adapters:
@@ -84,25 +88,29 @@ class Judges:
 
     def make(
         self,
-        kind: JudgeKind = "pairwise",
-        proxy: LoadedProxy | None = None,
+        kind: JudgeKind,
+        principles: Mapping[str, Principle],
+        proxy: ServedVersion | None = None,
         *,
         tie_band: float = 0.0,
-    ) -> Judge | LikelihoodJudge:
+    ) -> Judge:
         """A judge for one request.
 
         Args:
-            proxy: of kind `proxy`; to be kept loaded as long as it judges.
+            principles: as `select` returns them.
+            proxy: the judge of kind `proxy`; must stay pinned while it judges.
             tie_band: as in Verdict.
         """
         if proxy is not None:
             return self._make_proxy(proxy, tie_band)
         if kind == "likelihood":
             return self._make_likelihood(tie_band)
-        return self.make_pairwise(tie_band=tie_band)
+        return self.make_pairwise(principles, tie_band=tie_band)
 
-    def make_pairwise(self, *, tie_band: float = 0.0, room: int = 0) -> Judge:
-        """A judge that can say why; `room` = tokens to leave for that, half of the context at most."""
+    def make_pairwise(
+        self, principles: Mapping[str, Principle], *, tie_band: float = 0.0, room: int = 0
+    ) -> PairwiseJudge:
+        """A judge that can write rationales; `room` = tokens to reserve for one, at most half of the context."""
         lora = self.loras.get("pairwise")
 
         async def labels(
@@ -114,23 +122,24 @@ class Judges:
             left = self.context - len(prompt)
             return read_text(self.engine, prompt, min(max_tokens, left), lora)
 
-        most = self.context - 1 - min(room, self.context // 2)
-        return Judge(self.tokenizer, labels, text, max_tokens=most, tie_band=tie_band)
+        limit = self.context - 1 - min(room, self.context // 2)
+        return PairwiseJudge(
+            self.tokenizer, principles, labels, text, max_tokens=limit, tie_band=tie_band
+        )
 
     def _make_likelihood(self, tie_band: float) -> LikelihoodJudge:
         lora = self.loras["likelihood"]
 
         async def scores(readings: list[Reading]) -> list[float]:
-            read = await asyncio.gather(
+            logprobs = await asyncio.gather(
                 *(
-                    read_logprob(self.engine, *reading, each)
+                    read_logprob(self.engine, *reading, adapter)
                     for reading in readings
-                    for each in (lora, None)
+                    for adapter in (lora, None)
                 )
             )
-            return [
-                with_lora - plain for with_lora, plain in zip(read[::2], read[1::2], strict=True)
-            ]
+            pairs = zip(logprobs[::2], logprobs[1::2], strict=True)
+            return [with_lora - without for with_lora, without in pairs]
 
         return LikelihoodJudge(
             self.tokenizer,
@@ -140,24 +149,24 @@ class Judges:
             tie_band=tie_band,
         )
 
-    def _make_proxy(self, proxy: LoadedProxy, tie_band: float) -> LikelihoodJudge:
-        about = proxy.description
-        decoding = {key: about[key] for key in ("temperature", "top_k", "top_p", "max_candidates")}
-        beta = about["training"].get("beta") or DEFAULT_BETA
+    def _make_proxy(self, proxy: ServedVersion, tie_band: float) -> LikelihoodJudge:
+        settings = proxy.description
+        names = ("temperature", "top_k", "top_p", "max_candidates")
+        decoding = {name: settings[name] for name in names}
         version = proxy.name, proxy.version
 
         async def scores(readings: list[Reading]) -> list[float]:
-            found = await read_responses(
+            ratios = await read_responses(
                 self.engine, self.workers, readings, decoding, "take_log_ratios", *version
             )
-            if None in found:  # the workers keep so much and no more
+            if None in ratios:  # the workers have bounded room
                 raise RuntimeError("too much is read at once: ask for fewer or shorter responses")
-            return found
+            return ratios
 
         return LikelihoodJudge(
             self.tokenizer,
             scores,
-            beta=beta,
+            beta=settings["training"].get("beta") or DEFAULT_BETA,
             max_tokens=self.context - 1,
             tie_band=tie_band,
             kind="proxy",
@@ -166,23 +175,22 @@ class Judges:
 
     async def compare(
         self,
-        judge: Judge | LikelihoodJudge,
+        judge: Judge,
         questions: Sequence[Question],
         principles: Mapping[str, Principle],
         caller: Caller,
-    ) -> list[Ruling]:
-        """Its rulings on a caller's request, which are kept; what they say of the judge goes into the metrics."""
-        rulings = await judge.compare(questions, principles)
+    ) -> list[PairResult]:
+        """The judge's results on a caller's request. Records them in the database and the metrics."""
+        results = await judge.compare(questions)
         calibration = self.calibrations[judge.kind]
-        for question, ruling in zip(questions, rulings, strict=True):
-            for verdict in ruling.by_principle.values():
+        for question, result in zip(questions, results, strict=True):
+            for verdict in result.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
                 calibration.add(question, verdict)
-        if self.keeper is not None:
-            usual = next(iter(self.principles))
-            principle = principle_of(principles, usual)
-            self.keeper.keep_verdicts(questions, rulings, principle, caller.identity)
-        return rulings
+        if self.feedback_writer is not None:
+            principle = principle_of(principles, default=next(iter(self.principles)))
+            self.feedback_writer.record_verdicts(questions, results, principle, caller.identity)
+        return results
 
 
 def _refuse(parameter: str, message: str) -> NoReturn:
@@ -200,7 +208,7 @@ def conversation(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
 def _as_text(message: Mapping[str, Any]) -> str:
     try:
         return text_of(*read_messages([message]))
-    except Unusable:  # vLLM takes more than can be learned from
+    except Unusable:  # vLLM accepts messages that training cannot use
         return _text(message.get("content"))
 
 
@@ -209,7 +217,7 @@ def _text(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    parts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+    parts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     if not all(isinstance(part, str) for part in parts):
         raise VLLMValidationError(
             "only text can be judged, but a message has another kind of content",
@@ -222,7 +230,7 @@ class _Tokenizer:
     """The LLM's tokenizer with the chat template that the server was told to use."""
 
     def __init__(self, engine: EngineClient, chat: OpenAIServingChat | None) -> None:
-        self.tokenizer: Any = engine.renderer.get_tokenizer()
+        self.tokenizer = tokenizer_of(engine)
         self.chat_template = chat.chat_template if chat is not None else None
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:

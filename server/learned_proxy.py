@@ -1,4 +1,4 @@
-"""A proxy that is learned while serving: what it learns from, where it is, and what came of the last pass."""
+"""One proxy that is learned while serving: its sources, its directory, and the outcome of its last pass."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,37 +14,37 @@ STATE_FILE = "learned.json"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a name learns from."""
+    """An entry of --learn: a name and the sources of its verdicts."""
 
     name: str
     sources: tuple[Source, ...]
     own: bool = False
-    """A proxy for each key, of its choices alone."""
+    """A proxy for each key, learned from its own choices."""
     shadow: bool = False
-    """New versions score what is said, and never act."""
+    """New versions score tokens and never act."""
 
 
 class State(BaseModel):
-    """What `learned.json` says."""
+    """The content of `learned.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
     seen: int = 0
-    """Rows in the database at the last pass."""
+    """Number of rows in the database at the last pass."""
     live: str | None = None
-    """Of a key's own proxy: the version that serves."""
+    """The version that serves; of a key's own proxy only."""
     outcome: dict[str, Any] | None = None
-    """Of the last pass, as `training.learning.Outcome`; or `error`."""
+    """Outcome of the last pass, as `training.learning.Outcome`, or its `error`."""
 
 
 @dataclass(frozen=True)
 class LearnedProxy:
-    """One proxy that is learned: everybody's, or one key's own."""
+    """The directory of a learned proxy: everybody's, or one key's own."""
 
     name: str
     root: Path
     owner: str | None = None
-    """A hash of whose own it is."""
+    """Hash of the key that owns it; None = everybody's."""
 
     @property
     def directory(self) -> Path:
@@ -52,7 +52,7 @@ class LearnedProxy:
 
     @property
     def served_name(self) -> str:
-        """By which the worker knows it. No request can name one with an owner."""
+        """Its name in the worker. No request can name one with an owner."""
         return self.name if self.owner is None else f"{self.name}{OWNER}{self.owner}"
 
     def read(self) -> State:
@@ -62,7 +62,7 @@ class LearnedProxy:
             return State()
 
     def write(self, state: State) -> None:
-        """Whole or not at all."""
+        """Atomic: a reader sees the old state or the new one."""
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self.directory / f".{STATE_FILE}"
         temporary.write_text(state.model_dump_json())

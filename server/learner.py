@@ -1,7 +1,7 @@
-"""The learner's process as the server sees it: started when there is something to learn, ended when it is idle.
+"""The client of the learner's process, which is started when a pass is due and ended when it is idle.
 
-`training.learner` has the messages. Whatever goes wrong there ends the process and not the server; the next pass
-starts another.
+`training.learner` defines the messages. An error there ends the process and not the server; the next pass starts
+another.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-"""To import and to open what it needs, on a busy machine."""
+"""Limit of its start, on a busy machine."""
 _LENGTH = struct.Struct(">Q")
 
 Read = Callable[[Sequence[dict[str, Any]], dict[str, Any]], Awaitable[list[bytes]]]
-"""Responses and the nucleus that is meant -> the positions of each; empty = it cannot be read."""
+"""(responses, decoding) -> the positions of each; b"" = it cannot be read."""
 
 
 class LearnerError(Exception):
-    """It could not learn; the message says why."""
+    """A pass failed; the message says why."""
 
 
 class Learner:
@@ -41,16 +41,16 @@ class Learner:
         self._process: asyncio.subprocess.Process | None = None
 
     async def ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """What comes of a message.
+        """Send a message and wait for its answer.
 
         Raises:
-            LearnerError: nothing, within so many seconds.
+            LearnerError: the learner reports an error, ends, or takes longer than `seconds`.
         """
         try:
             process = await self._started()
             async with asyncio.timeout(seconds):
                 return await self._converse(process, message)
-        except LearnerError:  # it said so itself, and waits for the next message
+        except LearnerError:  # the process reported it, and waits for the next message
             raise
         except BaseException as error:
             self.end()
@@ -61,7 +61,7 @@ class Learner:
             raise
 
     def end(self) -> None:
-        """At once."""
+        """Kill the process, if there is one."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
@@ -70,7 +70,7 @@ class Learner:
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
             return self._process
-        # Neither a GPU nor the server's metrics are its business.
+        # It must use neither a GPU nor the directory of the server's metrics.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
         process = self._process = await asyncio.create_subprocess_exec(
@@ -88,7 +88,7 @@ class Learner:
     async def _converse(
         self, process: asyncio.subprocess.Process, message: dict[str, Any]
     ) -> dict[str, Any]:
-        """Send, read for it what it asks for, and return what it says at last."""
+        """Send a message, serve the requests to read responses, and return the final answer."""
         await _send(process, json.dumps(message).encode())
         while True:
             answer: dict[str, Any] = json.loads(await _receive(process))

@@ -1,15 +1,14 @@
-"""The endpoint plugin that hangs our routes into vLLM's OpenAI server.
+"""The endpoint plugin that adds our routes and middleware to vLLM's OpenAI server.
 
-vLLM finds such plugins through entry points and an environment variable; `install` hands it ours
-directly. A route of ours takes the place of vLLM's route of the same path and method.
+vLLM finds such plugins through entry points and an environment variable; `vllm_patches.install_plugin` hands it ours
+directly. A plugin's route replaces vLLM's route of the same path and method.
 """
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import vllm.plugins
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
@@ -20,137 +19,122 @@ from vllm.platforms import current_platform
 from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId, resolve_model_dir
-from server import chat, completions, feedback, judging, listing, managing, positions
-from server.access import Access, AccessGuard
-from server.adapters import Adapter, JudgeKind
-from server.drain import Drain
+from server import vllm_patches
+from server.access import Access
+from server.alignment_stats import WorkerReader
+from server.app_state import AppState
 from server.engine import Workers
-from server.gate import Gate, guard
+from server.engine_wrapper import wrap_engine
+from server.feedback_writer import FeedbackWriter
+from server.judge_adapters import Adapter, JudgeKind
 from server.judges import Judges
-from server.keeper import Keeper
 from server.learned_proxy import Spec
 from server.learning import Learning
+from server.middleware.access import AccessMiddleware
+from server.middleware.alignment import AlignmentMiddleware
+from server.middleware.announce import AnnounceMiddleware
+from server.middleware.drain import DrainMiddleware
+from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
-from server.receipts import WorkerReader
-from server.remembered import Remembered
-from server.request_log import RequestLog
-from server.state import Served
+from server.proxy_manifest import ProxyManifest
+from server.routes import chat, completions, feedback, judge, models, positions, proxies
+
+ROUTES = (chat, completions, feedback, judge, models, proxies, positions)
 
 
+@dataclass(kw_only=True)
 class AssentPlugin:
+    """Implements vLLM's interface of endpoint plugins."""
+
     name = "assent"
     required_tasks = ("generate",)
 
-    def __init__(
-        self,
-        *,
-        proxies: Iterable[Checkpoint],
-        access: Access,
-        max_body_bytes: int,
-        log_texts: bool,
-        drain_seconds: float,
-        base: BaseModelId | None = None,
-        proxy_root: Path | None = None,
-        principles: Mapping[str, Principle] = DEFAULT,
-        adapters: Mapping[JudgeKind, Adapter] | None = None,
-        feedback: Feedback | None = None,
-        learn: Sequence[Spec] = (),
-    ) -> None:
-        self.proxies = list(proxies)
-        self.access, self.max_body_bytes = access, max_body_bytes
-        self.log_texts, self.drain_seconds = log_texts, drain_seconds
-        self.base = base
-        self.proxy_root = proxy_root
-        self.principles = principles
-        self.adapters = adapters or {}
-        self.feedback = feedback
-        self.learn = learn
-        self.engine_died = False
-        """Known when the server has stopped."""
+    proxies: Iterable[Checkpoint]
+    """To load at the start."""
+    access: Access
+    max_body_bytes: int
+    log_texts: bool
+    drain_seconds: float
+    base: BaseModelId | None = None
+    """Identity of the LLM; None = unknown."""
+    proxy_root: Path | None = None
+    principles: Mapping[str, Principle] = field(default_factory=lambda: DEFAULT)
+    adapters: Mapping[JudgeKind, Adapter] = field(default_factory=dict)
+    feedback: Feedback | None = None
+    learn: Sequence[Spec] = ()
+    engine_died: bool = False
+    """Set when the server shuts down."""
 
     def attach_router(self, app: FastAPI) -> None:
-        for module in (chat, completions, feedback, judging, listing, managing, positions):
+        """Called by vLLM when its own routes are complete."""
+        for module in ROUTES:
             app.include_router(module.router)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
-        app.add_middleware(Gate)
-        # What is added last comes first.
-        app.add_middleware(AccessGuard, access=self.access, max_body_bytes=self.max_body_bytes)
-        app.add_middleware(Drain, seconds=self.drain_seconds)
-        app.add_middleware(RequestLog, texts=self.log_texts)
+        # The last one added is the first to see a request.
+        app.add_middleware(AlignmentMiddleware)
+        app.add_middleware(AccessMiddleware, access=self.access, max_body_bytes=self.max_body_bytes)
+        app.add_middleware(DrainMiddleware, seconds=self.drain_seconds)
+        app.add_middleware(RequestLogMiddleware, texts=self.log_texts)
+        app.add_middleware(AnnounceMiddleware, access=self.access)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
+        """Called by vLLM when the engine runs and its own state is complete."""
         assert engine_client is not None, "only vLLM's render server has no engine"
-        models = state.openai_serving_models
-        workers = Workers(engine_client)
+        state.assent = await self._make_state(engine_client, state, args)
+        vllm_patches.on_shutdown(engine_client, lambda: self._note_death(engine_client))
+        wrap_engine(
+            engine_client,
+            state.openai_serving_models,
+            prompt_logprobs_refused=_why_no_prompt_logprobs(engine_client),
+        )
+
+    async def _make_state(self, engine: EngineClient, state: State, args: Namespace) -> AppState:
+        workers = Workers(engine)
         proxies = Proxies(workers, base=self.base, root=self.proxy_root)
-        for each in self.proxies:
-            await proxies.load(each.name, each.directory, shadow=each.shadow)
-        remembered = None
+        for checkpoint in self.proxies:
+            await proxies.load(checkpoint.name, checkpoint.directory, shadow=checkpoint.shadow)
+        manifest = None
         if self.proxy_root is not None:
-            remembered = Remembered(self.proxy_root, proxies)
-            await remembered.keep_up()
-            remembered.follow()
-        keeper = Keeper(self.feedback) if self.feedback is not None else None
+            manifest = ProxyManifest(self.proxy_root, proxies)
+            await manifest.reconcile()
+            manifest.watch()
+        feedback_writer = FeedbackWriter(self.feedback) if self.feedback is not None else None
+        chat = state.openai_serving_chat
         learning = None
-        if keeper is not None and remembered is not None:
-            assert self.base is not None, "taken where there is a root"
-            chat = state.openai_serving_chat
+        if feedback_writer is not None and manifest is not None:
+            assert self.base is not None, (
+                "the command line identifies the LLM where there is a root"
+            )
             model = {
                 "model": str(_directory_of(args)),
                 "base": self.base.model_dump(),
                 "chat_template": chat.chat_template if chat is not None else None,
             }
             learning = Learning(
-                self.learn, keeper, proxies, remembered, engine_client, workers, model=model
+                self.learn, feedback_writer, proxies, manifest, engine, workers, model=model
             )
-            learning.follow()
-        state.assent = Served(
-            engine=engine_client,
+            learning.watch()
+        return AppState(
+            engine=engine,
             workers=workers,
-            chat=state.openai_serving_chat,
+            chat=chat,
             completion=state.openai_serving_completion,
-            models=models,
+            models=state.openai_serving_models,
             proxies=proxies,
-            remembered=remembered,
-            judges=Judges(
-                engine_client,
-                workers,
-                state.openai_serving_chat,
-                self.principles,
-                self.adapters,
-                keeper,
-            ),
-            keeper=keeper,
+            manifest=manifest,
+            judges=Judges(engine, workers, chat, self.principles, self.adapters, feedback_writer),
+            feedback_writer=feedback_writer,
             learning=learning,
             counts=WorkerReader(workers, "take_alignment_counts"),
             traces=WorkerReader(workers, "take_traces"),
         )
-        self._notice_its_death(engine_client)
-        guard(engine_client, models, prompt_logprobs_refused=_why_no_prompt_logprobs(engine_client))
 
-    def _notice_its_death(self, engine: EngineClient) -> None:
-        """An engine that is to be shut down and runs no longer has died."""
-        shutdown, asked = engine.shutdown, False
-
-        def noticed(*args: Any, **options: Any) -> Any:
-            nonlocal asked
-            self.engine_died |= engine.errored and not asked
-            asked = True
-            return shutdown(*args, **options)
-
-        engine.shutdown = noticed
-
-
-def install(plugin: AssentPlugin) -> None:
-    """Make vLLM load this plugin, and no other."""
-
-    def load_endpoint_plugins(supported_tasks: Any = None) -> list[AssentPlugin]:
-        return [plugin]
-
-    vllm.plugins.load_endpoint_plugins = load_endpoint_plugins
+    def _note_death(self, engine: EngineClient) -> None:
+        """An engine that has failed before its shutdown has died."""
+        self.engine_died |= engine.errored
 
 
 def _directory_of(args: Namespace) -> Path:

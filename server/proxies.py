@@ -1,14 +1,17 @@
-"""The proxies that are loaded, which of them a name stands for, and who still uses which.
+"""The loaded proxies: which version a name stands for, and which requests use it.
 
-A proxy is known by (name, version); the version is the hash of its content. Life of one:
+A proxy is identified by (name, version); the version is the hash of its content. Its life:
 
     load ──► serving ──► draining ──► unloaded          shadow ──► unloaded
                 ▲ load again │ when the last request that was pinned to it has ended
                 └────────────┘
 
 A name stands for one version at a time. A request is pinned to a version when it is admitted, and
-that version is not taken out of the worker before the request's answer has ended, whatever is
-loaded or unloaded meanwhile. So a name is never re-bound under a running request.
+that version is not unloaded from the worker before the response has ended, whatever is loaded or
+unloaded meanwhile. So a name never changes its meaning under a running request.
+
+This class decides which versions serve. The worker loads and unloads what it is told, and keeps what its running
+requests use; `proxy_manifest` and `learned_proxies` only ask for changes.
 """
 
 import asyncio
@@ -26,15 +29,15 @@ logger = logging.getLogger(__name__)
 
 PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
 LEARNED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Of one that is learned, whose directory has this name: no dot comes first."""
+"""A learned proxy's name is also a directory's: no dot comes first."""
 OWNER = "/"
-"""Between the name of a key's own proxy and a hash of the key's: no name has it, so no request can ask for it."""
+"""Separates the name of a key's own proxy from a hash of the key. No valid name has it, so no request can use one."""
 
 State = Literal["serving", "shadow", "draining", "unloaded"]
 
 
-class Refusal(Exception):
-    """A request to load or unload that cannot be granted; the message is for a person."""
+class ProxyStateError(Exception):
+    """A proxy cannot be loaded or unloaded; `status` is the HTTP status, the message says why."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -43,7 +46,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A proxy that the command line asks for."""
+    """A proxy of the command line."""
 
     name: str
     directory: Path
@@ -51,23 +54,25 @@ class Checkpoint:
 
 
 @dataclass(eq=False)
-class LoadedProxy:
+class ServedVersion:
+    """One loaded version of a proxy."""
+
     name: str
     version: str
     description: dict[str, Any]
-    """What the worker says of it: sizes, directory, base, training."""
+    """The worker's description: sizes, directory, base, training."""
     state: State
     in_flight: int = 0
-    """Requests whose answers are not finished yet."""
+    """Number of requests pinned to it."""
 
     @property
     def shown_name(self) -> str:
-        """What its callers call it."""
+        """The name that its callers use."""
         return self.name.partition(OWNER)[0]
 
     @property
     def is_owned(self) -> bool:
-        """Whether it is a single key's own."""
+        """Whether it belongs to a single key."""
         return OWNER in self.name
 
     def as_json(self) -> dict[str, Any]:
@@ -81,7 +86,7 @@ class LoadedProxy:
 
 
 class Proxies:
-    """All calls run on the event loop; loads and unloads go one after another."""
+    """All loaded proxies. Calls run on the event loop; loads and unloads are serialized."""
 
     def __init__(
         self, workers: Workers, *, base: BaseModelId | None = None, root: Path | None = None
@@ -89,38 +94,38 @@ class Proxies:
         """
         Args:
             workers: makes calls on every rank.
-            base: the LLM that proxies must have been made for; None skips the check here, the
-                worker's remains.
-            root: the directory below which proxies may be loaded over HTTP; None for nowhere.
+            base: the LLM that proxies must be trained for; None skips the check here, but not in
+                the worker.
+            root: the directory below which proxies may be loaded over HTTP; None = none may.
         """
         self.root = root
         self._workers = workers
         self._base = base
-        self._loaded: dict[tuple[str, str], LoadedProxy] = {}  # draining ones included
-        self._bound: dict[str, LoadedProxy] = {}  # what each name stands for, shadows included
+        self._loaded: dict[tuple[str, str], ServedVersion] = {}  # draining ones included
+        self._bound: dict[str, ServedVersion] = {}  # what each name stands for, shadows included
         self._lock = asyncio.Lock()
         self._sweeps: set[asyncio.Task[None]] = set()
 
-    def __iter__(self) -> Iterator[LoadedProxy]:
+    def __iter__(self) -> Iterator[ServedVersion]:
         return iter(self._loaded.values())
 
     def names(self) -> list[str]:
-        """What a request may ask for."""
+        """The names that a request may use."""
         return [
             name
             for name, proxy in self._bound.items()
             if proxy.state == "serving" and not proxy.is_owned
         ]
 
-    def bound(self, name: str) -> LoadedProxy | None:
-        """The version that a name stands for now; a shadow has a name too."""
+    def bound(self, name: str) -> ServedVersion | None:
+        """The version that a name stands for now, shadows included."""
         return self._bound.get(name)
 
-    def pin(self, proxy: LoadedProxy) -> None:
-        """Keep this version until `unpin`. It must be what its name stands for."""
+    def pin(self, proxy: ServedVersion) -> None:
+        """Keep this version loaded until `unpin`. It must be the one that its name stands for."""
         proxy.in_flight += 1
 
-    def unpin(self, proxy: LoadedProxy) -> None:
+    def unpin(self, proxy: ServedVersion) -> None:
         proxy.in_flight -= 1
         if proxy.state == "draining" and proxy.in_flight == 0:
             sweep = asyncio.create_task(self._sweep())
@@ -129,32 +134,32 @@ class Proxies:
 
     async def load(
         self, name: str, directory: Path, *, shadow: bool = False, version: str | None = None
-    ) -> tuple[LoadedProxy, bool]:
-        """Have the name stand for the checkpoint in a directory: all ranks load it, or none.
+    ) -> tuple[ServedVersion, bool]:
+        """Bind the name to the checkpoint in a directory: all ranks load it, or none.
 
         Args:
-            version: what it must be; None for whatever is there.
+            version: the expected version; None = any.
 
         Returns:
-            The proxy, and whether it had to be loaded: what is there already is not loaded again.
+            The version, and whether it was loaded now; a loaded version is not loaded again.
 
         Raises:
-            Refusal: nothing has changed, and the message says why.
+            ProxyStateError: nothing has changed; the message says why.
         """
         async with self._lock:
-            # Read here first, beside the event loop: most mistakes show before a worker is asked.
+            # Read it here first, in a thread: most mistakes show before a worker is called.
             try:
                 checkpoint = await asyncio.to_thread(load, directory, base=self._base)
             except ProxyError as error:
-                raise Refusal(400, str(error)) from None
+                raise ProxyStateError(400, str(error)) from None
             if version not in (None, checkpoint.version):
-                raise Refusal(
+                raise ProxyStateError(
                     409,
                     f"{directory} holds version {checkpoint.version} by now, and not {version}: load it again",
                 )
             current = self._bound.get(name)
             if current is not None and (current.state == "shadow") != shadow:
-                raise Refusal(
+                raise ProxyStateError(
                     409,
                     f"{name!r} is loaded as a {'shadow' if not shadow else 'serving proxy'}: "
                     f"unload it first, or take another name",
@@ -163,7 +168,7 @@ class Proxies:
             is_new = proxy is None
             if proxy is None:
                 description = await self._load_on_all(name, directory, checkpoint.version, shadow)
-                proxy = LoadedProxy(name, checkpoint.version, description, "draining")
+                proxy = ServedVersion(name, checkpoint.version, description, "draining")
                 self._loaded[name, checkpoint.version] = proxy
             if proxy is not current:
                 self._retire(current)
@@ -172,14 +177,14 @@ class Proxies:
                 await self._unload_idle()
             return proxy, is_new
 
-    async def unload(self, name: str, version: str | None = None) -> LoadedProxy:
-        """Take a proxy away from new requests, and out of the worker when nobody uses it.
+    async def unload(self, name: str, version: str | None = None) -> ServedVersion:
+        """Give a proxy to no new request, and unload it when no request uses it.
 
         Args:
-            version: None for the one that the name stands for.
+            version: None = the one that the name stands for.
 
         Raises:
-            Refusal: there is none such.
+            ProxyStateError: it is not loaded.
         """
         async with self._lock:
             if version is None:
@@ -189,7 +194,9 @@ class Proxies:
             if proxy is None:
                 loaded = ", ".join(f"{p.name} {p.version}" for p in self) or "none"
                 which = f" of version {version!r}" if version is not None else ""
-                raise Refusal(404, f"No proxy {name!r}{which} is loaded. Loaded are: {loaded}.")
+                raise ProxyStateError(
+                    404, f"No proxy {name!r}{which} is loaded. Loaded are: {loaded}."
+                )
             if self._bound.get(name) is proxy:
                 del self._bound[name]
             self._retire(proxy)
@@ -200,17 +207,17 @@ class Proxies:
         async with self._lock:
             await self._unload_idle()
 
-    def _retire(self, proxy: LoadedProxy | None) -> None:
+    def _retire(self, proxy: ServedVersion | None) -> None:
         if proxy is not None:
             proxy.state = "draining"
 
     async def _unload_idle(self) -> None:
-        """Unload what is draining and not used. Only under the lock, so none of it is bound again."""
+        """Unload what is draining and unused. Only under the lock, so that none of it is bound again."""
         idle = [p for p in self if p.state == "draining" and p.in_flight == 0]
         for proxy in idle:
             try:
                 await self._workers.collective_rpc("unload_proxy", args=(proxy.name, proxy.version))
-            except Exception:  # it stays listed as draining, and the next call tries again
+            except Exception:  # it stays draining, and the next call tries again
                 logger.exception("Proxy %s %s was not unloaded.", proxy.name, proxy.version)
             else:
                 del self._loaded[proxy.name, proxy.version]
@@ -225,16 +232,18 @@ class Proxies:
             )
         except EngineDeadError:
             raise
-        except Exception as error:  # an engine's ranks load it all or none; other engines may have
+        except (
+            Exception
+        ) as error:  # one engine's ranks load all or none; other engines may have loaded it
             await self._unload_quietly(name, {version})
-            raise Refusal(400, _worker_message(error)) from error
-        found = {str(answer.get("version")) for answer in answers}
-        if found != {version}:
-            await self._unload_quietly(name, found | {version})
-            raise Refusal(
+            raise ProxyStateError(400, _worker_message(error)) from error
+        loaded = {str(answer.get("version")) for answer in answers}
+        if loaded != {version}:
+            await self._unload_quietly(name, loaded | {version})
+            raise ProxyStateError(
                 409,
                 f"the checkpoint in {directory} changed while it was loaded: version {version} "
-                f"was checked, but the ranks loaded {', '.join(sorted(found))}. Load it again.",
+                f"was checked, but the ranks loaded {', '.join(sorted(loaded))}. Load it again.",
             )
         return dict(answers[0])
 
@@ -242,26 +251,28 @@ class Proxies:
         for version in versions:
             try:
                 await self._workers.collective_rpc("unload_proxy", args=(name, version))
-            except Exception as error:  # where it was not loaded, there is nothing to undo
+            except Exception as error:  # it was not loaded there
                 logger.info("Nothing to undo: %s", error)
 
 
 def check_name(name: str, models: Collection[str]) -> None:
-    """Raises Refusal if `<model>:<name>` is itself the name of a model or adapter that is served."""
+    """Raises ProxyStateError if `<model>:<name>` is itself the name of a model or adapter that is served."""
     for model in models:
         if f"{model}:{name}" in models:
-            raise Refusal(409, f"'{model}:{name}' is the name of a served model: take another")
+            raise ProxyStateError(
+                409, f"'{model}:{name}' is the name of a served model: take another"
+            )
 
 
 def find_below(root: Path, path: str) -> Path:
-    """The directory that a client's path names below a root, with all links resolved.
+    """The directory of a client's path below a root, with all links resolved.
 
     Raises:
-        Refusal: the path leads out of the root or to something that is not a directory.
+        ProxyStateError: the path leads out of the root, or to no directory.
     """
 
-    def refuse(reason: str) -> Refusal:
-        return Refusal(400, f"path {path!r} {reason}")
+    def refuse(reason: str) -> ProxyStateError:
+        return ProxyStateError(400, f"path {path!r} {reason}")
 
     if PurePosixPath(path).is_absolute():
         raise refuse("is absolute: it must be relative to --proxy-root")
@@ -273,7 +284,7 @@ def find_below(root: Path, path: str) -> Path:
         files = [(directory / file).resolve() for file in (WEIGHTS_FILE, CONFIG_FILE)]
     except (OSError, RuntimeError, ValueError):  # missing, a loop of links, a NUL
         raise refuse("does not exist below --proxy-root") from None
-    if not all(found.is_relative_to(root) for found in (directory, *files)):
+    if not all(path.is_relative_to(root) for path in (directory, *files)):
         raise refuse("leads out of --proxy-root through a symbolic link")
     if not directory.is_dir():
         raise refuse("is not a directory: name the one that holds the checkpoint")
@@ -281,7 +292,7 @@ def find_below(root: Path, path: str) -> Path:
 
 
 def _worker_message(error: Exception) -> str:
-    """The worker's own words, without vLLM's frame around them."""
+    """The worker's message, without vLLM's text around it."""
     message = re.sub(r"^(Call to \w+ method failed: )+", "", str(error))
     framed = re.fullmatch(
         r"Worker failed with error '(.*)', please check the stack trace.*", message, re.DOTALL

@@ -1,4 +1,4 @@
-"""What a request may say. Unknown keys inside our own objects are errors."""
+"""The bodies of requests. Unknown keys inside our own objects are errors."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -8,8 +8,8 @@ from judge.feedback import Source
 from judge.messages import Message
 from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
-from server.adapters import JudgeKind
 from server.engine import ChatCompletionRequest, CompletionRequest
+from server.judge_adapters import JudgeKind
 from server.proxies import PROXY_NAME
 
 
@@ -26,7 +26,8 @@ class JudgeSettings(BaseModel):
 
     principles: Annotated[list[str], Field(min_length=1), AfterValidator(_no_duplicates)] | None = (
         Field(
-            None, description="The principles to judge by; the majority decides. None = the first."
+            None,
+            description="The principles to judge by; the majority decides. Default: the first.",
         )
     )
     kind: JudgeKind = Field(
@@ -60,13 +61,13 @@ class JudgeOptions(JudgeSettings):
 
 
 class AlignmentOptions(Alignment):
-    """The `alignment` object of a request; what is not for every route says so."""
+    """The `alignment` object of a request. Options that not every route takes say so."""
 
     best_of: int = Field(
         1,
         ge=1,
         le=64,
-        description="Sample so many answers and return the one that the judge ranks first; with "
+        description="Sample this many answers and return the one that the judge ranks first; with "
         "n, the best n in order. Chat only.",
     )
     judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
@@ -85,7 +86,7 @@ class AlignmentOptions(Alignment):
         return self
 
     def for_worker(self, name: str, version: str) -> WorkerAlignment:
-        """What the worker is told once the proxy's version is settled."""
+        """The options for the worker, with the version that the name stands for."""
         return WorkerAlignment(
             proxy=name,
             version=version,
@@ -98,7 +99,7 @@ class AlignmentOptions(Alignment):
 class ChatRequest(ChatCompletionRequest):
     """vLLM's chat request, plus `alignment`.
 
-    The gate takes `alignment` out before this is filled: it stands here for the docs.
+    `middleware.alignment` removes `alignment` before the body is parsed: the field is here for the API's docs.
     """
 
     field_names: ClassVar[set[str] | None] = None  # vLLM's cache must not be shared with the parent
@@ -121,14 +122,14 @@ class LoadRequest(BaseModel):
 
     name: str = Field(
         pattern=f"^{PROXY_NAME.pattern}$",
-        description="What requests will ask for: letters, digits and . _ -",
+        description="The name that requests will use: letters, digits and . _ -",
     )
     path: str = Field(description="The checkpoint's directory, relative to --proxy-root.")
-    shadow: bool = Field(False, description="Let it score what is said, without acting.")
+    shadow: bool = Field(False, description="Let it score tokens without acting.")
 
 
 class LearnRequest(BaseModel):
-    """Learn a proxy of the verdicts that are kept."""
+    """Learn a proxy from the verdicts in the database."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -136,7 +137,7 @@ class LearnRequest(BaseModel):
         ["person"],
         alias="from",
         min_length=1,
-        description="Whose verdicts; a name of --learn has its own.",
+        description="Whose verdicts; a name of --learn has its own setting.",
     )
 
 
@@ -148,11 +149,11 @@ class JudgeMessage(BaseModel):
 
 
 class PromptOrMessages(BaseModel):
-    """What was to be answered, in one of two ways."""
+    """The conversation to respond to, as `prompt` or `messages`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | None = Field(None, description="A single user turn; or else messages.")
+    prompt: str | None = Field(None, description="A single user turn, instead of messages.")
     messages: list[Any] | None = None
 
     def _check_one(self) -> None:
@@ -161,12 +162,12 @@ class PromptOrMessages(BaseModel):
 
 
 class Conversation(PromptOrMessages):
-    """The same, of texts alone."""
+    """The same with messages of text alone."""
 
     messages: list[JudgeMessage] | None = Field(None, min_length=1)
 
     def turns(self) -> list[Message]:
-        """The conversation, whichever way it was given."""
+        """The conversation as messages."""
         if self.messages is None:
             return [Message(role="user", content=self.prompt or "")]
         return [Message(role=m.role, content=m.content) for m in self.messages]
@@ -195,8 +196,8 @@ class JudgeRequest(Conversation, JudgeSettings):
     tie_band: float = Field(
         0.0, ge=0, le=0.5, description="A probability nearer to 0.5 than this is a tie."
     )
-    rationale: bool = Field(False, description="Say why, in words.")
-    max_rationale_tokens: int = Field(128, ge=1, le=1024, description="By each principle.")
+    rationale: bool = Field(False, description="Add the reasons, in words.")
+    max_rationale_tokens: int = Field(128, ge=1, le=1024, description="Limit for each principle.")
     stream: bool = Field(False, description="The rationale as it is written; for one pair.")
 
     @model_validator(mode="after")
@@ -205,7 +206,7 @@ class JudgeRequest(Conversation, JudgeSettings):
             raise ValueError(f"rationale: a {self.kind} judge has only a score, and cannot say why")
         single = (self.prompt, self.messages, self.response_a, self.response_b)
         if self.pairs is not None:
-            if any(each is not None for each in single):
+            if any(value is not None for value in single):
                 raise ValueError("give one pair or pairs, and not both")
             if self.stream:
                 raise ValueError("stream is for one pair, not for pairs")
@@ -218,9 +219,9 @@ class JudgeRequest(Conversation, JudgeSettings):
         return self
 
     def questions(self) -> list[Question]:
-        """The pairs, whichever way they were given."""
+        """The pairs, of either form of the request."""
         if self.pairs is not None:
-            return [Question(each.turns(), each.response_a, each.response_b) for each in self.pairs]
+            return [Question(pair.turns(), pair.response_a, pair.response_b) for pair in self.pairs]
         assert self.response_a is not None and self.response_b is not None
         return [Question(self.turns(), self.response_a, self.response_b)]
 
@@ -237,10 +238,10 @@ class RankRequest(Conversation, JudgeOptions):
 
 
 class FeedbackRequest(PromptOrMessages):
-    """Which response was better: of two to a conversation, or of the choices of an answer."""
+    """Which response was better: of two to a conversation, or of the choices of an earlier answer."""
 
     messages: list[dict[str, Any]] | None = Field(
-        None, description="As in a chat request: tool calls, developer's and tools' turns too."
+        None, description="As in a chat request, with tool calls and turns of developers and tools."
     )
     request_id: str | None = Field(
         None, description="The `id` of an answer with several choices; with `choice`."
@@ -254,7 +255,7 @@ class FeedbackRequest(PromptOrMessages):
     def _answer_or_pair(self) -> "FeedbackRequest":
         pair = (self.prompt, self.messages, self.response_a, self.response_b, self.better)
         if self.request_id is not None:
-            if self.choice is None or any(each is not None for each in pair):
+            if self.choice is None or any(value is not None for value in pair):
                 raise ValueError("with request_id give choice, and nothing else")
             return self
         if self.choice is not None:
@@ -265,7 +266,7 @@ class FeedbackRequest(PromptOrMessages):
         return self
 
     def turns(self) -> list[dict[str, Any]]:
-        """The conversation, whichever way it was given."""
+        """The conversation as messages."""
         if self.messages is None:
             return [{"role": "user", "content": self.prompt}]
         return self.messages

@@ -1,53 +1,86 @@
-"""Server-sent events: vLLM's own, with what we have to say in them."""
+"""Server-sent events: vLLM's own chunks with `alignment` added."""
 
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Trace = list[dict[str, Any]]
+DONE = "data: [DONE]\n\n"
+
+
+class Event(NamedTuple):
+    """One of vLLM's server-sent events."""
+
+    text: str
+    """As it was sent, with the empty line at its end."""
+    data: dict[str, Any] | None
+    """The chunk; None for anything that is no JSON object, such as `[DONE]`."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Event":
+        content = text.removeprefix("data: ")
+        try:
+            data = json.loads(content) if content.startswith("{") else None
+        except ValueError:
+            data = None
+        return cls(text, data)
+
+    @property
+    def is_done(self) -> bool:
+        return self.text.startswith("data: [DONE]")
+
+    @property
+    def choices(self) -> list[dict[str, Any]] | None:
+        """None where the chunk is no part of a response, such as an error."""
+        return None if self.data is None else self.data.get("choices")
+
+    @property
+    def may_be_last(self) -> bool:
+        """Only a chunk that ends a choice, or reports usage alone, can be the last of a response."""
+        if self.choices is None:
+            return False
+        return not self.choices or any(c.get("finish_reason") is not None for c in self.choices)
+
+    def with_alignment(self, fields: dict[str, Any]) -> "Event":
+        """With more fields in the chunk's `alignment`; a trace is appended to the chunk's own."""
+        data = self.data or {}
+        before = data.get("alignment", {})
+        alignment = before | fields
+        if "trace" in fields:
+            alignment["trace"] = before.get("trace", []) + fields["trace"]
+        data = data | {"alignment": alignment}
+        return Event(as_event(data), data)
 
 
 async def attach_to_stream(
     chunks: AsyncGenerator[str, None],
     *,
-    make_receipt: Callable[[], Awaitable[dict[str, Any]]],
+    make_stats: Callable[[], Awaitable[dict[str, Any]]],
     trace: Callable[[], Awaitable[Trace]] | None = None,
 ) -> AsyncGenerator[str, None]:
-    """vLLM's events, with the receipt in the last, and the trace in those that it goes with.
+    """vLLM's events, with the alignment statistics in the last chunk, and trace entries with their tokens.
 
-    Only a chunk that ends a choice, or reports usage, can be the last: these are held back until
-    the next one comes, and all others go out at once.
+    A chunk that may be the last is held back until the next one comes; all others go out at once.
     """
-    held: str | None = None
+    held: Event | None = None
     async for chunk in chunks:
-        if chunk.startswith("data: [DONE]"):
+        event = Event.parse(chunk)
+        if event.is_done:
             if held is not None:
                 rest = {"trace": await trace()} if trace is not None else {}
-                yield with_alignment(held, rest | await make_receipt())
+                yield held.with_alignment(rest | await make_stats()).text
             held = None
         elif held is not None:
-            yield held
+            yield held.text
             held = None
-        if trace is not None and '"choices":' in chunk:
-            new = await trace()
-            chunk = with_alignment(chunk, {"trace": new}) if new else chunk
-        # Within JSON text a quote would be escaped, so this finds keys only.
-        if '"finish_reason":"' in chunk or '"choices":[]' in chunk:
-            held = chunk
+        if trace is not None and event.choices is not None and (entries := await trace()):
+            event = event.with_alignment({"trace": entries})
+        if event.may_be_last:
+            held = event
         else:
-            yield chunk
+            yield event.text
     if held is not None:
-        yield held
-
-
-def with_alignment(event: str, fields: dict[str, Any]) -> str:
-    """An event with more fields in its `alignment`; a trace is added to the one that is there."""
-    data = json.loads(event.removeprefix("data: "))
-    before = data.get("alignment", {})
-    data["alignment"] = before | fields
-    if "trace" in fields:
-        data["alignment"]["trace"] = before.get("trace", []) + fields["trace"]
-    return as_event(data)
+        yield held.text
 
 
 def as_event(data: dict[str, Any]) -> str:

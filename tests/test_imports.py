@@ -31,10 +31,12 @@ VLLM_FILES = {
     "proxy/engine/sampler_v1.py",
     "proxy/engine/sampler_v2.py",
     "proxy/worker.py",
+    "server/arguments.py",
     "server/cli.py",
     "server/doctor.py",
     "server/engine.py",
     "server/plugin.py",
+    "server/vllm_patches.py",
     "training/rollout_vllm.py",
     "training/rollout_worker.py",
 }

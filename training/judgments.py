@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from judge.judge import ask
 from judge.messages import text_of
+from judge.pairwise import encode_question
 from judge.principles import Principle
 from judge.prompts import Question, TooLong, label_ids, rationale_ids, rationale_text
 from training.console import TrainingError
@@ -60,7 +60,7 @@ def judgment_examples(
         rests = _rationales(row, tokenizer, principle)
         try:
             room = max_tokens - 1 - max(map(len, rests))
-            judgment = ask(tokenizer, question, principle, room)
+            judgment = encode_question(tokenizer, question, principle, room)
         except TooLong:
             raise TrainingError(
                 f"a judgment by {name!r} has no room for its question in {max_tokens} tokens, --max-length or the "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from judge.judge import ask
+from judge.pairwise import encode_question
 from judge.principles import Principle
 from judge.prompts import Question, label_ids
 from training.adapters import CausalLM
@@ -40,7 +40,9 @@ class ModelJudge:
         rows = [
             ids
             for question in questions
-            for ids in ask(self.tokenizer, question, self.principle, self.max_tokens).prompts
+            for ids in encode_question(
+                self.tokenizer, question, self.principle, self.max_tokens
+            ).prompts
         ]
         last = []
         for start in range(0, len(rows), self.batch_size):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from judge.messages import Message
 from judge.prompts import Question
-from judge.verdict import Ruling, Verdict
+from judge.verdict import PairResult, Verdict
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.reward_loading import load_reward, model_judges
@@ -86,10 +86,10 @@ def load_judges(
     return {"score": Scores(reward, frozen)}
 
 
-def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[Ruling]:
+def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[PairResult]:
     """The results of all judges, one for each question."""
     orders = [judge.log_odds(questions).sigmoid().tolist() for judge in judges.values()]
     return [
-        Ruling({name: Verdict((a, b)) for name, (a, b) in zip(judges, row, strict=True)})
+        PairResult({name: Verdict((a, b)) for name, (a, b) in zip(judges, row, strict=True)})
         for row in zip(*orders, strict=True)
     ]

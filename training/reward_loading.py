@@ -1,15 +1,14 @@
 """The reward that `--reward` names; `training.rewards` lists what it may be."""
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from judge.functions import load_function
 from judge.principles import principles_of
 from proxy.checkpoint import (
     WEIGHTS_FILE,
@@ -56,9 +55,9 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
         return _load_trained(directory, frozen)
     if (directory / WEIGHTS_FILE).is_file():
         return ProxyReward(load(directory, base=frozen.base).network, frozen)
-    module, _, function = name.partition(":")
-    if function and not directory.exists():
-        return FunctionReward(name, _import_function(name, module, function))
+    if name.partition(":")[2] and not directory.exists():
+        with loading(f"the reward {name!r}"):
+            return FunctionReward(name, load_function(name))
     return _load_classifier(name, frozen)
 
 
@@ -145,11 +144,3 @@ def _load_classifier(name: str, frozen: Frozen) -> Reward:
     if not tokenizer.chat_template:
         raise TrainingError(f"the tokenizer of {name!r} has no chat template; add one first")
     return ScalarReward(scorer.eval().to(like.device), tokenizer, frozen.batch_size)
-
-
-def _import_function(name: str, module: str, function: str) -> Callable[..., Any]:
-    with loading(f"the reward {name!r}"):
-        function_object = getattr(importlib.import_module(module), function)
-    if not callable(function_object):
-        raise TrainingError(f"the reward {name!r} is no function: {function_object!r}")
-    return function_object

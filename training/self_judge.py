@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from judge.options import NonNegative, Positive, Share
 from judge.principles import FILE_NAME, principles_of, write_principles
 from judge.prompts import Question
-from judge.verdict import Ruling
+from judge.verdict import PairResult
 from proxy.checkpoint import resolve_model_dir
 from training import on_policy, output
 from training.adapters import CausalLM, lora_config
@@ -104,7 +104,7 @@ class Pairs(NamedTuple):
 
     prompts: list[Prompt]
     responses: list[list[int]]  # [2 N] token ids
-    rulings: list[Ruling]  # [N], of the first answer against the second
+    rulings: list[PairResult]  # [N], of the first answer against the second
 
 
 class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
@@ -215,7 +215,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
                 pairs.prompts, pairs.responses[:count], pairs.responses[count:], strict=True
             )
         ]
-        sign = torch.tensor([1.0 if r.first_goes_on else -1.0 for r in pairs.rulings]).to(device)
+        sign = torch.tensor([1.0 if r.first_advances else -1.0 for r in pairs.rulings]).to(device)
         certainty = torch.ones_like(sign)  # weight of the likelier order in a pair's loss
         if options.soft_labels:
             certainty = torch.tensor([r.probability for r in pairs.rulings]).to(device)
@@ -268,7 +268,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         if self.outside is not None:
             scores = self.outside(self.samples([*prompts, *prompts], pairs.responses))
             first_scores, second_scores = scores.cpu().split(len(prompts))
-            prefers = torch.tensor([r.first_goes_on for r in pairs.rulings])
+            prefers = torch.tensor([r.first_advances for r in pairs.rulings])
             agrees = torch.where(
                 first_scores == second_scores,
                 0.5,

@@ -14,8 +14,8 @@ from benchmarks.comparison.evaluation import DECODING
 from benchmarks.comparison.jobs import Setting
 from judge.messages import Message
 from judge.prompts import Question
-from judge.tournament import Pair, Receipt, play
-from judge.verdict import TIE, Ruling, Verdict
+from judge.tournament import Pair, TournamentRecord, play
+from judge.verdict import TIE, PairResult, Verdict
 from proxy.checkpoint import identify
 from training.models import load_model
 from training.pair_judges import load_judges, rule
@@ -26,7 +26,7 @@ CLEAR = 2.0
 """Pairs differ clearly if their reference scores differ by at least this much."""
 BATCH = 64
 
-Rule = Callable[[Sequence[Question]], list[Ruling]]
+Rule = Callable[[Sequence[Question]], list[PairResult]]
 Rate = tuple[float, float]
 """A share and its standard error."""
 
@@ -71,7 +71,7 @@ def agreement(
         quality: which one the reference scorer grades; None = all
     """
     rulings = judge([_question(row) for row in rows])
-    prefers = torch.tensor([ruling.first_goes_on for ruling in rulings])
+    prefers = torch.tensor([ruling.first_advances for ruling in rulings])
     consistent = torch.tensor([ruling.mean.consistent for ruling in rulings])
     golds = torch.tensor([preferred(row, quality) for row in rows])
     right, clear = prefers == (golds > 0), golds.abs() >= CLEAR
@@ -125,12 +125,12 @@ def knock_out_round(
     ]
     rulings = iter(judge(questions))
     return [
-        [a if next(rulings).first_goes_on else b for a, b in zip(row[::2], row[1::2], strict=True)]
+        [a if next(rulings).first_advances else b for a, b in zip(row[::2], row[1::2], strict=True)]
         for row in standing
     ]
 
 
-Rulings = dict[Pair, Ruling]
+Rulings = dict[Pair, PairResult]
 
 
 def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
@@ -140,15 +140,15 @@ def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
     found: Rulings = {}
     for (a, b), ruling in zip(pairs, ruled, strict=True):
         first, second = TIE if answers[a] == answers[b] else ruling.mean.orders
-        found[a, b] = Ruling({"judge": Verdict((first, second))})
-        found[b, a] = Ruling({"judge": Verdict((1 - second, 1 - first))})
+        found[a, b] = PairResult({"judge": Verdict((first, second))})
+        found[b, a] = PairResult({"judge": Verdict((1 - second, 1 - first))})
     return found
 
 
-def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> Receipt:
+def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> TournamentRecord:
     """A strategy's tournament, from known results."""
 
-    async def look_up(pairs: list[Pair]) -> list[Ruling]:
+    async def look_up(pairs: list[Pair]) -> list[PairResult]:
         return [rulings[pair] for pair in pairs]
 
     return asyncio.run(play(strategy, num, look_up, seed))

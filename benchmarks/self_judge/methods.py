@@ -218,9 +218,9 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
             rulings = all_rulings(judge, prompt, answers)
             everyones = play_known("round-robin", SAMPLES, place, rulings).winner
             for name in STRATEGIES:
-                receipt = play_known(name, SAMPLES, place, rulings)
-                best, comparisons = golds[receipt.winner], sum(map(len, receipt.rounds))
-                same = answers[receipt.winner] == answers[everyones]
+                record = play_known(name, SAMPLES, place, rulings)
+                best, comparisons = golds[record.winner], sum(map(len, record.rounds))
+                same = answers[record.winner] == answers[everyones]
                 chosen[name].append((best, comparisons, best == max(golds), same))
         strategies = {}
         for name, found in chosen.items():

@@ -1,22 +1,92 @@
-"""Features of vLLM that do not work with proxies."""
+"""Features of vLLM that proxies do not work with yet: the one list, for the command line and for the worker.
 
-from typing import Any
+The command line refuses them by flag before the engine starts. The worker checks vLLM's finished configuration, which
+other settings can change, and which a user of the worker without our server has too.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from proxy.checkpoint import ProxyError
 
 
+class Feature(NamedTuple):
+    """A flag of vLLM's, and where its value is in `VllmConfig`."""
+
+    name: str
+    flag: str
+    config: str | None
+    """Attribute of VllmConfig that holds the value; None = VllmConfig itself."""
+    attribute: str
+    """Of that object, and of the parsed command line."""
+    advice: str
+
+
+UNSUPPORTED = (
+    Feature(
+        "speculative decoding",
+        "--speculative-config",
+        None,
+        "speculative_config",
+        "leave out --speculative-config",
+    ),
+    Feature(
+        "batch-sharded sampling",
+        "--enable-batch-sharded-sampling",
+        "parallel_config",
+        "enable_batch_sharded_sampling",
+        "leave out --enable-batch-sharded-sampling",
+    ),
+    Feature(
+        "pipeline parallelism",
+        "--pipeline-parallel-size",
+        "parallel_config",
+        "pipeline_parallel_size",
+        "use --tensor-parallel-size",
+    ),
+    Feature(
+        "prefill context parallelism",
+        "--prefill-context-parallel-size",
+        "parallel_config",
+        "prefill_context_parallel_size",
+        "use --tensor-parallel-size",
+    ),
+    Feature(
+        "trace replay",
+        "--enable-trace-replay",
+        "model_config",
+        "enable_trace_replay",
+        "leave out --enable-trace-replay",
+    ),
+)
+
+
+def unsupported_in_arguments(args: Any) -> Iterator[Feature]:
+    """The features that vLLM's parsed command line switches on."""
+    return (feature for feature in UNSUPPORTED if _is_on(args, feature))
+
+
+def unsupported_in_config(config: Any) -> Iterator[Feature]:
+    """The features that a VllmConfig switches on. A part of it that is None switches nothing on."""
+    for feature in UNSUPPORTED:
+        holder = config if feature.config is None else getattr(config, feature.config)
+        if holder is not None and _is_on(holder, feature):
+            yield feature
+
+
 def refuse_unsupported(config: Any) -> None:
-    """Refuse at start-up what would fail silently later."""
-    reasons = []
-    if config.speculative_config is not None:
-        reasons.append("speculative decoding (leave out --speculative-config)")
-    if config.parallel_config.enable_batch_sharded_sampling:
-        reasons.append("batch-sharded sampling (leave out --enable-batch-sharded-sampling)")
-    if config.parallel_config.pipeline_parallel_size > 1:
-        reasons.append("pipeline parallelism (use --tensor-parallel-size)")
-    if config.parallel_config.prefill_context_parallel_size > 1:
-        reasons.append("prefill context parallelism (use --tensor-parallel-size)")
-    if config.model_config is not None and config.model_config.enable_trace_replay:
-        reasons.append("trace replay (leave out --enable-trace-replay)")
+    """Refuse at start-up what would fail silently later.
+
+    Raises:
+        ProxyError: the VllmConfig switches a feature of the list on.
+    """
+    reasons = [f"{feature.name} ({feature.advice})" for feature in unsupported_in_config(config)]
     if reasons:
         raise ProxyError(f"Proxies do not work yet with {'; '.join(reasons)}.")
+
+
+def _is_on(holder: Any, feature: Feature) -> bool:
+    value = getattr(holder, feature.attribute)
+    if type(value) is int:  # the size of a group of devices
+        return value > 1
+    return value is not None and value is not False

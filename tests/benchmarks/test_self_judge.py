@@ -17,15 +17,17 @@ from benchmarks.self_judge.methods import CEILING, SAMPLES, ceiling
 from benchmarks.self_judge.plan import SPEAKERS, all_jobs
 from judge.prompts import Question
 from judge.tournament import replay
-from judge.verdict import Ruling, Verdict
+from judge.verdict import PairResult, Verdict
 from training.toy_data.files import assistant, user
 
 
-def longer_wins(questions: Sequence[Question]) -> list[Ruling]:
+def longer_wins(questions: Sequence[Question]) -> list[PairResult]:
     """A judge that prefers the longer response, and of like ones whichever is shown first."""
     sizes = [(len(each.first), len(each.second)) for each in questions]
     return [
-        Ruling({"length": Verdict((0.9, 0.9) if a > b else (0.1, 0.1) if a < b else (0.8, 0.2))})
+        PairResult(
+            {"length": Verdict((0.9, 0.9) if a > b else (0.1, 0.1) if a < b else (0.8, 0.2))}
+        )
         for a, b in sizes
     ]
 

@@ -34,15 +34,15 @@ def compare(engine, pairs, judge=None, **options):
         engine.tokenizer, engine, **{"beta": 0.5, "max_tokens": 1000} | options
     )
     questions = [Question(PROMPT, *pair) for pair in pairs]
-    return asyncio.run(judge.compare(questions, {})), judge
+    return asyncio.run(judge.compare(questions)), judge
 
 
 def test_the_probability_is_bradley_terrys_and_knows_no_order(engine):
-    rulings, _ = compare(engine, [("good", "fair"), ("fair", "good"), ("bad", "good")])
-    for ruling, expected in zip(rulings, (1 / (1 + math.exp(-1)), 1 / (1 + math.e)), strict=False):
-        assert ruling.by_principle["likelihood"].orders == pytest.approx((expected, expected))
-    assert [ruling.winner for ruling in rulings] == ["a", "b", "b"]
-    assert rulings[2].probability == pytest.approx(math.exp(-21.5), rel=1e-6)
+    results, _ = compare(engine, [("good", "fair"), ("fair", "good"), ("bad", "good")])
+    for result, expected in zip(results, (1 / (1 + math.exp(-1)), 1 / (1 + math.e)), strict=False):
+        assert result.by_principle["likelihood"].orders == pytest.approx((expected, expected))
+    assert [result.winner for result in results] == ["a", "b", "b"]
+    assert results[2].probability == pytest.approx(math.exp(-21.5), rel=1e-6)
 
 
 def test_every_response_is_read_once(engine):
@@ -60,14 +60,14 @@ def test_every_response_is_read_once(engine):
 
 
 def test_identical_responses_tie_and_cost_nothing(engine):
-    (ruling,), judge = compare(engine, [("good", "good")])
-    assert ruling.winner == "tie" and ruling.probability == 0.5
+    (result,), judge = compare(engine, [("good", "good")])
+    assert result.winner == "tie" and result.probability == 0.5
     assert engine.batches == [] and judge.usage.prompt_tokens == 0
 
 
 def test_the_tie_band(engine):
-    (ruling,), _ = compare(engine, [("good", "fair")], tie_band=0.25)
-    assert ruling.winner == "tie"  # 0.231 from the middle
+    (result,), _ = compare(engine, [("good", "fair")], tie_band=0.25)
+    assert result.winner == "tie"  # 0.231 from the middle
 
 
 def test_what_is_too_long_is_cut(engine):

@@ -1,29 +1,29 @@
-"""The knock-out: who meets whom, who wins, and that a receipt replays without a model."""
+"""The knock-out: who meets whom, who wins, and that a record replays without a model."""
 
 import asyncio
 import json
 
 import pytest
 
-from judge.tournament import STRATEGIES, Receipt, knock_out, play, replay
-from judge.verdict import Ruling, Verdict
+from judge.tournament import STRATEGIES, TournamentRecord, knock_out, play, replay
+from judge.verdict import PairResult, Verdict
 
 
-def ruling(*orders: tuple[float, float]) -> Ruling:
+def result(*orders: tuple[float, float]) -> PairResult:
     """By principles p, q, ..."""
-    return Ruling(dict(zip("pqr", map(Verdict, orders), strict=False)))
+    return PairResult(dict(zip("pqr", map(Verdict, orders), strict=False)))
 
 
 def rank(
     num: int, strengths: list[float], seed: int, strategy: str = "knock-out"
-) -> tuple[Receipt, list[list[tuple[int, int]]]]:
+) -> tuple[TournamentRecord, list[list[tuple[int, int]]]]:
     """A tournament before a judge that is sure that the higher strength wins."""
     asked: list[list[tuple[int, int]]] = []
 
     async def compare_round(pairs):
         asked.append(pairs)
         return [
-            ruling((0.9, 0.8)) if strengths[a] > strengths[b] else ruling((0.2, 0.1))
+            result((0.9, 0.8)) if strengths[a] > strengths[b] else result((0.2, 0.1))
             for a, b in pairs
         ]
 
@@ -34,23 +34,23 @@ def rank(
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_the_best_by_a_consistent_judge_wins(num, seed):
     strengths = [float((7 * i + seed) % 101) for i in range(num)]
-    receipt, asked = rank(num, strengths, seed)
-    assert receipt.winner == strengths.index(max(strengths))
+    record, asked = rank(num, strengths, seed)
+    assert record.winner == strengths.index(max(strengths))
     # N - 1 comparisons in ceil(log2 N) rounds, one batch each.
     assert sum(map(len, asked)) == num - 1
-    assert len(asked) == len(receipt.rounds) == (num - 1).bit_length()
+    assert len(asked) == len(record.rounds) == (num - 1).bit_length()
 
 
 def test_every_loser_is_out_and_everybody_plays():
-    receipt, asked = rank(11, [float(i) for i in range(11)], seed=3)
+    record, asked = rank(11, [float(i) for i in range(11)], seed=3)
     losers = [
         index
-        for played in receipt.rounds
+        for played in record.rounds
         for comparison in played
         for index in comparison.pair
         if index != comparison.winner
     ]
-    assert sorted([*losers, receipt.winner]) == list(range(11))
+    assert sorted([*losers, record.winner]) == list(range(11))
     assert {index for pairs in asked for pair in pairs for index in pair} == set(range(11))
 
 
@@ -71,55 +71,55 @@ def test_the_seed_draws_the_bracket():
 
 def test_an_undecided_pair_sends_its_first_on():
     async def undecided(pairs):
-        return [ruling((0.5, 0.5)) for _ in pairs]
+        return [result((0.5, 0.5)) for _ in pairs]
 
-    receipt = asyncio.run(play("knock-out", 6, undecided, seed=7))
-    assert [c.winner for c in receipt.rounds[0]] == [3, 0, 4]
+    record = asyncio.run(play("knock-out", 6, undecided, seed=7))
+    assert [c.winner for c in record.rounds[0]] == [3, 0, 4]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("num", [1, 2, 3, 8, 13])
 def test_a_receipt_replays_to_its_ranking_from_json(num, strategy):
-    receipt, _ = rank(num, [float(i * i % 7) for i in range(num)], num, strategy)
-    assert sorted(receipt.ranking) == list(range(num))
-    as_json = json.loads(json.dumps(receipt.as_json()))
-    assert replay(as_json) == receipt.ranking
-    assert as_json["winner"] == receipt.ranking[0]
+    record, _ = rank(num, [float(i * i % 7) for i in range(num)], num, strategy)
+    assert sorted(record.ranking) == list(range(num))
+    as_json = json.loads(json.dumps(record.as_json()))
+    assert replay(as_json) == record.ranking
+    assert as_json["winner"] == record.ranking[0]
 
 
 def test_several_principles_replay_to_the_majority():
     async def compare_round(pairs):
         # Two principles are a little for the first, the third is much against it.
-        return [ruling((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
+        return [result((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
 
-    receipt = asyncio.run(play("knock-out", 2, compare_round, seed=0))
-    (comparison,) = receipt.rounds[0]
-    assert comparison.winner == comparison.pair[0] == receipt.winner
+    record = asyncio.run(play("knock-out", 2, compare_round, seed=0))
+    (comparison,) = record.rounds[0]
+    assert comparison.winner == comparison.pair[0] == record.winner
     assert comparison.probability == pytest.approx(1.3 / 3)
-    assert replay(json.loads(json.dumps(receipt.as_json()))) == receipt.ranking
+    assert replay(json.loads(json.dumps(record.as_json()))) == record.ranking
 
 
 @pytest.mark.parametrize("num", [2, 3, 7, 16])
 def test_a_round_robin_asks_for_all_pairs_once_and_ranks_all(num):
     strengths = [float((7 * i) % 17) for i in range(num)]
-    receipt, asked = rank(num, strengths, seed=5, strategy="round-robin")
+    record, asked = rank(num, strengths, seed=5, strategy="round-robin")
     assert len(asked) == 1
     assert len({frozenset(pair) for pair in asked[0]}) == len(asked[0]) == num * (num - 1) // 2
-    assert receipt.ranking == sorted(range(num), key=lambda i: -strengths[i])
+    assert record.ranking == sorted(range(num), key=lambda i: -strengths[i])
 
 
 @pytest.mark.parametrize("num", [2, 4, 5, 6, 11, 16])
 def test_the_last_four_of_a_final_four_all_meet(num):
     strengths = [float((7 * i) % 17) for i in range(num)]
-    receipt, asked = rank(num, strengths, seed=5, strategy="final-four")
+    record, asked = rank(num, strengths, seed=5, strategy="final-four")
     *before, last = asked
     four = {index for pair in last for index in pair}
     assert len({frozenset(pair) for pair in last}) == len(last) == len(four) * (len(four) - 1) // 2
     assert len(four) == min(num, 4)
     assert sum(map(len, before)) == num - len(four)
     assert {i for pairs in asked for pair in pairs for i in pair} == set(range(num))
-    assert receipt.ranking[:4] == sorted(four, key=lambda i: -strengths[i])
-    assert receipt.winner == strengths.index(max(strengths))
+    assert record.ranking[:4] == sorted(four, key=lambda i: -strengths[i])
+    assert record.winner == strengths.index(max(strengths))
 
 
 def test_a_final_four_counts_all_its_games():
@@ -129,10 +129,10 @@ def test_a_final_four_counts_all_its_games():
 
     async def compare_round(pairs):
         won = sure | {(b, a): 1 - p for (a, b), p in sure.items()}
-        return [ruling((won[pair], won[pair])) for pair in pairs]
+        return [result((won[pair], won[pair])) for pair in pairs]
 
-    receipt = asyncio.run(play("final-four", 4, compare_round, seed=0))
-    assert receipt.winner == 0
+    record = asyncio.run(play("final-four", 4, compare_round, seed=0))
+    assert record.winner == 0
 
 
 def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
@@ -140,29 +140,29 @@ def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
     sure = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
 
     async def compare_round(pairs):
-        return [ruling((sure.get(pair, 0.7),) * 2) for pair in pairs]
+        return [result((sure.get(pair, 0.7),) * 2) for pair in pairs]
 
-    receipt = asyncio.run(play("knock-out", 6, compare_round, seed=7))
+    record = asyncio.run(play("knock-out", 6, compare_round, seed=7))
     # Then (3, 0) with a bye for 4, then (4, 3): the bye plays first.
-    assert [[c.pair for c in games] for games in receipt.rounds[1:]] == [[(3, 0)], [(4, 3)]]
-    assert receipt.ranking == [4, 3, 0, 5, 2, 1]
+    assert [[c.pair for c in games] for games in record.rounds[1:]] == [[(3, 0)], [(4, 3)]]
+    assert record.ranking == [4, 3, 0, 5, 2, 1]
 
 
 def test_a_changed_verdict_changes_the_winner():
-    receipt, _ = rank(2, [1.0, 2.0], seed=0)
-    changed = receipt.as_json()
+    record, _ = rank(2, [1.0, 2.0], seed=0)
+    changed = record.as_json()
     orders = changed["rounds"][0][0]["orders"]
     orders["p"] = [1 - p for p in orders["p"]]
-    assert replay(changed) == receipt.ranking[::-1]
+    assert replay(changed) == record.ranking[::-1]
 
 
 def test_replay_refuses_what_does_not_fit_the_seed():
-    receipt, _ = rank(4, [1.0, 2.0, 3.0, 4.0], seed=0)
+    record, _ = rank(4, [1.0, 2.0, 3.0, 4.0], seed=0)
     with pytest.raises(ValueError, match="not the strategy's"):
-        replay(receipt.as_json() | {"rounds": receipt.as_json()["rounds"][:1]})
+        replay(record.as_json() | {"rounds": record.as_json()["rounds"][:1]})
     with pytest.raises(ValueError, match="after its last round"):
-        replay(receipt.as_json() | {"rounds": receipt.as_json()["rounds"] * 2})
-    swapped = receipt.as_json()
+        replay(record.as_json() | {"rounds": record.as_json()["rounds"] * 2})
+    swapped = record.as_json()
     swapped["rounds"][0].reverse()
     with pytest.raises(ValueError, match="not the strategy's"):
         replay(swapped)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from judge.verdict import TIE, Ruling, Verdict, label_probability, orders
+from judge.verdict import TIE, PairResult, Verdict, label_probability, orders
 
 
 def test_label_probability_is_renormalised_over_the_two_labels():
@@ -35,11 +35,11 @@ def test_both_orders_are_averaged():
     assert found.probability == pytest.approx(0.6)
     assert not found.consistent
     assert found.winner == "tie"
-    assert Ruling({"x": found}).first_goes_on
+    assert PairResult({"x": found}).first_advances
 
 
 @pytest.mark.parametrize(
-    ("read", "winner", "consistent", "first_goes_on"),
+    ("read", "winner", "consistent", "first_advances"),
     [
         ((0.9, 0.6), "a", True, True),
         ((0.4, 0.1), "b", True, False),
@@ -49,11 +49,11 @@ def test_both_orders_are_averaged():
         ((0.5, 0.7), "tie", False, True),
     ],
 )
-def test_winner(read, winner, consistent, first_goes_on):
+def test_winner(read, winner, consistent, first_advances):
     found = Verdict(read)
     assert (found.winner, found.consistent) == (winner, consistent)
-    assert Ruling({"x": found}).first_goes_on is first_goes_on
-    assert Ruling({"x": found}).winner == winner
+    assert PairResult({"x": found}).first_advances is first_advances
+    assert PairResult({"x": found}).winner == winner
 
 
 def test_a_purely_position_biased_judge_finds_a_tie():
@@ -75,7 +75,7 @@ A, B, TIED = Verdict((0.6, 0.55)), Verdict((0.1, 0.05)), Verdict((0.9, 0.2))
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "winner", "first_goes_on"),
+    ("verdicts", "winner", "first_advances"),
     [
         ((A, A, B), "a", True),  # the majority, though the mean is 0.41
         ((A, B, B), "b", False),
@@ -90,18 +90,18 @@ A, B, TIED = Verdict((0.6, 0.55)), Verdict((0.1, 0.05)), Verdict((0.9, 0.2))
         ((TIED, TIED), "tie", True),
     ],
 )
-def test_several_principles(verdicts, winner, first_goes_on):
-    ruling = Ruling(dict(zip("pqr", verdicts, strict=False)))
-    assert (ruling.winner, ruling.first_goes_on) == (winner, first_goes_on)
+def test_several_principles(verdicts, winner, first_advances):
+    result = PairResult(dict(zip("pqr", verdicts, strict=False)))
+    assert (result.winner, result.first_advances) == (winner, first_advances)
 
 
 def test_the_mean_of_several_principles():
     verdicts = Verdict((0.9, 0.5)), Verdict((0.3, 0.1)), Verdict((0.6, 0.9))
-    ruling = Ruling(dict(zip("pqr", verdicts, strict=True)))
-    assert ruling.mean.orders == pytest.approx((0.6, 0.5))
-    assert ruling.probability == pytest.approx(0.55)
+    result = PairResult(dict(zip("pqr", verdicts, strict=True)))
+    assert result.mean.orders == pytest.approx((0.6, 0.5))
+    assert result.probability == pytest.approx(0.55)
 
 
 def test_tie():
-    ruling = Ruling({"x": Verdict(TIE)})
-    assert (ruling.winner, ruling.probability, ruling.mean.consistent) == ("tie", 0.5, True)
+    result = PairResult({"x": Verdict(TIE)})
+    assert (result.winner, result.probability, result.mean.consistent) == ("tie", 0.5, True)

@@ -260,11 +260,11 @@ async def reader(scope, receive, send):
 
 
 def test_requests_a_minute(monkeypatch):
-    from server import access
+    from server.middleware import access
 
     now = [100.0]
     monkeypatch.setattr("server.access.monotonic", lambda: now[0])
-    guard = access.AccessGuard(reader, unit_access(requests_per_minute=3), max_body_bytes=100)
+    guard = access.AccessMiddleware(reader, unit_access(requests_per_minute=3), max_body_bytes=100)
     key = {"Authorization": "Bearer key"}
     statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
     assert statuses == [200, 200, 200, 429]
@@ -281,9 +281,9 @@ def test_requests_a_minute(monkeypatch):
 
 
 def test_bodies_that_are_too_large():
-    from server.access import AccessGuard
+    from server.middleware.access import AccessMiddleware
 
-    guard = AccessGuard(reader, unit_access(), max_body_bytes=10)
+    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=10)
     key = {"Authorization": "Bearer key"}
     assert asyncio.run(ask(guard, [b"12345", b"67890"], key))[0] == 200
     assert asyncio.run(ask(guard, [b"12345", b"678901"], key))[0] == 413  # whatever was announced

@@ -1,7 +1,9 @@
 """What is refused before the engine starts: exit code 2, and one line that names the offender."""
 
+import json
 import os
 import shutil
+import socket
 import warnings
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from server.learned_proxy import Spec
-from tests.server.conftest import DEMO
+from tests.server.conftest import DEMO, free_port
 from tests.warm import run
 
 MODEL = str(DEMO / "model")
@@ -32,7 +34,7 @@ def cli(monkeypatch):
         import server.cli
 
     launches = Launches(server.cli.serve)
-    monkeypatch.setattr("server.cli.install", launches.started.append)
+    monkeypatch.setattr("server.cli.install_plugin", launches.started.append)
     monkeypatch.setattr("server.cli.run_server", launches.started.append)
     monkeypatch.setattr("server.cli.uvloop.run", lambda _: None)
     return launches
@@ -95,9 +97,9 @@ def test_home_in_every_path(cli, monkeypatch, tmp_path):
 def test_home_in_other_paths(cli, monkeypatch, tmp_path, flag):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").write_text("{{ messages }}")
-    import server.cli
+    import server.arguments
 
-    args = server.cli.parse(["--model", MODEL, f"{flag}=~/there"])
+    args = server.arguments.parse(["--model", MODEL, f"{flag}=~/there"])
     found = getattr(args, flag.removeprefix("--").replace("-", "_"))
     assert str(found[0] if flag == "--judge" else found) == str(tmp_path / "there")
 
@@ -173,7 +175,7 @@ def test_a_proxy_that_cannot_be(cli, capsys, flag, proxy, said):
 
 def test_two_proxies_behind_one_flag(cli, capsys):
     last = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", f"b={ALIGNED}")
-    assert f"'b={ALIGNED}' belongs to no flag" in last
+    assert f"'b={ALIGNED}' belongs to no option" in last
 
 
 def test_two_proxies_of_one_name(cli, capsys):
@@ -272,6 +274,43 @@ def test_a_proxy_of_another_llm(cli, capsys, tmp_path):
     assert fingerprint(MODEL) in line
 
 
+def test_a_proxy_in_the_place_of_the_model(cli, capsys):
+    line = refused(cli, capsys, "--model", str(ALIGNED))
+    assert "its config.json is not a language model's; it is a proxy: --proxy NAME=DIR" in line
+
+
+def test_a_name_that_is_no_model(cli, capsys):
+    """Neither a directory nor, without a network, a model of the hub."""
+    line = refused(cli, capsys, "--model", "nobody/no-such-model")
+    assert "--model 'nobody/no-such-model': no such directory, and no such model on the hub" in line
+    assert "no such directory" in refused(cli, capsys, "no-such-model")
+
+
+def test_a_model_of_a_kind_that_vllm_does_not_know(tmp_path):
+    """vLLM's own refusal, seventy lines of it, is one."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    ended = run("server", "--model", str(model), "--port", str(free_port()))
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "vLLM cannot serve" in ended.stderr.splitlines()[-1]
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = run("server", "--model", MODEL, "--port", str(port))
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == (
+        f"python -m server: error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
+    )
+
+
 @pytest.mark.parametrize("model", ["/no/such/model", "./no-such-model", str(ALIGNED.parent)])
 def test_an_unknown_model(cli, capsys, model):
     assert repr(model) in refused(cli, capsys, "--model", model)
@@ -291,17 +330,89 @@ def test_no_model(cli, capsys):
         ("--prefill-context-parallel-size", "2"),
         ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
         ("--enable-batch-sharded-sampling",),
+        ("--enable-trace-replay",),
     ],
 )
 def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
     assert flags[0] in refused(cli, capsys, "--model", MODEL, *flags)
 
 
-def test_an_unknown_flag(cli, capsys):
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--prox", "a=b"], "--prox a=b; did you mean --proxy?"),
+        (["--max-body-byte", "3"], "did you mean --max-body-bytes?"),
+        (["--max-modle-len=3"], "did you mean --max-model-len?"),
+        (["--xyzzy"], "--xyzzy; see python -m server --help"),
+    ],
+)
+def test_an_unknown_flag(cli, capsys, flags, hint):
+    assert hint in refused(cli, capsys, "--model", MODEL, *flags)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("docter", "there is no command 'docter': did you mean `python -m server doctor`?"),
+        ("doctr", "did you mean `python -m server doctor`?"),
+        ("serve", "did you mean `python -m server --model DIR`?"),
+        ("sevre", "did you mean `python -m server --model DIR`?"),
+    ],
+)
+def test_a_mistyped_command(cli, capsys, word, hint):
+    assert hint in refused(cli, capsys, word)
+    assert hint in refused(cli, capsys, word, "--model", MODEL)
+    assert hint in refused(cli, capsys, "--model", MODEL, word)
+
+
+def test_a_word_too_many(cli, capsys):
+    line = refused(cli, capsys, "--model", MODEL, "one")
+    assert "'one' belongs to no option" in line
+    line = refused(cli, capsys, "--model", MODEL, "one", "two")
+    assert "'two' belongs to no option" in line
+
+
+def test_a_value_that_cannot_be(cli, capsys):
+    assert "--port" in refused(cli, capsys, "--model", MODEL, "--port", "many")
+
+
+def help_of(cli, capsys, *argv):
     with pytest.raises(SystemExit) as stopped:
-        cli.serve(["--model", MODEL, "--prox", "a=b"])
-    assert stopped.value.code == 2
-    assert "--prox" in capsys.readouterr().err
+        cli.serve(argv)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_our_options_come_first(cli, capsys, flag):
+    text = help_of(cli, capsys, flag)
+    titles = ["proxies:", "judge:", "feedback and learning:", "access and operation:"]
+    titles.append("model and address (vLLM's options):")
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    assert "--help=all" in text and "doctor" in text
+    assert len(text.splitlines()) < 90
+
+
+def test_every_option_of_ours_has_a_text():
+    import argparse
+
+    from server.arguments import VLLM_OPTIONS, _make_parser, add_own_options, help_text
+
+    parser = argparse.ArgumentParser(add_help=False)
+    add_own_options(parser)
+    own = [action for action in parser._actions if action.option_strings]
+    assert len(own) >= 12 and all(action.help for action in own)
+    assert all(action.option_strings[0] in help_text() for action in own)
+    known = _make_parser()._option_string_actions
+    for usage in VLLM_OPTIONS:  # vLLM has them, by these names
+        assert all(word.rstrip(",") in known for word in usage.split() if word.startswith("--"))
+
+
+def test_all_options(cli, capsys):
+    text = help_of(cli, capsys, "--help=all")
+    assert "--proxy " in text and "--gpu-memory-utilization" in text
+    assert len(text.splitlines()) > 500
 
 
 def test_a_judge_that_cannot_be(cli, capsys, tmp_path):

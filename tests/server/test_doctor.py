@@ -12,11 +12,11 @@ MODEL = str(DEMO / "model")
 
 @pytest.fixture(scope="module")
 def findings():
-    from server import cli, doctor
+    from server import arguments, doctor
 
     def find(*argv):
         found = {}
-        for level, subject, text in doctor.examine(cli.parse(argv)):
+        for level, subject, text in doctor.examine(arguments.parse(argv)):
             found.setdefault(subject, []).append((level, text))
         return found
 

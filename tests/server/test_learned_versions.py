@@ -13,13 +13,13 @@ from proxy.checkpoint import BaseModelId
 from proxy.learned import save_version, versions
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.position_store import PositionStore
-from server import learning
+from server import learned_proxies, learning
 from server.access import Caller, Limits
-from server.keeper import Keeper
+from server.feedback_writer import FeedbackWriter
 from server.learned_proxy import LearnedProxy, Spec, State
 from server.learning import Learning
 from server.proxies import Proxies
-from server.remembered import Entry, Remembered
+from server.proxy_manifest import Entry, ProxyManifest
 from tests.server.test_proxies import Ranks
 
 BASE = BaseModelId(name="llm", fingerprint="0" * 64)
@@ -38,9 +38,9 @@ class Servers:
         proxies = Proxies(Ranks())
         config = SimpleNamespace(max_model_len=64, get_diff_sampling_param=dict)
         engine: Any = SimpleNamespace(model_config=config)
-        remembered = Remembered(self.root, proxies)
-        keeper = Keeper(self.feedback)
-        return Learning(specs, keeper, proxies, remembered, engine, engine, model={})
+        manifest = ProxyManifest(self.root, proxies)
+        feedback_writer = FeedbackWriter(self.feedback)
+        return Learning(specs, feedback_writer, proxies, manifest, engine, engine, model={})
 
     def version(self, proxy: LearnedProxy, *callers: str) -> Path:
         """A version of these callers' rows, younger than all before it."""
@@ -65,7 +65,7 @@ def caller(name: str) -> Caller:
 
 
 async def serve(server: Learning, proxy: LearnedProxy, version: Path) -> None:
-    await server._serve(proxy, version)
+    await server.learned.serve(proxy, version)
     proxy.write(State(seen=9, live=version.name if proxy.owner else None))
 
 
@@ -88,11 +88,11 @@ def test_a_shared_name_falls_back_to_the_newest_version_without_the_forgotten(
         forgotten = await server.forget("alice")
         assert forgotten == {"preferences": 1, "answers": 0, "versions": 1}
         assert {*versions(ours.directory)} == {old, older_one}
-        proxy = server.find("ours", caller("bob"))
+        proxy = server.learned.find("ours", caller("bob"))
         assert proxy is not None and proxy.version == older_one.name
         path = f".learn/ours/{older_one.name}"
-        remembered = server._remembered.entries["ours"]
-        assert remembered == Entry(path=path, version=older_one.name)
+        entry = server.learned._manifest.entries["ours"]
+        assert entry == Entry(path=path, version=older_one.name)
         assert ours.read().seen == 0  # it is learned anew
         assert [row.caller for row in servers.feedback.rows()] == ["bob"]
         store = PositionStore(servers.directory)
@@ -100,7 +100,7 @@ def test_a_shared_name_falls_back_to_the_newest_version_without_the_forgotten(
         # Who is in none of the versions changes none.
         assert (await server.forget("dave"))["versions"] == 0
         assert (await server.forget("bob"))["versions"] == 2
-        assert server.find("ours", caller("bob")) is None
+        assert server.learned.find("ours", caller("bob")) is None
 
     asyncio.run(run())
 
@@ -111,9 +111,9 @@ def test_a_version_that_somebody_else_has_loaded_stays(servers: Servers) -> None
         ours, other = (LearnedProxy(name, servers.directory) for name in ("ours", "other"))
         servers.version(ours, "alice")
         ours.write(State())
-        await server._proxies.load("ours", servers.version(other, "bob"))
+        await server.learned._proxies.load("ours", servers.version(other, "bob"))
         assert (await server.forget("alice"))["versions"] == 1
-        proxy = server.find("ours", caller("bob"))
+        proxy = server.learned.find("ours", caller("bob"))
         assert proxy is not None and proxy.version == versions(other.directory)[0].name
 
     asyncio.run(run())
@@ -122,36 +122,36 @@ def test_a_version_that_somebody_else_has_loaded_stays(servers: Servers) -> None
 def test_hundreds_of_keys_have_a_proxy_each_and_some_are_loaded(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "MOST_LOADED", 3)
+    monkeypatch.setattr(learned_proxies, "MAX_LOADED", 3)
 
     async def run() -> None:
         server = servers.make(MINE)
         callers = [caller(f"key {i}") for i in range(6)]
         live = {}
         for each in callers:
-            mine = server._learned(MINE, each.identity)
+            mine = server.learned.of(MINE, each.identity)
             await serve(server, mine, version := servers.version(mine, each.identity))
             live[each.name] = version.name
         for each in callers:
-            assert server.find("mine", each) is None  # nobody has asked
-            await server.wake("mine", each)
-            proxy = server.find("mine", each)
+            assert server.learned.find("mine", each) is None  # nobody has asked
+            await server.learned.wake("mine", each)
+            proxy = server.learned.find("mine", each)
             assert proxy is not None and proxy.version == live[each.name]
-        await server.wake("mine", callers[3])
-        await server.wake("mine", callers[0])
-        loaded = [each.name for each in callers if server.find("mine", each) is not None]
+        await server.learned.wake("mine", callers[3])
+        await server.learned.wake("mine", callers[0])
+        loaded = [each.name for each in callers if server.learned.find("mine", each) is not None]
         assert loaded == ["key 0", "key 3", "key 5"]
-        assert server._proxies.names() == []
+        assert server.learned._proxies.names() == []
         # A version that another server has learned is found.
-        mine = server._learned(MINE, "key 0")
+        mine = server.learned.of(MINE, "key 0")
         newer = servers.version(mine, "key 0")
         mine.write(State(live=newer.name))
-        await server.wake("mine", callers[0])
-        proxy = server.find("mine", callers[0])
+        await server.learned.wake("mine", callers[0])
+        proxy = server.learned.find("mine", callers[0])
         assert proxy is not None and proxy.version == newer.name
         mine.write(State(live=None))
-        await server.wake("mine", callers[0])
-        assert server.find("mine", callers[0]) is None
+        await server.learned.wake("mine", callers[0])
+        assert server.learned.find("mine", callers[0]) is None
 
     asyncio.run(run())
 

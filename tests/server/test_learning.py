@@ -151,8 +151,8 @@ def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -
     }).json()  # fmt: skip
     assert by_name["model"] == f"{MODEL}:mine" and by_name["alignment"]["proxy"] == "mine"
     # A restart, and other servers, find what all share.
-    remembered = json.loads((lesson.root / "proxies.json").read_text())["proxies"]
-    assert {*remembered} == {"ours"}
+    entries = json.loads((lesson.root / "proxies.json").read_text())["proxies"]
+    assert {*entries} == {"ours"}
 
 
 def test_nobody_else_can_use_or_see_it(lesson: Lesson) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from server import calibration, metrics, request_log
+from server import calibration, metrics
+from server.middleware import request_log
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 

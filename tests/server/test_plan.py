@@ -5,14 +5,15 @@ import json
 import pytest
 
 from judge import plan
-from judge.plan import Measured, Options, Way
+from judge.measure import Measured, Strategy
+from judge.plan import Options
 from tests.server.conftest import API_KEY
 
 
 def row(name, win_rate, seconds, tokens):
     proxy, _, n = name.partition(" ")
-    way = Way(None if proxy == "plain" else proxy, int(n))
-    return Measured(way, win_rate, 0.01, seconds, 2 * seconds, tokens)
+    strategy = Strategy(None if proxy == "plain" else proxy, int(n))
+    return Measured(strategy, win_rate, 0.01, seconds, 2 * seconds, tokens)
 
 
 ROWS = [
@@ -39,11 +40,11 @@ ROWS = [
 )
 def test_the_fit_for_a_budget(seconds, tokens, name):
     fit = plan.choose(ROWS, seconds, tokens)
-    assert (fit and fit.way.name) == name
+    assert (fit and fit.strategy.name) == name
 
 
 def test_what_is_dominated():
-    names = [each.way.name for each in ROWS if plan.is_dominated(each, ROWS)]
+    names = [each.strategy.name for each in ROWS if plan.is_dominated(each, ROWS)]
     assert names == ["plain, best of 4", "plain, best of 8"]
     assert not plan.is_dominated(ROWS[0], [ROWS[0], ROWS[0]])
 

@@ -7,7 +7,7 @@ import pytest
 from fastapi import HTTPException
 
 from proxy.checkpoint import load
-from server.proxies import Proxies, Refusal, check_name, find_below
+from server.proxies import Proxies, ProxyStateError, check_name, find_below
 
 
 class Ranks:
@@ -51,10 +51,10 @@ def test_ranks_that_disagree_load_nothing(proxy_root):
         ranks = Ranks()
         ranks.wrong = wrong
         proxies = Proxies(ranks)
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(ProxyStateError) as error:
             await proxies.load("a", proxy_root / "v1")
         assert (list(proxies), proxies.names(), ranks.loaded) == ([], [], set())
-        return refusal.value
+        return error.value
 
     another = asyncio.run(run(lambda answer: answer | {"version": "0" * 12}))
     assert another.status == 409
@@ -71,7 +71,7 @@ def test_a_failed_load_leaves_the_one_before(proxy_root):
         first, _ = await proxies.load("a", proxy_root / "v1")
         proxies.pin(first)
         ranks.wrong = lambda answer: {"error": "out of memory"}
-        with pytest.raises(Refusal):
+        with pytest.raises(ProxyStateError):
             await proxies.load("a", proxy_root / "v2")
         assert proxies.bound("a") is first
         assert in_flight(proxies) == [("serving", 1)]
@@ -139,39 +139,39 @@ def test_an_unload_that_fails_is_tried_again(proxy_root):
 
 def test_names_of_served_models_are_taken():
     check_name("a", {"llm", "llm:b", "adapter"})
-    with pytest.raises(Refusal, match="llm:a") as refusal:
+    with pytest.raises(ProxyStateError, match="llm:a") as error:
         check_name("a", {"llm", "llm:a"})
-    assert refusal.value.status == 409
+    assert error.value.status == 409
 
 
 def test_the_root_itself_may_be_a_link(proxy_root, tmp_path):
     link = tmp_path / "root"
     link.symlink_to(proxy_root)
     assert find_below(link, "v1") == proxy_root / "v1"
-    with pytest.raises(Refusal, match="symbolic link"):
+    with pytest.raises(ProxyStateError, match="symbolic link"):
         find_below(link, "link-out")
 
 
 def test_without_a_root_nothing_is_loaded(proxy_root):
     """The routes' own functions: every other server of these tests has a root."""
-    from server.managing import load_proxy
+    from server.routes.proxies import load_proxy
     from server.schemas import LoadRequest
 
     ranks = Ranks()
     assent = SimpleNamespace(proxies=Proxies(ranks, root=None))
     raw_request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(assent=assent)))
     request = LoadRequest(name="a", path=str(proxy_root / "v1"))
-    with pytest.raises(HTTPException) as refusal:
+    with pytest.raises(HTTPException) as error:
         asyncio.run(load_proxy(request, raw_request))
-    assert refusal.value.status_code == 403
-    assert "--proxy-root" in refusal.value.detail
+    assert error.value.status_code == 403
+    assert "--proxy-root" in error.value.detail
     assert ranks.calls == []
 
 
 def test_adapters_are_listed_with_every_proxy(proxy_root):
     from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList
 
-    from server.listing import list_models
+    from server.routes.models import list_models
 
     class Models:
         async def show_available_models(self):

@@ -25,14 +25,14 @@ async def attach(*events, traces=None):
         for each in events:
             yield each
 
-    async def make_receipt():
+    async def make_stats():
         return {"proxy": "a"}
 
     async def next_trace():
         return traces.pop(0)
 
     trace = None if traces is None else next_trace
-    attached = attach_to_stream(stream(), make_receipt=make_receipt, trace=trace)
+    attached = attach_to_stream(stream(), make_stats=make_stats, trace=trace)
     return [each async for each in attached]
 
 

@@ -184,7 +184,8 @@ def test_entries_that_the_worker_dropped_are_missed(kept, truncated):
     from transformers import AutoTokenizer
 
     from server.access import Limits
-    from server.admission import Plan
+    from server.admission import Admission
+    from server.alignment_stats import AlignmentCounts
     from server.schemas import AlignmentOptions, JudgeOptions
     from server.traces import Trace
 
@@ -197,9 +198,10 @@ def test_entries_that_the_worker_dropped_are_missed(kept, truncated):
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     state = SimpleNamespace(engine=SimpleNamespace(renderer=renderer), traces=Worker())
     alignment = AlignmentOptions(trace=True).for_worker("a", "v1")
-    plan = Plan("llm:a", alignment, None, Limits(), True, 1, JudgeOptions(), None, engine_ids=["x"])
-    plan.delivered["x", 0] = 3
-    trace = Trace(plan, state)
+    admission = Admission("llm:a", alignment, None, Limits(), True, 1, JudgeOptions(), None)
+    counts = AlignmentCounts(None, in_response=True, engine_ids=["x"])
+    counts.delivered["x", 0] = 3
+    trace = Trace(admission, counts, state)
     (shown,) = asyncio.run(trace.advance())
     assert len(shown["entries"]) == kept
     assert trace.is_truncated() is truncated

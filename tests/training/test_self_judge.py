@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from judge.verdict import Ruling, Verdict
+from judge.verdict import PairResult, Verdict
 from proxy.checkpoint import identify
 from tests.training.models import data_rows, save_model
 from training import self_judge
@@ -95,7 +95,7 @@ def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
         trainer = SelfJudgeTrainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
         prompts, seeds, _ = trainer.draw_prompts(0, 8)
         pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
-        doubtful = [Ruling({"p": Verdict((0.55, 0.55))}) for _ in pairs.rulings]
+        doubtful = [PairResult({"p": Verdict((0.55, 0.55))}) for _ in pairs.rulings]
         rows = [trainer._learn(pairs._replace(rulings=doubtful), 0, index) for index in range(20)]
         margins.append(rows[-1]["margin"])
     assert margins[1] < 0.5 * margins[0]
@@ -230,7 +230,9 @@ def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: 
     n = len(pairs.prompts)
     agreed = []
     for a, b, ruling in zip(texts[:n], texts[n:], pairs.rulings, strict=True):
-        agreed.append(0.5 if len(a) == len(b) else float((len(a) > len(b)) == ruling.first_goes_on))
+        agreed.append(
+            0.5 if len(a) == len(b) else float((len(a) > len(b)) == ruling.first_advances)
+        )
     assert trainer.at_start["agreement"] == pytest.approx(sum(agreed) / n)
 
 

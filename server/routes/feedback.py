@@ -1,7 +1,7 @@
-"""POST /feedback: what people chose, kept beside the judge's verdicts where `--feedback` says. DELETE forgets it.
+"""POST /feedback keeps what people chose, in the database of `--feedback`. DELETE /feedback forgets it.
 
-A choice is answered when it is on the disk, and kept only if training can read it. Verdicts are written behind the
-answers' backs: where they cannot be, the answers go out all the same, and a metric counts what was lost.
+A choice is acknowledged when it is on the disk, and kept only if training can read it. The judge's verdicts are in the
+same database; they are written later, and a metric counts those that could not be written.
 """
 
 from http import HTTPStatus
@@ -14,10 +14,10 @@ from judge.feedback import FeedbackError, Preference
 from judge.messages import Message, Unusable, read_messages, text_of
 from judge.rows import PrefersNothing
 from server.access import CALLER
+from server.app_state import get_state
 from server.engine import ErrorResponse, create_error_response, validate_json_request
-from server.keeper import Keeper
+from server.feedback_writer import FeedbackWriter
 from server.schemas import FeedbackRequest
-from server.state import served
 
 router = APIRouter()
 
@@ -26,20 +26,22 @@ router = APIRouter()
     "/feedback",
     dependencies=[Depends(validate_json_request)],
     responses={
-        201: {"description": "It is kept."},
+        201: {"description": "The choice is on the disk."},
         400: {"model": ErrorResponse},
         403: {"model": ErrorResponse, "description": "The server keeps no feedback."},
-        404: {"model": ErrorResponse, "description": "No answer of this id is known."},
-        503: {"model": ErrorResponse, "description": "It could not be written: try again."},
+        404: {"model": ErrorResponse, "description": "No answer with this id is known."},
+        503: {"model": ErrorResponse, "description": "The choice could not be written: try again."},
     },
 )
 async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Response:
-    """Which response was better: of two, or of the choices of an answer, by its id."""
-    keeper = served(raw_request).keeper
-    if keeper is None:
+    """Which response was better: of two texts, or of the choices of an earlier answer, by its id."""
+    feedback_writer = get_state(raw_request).feedback_writer
+    if feedback_writer is None:
         raise HTTPException(403, NOTHING_KEPT)
     try:
-        await keeper.keep(await _preferences(request, keeper, raw_request.scope[CALLER].identity))
+        await feedback_writer.add(
+            await _preferences(request, feedback_writer, raw_request.scope[CALLER].identity)
+        )
     except FeedbackError as error:
         return _unavailable(error)
     return JSONResponse({"kept": True}, status_code=201)
@@ -48,27 +50,27 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
 @router.delete(
     "/feedback",
     responses={
-        200: {"description": "It is gone."},
+        200: {"description": "The rows are deleted."},
         403: {"model": ErrorResponse},
         503: {"model": ErrorResponse, "description": "Nothing was deleted: try again."},
     },
 )
 async def forget(raw_request: Request, caller: str | None = None) -> Response:
-    """Forget all that is kept of a caller: choices, verdicts, answers, and every version of a proxy learned from them.
+    """Forget everything kept of a caller: choices, verdicts, answers, and every proxy version learned from them.
 
     An administrator may name another caller, as the file of --access does.
     """
-    state, own = served(raw_request), raw_request.scope[CALLER]
-    if state.keeper is None:
+    state, own = get_state(raw_request), raw_request.scope[CALLER]
+    if state.feedback_writer is None:
         raise HTTPException(403, NOTHING_KEPT)
     if caller not in (None, own.identity) and not own.admin:
         raise HTTPException(403, "only an administrator may have another caller forgotten")
-    who = caller or own.identity
+    identity = caller or own.identity
     try:
         if state.learning is not None:
-            forgotten = await state.learning.forget(who)
+            forgotten = await state.learning.forget(identity)
         else:
-            forgotten = await state.keeper.forget(who)
+            forgotten = await state.feedback_writer.forget(identity)
     except FeedbackError as error:
         return _unavailable(error)
     return JSONResponse({"forgotten": forgotten})
@@ -78,27 +80,29 @@ NOTHING_KEPT = "this server keeps no feedback: start it with --feedback"
 
 
 def _unavailable(error: FeedbackError) -> JSONResponse:
-    # vLLM's handler of HTTPException would leave out the header.
+    # vLLM's handler of HTTPException drops headers.
     status = HTTPStatus.SERVICE_UNAVAILABLE
     answer = create_error_response(str(error), "ServiceUnavailableError", status)
     return JSONResponse(answer.model_dump(), status, headers={"Retry-After": "1"})
 
 
-async def _preferences(request: FeedbackRequest, keeper: Keeper, caller: str) -> list[Preference]:
-    """What the caller prefers to what, as training will read it."""
+async def _preferences(
+    request: FeedbackRequest, feedback_writer: FeedbackWriter, caller: str
+) -> list[Preference]:
+    """The caller's preferences, checked as training will read them."""
     if request.request_id is None:
         texts = request.response_a or "", request.response_b or ""
         better, worse = texts if request.better == "a" else texts[::-1]
         return [
             _checked(Preference("person", _messages(request.turns()), better, worse, caller=caller))
         ]
-    found = await keeper.answer(request.request_id, caller)
-    if found is None:
+    recorded = await feedback_writer.answer(request.request_id, caller)
+    if recorded is None:
         raise HTTPException(
             404,
             f"no answer is known by the id {request.request_id!r} to this caller: those with n of 2 or more are kept",
         )
-    turns, responses = found
+    turns, responses = recorded
     choice = request.choice or 0
     if choice >= len(responses):
         raise HTTPException(400, f"choice {choice} is not one of the {len(responses)} choices")

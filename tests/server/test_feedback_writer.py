@@ -1,4 +1,4 @@
-"""What is remembered of answers and kept of verdicts, without a server."""
+"""What is recorded of answers and kept of verdicts, without a server."""
 
 import asyncio
 import json
@@ -9,8 +9,8 @@ from typing import Any
 from judge.feedback import Feedback
 from judge.messages import Message
 from judge.prompts import Question
-from judge.verdict import Ruling, Verdict
-from server.keeper import Keeper, listen
+from judge.verdict import PairResult, Verdict
+from server.feedback_writer import FeedbackWriter, record_stream
 
 PROMPT = [Message(role="user", content="What is 2 + 2?")]
 
@@ -24,8 +24,8 @@ def called(index: int, **function: str) -> dict[str, Any]:
 
 
 def heard(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
-    """The ids that a client sees of a stream, and what is remembered of it."""
-    remembered: list[Any] = []
+    """The ids that a client sees of a stream, and what is recorded of it."""
+    recorded: list[Any] = []
 
     async def chunks() -> AsyncGenerator[str, None]:
         for choices in events:
@@ -33,11 +33,11 @@ def heard(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
         yield "data: [DONE]\n\n"
 
     async def listened() -> list[str]:
-        return [chunk async for chunk in listen(chunks(), "ours", remembered.append)]
+        return [chunk async for chunk in record_stream(chunks(), "ours", recorded.append)]
 
     *passed, last = asyncio.run(listened())
     assert last == "data: [DONE]\n\n"
-    return [json.loads(each.removeprefix("data: "))["id"] for each in passed], remembered
+    return [json.loads(each.removeprefix("data: "))["id"] for each in passed], recorded
 
 
 def test_choices_of_a_stream_are_put_together_again() -> None:
@@ -66,7 +66,7 @@ def test_a_stream_that_broke_off_is_not_remembered() -> None:
 
 def test_verdicts_from_which_nothing_can_be_learned_are_not_kept(tmp_path: Path) -> None:
     feedback = Feedback(str(tmp_path / "feedback.db"))
-    keeper = Keeper(feedback)
+    feedback_writer = FeedbackWriter(feedback)
     ended = [*PROMPT, Message(role="assistant", content="Well,")]
     questions = [
         Question(PROMPT, "", "Four."),
@@ -75,9 +75,9 @@ def test_verdicts_from_which_nothing_can_be_learned_are_not_kept(tmp_path: Path)
         Question(ended, "Four.", "Five."),
         Question(PROMPT, "Four.", "Five."),
     ]
-    first = Ruling({"overall": Verdict((0.9, 0.9))})
-    keeper.keep_verdicts(questions, [first] * 5, None, "alice")
-    keeper.thread.shutdown(wait=True)
+    first = PairResult({"overall": Verdict((0.9, 0.9))})
+    feedback_writer.record_verdicts(questions, [first] * 5, None, "alice")
+    feedback_writer.thread.shutdown(wait=True)
     assert [(row.chosen, row.rejected) for row in feedback.rows()] == [
         ("Four.", ""),
         ("Four.", "Five."),

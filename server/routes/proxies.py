@@ -1,4 +1,4 @@
-"""GET, POST and DELETE /proxies: what is loaded, and changing it while serving."""
+"""GET, POST and DELETE /proxies: the loaded proxies, changed while serving. /proxies/NAME/learn: learning them."""
 
 import asyncio
 from contextlib import nullcontext
@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse, Response
 
 from server import metrics
 from server.access import CALLER
+from server.app_state import get_state
 from server.engine import ErrorResponse, validate_json_request
-from server.proxies import LEARNED_NAME, Refusal, check_name, find_below
-from server.remembered import Entry
+from server.proxies import LEARNED_NAME, ProxyStateError, check_name, find_below
+from server.proxy_manifest import Entry
 from server.schemas import LearnRequest, LoadRequest
-from server.state import served
 
 router = APIRouter()
 
@@ -24,12 +24,12 @@ LearnedName = Annotated[str, PathParameter(pattern=f"^{LEARNED_NAME.pattern}$")]
 
 @router.get("/proxies")
 async def list_proxies(raw_request: Request) -> dict[str, Any]:
-    """Every loaded version: what it is, whether it serves, and how many requests use it.
+    """Every loaded version: its sizes and training, its state, and how many requests use it.
 
     `state` is `serving`, `shadow`, or `draining`: replaced or unloaded, but still in use. A key's own
-    proxy is its key's alone to see, at `/proxies/{name}/learn`.
+    proxy is shown to this key alone, at `/proxies/{name}/learn`.
     """
-    proxies = served(raw_request).proxies
+    proxies = get_state(raw_request).proxies
     shown = [proxy.as_json() for proxy in proxies if not proxy.is_owned]
     return {"object": "list", "data": shown}
 
@@ -48,29 +48,29 @@ async def list_proxies(raw_request: Request) -> dict[str, Any]:
 async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
     """Load a checkpoint below --proxy-root under a name: on all ranks, or nothing changes.
 
-    Under a name in use it takes the place of the version before it: new requests get the new one,
-    and those under way keep theirs. Loading the older one again is the way back. `remembered` says
-    whether a restart, and other servers with this --proxy-root, will find it in proxies.json.
+    Under a name in use it replaces the earlier version: new requests get the new one, and those
+    under way keep theirs. Load the older one again to roll back. `remembered` says whether a restart,
+    and other servers with this --proxy-root, will find it in proxies.json.
     """
-    state = served(raw_request)
+    state = get_state(raw_request)
     try:
         if state.proxies.root is None:
-            raise Refusal(
+            raise ProxyStateError(
                 403, "no directory is open for loading proxies: start with --proxy-root DIR"
             )
         models = {base.name for base in state.models.base_model_paths}
         check_name(request.name, models | set(state.models.lora_requests))
         directory = find_below(state.proxies.root, request.path)
-        assert state.remembered is not None, "it comes with the root"
-        async with state.remembered.changing:
+        assert state.manifest is not None, "every server with a root has a manifest"
+        async with state.manifest.changing:
             proxy, is_new = await state.proxies.load(request.name, directory, shadow=request.shadow)
             entry = Entry(path=request.path, version=proxy.version, shadow=request.shadow)
-            remembered = await asyncio.to_thread(state.remembered.change, request.name, entry)
-    except Refusal as refusal:
+            is_remembered = await asyncio.to_thread(state.manifest.change, request.name, entry)
+    except ProxyStateError as error:
         metrics.PROXY_CHANGES.labels("refused").inc()
-        raise _http(refusal, state.proxies.root) from None
+        raise _http(error, state.proxies.root) from None
     metrics.PROXY_CHANGES.labels("loaded").inc()
-    answer = proxy.as_json() | {"remembered": remembered}
+    answer = proxy.as_json() | {"remembered": is_remembered}
     return JSONResponse(answer, status_code=201 if is_new else 200)
 
 
@@ -78,22 +78,24 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
     "/proxies/{name}",
     responses={
         200: {"description": "It is unloaded."},
-        202: {"description": "No new request gets it; it goes with the last one that uses it."},
+        202: {
+            "description": "No new request gets it; it is unloaded after the last one that uses it."
+        },
         404: {"model": ErrorResponse, "description": "There is no such proxy."},
     },
 )
 async def unload_proxy(name: str, raw_request: Request, version: str | None = None) -> Response:
-    """Unload what the name stands for, or another version of it that still drains."""
-    state = served(raw_request)
-    remembered = state.remembered
+    """Unload the name's current version, or another one that is still draining."""
+    state = get_state(raw_request)
+    manifest = state.manifest
     try:
-        async with remembered.changing if remembered is not None else nullcontext():
+        async with manifest.changing if manifest is not None else nullcontext():
             proxy = await state.proxies.unload(name, version)
-            if remembered is not None and state.proxies.bound(name) is None:
-                await asyncio.to_thread(remembered.change, name, None)
-    except Refusal as refusal:
+            if manifest is not None and state.proxies.bound(name) is None:
+                await asyncio.to_thread(manifest.change, name, None)
+    except ProxyStateError as error:
         metrics.PROXY_CHANGES.labels("refused").inc()
-        raise _http(refusal) from None
+        raise _http(error) from None
     metrics.PROXY_CHANGES.labels("unloaded").inc()
     return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
 
@@ -101,7 +103,10 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
 @router.get(
     "/proxies/{name}/learn",
     responses={
-        400: {"model": ErrorResponse, "description": "No name of a proxy that is learned."},
+        400: {
+            "model": ErrorResponse,
+            "description": "Not a name that a proxy can be learned under.",
+        },
         403: {
             "model": ErrorResponse,
             "description": "The server has no --feedback and --proxy-root.",
@@ -110,24 +115,24 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
     },
 )
 async def learning_status(name: LearnedName, raw_request: Request) -> dict[str, Any]:
-    """What is learned under a name: the last pass, the versions, and which of them serves.
+    """The state of learning under a name: the last pass, the versions, and which of them serves.
 
-    Of a name with a proxy for each key, the caller's own.
+    Of a name with a proxy for each key, the caller's own proxy.
     """
-    state = served(raw_request)
+    state = get_state(raw_request)
     try:
         if state.learning is None:
-            raise Refusal(403, CANNOT_LEARN)
-        return state.learning.status(name, raw_request.scope[CALLER])
-    except Refusal as refusal:
-        raise _http(refusal) from None
+            raise ProxyStateError(403, CANNOT_LEARN)
+        return state.learning.learned.status(name, raw_request.scope[CALLER])
+    except ProxyStateError as error:
+        raise _http(error) from None
 
 
 @router.post(
     "/proxies/{name}/learn",
     responses={
-        200: {"description": "What came of it."},
-        400: {"model": ErrorResponse, "description": "No name, or nobody's verdicts."},
+        200: {"description": "The outcome of each pass."},
+        400: {"model": ErrorResponse, "description": "Not such a name, or no source of verdicts."},
         403: {
             "model": ErrorResponse,
             "description": "The server has no --feedback and --proxy-root.",
@@ -140,30 +145,30 @@ async def learn(
     raw_request: Request,
     request: LearnRequest | None = None,
 ) -> dict[str, Any]:
-    """A pass over the verdicts now. Answers when it is done, which may take minutes.
+    """Learn from the verdicts now. The response comes when the pass is done, which may take minutes.
 
-    A version that is better than what the name stands for serves from then on. `passes` has one
-    entry, or of a name with a proxy for each key one for each of these.
+    A version that is better than the name's current one serves from then on. `passes` has one
+    entry, or for a name with a proxy for each key one entry a key.
     """
-    state, request = served(raw_request), request or LearnRequest.model_validate({})
+    state, request = get_state(raw_request), request or LearnRequest.model_validate({})
     try:
         if state.learning is None:
-            raise Refusal(403, CANNOT_LEARN)
+            raise ProxyStateError(403, CANNOT_LEARN)
         models = {base.name for base in state.models.base_model_paths}
         check_name(name, models | set(state.models.lora_requests))
-        # It goes on, whether its client waits or not.
+        # The pass goes on when the client disconnects.
         passes = await asyncio.shield(state.learning.learn(name, request.sources))
-    except Refusal as refusal:
-        raise _http(refusal) from None
+    except ProxyStateError as error:
+        raise _http(error) from None
     return {"object": "proxy.learning", "name": name, "passes": passes}
 
 
 CANNOT_LEARN = "this server learns nothing: start it with --feedback FILE and --proxy-root DIR"
 
 
-def _http(refusal: Refusal, root: Path | None = None) -> HTTPException:
-    """Paths as the client knows them; vLLM makes "<path>" of absolute ones in its answers."""
-    message = str(refusal)
+def _http(error: ProxyStateError, root: Path | None = None) -> HTTPException:
+    """With paths relative to the root, as the client knows them: vLLM replaces absolute ones by "<path>"."""
+    message = str(error)
     if root is not None:
         message = message.replace(f"{root.resolve()}/", "")
-    return HTTPException(refusal.status, message)
+    return HTTPException(error.status, message)

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.checkpoint import load
 from server.proxies import Proxies
-from server.remembered import Entry, Remembered
+from server.proxy_manifest import Entry, ProxyManifest
 from tests.server.test_proxies import Ranks
 
 
@@ -24,8 +24,8 @@ def entry(root, name, **more):
     return Entry(path=name, version=load(root / name, base=None).version, **more)
 
 
-def remembered(root):
-    return Remembered(root, Proxies(Ranks()))
+def manifest(root):
+    return ProxyManifest(root, Proxies(Ranks()))
 
 
 def names(found):
@@ -34,7 +34,7 @@ def names(found):
 
 def test_it_is_written_whole_and_read_again(root):
     async def run():
-        one, other = remembered(root), remembered(root)
+        one, other = manifest(root), manifest(root)
         first, second = entry(root, "v1"), entry(root, "v2", shadow=True)
         await one.proxies.load("a", root / "v1")
         await other.proxies.load("b", root / "v2", shadow=True)
@@ -47,11 +47,11 @@ def test_it_is_written_whole_and_read_again(root):
         }
         # Each learns of the other's, though it has written the file itself.
         for each in (one, other):
-            await each.keep_up()
+            await each.reconcile()
             assert names(each) == {"a": first.version, "b": second.version}
         await one.proxies.unload("b")
         assert one.change("b", None)
-        await other.keep_up()
+        await other.reconcile()
         assert names(other) == {"a": first.version}
         left = {path.name for path in root.iterdir()}
         assert left == {"v1", "v2", "proxies.json", ".proxies.lock"}
@@ -61,24 +61,24 @@ def test_it_is_written_whole_and_read_again(root):
 
 def test_a_load_is_not_undone_by_what_the_file_said_before_it(root):
     """Another server has written the name's older version, and this one looks while it loads the newer."""
-    from server.managing import load_proxy
+    from server.routes.proxies import load_proxy
     from server.schemas import LoadRequest
 
     async def run():
-        found, older, newer = remembered(root), entry(root, "v1"), entry(root, "v2")
+        found, older, newer = manifest(root), entry(root, "v1"), entry(root, "v2")
         found.proxies.root = root
         assent = SimpleNamespace(
             proxies=found.proxies,
-            remembered=found,
+            manifest=found,
             models=SimpleNamespace(base_model_paths=[], lora_requests={}),
         )
         request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(assent=assent)))
         load = asyncio.create_task(load_proxy(LoadRequest(name="a", path="v2"), request))
         await asyncio.sleep(0)
-        assert remembered(root).change("a", older)
-        await asyncio.gather(load, found.keep_up())
+        assert manifest(root).change("a", older)
+        await asyncio.gather(load, found.reconcile())
         for _ in range(3):
-            await found.keep_up()
+            await found.reconcile()
         assert json.loads((root / "proxies.json").read_text())["proxies"]["a"]["path"] == "v2"
         assert found.proxies.bound("a").version == newer.version
 
@@ -87,18 +87,18 @@ def test_a_load_is_not_undone_by_what_the_file_said_before_it(root):
 
 def test_what_fails_is_tried_again_and_hinders_nobody(root, caplog):
     async def run():
-        found, first = remembered(root), entry(root, "v1")
+        found, first = manifest(root), entry(root, "v1")
         found.change("b", entry(root, "v2"))
         found.change("a", first)
-        found = remembered(root)  # the same server, started again
+        found = manifest(root)  # the same server, started again
         (root / "v1").rename(root / "moved")
         for _ in range(3):
-            await found.keep_up()
+            await found.reconcile()
         assert list(names(found)) == ["b"]
         said = [r.message for r in caplog.records if "a of" in r.message]
         assert len(said) == 1 and "does not exist below --proxy-root" in said[0]
         (root / "moved").rename(root / "v1")
-        await found.keep_up()
+        await found.reconcile()
         assert names(found)["a"] == first.version
 
     asyncio.run(run())
@@ -106,10 +106,10 @@ def test_what_fails_is_tried_again_and_hinders_nobody(root, caplog):
 
 def test_a_checkpoint_that_is_another_by_now_is_not_loaded(root, caplog):
     async def run():
-        found = remembered(root)
+        found = manifest(root)
         found.change("a", entry(root, "v1").model_copy(update={"version": "0" * 12}))
-        found = remembered(root)
-        await found.keep_up()
+        found = manifest(root)
+        await found.reconcile()
         assert names(found) == {}
         assert "by now, and not 000000000000" in caplog.text
 
@@ -123,12 +123,12 @@ def test_a_damaged_file(root, text, caplog):
     """It is named once and left as it is; what is loaded goes on."""
 
     async def run():
-        found = remembered(root)
+        found = manifest(root)
         found.change("a", entry(root, "v1"))
         await found.proxies.load("a", root / "v1")
         (root / "proxies.json").write_text(text)
         for _ in range(3):
-            await found.keep_up()
+            await found.reconcile()
         assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
         assert list(names(found)) == ["a"]
         assert not found.change("b", entry(root, "v2"))
@@ -139,10 +139,10 @@ def test_a_damaged_file(root, text, caplog):
 
 def test_paths_in_the_file_do_not_lead_out(root, caplog):
     async def run():
-        found = remembered(root / "v1")
+        found = manifest(root / "v1")
         outside = {"path": "../v2", "version": "x", "shadow": False}
         (root / "v1" / "proxies.json").write_text(json.dumps({"proxies": {"a": outside}}))
-        await found.keep_up()
+        await found.reconcile()
         assert names(found) == {} and "must not contain '..'" in caplog.text
 
     asyncio.run(run())
@@ -152,9 +152,9 @@ def test_where_it_cannot_be_written(root, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    found, first = remembered(root), entry(root, "v1")
+    found, first = manifest(root), entry(root, "v1")
     assert found.change("a", first)
-    monkeypatch.setattr("server.remembered.os.fsync", full)
+    monkeypatch.setattr("server.proxy_manifest.os.fsync", full)
     assert not found.change("b", entry(root, "v2"))
     assert not found.change("a", None)
     assert list(json.loads((root / "proxies.json").read_text())["proxies"]) == ["a"]

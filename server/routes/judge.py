@@ -8,15 +8,16 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from judge.judge import Judge
-from judge.likelihood import LikelihoodJudge
+from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
 from judge.prompts import Question
+from judge.protocol import Judge
 from judge.tournament import Pair, play
-from judge.verdict import Ruling, Verdict
+from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
 from server.admission import judging_proxy
+from server.app_state import get_state
 from server.engine import (
     ErrorResponse,
     load_aware_call,
@@ -25,8 +26,7 @@ from server.engine import (
 )
 from server.judges import Judges
 from server.schemas import JudgeRequest, RankRequest
-from server.state import served
-from server.streams import as_event
+from server.streams import DONE, as_event
 
 router = APIRouter()
 
@@ -46,19 +46,19 @@ Rationales = dict[str, str]
 @with_cancellation
 @load_aware_call
 async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
-    """Which response is better, in both orders, by each principle; why, where it is asked.
+    """Which response is better, in both orders, by each principle; with the reasons if `rationale` is set.
 
-    For `pairs` the answer has `verdicts`, one a pair.
+    For `pairs` the response has `verdicts`, one a pair.
     """
-    judges = served(raw_request).judges
+    state, caller = get_state(raw_request), raw_request.scope[CALLER]
+    judges = state.judges
     principles, questions = judges.select(request), request.questions()
-    caller = raw_request.scope[CALLER]
     if request.rationale:
         return await _explain(request, judges, principles, questions, caller)
-    async with judging_proxy(request, served(raw_request), caller) as proxy:
-        judge = judges.make(request.kind, proxy, tie_band=request.tie_band)
-        rulings = await judges.compare(judge, questions, principles, caller)
-    return _answer(request, judge, [_as_json(ruling) for ruling in rulings])
+    async with judging_proxy(request, state, caller) as proxy:
+        judge = judges.make(request.kind, principles, proxy, tie_band=request.tie_band)
+        results = await judges.compare(judge, questions, principles, caller)
+    return _answer(request, judge, [_as_json(result) for result in results])
 
 
 async def _explain(
@@ -68,26 +68,24 @@ async def _explain(
     questions: list[Question],
     caller: Caller,
 ) -> Response:
-    """The rulings, and why."""
-    room = request.max_rationale_tokens
-    judge = judges.make_pairwise(tie_band=request.tie_band, room=room)
-    rulings = await judges.compare(judge, questions, principles, caller)
+    """The results with their rationales."""
+    limit = request.max_rationale_tokens
+    judge = judges.make_pairwise(principles, tie_band=request.tie_band, room=limit)
+    results = await judges.compare(judge, questions, principles, caller)
     if request.stream:
-        events = _stream(judge, questions[0], rulings[0], principles, room)
+        events = _stream(judge, questions[0], results[0], limit)
         return StreamingResponse(events, media_type="text/event-stream")
     rationales = await asyncio.gather(
         *(
-            _write_rationales(judge, question, ruling, principles, room)
-            for question, ruling in zip(questions, rulings, strict=True)
+            _write_rationales(judge, question, result, limit)
+            for question, result in zip(questions, results, strict=True)
         )
     )
-    verdicts = [_as_json(*each) for each in zip(rulings, rationales, strict=True)]
+    verdicts = [_as_json(*pair) for pair in zip(results, rationales, strict=True)]
     return _answer(request, judge, verdicts)
 
 
-def _answer(
-    request: JudgeRequest, judge: Judge | LikelihoodJudge, verdicts: list[dict[str, Any]]
-) -> Response:
+def _answer(request: JudgeRequest, judge: Judge, verdicts: list[dict[str, Any]]) -> Response:
     metrics.count_usage(judge.usage)
     answer = verdicts[0] if request.pairs is None else {"verdicts": verdicts}
     return JSONResponse(answer | {"usage": judge.usage.as_json()})
@@ -105,64 +103,58 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
 
     `judge.tournament.replay` finds the same ranking from them without a model.
     """
-    judges, caller = served(raw_request).judges, raw_request.scope[CALLER]
+    state, caller = get_state(raw_request), raw_request.scope[CALLER]
+    judges = state.judges
     principles, turns = judges.select(request), request.turns()
 
-    async def compare_round(pairs: list[Pair]) -> list[Ruling]:
+    async def compare_round(pairs: list[Pair]) -> list[PairResult]:
         responses = request.responses
         questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
         return await judges.compare(judge, questions, principles, caller)
 
     seed = random.randrange(2**32) if request.seed is None else request.seed
-    async with judging_proxy(request, served(raw_request), caller) as proxy:
-        judge = judges.make(request.kind, proxy)
-        receipt = await play(request.strategy, len(request.responses), compare_round, seed)
+    async with judging_proxy(request, state, caller) as proxy:
+        judge = judges.make(request.kind, principles, proxy)
+        record = await play(request.strategy, len(request.responses), compare_round, seed)
     metrics.count_usage(judge.usage)
-    metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, receipt.rounds)))
-    return JSONResponse(receipt.as_json() | {"usage": judge.usage.as_json()})
+    metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, record.rounds)))
+    return JSONResponse(record.as_json() | {"usage": judge.usage.as_json()})
 
 
 async def _write_rationales(
-    judge: Judge,
-    question: Question,
-    ruling: Ruling,
-    principles: Mapping[str, Principle],
-    max_tokens: int,
+    judge: PairwiseJudge, question: Question, result: PairResult, max_tokens: int
 ) -> Rationales:
-    async def write(name: str, verdict: Verdict) -> str:
-        pieces = judge.rationale(question, principles[name], verdict, max_tokens)
+    async def write(principle: str, verdict: Verdict) -> str:
+        pieces = judge.rationale(question, principle, verdict, max_tokens)
         return "".join([piece async for piece in pieces])
 
-    written = await asyncio.gather(*(write(*each) for each in ruling.by_principle.items()))
-    return dict(zip(ruling.by_principle, written, strict=True))
+    texts = await asyncio.gather(*(write(*item) for item in result.by_principle.items()))
+    return dict(zip(result.by_principle, texts, strict=True))
 
 
 async def _stream(
-    judge: Judge,
-    question: Question,
-    ruling: Ruling,
-    principles: Mapping[str, Principle],
-    max_tokens: int,
+    judge: PairwiseJudge, question: Question, result: PairResult, max_tokens: int
 ) -> AsyncGenerator[str, None]:
-    """The verdict at once, then the rationales piece by piece, then the bill."""
+    """The verdict at once, then the rationales piece by piece, then the usage."""
     try:
-        yield as_event({"object": "judge.verdict"} | _as_json(ruling))
-        for name, verdict in ruling.by_principle.items():
-            async for piece in judge.rationale(question, principles[name], verdict, max_tokens):
-                yield as_event({"object": "judge.rationale", "principle": name, "delta": piece})
+        yield as_event({"object": "judge.verdict"} | _as_json(result))
+        for principle, verdict in result.by_principle.items():
+            async for piece in judge.rationale(question, principle, verdict, max_tokens):
+                event = {"object": "judge.rationale", "principle": principle, "delta": piece}
+                yield as_event(event)
     finally:
         metrics.count_usage(judge.usage)
     yield as_event({"object": "judge.usage", "usage": judge.usage.as_json()})
-    yield "data: [DONE]\n\n"
+    yield DONE
 
 
-def _as_json(ruling: Ruling, rationales: Rationales | None = None) -> dict[str, Any]:
+def _as_json(result: PairResult, rationales: Rationales | None = None) -> dict[str, Any]:
     by_principle = {
         name: _verdict(verdict) | ({"rationale": rationales[name]} if rationales else {})
-        for name, verdict in ruling.by_principle.items()
+        for name, verdict in result.by_principle.items()
     }
-    mean = _verdict(ruling.mean) | {"winner": ruling.winner}
-    return mean | {"truncated": ruling.truncated, "principles": by_principle}
+    mean = _verdict(result.mean) | {"winner": result.winner}
+    return mean | {"truncated": result.truncated, "principles": by_principle}
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""POST /positions: where given responses leave a proxy a choice, for a training elsewhere.
+"""POST /positions: reads given responses, for a training in another process.
 
-`training.proxy_dpo --rollout servers` asks for them: the LLM is here already, and weights need not be twice in
-memory. Only an administrator may: hidden states say more about an LLM than its answers do.
+`training.proxy_dpo --rollout servers` uses it: the server has the LLM in memory already. Only an administrator may send
+it, because hidden states reveal more about an LLM than its responses do.
 """
 
 from typing import Annotated
@@ -12,8 +12,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.positions import Positions, joined
+from server.app_state import get_state
 from server.engine import ErrorResponse, read_responses, validate_json_request
-from server.state import served
 
 router = APIRouter()
 
@@ -30,7 +30,7 @@ class GivenResponse(BaseModel):
 
 
 class PositionsRequest(BaseModel):
-    """Responses, and the nucleus that a proxy would choose within."""
+    """Responses, and the nucleus of candidates at each position."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,29 +50,34 @@ class PositionsRequest(BaseModel):
             "content": {"application/octet-stream": {}},
             "description": "`proxy.positions.Positions` of all responses, as safetensors.",
         },
-        400: {"model": ErrorResponse, "description": "A response that the LLM cannot read."},
+        400: {
+            "model": ErrorResponse,
+            "description": "A response that is too long, or an unknown token.",
+        },
     },
 )
 async def read_positions(request: PositionsRequest, raw_request: Request) -> Response:
-    """Hidden states, candidates and taken tokens of the positions that leave a choice."""
-    state = served(raw_request)
+    """Hidden states, candidates and emitted tokens of the positions with more than one candidate."""
+    state = get_state(raw_request)
     config = state.engine.model_config
-    longest, vocab_size = config.max_model_len, config.get_vocab_size()
-    for number, each in enumerate(request.responses):
-        tokens = len(each.prompt) + len(each.response)
-        if tokens >= longest:
+    limit, vocab_size = config.max_model_len, config.get_vocab_size()
+    for number, item in enumerate(request.responses):
+        tokens = len(item.prompt) + len(item.response)
+        if tokens >= limit:
             raise HTTPException(
-                400, f"responses[{number}]: {tokens} tokens, and at most {longest - 1} can be read"
+                400, f"responses[{number}]: {tokens} tokens, and at most {limit - 1} can be read"
             )
-        if (most := max(*each.prompt, *each.response)) >= vocab_size:
+        if (largest := max(*item.prompt, *item.response)) >= vocab_size:
             raise HTTPException(
-                400, f"responses[{number}]: token {most}, and the LLM has {vocab_size}"
+                400, f"responses[{number}]: token {largest}, and the LLM has {vocab_size}"
             )
-    given = [(each.prompt, each.response) for each in request.responses]
+    responses = [(item.prompt, item.response) for item in request.responses]
     decoding = request.model_dump(include={"temperature", "top_k", "top_p", "max_candidates"})
-    contents = await read_responses(state.engine, state.workers, given, decoding)
-    if None in contents:  # the workers keep so much and no more
+    contents = await read_responses(state.engine, state.workers, responses, decoding)
+    if None in contents:  # the workers have bounded room
         raise HTTPException(503, "too much is read at once: send fewer or shorter responses")
-    positions = joined([Positions(**safetensors.torch.load(each)) for each in contents if each])
+    positions = joined(
+        [Positions(**safetensors.torch.load(content)) for content in contents if content]
+    )
     content = safetensors.torch.save(positions._asdict())
     return Response(content, media_type="application/octet-stream")

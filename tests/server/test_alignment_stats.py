@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.receipts import WorkerReader, sum_counts
+from server.alignment_stats import WorkerReader, sum_counts
 
 
 def counts(proposed, accepted, forced=0):
@@ -99,7 +99,7 @@ def test_a_failure_reaches_everyone_who_waits_and_nobody_after():
 
 
 def test_an_engine_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr("server.receipts.CALL_SECONDS", 0.05)
+    monkeypatch.setattr("server.alignment_stats.CALL_SECONDS", 0.05)
 
     class Gone:
         async def collective_rpc(self, method, *, args):

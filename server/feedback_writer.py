@@ -1,28 +1,30 @@
-"""Keeps preferences and answers in the database behind the server's back."""
+"""Writes preferences and answers to the database without delaying responses."""
 
 import asyncio
-import json
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from judge.feedback import Feedback, Preference, Source
 from judge.messages import Message, Unusable, read_messages, text_of
 from judge.principles import Principle
 from judge.prompts import Question
 from judge.rows import PrefersNothing
-from judge.verdict import Ruling
+from judge.verdict import PairResult
 from server import metrics
 from server.engine import ChatCompletionResponse
-from server.streams import as_event
+from server.streams import Event, as_event
 
 MAX_WAITING = 1000
-"""Writes that may wait for the disk; verdicts beyond it are lost, and counted."""
+"""Writes that may wait for the disk; verdicts beyond it are lost, and counted as lost."""
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
-class Keeper:
+class FeedbackWriter:
     """The database, in a thread of its own."""
 
     def __init__(self, feedback: Feedback) -> None:
@@ -30,29 +32,30 @@ class Keeper:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="feedback")
         self.waiting = 0
 
-    async def keep(self, rows: Sequence[Preference]) -> None:
-        """Returns when all are on the disk, or none. Raises FeedbackError."""
+    async def add(self, rows: Sequence[Preference]) -> None:
+        """Returns when all of a person's preferences are on the disk, or none. Raises FeedbackError."""
         await self._run(self.feedback.add, rows)
         metrics.FEEDBACK.labels("person").inc(len(rows))
 
     async def answer(
         self, request_id: str, caller: str
     ) -> tuple[list[Message], list[Message]] | None:
+        """The prompt and the responses of a recorded answer; None = this caller has none of this id."""
         return await self._run(self.feedback.answer, request_id, caller)
 
     async def counts(self) -> dict[tuple[Source, str | None], int]:
-        """How many preferences there are of each source and caller."""
+        """The number of preferences of each source and caller."""
         return await self._run(self.feedback.counts)
 
     async def last_id(self) -> int:
-        """Of the newest preference."""
+        """Id of the newest preference."""
         return await self._run(self.feedback.last_id)
 
     async def forget(self, caller: str) -> dict[str, int]:
-        """Returns what was deleted, when it is. Raises FeedbackError."""
+        """Delete a caller's rows; returns their numbers when they are gone. Raises FeedbackError."""
         return await self._run(self.feedback.forget, caller)
 
-    def remember(
+    def record_answer(
         self, request_id: str, caller: str, prompt: Sequence[Message], responses: Any
     ) -> None:
         """Keep an answer with several choices, for its caller to choose from."""
@@ -60,23 +63,23 @@ class Keeper:
             messages = read_messages(responses)
         except Unusable:  # not text: nothing to learn from
             return
-        self._later(1, self.feedback.add_answer, request_id, caller, prompt, messages)
+        self._enqueue(1, None, self.feedback.add_answer, request_id, caller, prompt, messages)
 
-    def keep_verdicts(
+    def record_verdicts(
         self,
         questions: Sequence[Question],
-        rulings: Iterable[Ruling],
+        results: Iterable[PairResult],
         principle: str | None,
         caller: str,
     ) -> None:
-        """Keep what the judge decided; ties decide nothing."""
+        """Keep the judge's preferences; a tie is none."""
         rows = []
-        for question, ruling in zip(questions, rulings, strict=True):
-            if ruling.winner == "tie":
+        for question, result in zip(questions, results, strict=True):
+            if result.winner == "tie":
                 continue
             chosen, rejected = question.first, question.second
-            confidence = ruling.probability
-            if ruling.winner == "b":
+            confidence = result.probability
+            if result.winner == "b":
                 chosen, rejected, confidence = rejected, chosen, 1 - confidence
             row = Preference(
                 "judge", question.prompt, chosen, rejected, principle, confidence, caller=caller
@@ -85,12 +88,21 @@ class Keeper:
                 row.as_row()
                 rows.append(row)
         if rows:
-            self._later(len(rows), self.feedback.add, rows)
+            self._enqueue(len(rows), "judge", self.feedback.add, rows)
 
-    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *arguments)
+    async def _run(self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        assert not kwargs, "an executor takes positional arguments only"
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
 
-    def _later(self, count: int, work: Callable[..., Any], *arguments: Any) -> None:
+    def _enqueue(
+        self,
+        count: int,
+        source: Source | None,
+        work: Callable[P, None],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        """Write `count` rows some time later. `source`: count them as kept preferences of this source."""
         if self.waiting >= MAX_WAITING:
             metrics.FEEDBACK_LOST.inc(count)
             return
@@ -100,20 +112,20 @@ class Keeper:
             self.waiting -= 1
             if future.exception() is not None:
                 metrics.FEEDBACK_LOST.inc(count)
-            elif work == self.feedback.add:
-                metrics.FEEDBACK.labels("judge").inc(count)
+            elif source is not None:
+                metrics.FEEDBACK.labels(source).inc(count)
 
-        self.thread.submit(work, *arguments).add_done_callback(done)
+        self.thread.submit(work, *args, **kwargs).add_done_callback(done)
 
 
 def principle_of(principles: Mapping[str, Principle], default: str) -> str | None:
-    """What exported verdicts are by: a principle of its own, or None for the usual one and for several at once."""
+    """The principle that is exported with a verdict; None for the default one and for several at once."""
     names = list(principles)
     return names[0] if len(names) == 1 and names[0] != default else None
 
 
 def new_id() -> str:
-    """Of an answer that is remembered. vLLM's own may be the client's choice, and so another answer's."""
+    """Id of a recorded answer. A client may choose vLLM's own id, and so repeat another answer's."""
     return f"chatcmpl-{secrets.token_hex(16)}"
 
 
@@ -124,7 +136,7 @@ def responses_of(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
 
 
 def response_of(message: dict[str, Any]) -> dict[str, Any]:
-    """What a message says. A call without its id, by which no two would be alike; one that was cut short is a text."""
+    """The content of a message: tool calls lose their random id, and one that was cut short becomes a text."""
     calls = [{"function": call["function"]} for call in message.get("tool_calls") or ()]
     response = {"role": "assistant", "content": message.get("content") or "", "tool_calls": calls}
     try:
@@ -134,27 +146,26 @@ def response_of(message: dict[str, Any]) -> dict[str, Any]:
     return response
 
 
-async def listen(
+async def record_stream(
     chunks: AsyncGenerator[str, None],
     request_id: str,
-    remember: Callable[[list[dict[str, Any]]], None],
+    record: Callable[[list[dict[str, Any]]], None],
 ) -> AsyncGenerator[str, None]:
-    """A stream under another id; where all its choices came to an end, `remember` is told their messages."""
+    """The stream with another id. When all its choices have finished, calls `record` with their messages."""
     choices: dict[int, _Choice] = {}
     async for chunk in chunks:
-        if chunk.startswith("data: {"):
-            data = json.loads(chunk.removeprefix("data: "))
-            for choice in data.get("choices", ()):
-                choices.setdefault(choice["index"], _Choice()).add(choice)
-            if "id" in data:
-                chunk = as_event(data | {"id": request_id})
+        event = Event.parse(chunk)
+        for choice in event.choices or ():
+            choices.setdefault(choice["index"], _Choice()).add(choice)
+        if event.data is not None and "id" in event.data:
+            chunk = as_event(event.data | {"id": request_id})
         yield chunk
     if choices and all(choice.is_finished for choice in choices.values()):
-        remember([choices[index].response() for index in sorted(choices)])
+        record([choices[index].response() for index in sorted(choices)])
 
 
 class _Choice:
-    """A choice of a stream, put together again."""
+    """A choice of a stream, reassembled from its deltas."""
 
     def __init__(self) -> None:
         self.content, self.is_finished = "", False

@@ -1,14 +1,14 @@
-"""POST /v1/completions: vLLM's own, plus a proxy that aligns and its receipt."""
+"""POST /v1/completions: vLLM's own, with a proxy and its statistics."""
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.admission import COMPLETIONS
-from server.answers import add_receipt, respond
+from server.answers import add_alignment_stats, respond
+from server.app_state import get_state
 from server.engine import ErrorResponse, load_aware_call, validate_json_request, with_cancellation
-from server.gate import current_plan
+from server.engine_wrapper import current_request
 from server.schemas import TextRequest
-from server.state import served
 
 router = APIRouter()
 
@@ -26,10 +26,10 @@ router = APIRouter()
 @with_cancellation
 @load_aware_call
 async def create_completion(request: TextRequest, raw_request: Request) -> Response:
-    """Every stage of a completion request that the gate has let in."""
-    state, plan = served(raw_request), current_plan()
-    assert plan is not None, "a body that fits TextRequest has passed the gate"
+    """Every stage of an admitted completion request."""
+    state, admitted = get_state(raw_request), current_request()
+    assert admitted is not None, "a body that fits TextRequest was admitted"
     if state.completion is None:
         raise NotImplementedError("The model does not support Completions API")
     answer = await state.completion.create_completion(request, raw_request)
-    return respond(await add_receipt(answer, plan, state), raw_request)
+    return respond(await add_alignment_stats(answer, admitted, state), raw_request)

@@ -1,7 +1,7 @@
-"""Judges that are LoRAs on the LLM: what `--judge DIR` may name, and what vLLM must be told to serve them.
+"""Judges that are LoRAs on the LLM: the directories of `--judge DIR`, and the options of vLLM that serve them.
 
-`training.jsft --lora-rank` makes a pairwise judge, `training.reward_model --lora-rank` a likelihood-ratio judge. A
-directory says which it is, and which LLM it was trained on, in `reward.json`.
+`training.jsft --lora-rank` makes a pairwise judge, `training.reward_model --lora-rank` a likelihood-ratio judge. The
+file `reward.json` of a directory says which it is, and which LLM it was trained on.
 """
 
 import json
@@ -18,15 +18,15 @@ from proxy.checkpoint import BaseModelId
 from proxy.reward_file import RewardFile
 
 JudgeKind = Literal["pairwise", "likelihood", "proxy"]
-"""The LLM or a LoRA that is shown two responses; a LoRA, or a proxy, that scores each by its likelihood."""
+"""`pairwise`: the LLM or a LoRA that reads both responses. `likelihood`, `proxy`: a LoRA or a proxy scores each."""
 
 _KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
-_FIRST_ID = 1_000_000  # vLLM counts the adapters that it is given from 1
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed by vLLM
+_FIRST_ID = 1_000_000  # vLLM numbers adapters of its own options from 1
 
 
 class AdapterError(ValueError):
-    """A directory that is no judge for this LLM; the message says why."""
+    """The directory is no judge for this LLM; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Adapter:
     rank: int
     principles: Mapping[str, Principle]
     lora_id: int
-    """That no other adapter of the engine has."""
+    """Unique among the engine's adapters."""
 
 
 def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeKind, Adapter]:
-    """The judges in these directories, by what they are.
+    """The judges in these directories, by kind.
 
     Raises:
-        AdapterError: one of them is no judge, not for this LLM, or one of a kind too many.
+        AdapterError: one of them is no judge, not for this LLM, or there are two of a kind.
         PrincipleError: a judge's principles are damaged.
     """
-    found: dict[JudgeKind, Adapter] = {}
+    adapters: dict[JudgeKind, Adapter] = {}
     for number, directory in enumerate(directories):
         adapter = _read(directory, base, _FIRST_ID + number)
-        if adapter.kind in found:
+        if adapter.kind in adapters:
             raise AdapterError(
-                f"{directory} and {found[adapter.kind].directory} are both {adapter.kind} judges: name one of them"
+                f"{directory} and {adapters[adapter.kind].directory} are both {adapter.kind} judges: name one of them"
             )
-        found[adapter.kind] = adapter
-    return found
+        adapters[adapter.kind] = adapter
+    return adapters
 
 
 def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
@@ -86,17 +86,17 @@ def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
             f"the LoRA in {directory} changes the head or the embedding: leave them out"
         )
     if rank > _RANKS[-1]:
-        raise AdapterError(f"the LoRA in {directory} has rank {rank}; vLLM's most is {_RANKS[-1]}")
+        raise AdapterError(f"the LoRA in {directory} has rank {rank}; vLLM's limit is {_RANKS[-1]}")
     kind = _KINDS[reward.kind]
     return Adapter(kind, directory, reward.beta, rank, principles_of(directory), lora_id)
 
 
 def enable_adapters(args: Namespace, adapters: Mapping[JudgeKind, Adapter]) -> None:
-    """Have vLLM make room for the judges, beside what it was asked to make room for."""
+    """Raise vLLM's limits of adapters by the judges."""
     if not adapters:
         return
-    theirs = args.max_loras if args.enable_lora else 0
+    other_loras = args.max_loras if args.enable_lora else 0
     args.enable_lora = True
-    args.max_loras = theirs + len(adapters)
-    wanted = max(args.max_lora_rank if theirs else 1, *(a.rank for a in adapters.values()))
-    args.max_lora_rank = min(rank for rank in _RANKS if rank >= wanted)
+    args.max_loras = other_loras + len(adapters)
+    needed = max(args.max_lora_rank if other_loras else 1, *(a.rank for a in adapters.values()))
+    args.max_lora_rank = min(rank for rank in _RANKS if rank >= needed)

@@ -1,11 +1,11 @@
-"""What was loaded over HTTP, in a file below --proxy-root: a restart finds it again, and so do other servers.
+"""The file of all proxies loaded over HTTP: a restart loads them again, and other servers with this root do too.
 
     <proxy root>/proxies.json
     {"proxies": {"mine": {"path": "polite", "version": "1f0c...", "shadow": false}}}
 
-A server writes it before it answers POST or DELETE /proxies, and looks every second whether another
-one has. So all servers that share a root serve the same proxies, whichever of them was asked.
-Proxies of --proxy are not in it: the command line brings them back.
+A server writes it before it answers POST or DELETE /proxies, and checks every second whether another
+one has. So all servers that share a root serve the same proxies, whichever of them got the request.
+Proxies of --proxy are not in it: the command line loads them.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from server.proxies import Proxies, Refusal, find_below
+from server.proxies import Proxies, ProxyStateError, find_below
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME, LOCK_NAME = "proxies.json", ".proxies.lock"
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 class Entry(BaseModel):
-    """One proxy."""
+    """One proxy in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,21 +45,21 @@ class _File(BaseModel):
     proxies: dict[str, Entry] = {}
 
 
-class Remembered:
-    """The file, and this server's part in keeping to it."""
+class ProxyManifest:
+    """The file, and this server's loads and unloads that follow it."""
 
     def __init__(self, root: Path, proxies: Proxies) -> None:
         self.root, self.file, self.proxies = root, root / FILE_NAME, proxies
         self.entries: dict[str, Entry] = {}
-        """What this server has last seen, and tried to load."""
+        """The file's content as this server last saw it and tried to load it."""
         self.changing = asyncio.Lock()
-        """Held from a load or unload to its `change`, so that what the file said before does not come back."""
+        """Held from a load or unload to its `change`, so that `reconcile` does not restore the earlier content."""
         self._seen: tuple[int, int] | None = None
         self._failed: set[tuple[str, Entry]] = set()
         self._task: asyncio.Task[None] | None = None
 
     def change(self, name: str, entry: Entry | None) -> bool:
-        """Write what a name stands for, None = nothing any more; False where the file cannot be written."""
+        """Write what a name stands for, None = nothing; returns False where the file cannot be written."""
         try:
             with self._locked():
                 before = self._read()
@@ -69,32 +69,32 @@ class Remembered:
                 if entries != before:
                     self._write(entries)
         except (OSError, ValidationError) as error:
-            logger.warning("%s is not remembered: %s: %s", name, self.file, error)
+            logger.warning("%s is not in %s: %s", name, self.file, error)
             return False
-        # Not what else the file has: another server may have written that, and it is to be loaded.
+        # Not the file's other entries: another server may have written them, and `reconcile` must load them.
         self.entries = {key: value for key, value in self.entries.items() if key != name}
         if entry is not None:
             self.entries[name] = entry
         return True
 
-    def follow(self) -> None:
-        """Look again and again, until the event loop ends."""
-        self._task = asyncio.create_task(self._follow())
+    def watch(self) -> None:
+        """Reconcile every second, until the event loop ends."""
+        self._task = asyncio.create_task(self._watch())
 
-    async def _follow(self) -> None:
+    async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             try:
-                await self.keep_up()
-            except Exception:  # whatever it is, the next look may find it mended
-                logger.exception("%s could not be followed.", self.file)
+                await self.reconcile()
+            except Exception:  # the next poll tries again
+                logger.exception("%s could not be read.", self.file)
 
-    async def keep_up(self) -> None:
-        """Load and unload what the file has changed since the last time; what fails is tried again."""
+    async def reconcile(self) -> None:
+        """Load and unload what has changed in the file since the last time; a failed load is tried again."""
         async with self.changing:
-            await self._keep_up()
+            await self._reconcile()
 
-    async def _keep_up(self) -> None:
+    async def _reconcile(self) -> None:
         if (stamp := self._stamp()) == self._seen and not self._failed:
             return
         try:
@@ -107,7 +107,7 @@ class Remembered:
         before, self.entries, self._seen = self.entries, entries, stamp
         self._failed &= set(entries.items())
         for name in before.keys() - entries.keys():
-            with suppress(Refusal):  # it is not loaded, as it should be
+            with suppress(ProxyStateError):  # it is unloaded already
                 await self.proxies.unload(name)
         for name, entry in entries.items():
             if before.get(name) != entry or (name, entry) in self._failed:
@@ -120,9 +120,9 @@ class Remembered:
         try:
             directory = find_below(self.root, entry.path)
             await self.proxies.load(name, directory, shadow=entry.shadow, version=entry.version)
-        except Refusal as refusal:
+        except ProxyStateError as error:
             if (name, entry) not in self._failed:
-                logger.error("%s of %s is not loaded: %s", name, self.file, refusal)
+                logger.error("%s of %s is not loaded: %s", name, self.file, error)
             self._failed.add((name, entry))
         else:
             logger.info("%s %s is loaded, as %s has it.", name, entry.version, self.file)
@@ -130,17 +130,17 @@ class Remembered:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One server at a time reads and writes."""
+        """One server at a time reads and writes the file."""
         with (self.root / LOCK_NAME).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
-            found = self.file.stat()
+            stat = self.file.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_ino
+        return stat.st_mtime_ns, stat.st_ino
 
     def _read(self) -> dict[str, Entry]:
         try:
@@ -149,7 +149,7 @@ class Remembered:
             return {}
 
     def _write(self, entries: dict[str, Entry]) -> None:
-        """Whole or not at all, and on the disk."""
+        """Atomic, and on the disk when it returns."""
         content: dict[str, Any] = {"proxies": {k: v.model_dump() for k, v in entries.items()}}
         descriptor, name = tempfile.mkstemp(dir=self.root, prefix=".proxies.")
         try:

@@ -1,23 +1,22 @@
-"""SIGTERM while serving: what is under way is finished, what is new is turned away, then the server stops.
+"""SIGTERM while serving: requests under way are finished, new ones are refused, then the server stops.
 
-vLLM takes its engine down at once on SIGTERM and SIGINT. Here SIGTERM waits for the last answer first,
-at most --drain-seconds, and then passes SIGINT on to vLLM. SIGINT itself (Ctrl-C) does not wait.
+vLLM shuts its engine down at once on SIGTERM and SIGINT. Here SIGTERM waits for the last response first,
+at most --drain-seconds, and then raises SIGINT for vLLM. SIGINT itself (Ctrl-C) does not wait.
 """
 
 import asyncio
 import logging
 import signal
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.access import Refusal
+from server.middleware.errors import HTTPErrorResponse
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5
 """When a client should try again, at another server or this one's successor."""
-STOPPING = Refusal(
+STOPPING = HTTPErrorResponse(
     503,
     "ServiceUnavailableError",
     "This server is stopping: send the request again in some seconds.",
@@ -25,8 +24,8 @@ STOPPING = Refusal(
 )
 
 
-class Drain:
-    """ASGI middleware; must come before whatever may take long."""
+class DrainMiddleware:
+    """ASGI middleware; must come before anything that takes long."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app, self.seconds = app, seconds
@@ -39,8 +38,7 @@ class Drain:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
             return await self.app(scope, receive, send)
         if self.stopping is not None and scope.get("path", "").rstrip("/") != "/metrics":
-            response: JSONResponse = STOPPING.response()
-            return await response(scope, receive, send)
+            return await STOPPING(scope, receive, send)
         self.in_flight += 1
         try:
             await self.app(scope, receive, send)
@@ -61,7 +59,7 @@ class Drain:
                 await asyncio.wait_for(self.idle.wait(), self.seconds)
             except TimeoutError:
                 logger.warning(
-                    "%s requests were not finished after %g s: they are cut off.",
+                    "%s requests were not finished after %g s and are aborted.",
                     self.in_flight,
                     self.seconds,
                 )

@@ -1,11 +1,11 @@
-"""GET /v1/models: what can be asked for."""
+"""GET /v1/models: the names that a request may use."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.admission import names
-from server.state import served
+from server.admission import proxy_names
+from server.app_state import get_state
 
 router = APIRouter()
 
@@ -13,11 +13,11 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(raw_request: Request) -> dict[str, Any]:
     """The LLM under its own names, its LoRA adapters, and one `<model>:<proxy>` for each of these."""
-    state = served(raw_request)
+    state = get_state(raw_request)
     listed = await state.models.show_available_models()
     listed.data += [
         card.model_copy(update={"id": f"{card.id}:{proxy}", "parent": card.id})
         for card in listed.data
-        for proxy in names(state)
+        for proxy in proxy_names(state)
     ]
     return listed.model_dump()

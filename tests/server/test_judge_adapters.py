@@ -15,7 +15,7 @@ from judge.principles import Principle, write_principles
 from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
 from judge.tournament import replay
 from proxy.checkpoint import BaseModelId, identify
-from server.adapters import AdapterError, enable_adapters, read_adapters
+from server.judge_adapters import AdapterError, enable_adapters, read_adapters
 from tests.server.conftest import DEMO, WAIT_SECONDS, proxy_flags, serving
 
 BASE = identify(str(DEMO / "model"))

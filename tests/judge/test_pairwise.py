@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from judge.judge import Judge
 from judge.messages import Message
+from judge.pairwise import PairwiseJudge
 from judge.principles import DEFAULT, Principle
 from judge.prompts import Question
 from judge.verdict import Verdict
@@ -43,27 +43,29 @@ class Engine:
 
 def compare(tokenizer, probability_of_a, pairs, principles=DEFAULT, **options):
     engine = Engine(tokenizer, probability_of_a)
-    judge = Judge(tokenizer, engine, engine.write, **{"max_tokens": 1000} | options)
+    judge = PairwiseJudge(
+        tokenizer, principles, engine, engine.write, **{"max_tokens": 1000} | options
+    )
     questions = [Question(PROMPT, *pair) for pair in pairs]
-    return asyncio.run(judge.compare(questions, principles)), judge, engine
+    return asyncio.run(judge.compare(questions)), judge, engine
 
 
 def test_prefers_the_longer_whatever_the_order(tokenizer):
-    rulings, _, _ = compare(
+    results, _, _ = compare(
         tokenizer,
         lambda a, b: 0.9 if len(a) > len(b) else 0.2,
         [("You look well.", "Hm."), ("Hm.", "You look well.")],
     )
-    assert [ruling.winner for ruling in rulings] == ["a", "b"]
+    assert [result.winner for result in results] == ["a", "b"]
     # Longer first: p(A) = 0.9; longer second: p(B) = 1 - 0.2.
-    assert rulings[0].by_principle["overall"].orders == pytest.approx((0.9, 0.8))
-    assert rulings[1].by_principle["overall"].orders == pytest.approx((0.2, 0.1))
+    assert results[0].by_principle["overall"].orders == pytest.approx((0.9, 0.8))
+    assert results[1].by_principle["overall"].orders == pytest.approx((0.2, 0.1))
 
 
 def test_position_bias_is_a_tie(tokenizer):
-    (ruling,), _, _ = compare(tokenizer, lambda a, b: 0.99, [("x", "y")])
-    assert ruling.winner == "tie"
-    assert ruling.probability == pytest.approx(0.5)
+    (result,), _, _ = compare(tokenizer, lambda a, b: 0.99, [("x", "y")])
+    assert result.winner == "tie"
+    assert result.probability == pytest.approx(0.5)
 
 
 def test_both_orders_of_all_pairs_go_in_one_batch(tokenizer):
@@ -86,8 +88,8 @@ def test_the_engine_is_asked_for_the_labels_of_this_tokenizer(tokenizer):
 
 
 def test_identical_responses_are_a_tie_without_a_call(tokenizer):
-    rulings, judge, engine = compare(tokenizer, lambda a, b: 0.9, [("x", "x"), ("y", "y")])
-    assert [ruling.winner for ruling in rulings] == ["tie", "tie"]
+    results, judge, engine = compare(tokenizer, lambda a, b: 0.9, [("x", "x"), ("y", "y")])
+    assert [result.winner for result in results] == ["tie", "tie"]
     assert engine.batches == []  # nobody was asked
     assert judge.usage.as_json() == {
         "prompt_tokens": 0,
@@ -97,20 +99,20 @@ def test_identical_responses_are_a_tie_without_a_call(tokenizer):
 
 
 def test_identical_pairs_keep_their_places(tokenizer):
-    rulings, _, engine = compare(
+    results, _, engine = compare(
         tokenizer,
         lambda a, b: 0.9 if a < b else 0.1,
         [("x", "x"), ("a", "b"), ("y", "y"), ("d", "c")],
     )
-    assert [ruling.winner for ruling in rulings] == ["tie", "a", "tie", "b"]
+    assert [result.winner for result in results] == ["tie", "a", "tie", "b"]
     assert len(engine.batches[0]) == 4
 
 
 def test_usage_adds_up_over_calls(tokenizer):
     engine = Engine(tokenizer, lambda a, b: 0.6)
-    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000)
+    judge = PairwiseJudge(tokenizer, DEFAULT, engine, engine.write, max_tokens=1000)
     for _ in range(3):
-        asyncio.run(judge.compare([Question(PROMPT, "x", "y")], DEFAULT))
+        asyncio.run(judge.compare([Question(PROMPT, "x", "y")]))
     assert judge.usage.completion_tokens == 6
 
 
@@ -121,14 +123,16 @@ def test_all_principles_in_one_batch_with_labels_of_their_own(tokenizer):
     }
 
     engine = Engine(tokenizer, lambda a, b: 0.9)
-    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000, tie_band=0.125)
+    judge = PairwiseJudge(
+        tokenizer, principles, engine, engine.write, max_tokens=1000, tie_band=0.125
+    )
     questions = [Question(PROMPT, "x", "y"), Question(PROMPT, "z", "z"), Question(PROMPT, "u", "v")]
-    rulings = asyncio.run(judge.compare(questions, principles))
+    results = asyncio.run(judge.compare(questions))
     (batch,) = engine.batches
     asked = [text.split("<|end|>")[0].removeprefix("<|system|>") for text in batch]
     assert asked == ["Choose the shorter."] * 2 + ["Choose the louder."] * 2 + asked[:4]
-    assert [list(ruling.by_principle) for ruling in rulings] == [["short", "loud"]] * 3
-    assert rulings[0].by_principle["loud"].tie_band == 0.125
+    assert [list(result.by_principle) for result in results] == [["short", "loud"]] * 3
+    assert results[0].by_principle["loud"].tie_band == 0.125
 
 
 def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
@@ -138,10 +142,10 @@ def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
         lengths.append((len(a), len(b)))
         return 0.6
 
-    rulings, judge, engine = compare(
+    results, judge, engine = compare(
         tokenizer, probability_of_a, [("x" * 500, "y"), ("x", "y")], max_tokens=200
     )
-    assert [ruling.truncated for ruling in rulings] == [True, False]
+    assert [result.truncated for result in results] == [True, False]
     (batch,) = engine.batches
     sizes = [len(tokenizer.encode(text, add_special_tokens=False)) for text in batch]
     assert max(sizes[:2]) == 200  # all the room there is
@@ -152,10 +156,10 @@ def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
 
 def explain(tokenizer, question, orders, max_tokens=9):
     engine = Engine(tokenizer, lambda a, b: 0.6)
-    judge = Judge(tokenizer, engine, engine.write, max_tokens=1000)
+    judge = PairwiseJudge(tokenizer, DEFAULT, engine, engine.write, max_tokens=1000)
 
     async def pieces():
-        found = judge.rationale(question, DEFAULT["overall"], Verdict(orders), max_tokens)
+        found = judge.rationale(question, "overall", Verdict(orders), max_tokens)
         return [piece async for piece in found]
 
     return asyncio.run(pieces()), judge, engine

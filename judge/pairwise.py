@@ -1,0 +1,136 @@
+"""The pairwise judge: the LLM reads both responses and names the better one with a single token.
+
+It implements `judge.protocol.Judge` over any engine: whoever makes it passes a function that reads two next-token
+log-probabilities, and one that generates text.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from judge.principles import Principle
+from judge.prompts import ChatTokenizer, Question, judge_prompt_ids, label_ids, shorten
+from judge.protocol import Usage
+from judge.verdict import TIE, PairResult, Verdict, orders
+
+Labels = tuple[int, int]
+ReadLabels = Callable[[list[list[int]], list[Labels]], Awaitable[list[tuple[float, float]]]]
+"""(token ids of each prompt, its ids of " A" and " B") -> both labels' next-token logprobs for each prompt."""
+
+ReadText = Callable[[list[int], int], AsyncGenerator[tuple[str, int], None]]
+"""(token ids, maximum number of tokens) -> the generated text in pieces, each with its number of tokens."""
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question by one principle, as the engine reads it."""
+
+    question: Question
+    """As shortened."""
+    truncated: bool
+    prompts: tuple[list[int], list[int]]
+    """Token ids of the question as asked, and with the responses swapped."""
+
+
+class PairwiseJudge:
+    """The judge of the SELF-JUDGE paper: the probability of one token, averaged over both orders.
+
+    Args:
+        tokenizer: the LLM's
+        principles: what to judge by, by name
+        read_labels: asks the engine for judgments
+        read_text: has the engine write a rationale
+        max_tokens: limit of a judge prompt, without the label and the rationale
+        tie_band: see Verdict
+    """
+
+    kind = "pairwise"
+
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        principles: Mapping[str, Principle],
+        read_labels: ReadLabels,
+        read_text: ReadText,
+        *,
+        max_tokens: int,
+        tie_band: float = 0.0,
+    ) -> None:
+        self.tokenizer, self.principles = tokenizer, principles
+        self.read_labels, self.read_text = read_labels, read_text
+        self.max_tokens, self.tie_band = max_tokens, tie_band
+        self.usage = Usage()
+
+    async def compare(self, questions: Sequence[Question]) -> list[PairResult]:
+        """Judge every question by every principle in both orders, all in one batch.
+
+        Identical responses tie and cost nothing.
+
+        Raises JudgePromptError where the tokenizer cannot carry a judgment, and whatever
+        `read_labels` raises.
+        """
+        encoded = [
+            [self._encode(question, principle) for principle in self.principles.values()]
+            for question in questions
+            if question.first != question.second
+        ]
+        principles = self.principles.values() if encoded else ()
+        labels = [label_ids(self.tokenizer, principle) for principle in principles]
+        prompts = [ids for row in encoded for entry in row for ids in entry.prompts]
+        prompt_labels = [pair for _ in encoded for pair in labels for _ in range(2)]
+        logprobs = iter(await self.read_labels(prompts, prompt_labels) if prompts else ())
+        self.usage.prompt_tokens += sum(map(len, prompts))
+        self.usage.completion_tokens += len(prompts)
+
+        rows, results = iter(encoded), []
+        for question in questions:
+            if question.first == question.second:
+                probabilities, truncated = [TIE] * len(self.principles), False
+            else:
+                row = next(rows)
+                probabilities = [orders(next(logprobs), next(logprobs)) for _ in row]
+                truncated = any(entry.truncated for entry in row)
+            verdicts = [Verdict(pair, self.tie_band) for pair in probabilities]
+            results.append(PairResult(dict(zip(self.principles, verdicts, strict=True)), truncated))
+        return results
+
+    async def rationale(
+        self, question: Question, principle: str, verdict: Verdict, max_tokens: int
+    ) -> AsyncGenerator[str, None]:
+        """The reasons for a verdict by one of the principles, in pieces; the first response is called A.
+
+        Identical responses have no rationale.
+        """
+        if question.first == question.second:
+            return
+        template = self.principles[principle]
+        encoded = self._encode(question, template)
+        prefers_second = verdict.probability < 0.5
+        prompt = [*encoded.prompts[0], label_ids(self.tokenizer, template)[prefers_second]]
+        self.usage.prompt_tokens += len(prompt)
+        begun = False
+        async with aclosing(self.read_text(prompt, max_tokens)) as pieces:
+            async for text, tokens in pieces:
+                self.usage.completion_tokens += tokens
+                text = text if begun else text.lstrip(". \n")  # ends the sentence of the label
+                if text:
+                    begun = True
+                    yield text
+
+    def _encode(self, question: Question, principle: Principle) -> EncodedQuestion:
+        return encode_question(self.tokenizer, question, principle, self.max_tokens)
+
+
+def encode_question(
+    tokenizer: ChatTokenizer, question: Question, principle: Principle, max_tokens: int
+) -> EncodedQuestion:
+    """A question in both orders, shortened where it would have more than `max_tokens`."""
+
+    def encode(question: Question) -> tuple[list[int], list[int]]:
+        return (
+            judge_prompt_ids(tokenizer, question, principle),
+            judge_prompt_ids(tokenizer, question.swapped, principle),
+        )
+
+    short = shorten(question, lambda candidate: max(map(len, encode(candidate))) <= max_tokens)
+    return EncodedQuestion(short, short is not question, encode(short))

@@ -1,0 +1,128 @@
+"""The engine as vLLM's handlers see it: every request that they draw carries the proxy that was admitted for it.
+
+vLLM 0.32 has eight routes that generate text, each with a handler of its own. Instead of a copy of each, two methods
+that all of them call are replaced (`vllm_patches`): the engine's `generate`, which adds the alignment to the sampling
+parameters and counts tokens, and `model_name`, which gives back the name that the client used.
+
+The handlers do not know about alignment. They run in the context of the HTTP request, where `current_request` finds
+what `middleware.alignment` admitted.
+"""
+
+import copy
+import itertools
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from proxy.request import EXTRA_ARGS_KEY
+from server import vllm_patches
+from server.access import Limits
+from server.admission import AdmittedRequest
+from server.alignment_stats import AlignmentCounts
+from server.engine import (
+    EngineClient,
+    OpenAIServingModels,
+    OwnExtraArgs,
+    VLLMValidationError,
+    prompt_length,
+)
+
+CURRENT_REQUEST: ContextVar[AdmittedRequest | None] = ContextVar("current_request", default=None)
+
+
+def current_request() -> AdmittedRequest | None:
+    """The HTTP request that is being answered; None if its body is no JSON object."""
+    return CURRENT_REQUEST.get()
+
+
+def wrap_engine(
+    engine: EngineClient, models: OpenAIServingModels, *, prompt_logprobs_refused: str | None
+) -> None:
+    """Have vLLM's handlers draw with the admitted proxy and answer with the client's model name.
+
+    Args:
+        engine, models: the objects that vLLM's handlers hold.
+        prompt_logprobs_refused: why this server cannot give logprobs of prompts; None = it can.
+    """
+    model_name, numbers = models.model_name, itertools.count()
+
+    def generate(
+        prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        params, request = sampling_params, current_request()
+        is_own = isinstance(params.extra_args, OwnExtraArgs)
+        if not is_own:
+            _check_arguments(params, prompt_logprobs_refused)
+        if request is None:
+            return original(prompt, params, request_id, **options)
+        admission, counts = request
+        if not (is_own and admission.best_of > 1):
+            check_prompt(admission.limits, prompt)
+        if is_own:
+            return _count_judgment(original(prompt, params, request_id, **options), counts)
+        if admission.alignment is not None:
+            params = copy.copy(params)  # the handler may use its own again
+            params.extra_args = {**(params.extra_args or {}), **admission.alignment.to_extra_args()}
+            # Clients choose request ids, and may choose the same one: no client must get another's trace or counts.
+            request_id = f"{request_id}-p{next(numbers)}"
+        counts.engine_ids.append(request_id)
+        counts.num_samples = params.n
+        outputs = original(prompt, params, request_id, **options)
+        return _count(outputs, request, request_id)
+
+    def name_in_response(lora_request: Any = None) -> str:
+        request = current_request()
+        requested = request.admission.requested_model if request is not None else None
+        return requested or model_name(lora_request)
+
+    original = vllm_patches.replace_generate(engine, generate)
+    vllm_patches.replace_model_name(models, name_in_response)
+
+
+def check_prompt(limits: Limits, prompt: Any) -> None:
+    """Raises VLLMValidationError where the prompt is longer than the caller's limit."""
+    limit = limits.max_prompt_tokens
+    if limit is not None and (tokens := prompt_length(prompt)) > limit:
+        raise VLLMValidationError(
+            f"max_prompt_tokens: a prompt has {tokens} tokens, and this key may send {limit}",
+            parameter="max_prompt_tokens",
+        )
+
+
+def _check_arguments(params: Any, prompt_logprobs_refused: str | None) -> None:
+    if EXTRA_ARGS_KEY in (params.extra_args or {}):  # by a route that `admission` does not check
+        raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
+    if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
+        raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
+
+
+async def _count(
+    outputs: AsyncGenerator[Any, None], request: AdmittedRequest, request_id: str
+) -> AsyncGenerator[Any, None]:
+    """The engine's outputs, with their tokens counted; at the end, the proxy's counts are read."""
+    admission, counts = request
+    async with aclosing(outputs):  # a handler that stops reading aborts the engine's request
+        async for output in outputs:
+            for sample in output.outputs:
+                counts.tokens["completion"] += len(sample.token_ids)
+                counts.delivered[request_id, sample.index] += len(sample.token_ids)
+                if counts.texts is not None:
+                    counts.texts[request_id, sample.index] += sample.text
+            if output.finished:
+                counts.tokens["prompt"] += len(output.prompt_token_ids or ())
+                if admission.alignment is not None and not admission.alignment.trace:
+                    counts.finish(request_id)
+            yield output
+
+
+async def _count_judgment(
+    outputs: AsyncGenerator[Any, None], counts: AlignmentCounts
+) -> AsyncGenerator[Any, None]:
+    """The outputs of a judge's request, with their tokens counted."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            counts.tokens["judge_completion"] += len(output.outputs[0].token_ids)
+            if output.finished:
+                counts.tokens["judge_prompt"] += len(output.prompt_token_ids or ())
+            yield output

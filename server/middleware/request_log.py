@@ -1,0 +1,128 @@
+"""One line of JSON on standard output for every request, when it has ended.
+
+    {"time": "2026-11-22T10:00:00.123+00:00", "caller": "alice", "method": "POST",
+     "path": "/v1/chat/completions", "request_id": "the X-Request-Id", "status": 200,
+     "seconds": 0.412, "first_byte_seconds": 0.051, "complete": true,
+     "model": "llm", "proxy": "aligned@1f0c...", "ids": ["chatcmpl-..."], "best_of": 1,
+     "tokens": {"prompt": 31, "completion": 64},
+     "proxy_counts": {"proposed": 90, "accepted": 64, "rejected": 26, "forced": 0}}
+
+`status` is null where the client disconnected before the response began, and `complete` is false
+where it disconnected before its end. `tokens` has `judge_prompt` and `judge_completion` where a
+judge compared responses. No line has texts, unless --log-texts adds `request` and `completions`.
+GET /health and /metrics, which come every few seconds, are not logged.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import metrics
+from server.access import CALLER
+from server.admission import AdmittedRequest
+
+ADMITTED, TEXTS, BODY = "assent.admitted", "assent.texts", "assent.body"
+"""Keys of an ASGI scope: the admitted request, whether texts are logged, and the original body if they are."""
+
+_QUIET = ("/health", "/metrics")
+_COUNTS_SECONDS = 5.0  # limit for the worker to report its counts
+
+logger = logging.getLogger("assent.requests")
+
+
+def write_to_stdout() -> None:
+    """Write each line as it is, whatever the format of the process's other logs."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class RequestLogMiddleware:
+    """ASGI middleware, outside all others: logs every request and counts disconnected clients."""
+
+    def __init__(self, app: ASGIApp, texts: bool = False) -> None:
+        self.app, self.texts = app, texts
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or (scope["method"] == "GET" and path.rstrip("/") in _QUIET):
+            return await self.app(scope, receive, send)
+        scope[TEXTS] = self.texts
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "method": scope["method"],
+            "path": path,
+            "request_id": Headers(scope=scope).get("x-request-id"),
+            "status": None,
+            "complete": False,
+        }
+        start, is_disconnected = monotonic(), False
+
+        async def note_disconnect() -> Message:
+            nonlocal is_disconnected
+            message = await receive()
+            is_disconnected |= message["type"] == "http.disconnect" and not line["complete"]
+            return message
+
+        async def note_progress(message: Message) -> None:
+            if message["type"] == "http.response.start" and not is_disconnected:
+                line["status"] = message["status"]
+            elif "first_byte_seconds" not in line and not is_disconnected:
+                line["first_byte_seconds"] = round(monotonic() - start, 4)
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                line["complete"] = not is_disconnected
+
+        try:
+            await self.app(scope, note_disconnect, note_progress)
+        except Exception:
+            line["status"] = line["status"] or 500
+            raise
+        finally:
+            line["seconds"] = round(monotonic() - start, 4)
+            if is_disconnected:
+                metrics.CANCELLED.labels(getattr(scope.get("route"), "path", "unknown")).inc()
+            if logger.isEnabledFor(logging.INFO):
+                # The client has its response already when the worker's counts are read.
+                task = asyncio.create_task(_write(line, scope))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+
+async def _write(line: dict[str, Any], scope: Scope) -> None:
+    if (caller := scope.get(CALLER)) is not None:
+        line["caller"] = caller.name
+    admitted: AdmittedRequest | None = scope.get(ADMITTED)
+    if admitted is not None:
+        line |= await _fields(admitted)
+    if BODY in scope:
+        line["request"] = json.loads(scope[BODY])
+    logger.info(json.dumps(line))
+
+
+async def _fields(admitted: AdmittedRequest) -> dict[str, Any]:
+    """The fields of a line about the model's work."""
+    admission, counts = admitted
+    fields: dict[str, Any] = {"model": admission.requested_model}
+    if admission.pinned is not None:
+        fields["proxy"] = f"{admission.pinned.shown_name}@{admission.pinned.version}"
+        with suppress(Exception):  # the line is needed most when the engine is dead
+            fields["proxy_counts"] = await asyncio.wait_for(counts.total(), _COUNTS_SECONDS)
+    if admission.best_of > 1:
+        fields["best_of"] = admission.best_of
+    if counts.tokens:
+        fields |= {"ids": counts.engine_ids, "tokens": dict(counts.tokens)}
+    if counts.texts is not None:
+        fields["completions"] = list(counts.texts.values())
+    return fields
