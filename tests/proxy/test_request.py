@@ -100,3 +100,19 @@ def test_plain_sampling_where_there_is_nothing_to_apply(extra_args: Any):
 def test_a_request_may_be_exempt_from_shadows():
     found = alignment_of({"alignment": {"shadow": False}})
     assert (found.shadow, found.acts) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("engine_id", "caller", "sample"),
+    [
+        ("chatcmpl-x-1f2e3d4c", "chatcmpl-x", 0),
+        ("0_chatcmpl-x-1f2e3d4c", "chatcmpl-x", 0),
+        ("11_chatcmpl-x-1f2e3d4c", "chatcmpl-x", 11),
+        ("cmpl-0_y-12345678-00000000", "cmpl-0_y-12345678", 0),
+        ("resp_z_0", "resp_z_0", 0),  # where vLLM adds nothing
+    ],
+)
+def test_ids_of_the_engine(engine_id, caller, sample):
+    from proxy.request import caller_id, sample_index
+
+    assert (caller_id(engine_id), sample_index(engine_id)) == (caller, sample)
