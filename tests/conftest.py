@@ -27,7 +27,7 @@ SHARED = {"tests/server", "tests/training"}
 # Of these directories, the files that take long and use none of it.
 APART = {
     *(f"tests/server/test_{name}.py" for name in (
-        "adapters", "data_parallel", "features", "kill", "survival",
+        "judge_adapters", "data_parallel", "features", "kill", "survival",
     )),
     *(f"tests/training/test_{name}.py" for name in (
         "architectures", "decides_alike", "estimate", "judgments", "pair_judges", "rewards", "rollout_servers",

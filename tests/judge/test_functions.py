@@ -17,7 +17,7 @@ def test_a_function_by_its_name() -> None:
         ("math:pi", ValueError, "'math:pi' is no function: 3.14"),
         ("math:nothing", AttributeError, "nothing"),
         ("no_such_module:f", ModuleNotFoundError, "no_such_module"),
-        ("math", AttributeError, ""),
+        ("math", AttributeError, "attribute"),
     ],
 )
 def test_what_is_none(name: str, error: type[Exception], message: str) -> None:
