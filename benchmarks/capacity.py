@@ -141,9 +141,9 @@ def compare(engine: Engine, options: Options, server: Server | None) -> None:
             cells += shown(simulate(engine, work, rate, options.requests, options.seed))
             if server:
                 before = cpu_seconds(server)
-                found = asyncio.run(observe(server, work, rate, options.observe, options.seed))
-                cpu = (cpu_seconds(server) - before) / len(found)
-                cells += [*shown(found[len(found) // 10 :]), f"{1e3 * cpu:.1f}"]
+                latencies = asyncio.run(observe(server, work, rate, options.observe, options.seed))
+                cpu = (cpu_seconds(server) - before) / len(latencies)
+                cells += [*shown(latencies[len(latencies) // 10 :]), f"{1e3 * cpu:.1f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -59,7 +59,7 @@ class Options:
     """Directory for dial.png, temperature.png and dial.json."""
 
 
-class Speaker:
+class Sampler:
     """The frozen LLM with its tokenizer and the prompts; answers them under any policy."""
 
     def __init__(self, options: Options) -> None:
@@ -86,12 +86,12 @@ class Speaker:
 
 def measure(options: Options) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    speaker = Speaker(options)
+    sampler = Sampler(options)
     base: BaseModelId = identify(str(options.model))
     seed_of_frozen = options.seed + 1_000_000
     frozen = {
-        temperature: speaker.answer(
-            Policy(speaker.model), temperature, seed_of_frozen, measure_kl=False
+        temperature: sampler.answer(
+            Policy(sampler.model), temperature, seed_of_frozen, measure_kl=False
         )[1]
         for temperature in options.temperatures
     }
@@ -99,11 +99,11 @@ def measure(options: Options) -> dict[str, Any]:
     cases = list(product(options.proxies, options.temperatures, options.strengths))
     for path, temperature, strength in tqdm(cases, desc="points"):
         proxy = load(path, base=base)
-        policy = Policy(speaker.model, proxy.network, strength)
+        policy = Policy(sampler.model, proxy.network, strength)
         is_trained = temperature == proxy.config.temperature
-        rollout, texts = speaker.answer(policy, temperature, options.seed, measure_kl=is_trained)
-        golds = [reference_scorer.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
-        rate = win_rate(speaker.texts, texts, frozen[temperature])
+        rollout, texts = sampler.answer(policy, temperature, options.seed, measure_kl=is_trained)
+        golds = [reference_scorer.score(*pair) for pair in zip(sampler.texts, texts, strict=True)]
+        rate = win_rate(sampler.texts, texts, frozen[temperature])
         counts = rollout.counts
         point = {
             "proxy": path.name,
@@ -118,9 +118,9 @@ def measure(options: Options) -> dict[str, Any]:
         if rollout.kl is not None:
             point |= dict(zip(("kl", "kl_se"), mean(rollout.kl.tolist()), strict=True))
         points.append(point)
-    figures: dict[str, Any] = {"prompts": len(speaker.texts), "seed": options.seed}
+    figures: dict[str, Any] = {"prompts": len(sampler.texts), "seed": options.seed}
     for temperature, texts in frozen.items():
-        golds = [reference_scorer.score(*pair) for pair in zip(speaker.texts, texts, strict=True)]
+        golds = [reference_scorer.score(*pair) for pair in zip(sampler.texts, texts, strict=True)]
         values = dict(zip(("gold", "gold_se"), mean(golds), strict=True))
         figures.setdefault("frozen", []).append({"temperature": temperature} | values)
     return figures | {"points": points}

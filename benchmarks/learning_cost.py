@@ -69,12 +69,12 @@ def verdicts(count: int, seed: int) -> list[Preference]:
     """Random verdicts: no version will ever pass the test, and every pass runs completely."""
     rng = random.Random(seed)
     prompts = draw_prompts(split_combinations(DATA_SEED)[0], rng)
-    found = []
+    preferences = []
     for prompt in islice(prompts, count):
         chosen, rejected = rng.sample(draw_pair(prompt, rng), 2)
         turns = [Message(role="user", content=prompt.text)]
-        found.append(Preference("person", turns, chosen, rejected, caller="operator"))
-    return found
+        preferences.append(Preference("person", turns, chosen, rejected, caller="operator"))
+    return preferences
 
 
 async def stream(http: aiohttp.ClientSession, model: str, prompt: str, gaps: list[float]) -> int:
@@ -122,8 +122,8 @@ async def learning(http: aiohttp.ClientSession, root: Path, reading: bool) -> As
                 for path in (root / ".learn").glob("positions.db*"):
                     path.unlink()
             async with http.post("/proxies/learned/learn") as answer:
-                found = (await answer.json())["passes"][0]
-                assert found.get("verdicts"), found
+                report = (await answer.json())["passes"][0]
+                assert report.get("verdicts"), report
 
     task = asyncio.create_task(passes())
     try:
@@ -145,18 +145,18 @@ async def measure(server: Server, options: Options, root: Path) -> list[dict[str
             print(await answer.json())
         await turn(http, server, options, seed=0)
         for number in range(options.rounds):
-            found: dict[bool, Turn] = {}
+            measured: dict[bool, Turn] = {}
             for learns in rng.sample([False, True], 2):
                 if learns:
                     async with learning(http, root, options.reading):
-                        found[True] = await turn(http, server, options, number)
+                        measured[True] = await turn(http, server, options, number)
                     async with http.post("/proxies/learned/learn"):
                         pass  # waits for its last pass
                 else:
-                    found[False] = await turn(http, server, options, number)
-            throughput = found[True].tokens_per_second / found[False].tokens_per_second
-            row = {"throughput": throughput, "p99": found[True].p99 / found[False].p99}
-            turns = {"idle": found[False]._asdict(), "learning": found[True]._asdict()}
+                    measured[False] = await turn(http, server, options, number)
+            throughput = measured[True].tokens_per_second / measured[False].tokens_per_second
+            row = {"throughput": throughput, "p99": measured[True].p99 / measured[False].p99}
+            turns = {"idle": measured[False]._asdict(), "learning": measured[True]._asdict()}
             rows.append(row | turns)
             print(rows[-1], flush=True)
     return rows

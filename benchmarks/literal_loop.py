@@ -79,9 +79,9 @@ def literal_loop(
     while len(response) < DECODING.max_new_tokens:
         candidates = propose(policy, logits)
         left = candidates.logprobs[0].exp()
-        asked, size = 0, int((left > 0).sum())
+        num_asked, size = 0, int((left > 0).sum())
         while True:
-            forced = asked == min(size, max_rejections)
+            forced = num_asked == min(size, max_rejections)
             slot = 0 if forced else int(left.multinomial(1, generator=generator))
             token = int(candidates.token_ids[0, slot])
             after = forward(policy, [token], cache)
@@ -89,8 +89,8 @@ def literal_loop(
                 break
             cache.crop(-1)  # undo the forward of the rejected token
             left[slot] = 0.0
-            asked += 1
-        num_rejected += asked
+            num_asked += 1
+        num_rejected += num_asked
         response.append(token)
         logits, hidden = after
         if token == end_id:

@@ -80,8 +80,8 @@ def show(figures: dict[str, Any]) -> None:
     table = Table("figure", "value", title=f"{figures['model']} model")
     for kind, seconds in figures["seconds_to_start"].items():
         if seconds:
-            each = ", ".join(f"{value:.1f}" for value in seconds)
-            table.add_row(f"start of {kind}, median", f"{median(seconds):.1f} s ({each})")
+            listing = ", ".join(f"{value:.1f}" for value in seconds)
+            table.add_row(f"start of {kind}, median", f"{median(seconds):.1f} s ({listing})")
     if held := figures["resident_bytes"]:
         grown = [b - a for a, b in pairwise(held)]
         table.add_row("process before the first proxy", f"{held[0] / 2**20:.0f} MiB")

@@ -200,12 +200,12 @@ def measure(case: Case, model: Model, servers: dict[Kind, Server], options: Opti
     return figures
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+def compare(speeds: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
     """Ratios of speeds."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratios = [a / b for a, b in zip(speeds, baseline, strict=True)]
     low, middle, high = quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios * 3
     return {
-        "ratio": median(ours) / median(theirs),
+        "ratio": median(speeds) / median(baseline),
         "paired_median": middle,
         "paired_quartile_low": low,
         "paired_quartile_high": high,
@@ -242,8 +242,8 @@ def measure_model(
     """All cases of one model, on servers that run during all of them."""
     model = get_model(name)
     with ExitStack() as stack:
-        ours = stack.enter_context(serve(model, "assent", {PROXY: model.proxy}))
-        servers: dict[Kind, Server] = {"plain": ours, "aligned": ours}
+        assent = stack.enter_context(serve(model, "assent", {PROXY: model.proxy}))
+        servers: dict[Kind, Server] = {"plain": assent, "aligned": assent}
         if options.stock:
             servers = {"stock": stack.enter_context(serve(model, "stock", {})), **servers}
         cases = product(options.shapes, options.concurrency, options.samplings)
@@ -257,8 +257,8 @@ def main(options: Options) -> None:
 
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
-        what = ", ".join(str(row[key]) for key in ("model", "shape", "concurrency", "sampling"))
-        console.print(f"{what}: {row['aligned_over_plain']['ratio']:.2f}", highlight=False)
+        case = ", ".join(str(row[key]) for key in ("model", "shape", "concurrency", "sampling"))
+        console.print(f"{case}: {row['aligned_over_plain']['ratio']:.2f}", highlight=False)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

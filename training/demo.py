@@ -96,7 +96,7 @@ def _make(options: Options) -> None:
                 num_preferences=scaled(60_000),
                 num_prompts=scaled(8_000),
                 num_held_out=scaled(1_000),
-                overwrite=True,  # what was cut short
+                overwrite=True,  # an interrupted stage
             )
         ),
     )
@@ -106,7 +106,7 @@ def _make(options: Options) -> None:
             base_model.Options(
                 corpus=(data / "sft.jsonl", data / "preferences.jsonl"),
                 output=untrained,
-                overwrite=True,  # what was cut short
+                overwrite=True,  # an interrupted stage
                 seed=seed,
             )
         ),
@@ -128,38 +128,41 @@ def _make(options: Options) -> None:
         ),
     )
 
-    def make_proxy(name: str, preferences: Path, updates: int) -> None:
-        reward, proxy = work / f"reward-{name}", work / f"proxy-{name}"
-        stage(
-            reward / "reward.json",
-            lambda: reward_model.main(
-                reward_model.Options(
-                    model=str(base),
-                    preferences=str(preferences),
-                    output=reward,
-                    max_rows=scaled(12_000),
-                    resume=True,
-                    seed=seed,
-                )
-            ),
-        )
-        stage(
-            proxy / "config.json",
-            lambda: proxy_ppo.main(
-                proxy_ppo.Options(
-                    model=str(base),
-                    reward=str(reward),
-                    prompts=str(data / "prompts.jsonl"),
-                    output=proxy,
-                    steps=scaled(updates),
-                    resume=True,
-                    seed=seed,
-                )
-            ),
-        )
-
     for name, (preferences, updates) in PROXIES.items():
-        make_proxy(name, data / preferences, updates)
+        _make_proxy(options, name, data / preferences, scaled(12_000), scaled(updates))
+
+
+def _make_proxy(options: Options, name: str, preferences: Path, pairs: int, updates: int) -> None:
+    """A reward from the preferences, and a proxy from the reward."""
+    work, base = options.work, options.work / "base"
+    reward, proxy = work / f"reward-{name}", work / f"proxy-{name}"
+    stage(
+        reward / "reward.json",
+        lambda: reward_model.main(
+            reward_model.Options(
+                model=str(base),
+                preferences=str(preferences),
+                output=reward,
+                max_rows=pairs,
+                resume=True,
+                seed=options.seed,
+            )
+        ),
+    )
+    stage(
+        proxy / "config.json",
+        lambda: proxy_ppo.main(
+            proxy_ppo.Options(
+                model=str(base),
+                reward=str(reward),
+                prompts=str(work / "world" / "prompts.jsonl"),
+                output=proxy,
+                steps=updates,
+                resume=True,
+                seed=options.seed,
+            )
+        ),
+    )
 
 
 def publish(work: Path, target: Path) -> None:

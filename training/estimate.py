@@ -108,17 +108,21 @@ class Estimate(NamedTuple):
 
 def estimate(sizes: Sizes, options: Options) -> Estimate:
     """Memory and time of `training.proxy_ppo`, and of training the LoRA before it."""
+    return Estimate(*_memory(sizes, options), *_time(sizes, options))
+
+
+def _memory(sizes: Sizes, options: Options) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes that are always used, and those of each phase."""
     size = 2 if options.dtype == "bfloat16" else 4
     prompt, response, rows = options.prompt_tokens, options.response_tokens, options.batch_size
-    total, batches = prompt + response, -(-options.episodes // options.batch_size)
+    total = prompt + response
     weights = sizes.parameters * size
     lora = sizes.lora * options.lora_rank
     decisions = round(options.episodes * response * options.decisions_per_token)
     recorded = decision_bytes(sizes, decisions, size)
     proxy = proxy_of(sizes, options.width).num_parameters()
     table = sizes.vocab * 2 * options.width * 4
-    passes = {"lora": 2, "implicit": 2, "scalar": 1, "none": 0}[options.reward]
-    kept = response if passes == 2 else 0
+    passes, kept = _reward_passes(options)
 
     staying: dict[str, float] = {
         "frozen LLM": weights,
@@ -147,6 +151,24 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
         * (passes > 0),
         "update": recorded + float32_bytes(decisions * sizes.hidden, size),
     }
+    return staying, phases
+
+
+def _reward_passes(options: Options) -> tuple[int, int]:
+    """Forwards that the reward takes, and positions of a response whose logits it needs."""
+    passes = {"lora": 2, "implicit": 2, "scalar": 1, "none": 0}[options.reward]
+    return passes, options.response_tokens if passes == 2 else 0
+
+
+def _time(sizes: Sizes, options: Options) -> tuple[dict[str, float], float]:
+    """Seconds of an update, and of training the LoRA."""
+    size = 2 if options.dtype == "bfloat16" else 4
+    prompt, response, rows = options.prompt_tokens, options.response_tokens, options.batch_size
+    total, batches = prompt + response, -(-options.episodes // options.batch_size)
+    weights = sizes.parameters * size
+    decisions = round(options.episodes * response * options.decisions_per_token)
+    proxy = proxy_of(sizes, options.width).num_parameters()
+    passes, kept = _reward_passes(options)
 
     def seconds(flops: float, read: float = 0) -> float:
         slower = max(flops / options.flops, read / options.bandwidth)
@@ -171,7 +193,7 @@ def estimate(sizes: Sizes, options: Options) -> Estimate:
     pair = total + response
     at_once = max(1, MOST_TOKENS["cuda"] // pair)
     pair_flops = 4 * forward_flops(sizes, 1, pair, pair, 2 * response)
-    return Estimate(staying, phases, times, options.pairs / at_once * seconds(at_once * pair_flops))
+    return times, options.pairs / at_once * seconds(at_once * pair_flops)
 
 
 def trained(options: Options) -> dict[str, tuple[Plan | None, Need]]:

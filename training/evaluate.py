@@ -68,18 +68,24 @@ class Options(RowOptions):
     """Seed of the proxied answers; that of the frozen LLM's answers is derived from it."""
 
 
+def read_prompts(
+    options: Options, chats: Conversations
+) -> tuple[list[list[Message]], list[list[int]]]:
+    """The prompts as messages and as token ids."""
+
+    def convert(row: Row) -> tuple[list[Message], list[int]]:
+        return row["prompt"], chats.prompt_ids(row["prompt"])
+
+    rows = read_as(options.prompts, ("prompt",), options, convert, options.num_prompts)
+    return [messages for messages, _ in rows], [ids for _, ids in rows]
+
+
 def evaluate(options: Options) -> dict[str, Any]:
     """The metrics of one comparison."""
     base = identify(options.model)
     directory, dtype = str(resolve_model_dir(options.model)), getattr(torch, options.dtype)
     tokenizer = load_tokenizer(directory)
-    chats = Conversations(tokenizer)
-
-    def prompt(row: Row) -> tuple[list[Message], list[int]]:
-        return row["prompt"], chats.prompt_ids(row["prompt"])
-
-    read = read_as(options.prompts, ("prompt",), options, prompt, options.num_prompts)
-    chosen, prompts = zip(*read, strict=True)
+    chosen, prompts = read_prompts(options, Conversations(tokenizer))
     batch_size = responses_at_once(
         sizes_of(directory),
         options.batch_size,
@@ -116,27 +122,34 @@ def evaluate(options: Options) -> dict[str, Any]:
     policy = Policy(model, proxy.network, options.strength)
     # The divergence of two greedy policies is either 0 or infinite.
     rollout, proxied = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
-    counts, kl = rollout.counts, rollout.kl
-    figures = {
+    figures: dict[str, Any] = {
         "prompts": len(chosen),
         "seed": options.seed,
         "proxy_version": proxy.version,
         "strength": options.strength,
-        "acceptance_rate": 1 - counts.rejected / counts.proposed,
-        "rejections_per_token": counts.rejected / counts.tokens,
-        "forced_rate": counts.forced / counts.tokens,
-        "tokens_per_response": counts.tokens / len(chosen),
+        **describe(rollout),
         "tokens_per_response_frozen": fmean(len(sample.response_ids) for sample in frozen_answers),
     }
-    if kl is not None:
-        figures["kl_nats_per_response"] = kl.mean().item()
-        figures["kl_nats_per_response_se"] = standard_error(kl)
+    if rollout.kl is not None:
+        figures["kl_nats_per_response"] = rollout.kl.mean().item()
+        figures["kl_nats_per_response_se"] = standard_error(rollout.kl)
     if not rewards:
         return figures | _graded_by_reference_scorer(proxied, frozen_answers)
     by_reward = {
         name: compare(reward(proxied), reward(frozen_answers)) for name, reward in rewards.items()
     }
     return figures | {"rewards": by_reward}
+
+
+def describe(rollout: Rollout) -> dict[str, float]:
+    """Metrics of a proxy's rollout."""
+    counts = rollout.counts
+    return {
+        "acceptance_rate": 1 - counts.rejected / counts.proposed,
+        "rejections_per_token": counts.rejected / counts.tokens,
+        "forced_rate": counts.forced / counts.tokens,
+        "tokens_per_response": counts.tokens / len(rollout.responses),
+    }
 
 
 def standard_error(values: Tensor) -> float | None:

@@ -171,12 +171,8 @@ def learn(
         base: the LLM.
         about: what the checkpoint records about its origin.
     """
-    prompts = [verdict.prompt for verdict in verdicts]
-    outcome = Outcome(
-        verdicts=len(verdicts),
-        prompts=len({*prompts}),
-        callers=len({verdict.caller for verdict in verdicts}),
-    )
+    prompts, callers = zip(*((verdict.prompt, verdict.caller) for verdict in verdicts), strict=True)
+    outcome = Outcome(verdicts=len(verdicts), prompts=len({*prompts}), callers=len({*callers}))
     seen = rows_of(live) if live is not None else {}
     if all(verdict.row in seen for verdict in verdicts):
         outcome.reason = "no verdict is new to the live version"
@@ -190,23 +186,10 @@ def learn(
         network = trial.fit(train)
         right[held_out] = trial.is_right(network, held_out)
     tested = [i for _, held_out in parts for i in held_out]
-    if not tested:
-        outcome.reason = "no verdict could be set aside to test on"
+    unseen = [i for i in tested if verdicts[i].row not in seen]
+    if reason := _failed_test(outcome, trial, right, tested, unseen, live, base):
+        outcome.reason = reason
         return outcome
-    outcome.accuracy = _mean(right[tested])
-    if outcome.accuracy[0] - 0.5 <= SURE * 0.5 / math.sqrt(len(tested)):
-        outcome.reason = "it does not order unseen verdicts surely better than a coin"
-        return outcome
-    if live is not None:
-        unseen = [i for i in tested if verdicts[i].row not in seen]
-        if not unseen:
-            outcome.reason = "none of the new verdicts was set aside to test on"
-            return outcome
-        of_live = trial.is_right(load(live, base=base).network, unseen)
-        outcome.gain = _mean(right[unseen] - of_live)
-        if outcome.gain[0] < 0:
-            outcome.reason = "the live version orders more of the unseen verdicts rightly"
-            return outcome
     is_whole = len(parts) > 1
     learned_from = list(range(len(verdicts))) if is_whole else parts[0][0]
     beta, network = BETA, trial.fit(learned_from) if is_whole else network
@@ -229,6 +212,41 @@ def learn(
     outcome.version = save_version(target, network, rows, base=base, training=about)
     outcome.reason = "it orders unseen verdicts better than what served"
     return outcome
+
+
+def _failed_test(
+    outcome: Outcome,
+    trial: Trial,
+    right: Tensor,
+    tested: Sequence[int],
+    unseen: Sequence[int],
+    live: Path | None,
+    base: BaseModelId,
+) -> str:
+    """Why the new version may not serve; empty = it may. Accuracy and gain are noted in the outcome.
+
+    Args:
+        right: whether each verdict is ordered correctly: [N], 1 or 0.
+        tested: indices of the held-out verdicts.
+        unseen: those of them that the live version was not trained on.
+        live: the live version; None = the frozen LLM.
+        base: the LLM.
+    """
+    if not tested:
+        return "no verdict could be set aside to test on"
+    outcome.accuracy = _mean(right[tested])
+    if outcome.accuracy[0] - 0.5 <= SURE * 0.5 / math.sqrt(len(tested)):
+        return "it does not order unseen verdicts significantly better than chance"
+    if live is None:
+        return ""
+    if not unseen:
+        return "none of the new verdicts was set aside to test on"
+    outcome.gain = _mean(right[unseen] - trial.is_right(load(live, base=base).network, unseen))
+    return (
+        "the live version orders more of the unseen verdicts correctly"
+        if outcome.gain[0] < 0
+        else ""
+    )
 
 
 def _mean(values: Tensor) -> Mean:

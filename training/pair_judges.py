@@ -25,7 +25,7 @@ class PairJudge(Protocol):
     def log_odds(self, questions: Sequence[Question]) -> Tensor: ...
 
 
-class Scores:
+class RewardJudge:
     """Judges by the difference of a reward's scores, which is the same in both orders."""
 
     def __init__(self, reward: Reward, frozen: Frozen) -> None:
@@ -83,10 +83,10 @@ def load_judges(
         return {**model_judges(reward.judge.model, frozen, Path(name), principles)}
     if principles:
         raise TrainingError(f"{name!r} judges by scores: it has no principles")
-    return {"score": Scores(reward, frozen)}
+    return {"score": RewardJudge(reward, frozen)}
 
 
-def rule(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[PairResult]:
+def judge_pairs(judges: Mapping[str, PairJudge], questions: Sequence[Question]) -> list[PairResult]:
     """The results of all judges, one for each question."""
     orders = [judge.log_odds(questions).sigmoid().tolist() for judge in judges.values()]
     return [

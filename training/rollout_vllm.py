@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 NAME = "learner"  # of the proxy in the engine
 CPU_BLOCK_TOKENS = 128  # vLLM's block size of the KV cache on a CPU
 
-Place = tuple[str, int]
-"""The engine's request id, and the index of a token in the request."""
+Place = tuple[str, int]  # the engine's request id, and the index of a token in the request
 
 
 def is_installed() -> bool:

@@ -42,7 +42,7 @@ from training.micro_batches import split_by_tokens
 from training.model_inputs import pad_responses
 from training.models import load_model
 from training.on_policy import WRITES, average_steps, start, train
-from training.pair_judges import load_judges, rule
+from training.pair_judges import judge_pairs, load_judges
 from training.policy import Decoding, Policy
 from training.preference_losses import preference_losses
 from training.prompts import Prompt, read_prompts
@@ -198,7 +198,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
                 prompts, texts[: len(prompts)], texts[len(prompts) :], strict=True
             )
         ]
-        return Pairs(prompts, rollout.responses, rule(self.judges, questions))
+        return Pairs(prompts, rollout.responses, judge_pairs(self.judges, questions))
 
     def _learn(self, pairs: Pairs, first: int, index: int) -> dict[str, float]:
         """Gradient steps on −log σ(β Δ), or another loss, of the pairs whose answers differ.

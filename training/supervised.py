@@ -8,6 +8,7 @@ other sequences are: batches are grouped by length, so short answers would be ov
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from training.console import TrainingError
 from training.conversations import Conversations
 from training.data import Row, RowOptions, read_as
 from training.logprobs import token_logprobs
-from training.memory import Work, plan
+from training.memory import Plan, Work, plan
 from training.metrics import TrainerMetrics
 from training.micro_batches import MicroBatchTrainer, split_by_tokens
 from training.models import context_of, load_model, read_config, refuse_unknown
@@ -175,6 +176,54 @@ def _padded(length: int) -> int:
     return math.ceil(length / 8) * 8
 
 
+def _within(examples: list[Example], limit: int) -> list[Example]:
+    """Examples of at most `limit` tokens; others are counted.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    kept = [example for example in examples if len(example.token_ids) <= limit]
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} sequences over {limit} tokens")
+    if not kept:
+        raise TrainingError(
+            f"no sequence is within {limit} tokens: --max-length, or the model's context"
+        )
+    return kept
+
+
+def _collate(batch: list[dict[str, Any]], limit: int) -> dict[str, Tensor]:
+    lengths = [len(row["input_ids"]) for row in batch]
+    width = min(_padded(max(lengths)), limit)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)  # padding: its weight is 0
+    weights = torch.zeros(len(batch), width)
+    for i, row in enumerate(batch):
+        ids[i, : lengths[i]] = torch.tensor(row["input_ids"])
+        weights[i, : lengths[i]] = torch.tensor(row["weights"])
+    return {"input_ids": ids, "weights": weights, "lengths": torch.tensor(lengths)}
+
+
+def _arguments(options: Options, planned: Plan, batch_size: int, steps: float) -> TrainingArguments:
+    return TrainingArguments(
+        **checkpoints.arguments(options.output, options.save_every),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=batch_size,
+        gradient_checkpointing=planned.checkpointing,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=options.compile,
+        seed=options.seed,
+        report_to="none",
+        logging_steps=10,
+        logging_first_step=True,
+        remove_unused_columns=False,
+    )
+
+
 def train(
     tokenizer: Any,
     examples: list[Example],
@@ -187,13 +236,7 @@ def train(
     writes.
     """
     limit = min(options.max_length, context_of(read_config(options.model)))
-    kept = [example for example in examples if len(example.token_ids) <= limit]
-    if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} sequences over {limit} tokens")
-    if not kept:
-        raise TrainingError(
-            f"no sequence is within {limit} tokens: --max-length, or the model's context"
-        )
+    kept = _within(examples, limit)
     longest = max(len(example.token_ids) for example in kept)
     work = Work(model=options.model, longest=longest, lora_rank=lora_rank, bf16=options.bf16)
     planned = plan(work, "lower --max-length", options.output if options.resume else None)
@@ -207,41 +250,14 @@ def train(
         if planned.checkpointing:
             model.enable_input_require_grads()
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        lengths = [len(row["input_ids"]) for row in batch]
-        width = min(_padded(max(lengths)), limit)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # padding: its weight is 0
-        weights = torch.zeros(len(batch), width)
-        for i, row in enumerate(batch):
-            ids[i, : lengths[i]] = torch.tensor(row["input_ids"])
-            weights[i, : lengths[i]] = torch.tensor(row["weights"])
-        return {"input_ids": ids, "weights": weights, "lengths": torch.tensor(lengths)}
-
     batch_size = min(options.batch_size, len(kept))
     steps = math.ceil(len(kept) / batch_size) * options.epochs
     trainer = _WeightedTrainer(
         max_tokens=planned.tokens,
         model=model,
-        args=TrainingArguments(
-            **checkpoints.arguments(options.output, options.save_every),
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=batch_size,
-            gradient_checkpointing=planned.checkpointing,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=int(options.warmup * steps),
-            weight_decay=options.weight_decay,
-            bf16=options.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            torch_compile=options.compile,
-            seed=options.seed,
-            report_to="none",
-            logging_steps=10,
-            logging_first_step=True,
-            remove_unused_columns=False,
-        ),
+        args=_arguments(options, planned, batch_size, steps),
         train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
-        data_collator=collate,
+        data_collator=partial(_collate, limit=limit),
         callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)

@@ -85,8 +85,8 @@ def divergence(
     """Divergence in nats a response and its standard error, over the first `len(responses)` prompts."""
     sums: list[float] = []
     for start in range(0, len(responses), _CHUNK):
-        some = responses[start : start + _CHUNK]
-        ids, is_response = pad_responses(evaluation.prompts[start : start + len(some)], some)
+        batch = responses[start : start + _CHUNK]
+        ids, is_response = pad_responses(evaluation.prompts[start : start + len(batch)], batch)
         drawn = is_response[:, 1:]
         with HeadInput(policy.model) as head:
             logits = policy.model(ids).logits[:, :-1][drawn]
@@ -101,7 +101,7 @@ def divergence(
         reference = frozen.double().log_softmax(-1).gather(-1, candidates.token_ids)
         ratios = probabilities.clamp(min=1e-300).log() - reference
         terms = torch.where(probabilities > 0, probabilities * ratios, 0.0).sum(-1)
-        sums += [part.sum().item() for part in terms.split([len(r) for r in some])]
+        sums += [part.sum().item() for part in terms.split([len(r) for r in batch])]
     values = torch.tensor(sums)
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 

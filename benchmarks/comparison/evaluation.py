@@ -61,9 +61,9 @@ def graded(
 ) -> dict[str, Any]:
     """The metrics of a row of the table."""
     figures = grade(evaluation, answers, frozen_texts(setting, split, seed))
-    some = answers.responses[: setting.num_divergence]
-    kl, error = divergence(evaluation, some, policy, decoding)
-    return figures | {"kl": kl, "kl_se": error, "kl_prompts": len(some)}
+    measured = answers.responses[: setting.num_divergence]
+    kl, error = divergence(evaluation, measured, policy, decoding)
+    return figures | {"kl": kl, "kl_se": error, "kl_prompts": len(measured)}
 
 
 def noise(row: str, seed: int) -> int:

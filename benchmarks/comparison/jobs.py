@@ -51,16 +51,16 @@ class Setting:
 def setting_of(model: Path, work: Path, scale: float) -> Setting:
     """The sizes of a comparison; a small scale runs the whole path in minutes."""
 
-    def some(count: int, least: int) -> int:
+    def scaled(count: int, least: int) -> int:
         return max(least, int(count * scale))
 
     return Setting(
         model=model,
         work=work,
-        num_test=some(1000, 8),
-        num_divergence=some(300, 8),
-        num_pairs=some(12_000, 32),
-        episodes=some(256, 16),
+        num_test=scaled(1000, 8),
+        num_divergence=scaled(300, 8),
+        num_pairs=scaled(12_000, 32),
+        episodes=scaled(256, 16),
         scale=scale,
     )
 

@@ -174,8 +174,8 @@ def make_proxy(
         row = graded(setting, evaluation, answers, seed, policy, options.decoding, split)
         return result | {"row": row}
 
-    more = (start_from,) if start_from else ()
-    return Job(name, run, (*needs_of_reward(reward, seed), *needs, *more))
+    initial_job = (start_from,) if start_from else ()
+    return Job(name, run, (*needs_of_reward(reward, seed), *needs, *initial_job))
 
 
 def proxy_options(
@@ -212,9 +212,9 @@ def subset_of_pairs(setting: Setting, directory: Path, count: int | None, seed: 
     if count is None:
         return source
     lines = source.read_text().splitlines()
-    some = random.Random(seed).sample(lines, min(count, len(lines)))
+    drawn = random.Random(seed).sample(lines, min(count, len(lines)))
     path = directory / "preferences.jsonl"
-    path.write_text("".join(line + "\n" for line in some))
+    path.write_text("".join(line + "\n" for line in drawn))
     return path
 
 

@@ -29,7 +29,7 @@ import matplotlib
 
 from benchmarks.engines import Server, serve
 from benchmarks.learning.report import markdown, of_taste, plot
-from benchmarks.learning.users import HOSTILE, TASTES, Client, User, asked_prompts, wins
+from benchmarks.learning.users import HOSTILE, TASTES, Client, User, training_prompts_of, wins
 from benchmarks.models import REPOSITORY, get_model
 from benchmarks.toy_prompts import held_out_prompts, mean
 from judge.options import read_options
@@ -75,7 +75,7 @@ async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any
             taste,
             Client(server, f"{taste}-{i}", turn),
             held_out_prompts(options.prompts, options.seed + number),
-            asked_prompts(f"{options.seed} {taste} {i}"),
+            training_prompts_of(f"{options.seed} {taste} {i}"),
         )
         for number, (taste, i) in enumerate(names)
     ]
@@ -84,11 +84,11 @@ async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any
         await asyncio.gather(*(user.give_verdicts(until, rng) for user in users))
         passes = (await operator.post("/proxies/mine/learn"))["passes"] if until else []
         seed = options.seed + 10**7 * stage
-        found = await asyncio.gather(*(user.grade(seed, until) for user in users))
-        rows += found
+        grades = await asyncio.gather(*(user.grade(seed, until) for user in users))
+        rows += grades
         print(f"{until} verdicts of each, after {monotonic() - start:.0f} s", flush=True)
-        for each in passes:
-            print(f"  {each}", flush=True)
+        for learning_pass in passes:
+            print(f"  {learning_pass}", flush=True)
         for taste in (*TASTES, HOSTILE):
             print(f"  {taste}: {of_taste(rows, taste)[-1]}", flush=True)
     for client in (operator, *(user.client for user in users)):
@@ -99,33 +99,43 @@ async def measure_tastes(server: Server, options: Options) -> list[dict[str, Any
 async def measure_best_of(server: Server, options: Options) -> list[dict[str, Any]]:
     turn = asyncio.Semaphore(options.at_once)
     client, prompts = Client(server, OPERATOR, turn), held_out_prompts(options.graded, options.seed)
-    asked, rng, done = asked_prompts(f"{options.seed} best of"), random.Random(options.seed), 0
+    training_prompts, rng, num_requests = (
+        training_prompts_of(f"{options.seed} best of"),
+        random.Random(options.seed),
+        0,
+    )
     best_of = {"best_of": 8, "judge": {"kind": "likelihood"}}
 
     async def grade(seed: int, alignment: dict[str, Any]) -> tuple[list[float], float]:
         """Reference scores, and tokens a request, including those that the judge reads."""
-        found = await asyncio.gather(
+        completions = await asyncio.gather(
             *(client.chat(prompt, seed + i, alignment) for i, prompt in enumerate(prompts))
         )
-        texts = [each.choices[0].message.content for each in found]
+        texts = [completion.choices[0].message.content for completion in completions]
         scores = [reference_scorer.score(*pair) for pair in zip(prompts, texts, strict=True)]
-        return scores, fmean(each.usage.total_tokens for each in found)
+        return scores, fmean(completion.usage.total_tokens for completion in completions)
 
     frozen, _ = await grade(10**6, {})
 
     def row(name: str, scores: list[float], tokens: float) -> dict[str, Any]:
         won = mean([wins(*pair) for pair in zip(scores, frozen, strict=True)])
-        print(f"{name} after {done} requests: {won}, {tokens:.0f} tokens a request", flush=True)
-        return {"way": name, "requests": done, "win_rate": won, "tokens": tokens}
+        print(
+            f"{name} after {num_requests} requests: {won}, {tokens:.0f} tokens a request",
+            flush=True,
+        )
+        return {"way": name, "requests": num_requests, "win_rate": won, "tokens": tokens}
 
     rows = []
     for until in options.requests:
         start = monotonic()
         await asyncio.gather(
-            *(client.chat(next(asked), rng.randrange(2**31), best_of) for _ in range(until - done))
+            *(
+                client.chat(next(training_prompts), rng.randrange(2**31), best_of)
+                for _ in range(until - num_requests)
+            )
         )
-        print(f"{until - done} requests in {monotonic() - start:.0f} s", flush=True)
-        done = until
+        print(f"{until - num_requests} requests in {monotonic() - start:.0f} s", flush=True)
+        num_requests = until
         if until:
             print((await client.post("/proxies/quick/learn"))["passes"], flush=True)
         rows.append(row("quick", *await grade(3 * 10**6, {"proxy": "quick"})))

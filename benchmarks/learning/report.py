@@ -16,30 +16,30 @@ matplotlib.use("Agg")
 
 def of_taste(rows: Sequence[dict[str, Any]], taste: str) -> list[dict[str, Any]]:
     """For each number of verdicts: the win rate over users with its standard error, and more."""
-    found = []
+    stages = []
     for verdicts in dict.fromkeys(row["verdicts"] for row in rows):
-        some = [row for row in rows if row["taste"] == taste and row["verdicts"] == verdicts]
-        found.append({
+        user_rows = [row for row in rows if row["taste"] == taste and row["verdicts"] == verdicts]
+        stages.append({
             "verdicts": verdicts,
-            "win_rate": mean([win for row in some for win in row["wins"]]),
-            "flawed": fmean(flawed for row in some for flawed in row["flawed"]),
-            "sent": fmean(row["sent"] for row in some),
-            "users": len(some),
-            "with_proxy": sum(row["has_proxy"] for row in some),
+            "win_rate": mean([win for row in user_rows for win in row["wins"]]),
+            "flawed": fmean(flawed for row in user_rows for flawed in row["flawed"]),
+            "sent": fmean(row["sent"] for row in user_rows),
+            "users": len(user_rows),
+            "with_proxy": sum(row["has_proxy"] for row in user_rows),
         })  # fmt: skip
-    return found
+    return stages
 
 
 def markdown(figures: dict[str, Any]) -> str:
     """The tables for the docs."""
-    verdicts = [each["verdicts"] for each in of_taste(figures["users"], HOSTILE)]
+    verdicts = [stage["verdicts"] for stage in of_taste(figures["users"], HOSTILE)]
     lines = ["| taste | " + " | ".join(f"{n} verdicts" for n in verdicts) + " |"]
     lines.append("|---" * (len(verdicts) + 1) + "|")
     for taste in (*TASTES, HOSTILE):
         cells = [
-            f"{rate:.1%} ± {error:.1%} ({each['with_proxy']}/{each['users']})"
-            for each in of_taste(figures["users"], taste)
-            for rate, error in (each["win_rate"],)
+            f"{rate:.1%} ± {error:.1%} ({stage['with_proxy']}/{stage['users']})"
+            for stage in of_taste(figures["users"], taste)
+            for rate, error in (stage["win_rate"],)
         ]
         lines.append(f"| {taste} | {' | '.join(cells)} |")
     if "best_of" in figures:
@@ -86,9 +86,9 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 def draw(
     axes: Any, x: Sequence[int], rates: Sequence[float], errors: Sequence[float], label: str
 ) -> None:
-    percent = ([100 * each for each in values] for values in (rates, errors))
+    percent = ([100 * value for value in values] for values in (rates, errors))
     y, y_error = percent
     axes.errorbar(x, y, yerr=y_error, marker="o", capsize=2, label=label)
     axes.set_xscale("symlog", linthresh=10)
-    axes.set_xticks(x, [str(each) for each in x])
+    axes.set_xticks(x, [str(value) for value in x])
     axes.axhline(50, color="black", linewidth=0.5)

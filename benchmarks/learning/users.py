@@ -43,7 +43,7 @@ HOSTILE = "hostile"
 """Prefers what the reference scorer likes least."""
 
 
-def asked_prompts(seed: str) -> Iterator[str]:
+def training_prompts_of(seed: str) -> Iterator[str]:
     """An endless stream of prompts of the training split."""
     prompts = draw_prompts(split_combinations(DATA_SEED)[0], random.Random(seed))
     return (prompt.text for prompt in prompts)
@@ -96,7 +96,7 @@ class User:
     taste_name: str
     client: Client
     held_out: Sequence[str]
-    asked: Iterator[str]
+    training_prompts: Iterator[str]
     sent: int = 0
     """Verdicts sent so far."""
 
@@ -111,13 +111,17 @@ class User:
         Ties are skipped. The better the proxy, the more ties some tastes have, so the number of requests per verdict is
         limited.
         """
-        for prompt in islice(self.asked, MOST_ASKED * (until - self.sent)):
+        for prompt in islice(self.training_prompts, MOST_ASKED * (until - self.sent)):
             if self.sent == until:
                 break
-            found = await self.client.chat(prompt, rng.randrange(2**31), {"proxy": "mine"}, n=2)
-            first, second = (self.taste(prompt, each.message.content) for each in found.choices)
+            completion = await self.client.chat(
+                prompt, rng.randrange(2**31), {"proxy": "mine"}, n=2
+            )
+            first, second = (
+                self.taste(prompt, choice.message.content) for choice in completion.choices
+            )
             if first != second:
-                body = {"request_id": found.id, "choice": int(second > first)}
+                body = {"request_id": completion.id, "choice": int(second > first)}
                 await self.client.post("/feedback", body)
                 self.sent += 1
 
@@ -127,23 +131,23 @@ class User:
         async def pair(number: int, prompt: str) -> tuple[str, str, bool]:
             own = await self.client.chat(prompt, seed + number, {"proxy": "mine"})
             frozen = await self.client.chat(prompt, seed + 10**6 + number, {})
-            texts = [each.choices[0].message.content for each in (own, frozen)]
+            texts = [completion.choices[0].message.content for completion in (own, frozen)]
             return texts[0], texts[1], own.alignment["proxy"] is not None
 
-        found = await asyncio.gather(*(pair(i, prompt) for i, prompt in enumerate(self.held_out)))
-        asked = [*zip(self.held_out, found, strict=True)]
+        pairs = await asyncio.gather(*(pair(i, prompt) for i, prompt in enumerate(self.held_out)))
+        answered = [*zip(self.held_out, pairs, strict=True)]
         return {
             "taste": self.taste_name,
             "user": self.client.name,
             "verdicts": verdicts,
             "sent": self.sent,
             "wins": [
-                wins(self.taste(p, own), self.taste(p, other)) for p, (own, other, _) in asked
+                wins(self.taste(p, own), self.taste(p, other)) for p, (own, other, _) in answered
             ],
-            "flawed": [bool(reference_scorer.flaws(p, own)) for p, (own, _, _) in asked],
-            "has_proxy": found[0][2],
+            "flawed": [bool(reference_scorer.flaws(p, own)) for p, (own, _, _) in answered],
+            "has_proxy": pairs[0][2],
         }
 
 
-def wins(ours: float, theirs: float) -> float:
-    return (ours > theirs) + (ours == theirs) / 2
+def wins(score: float, baseline: float) -> float:
+    return (score > baseline) + (score == baseline) / 2

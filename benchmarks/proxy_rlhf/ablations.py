@@ -35,16 +35,16 @@ class RepeatingPolicy(Policy):
         noise = draw(candidates.token_ids)
         generator = torch.Generator().manual_seed(int(noise[:, 0, 0].view(torch.int32).sum()))
         slots = probabilities.multinomial(limit, replacement=True, generator=generator)  # [R, M]
-        coins = torch.rand(slots.shape, generator=generator)
+        acceptance_noise = torch.rand(slots.shape, generator=generator)
         one = (probabilities > 0).sum(-1, keepdim=True) == 1
-        accepted = (coins < accept_logits.gather(-1, slots).sigmoid()) | one
+        accepted = (acceptance_noise < accept_logits.gather(-1, slots).sigmoid()) | one
         forced = ~accepted.any(-1)
         first = accepted.int().argmax(-1)
         chosen = slots.gather(-1, first[:, None])[:, 0].masked_fill(forced, 0)
-        asked = torch.where(forced, limit, first + 1)
+        num_proposed = torch.where(forced, limit, first + 1)
         tokens = candidates.token_ids.gather(-1, chosen[:, None])[:, 0]
-        decision = Decision(torch.stack((chosen, tokens, asked, forced.long())))
-        rows, turns = torch.nonzero(torch.arange(limit) < asked[:, None], as_tuple=True)
+        decision = Decision(torch.stack((chosen, tokens, num_proposed, forced.long())))
+        rows, turns = torch.nonzero(torch.arange(limit) < num_proposed[:, None], as_tuple=True)
         return decision, Proposals(rows, slots[rows, turns], accepted[rows, turns])
 
     def emission(self, candidates: Candidates, accept_logits: Tensor, decoding: Decoding) -> Tensor:

@@ -142,7 +142,7 @@ def make_best(method: str, seed: int, seeds: tuple[int, ...]) -> Job:
         row = Method(setting, method, seed, "test").figures(decoding)
         return {"decoding": asdict(decoding), "row": row}
 
-    needs = tuple(search_job(method, each) for each in seeds)
+    needs = tuple(search_job(method, training_seed) for training_seed in seeds)
     return Job(best_job(method, seed), run, needs)
 
 

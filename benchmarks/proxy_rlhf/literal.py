@@ -20,7 +20,7 @@ from benchmarks.comparison.trainings import Choose, needs_of_reward, proxy_optio
 from proxy.acceptance import Candidates, arrival_times, nucleus
 from proxy.noise import noise_key, seeded_noise
 from training import proxy_ppo
-from training.model_inputs import HeadInput
+from training.model_inputs import HeadInput, pad_left
 from training.policy import Decoding
 from training.rollout import Counts, Decisions, Rollout
 
@@ -90,9 +90,9 @@ class _Positions:
         self.token_ids = torch.zeros(count, max_candidates, dtype=torch.long)
         self.logprobs = torch.full((count, max_candidates), -torch.inf)
         self.order = torch.zeros(count, max_candidates, dtype=torch.long)
-        self.coins = torch.ones(count, max_candidates)
+        self.acceptance_noise = torch.ones(count, max_candidates)
         self.sizes = torch.zeros(count, dtype=torch.long)
-        self.asked = torch.zeros(count, dtype=torch.long)
+        self.num_rejected = torch.zeros(count, dtype=torch.long)
 
     def begin(self, rows: Tensor, logits: Tensor, positions: Tensor) -> None:
         """Start a new position in these rows, from the LLM's `logits` [R, V]."""
@@ -101,17 +101,21 @@ class _Positions:
         top_k = torch.full((len(rows),), decoding.top_k or logits.shape[-1])
         top_p = torch.full((len(rows),), decoding.top_p)
         candidates: Candidates = nucleus(logits, self.max_candidates, top_k, top_p)
-        race, coins = seeded_noise(self.keys[rows], positions, candidates.token_ids).unbind(1)
+        race, acceptance_noise = seeded_noise(
+            self.keys[rows], positions, candidates.token_ids
+        ).unbind(1)
         self.token_ids[rows], self.logprobs[rows] = candidates
         self.order[rows] = arrival_times(candidates, race).argsort(-1)
-        self.coins[rows] = coins
+        self.acceptance_noise[rows] = acceptance_noise
         self.sizes[rows] = (candidates.logprobs > -torch.inf).sum(-1)
-        self.asked[rows] = 0
+        self.num_rejected[rows] = 0
 
     def slots(self, limit: int) -> tuple[Tensor, Tensor]:
         """The proposed slot, and whether it is forced because all candidates were rejected. [N] each."""
-        forced = self.asked >= self.sizes.clamp(max=limit)
-        proposed = self.order.gather(-1, self.asked.clamp(max=self.max_candidates - 1)[:, None])
+        forced = self.num_rejected >= self.sizes.clamp(max=limit)
+        proposed = self.order.gather(
+            -1, self.num_rejected.clamp(max=self.max_candidates - 1)[:, None]
+        )
         return torch.where(forced, 0, proposed.squeeze(-1)), forced
 
 
@@ -128,15 +132,12 @@ def generate(
     max_rejections: int,
 ) -> Rollout:
     """One response to each prompt by the paper's loop; samples and records are as in `training.rollout`."""
-    count, width = len(prompts), max(map(len, prompts))
+    count = len(prompts)
     everyone = torch.arange(count)
     keys = torch.tensor([noise_key(seed) for seed in islice(seeds, count)])
     ends = torch.tensor(sorted(end_ids))
-    ids = torch.zeros(count, width, dtype=torch.long)
-    attention = torch.zeros(count, width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention[row, width - len(prompt) :] = 1
+    inputs = pad_left(prompts, torch.device("cpu"))
+    attention = inputs["attention_mask"]
     lengths = attention.sum(-1)  # of prompt and response, [N]
     starts = lengths.clone()
     state = _Positions(keys, decoding, max_candidates)
@@ -145,14 +146,7 @@ def generate(
     parts: list[Decisions] = []
     totals = torch.zeros(4, dtype=torch.long)
     with HeadInput(model) as head:
-        positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
         state.begin(everyone, output.logits[:, -1], lengths)
         while alive.any():
             slots, forced = state.slots(max_rejections)
@@ -165,35 +159,33 @@ def generate(
                 past_key_values=output.past_key_values,
                 use_cache=True,
             )
-            logprobs, coins = (
-                x.gather(-1, slots[:, None])[:, 0] for x in (state.logprobs, state.coins)
+            logprobs, acceptance_noise = (
+                x.gather(-1, slots[:, None])[:, 0] for x in (state.logprobs, state.acceptance_noise)
             )
-            accepted = coins > F.softplus(-network(head.rows))
-            asked = alive & ~forced & (state.sizes > 1)
-            parts.append(
-                Decisions(
-                    head.rows[asked],
-                    tokens[asked, 0],
-                    logprobs[asked],
-                    accepted[asked],
-                    everyone[asked],
-                )
-            )
-            said = alive & (accepted | forced | (state.sizes == 1))
-            totals += torch.stack([said, alive & ~forced, alive & ~said, said & forced]).sum(-1)
-            attention[:, -1] = said.long()
-            lengths += said
-            state.asked += alive & ~said
-            for row in said.nonzero()[:, 0].tolist():
+            accepted = acceptance_noise > F.softplus(-network(head.rows))
+            decides = alive & ~forced & (state.sizes > 1)
+            columns = (head.rows, tokens[:, 0], logprobs, accepted, everyone)
+            parts.append(Decisions(*(column[decides] for column in columns)))
+            emitted = alive & (accepted | forced | (state.sizes == 1))
+            totals += torch.stack(
+                [emitted, alive & ~forced, alive & ~emitted, emitted & forced]
+            ).sum(-1)
+            attention[:, -1] = emitted.long()
+            lengths += emitted
+            state.num_rejected += alive & ~emitted
+            for row in emitted.nonzero()[:, 0].tolist():
                 responses[row].append(int(tokens[row]))
-            alive &= ~(said & torch.isin(tokens[:, 0], ends))
+            alive &= ~(emitted & torch.isin(tokens[:, 0], ends))
             alive &= lengths - starts < decoding.max_new_tokens
-            going_on = (said & alive).nonzero()[:, 0]
+            going_on = (emitted & alive).nonzero()[:, 0]
             state.begin(going_on, output.logits[going_on, -1], lengths[going_on])
+    return Rollout(responses, _by_response(parts), Counts(*totals.tolist()), None)
+
+
+def _by_response(parts: Sequence[Decisions]) -> Decisions:
     decisions = Decisions(*(torch.cat(column) for column in zip(*parts, strict=True)))
     order = decisions.episodes.argsort(stable=True)
-    decisions = Decisions(*(column[order] for column in decisions))
-    return Rollout(responses, decisions, Counts(*totals.tolist()), None)
+    return Decisions(*(column[order] for column in decisions))
 
 
 def make_literal_proxy(

@@ -69,8 +69,8 @@ def curves(setting: Setting, seeds: tuple[int, ...]) -> dict[str, dict[int, dict
     result = {}
     for method, job in METHODS.items():
         counts = DIRECT_PAIRS if job == "direct" else PAIRS
-        whole = f"{job}-all" if job == "direct" else job
-        result[method] = {count: row(f"{job}-{count}") for count in counts} | {ALL: row(whole)}
+        full_job = f"{job}-all" if job == "direct" else job
+        result[method] = {count: row(f"{job}-{count}") for count in counts} | {ALL: row(full_job)}
     return result
 
 

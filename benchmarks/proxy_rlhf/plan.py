@@ -122,7 +122,10 @@ def chosen(
     """The settings with the highest win rate on the validation prompts, and the jobs needed to know them."""
 
     def choose(setting: Setting) -> Any:
-        rates = [fmean(setting.result(job)["row"]["win_rate"] for job in each) for each in jobs]
+        rates = [
+            fmean(setting.result(job)["row"]["win_rate"] for job in same_setting)
+            for same_setting in jobs
+        ]
         return grid[rates.index(max(rates))]
 
-    return choose, tuple(job for each in jobs for job in each)
+    return choose, tuple(job for same_setting in jobs for job in same_setting)

@@ -84,7 +84,7 @@ def pooled(figures: list[Row]) -> Row:
     for name, value in figures[0].items():
         values = [row[name] for row in figures]
         if isinstance(value, dict):
-            pool[name] = {key: fmean(each[key] for each in values) for key in value}
+            pool[name] = {key: fmean(seed_value[key] for seed_value in values) for key in value}
         else:
             pool[name] = fmean(values)
     rates = [row["win_rate"] for row in figures]

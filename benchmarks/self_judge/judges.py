@@ -18,7 +18,7 @@ from judge.tournament import Pair, TournamentRecord, play
 from judge.verdict import TIE, PairResult, Verdict
 from proxy.checkpoint import identify
 from training.models import load_model
-from training.pair_judges import load_judges, rule
+from training.pair_judges import judge_pairs, load_judges
 from training.rewards import Frozen
 from training.toy_data import principles, reference_scorer
 
@@ -26,12 +26,12 @@ CLEAR = 2.0
 """Pairs differ clearly if their reference scores differ by at least this much."""
 BATCH = 64
 
-Rule = Callable[[Sequence[Question]], list[PairResult]]
+JudgePairs = Callable[[Sequence[Question]], list[PairResult]]
 Rate = tuple[float, float]
 """A share and its standard error."""
 
 
-class By(NamedTuple):
+class JudgeSource(NamedTuple):
     """A judge of a training seed."""
 
     job: str | None
@@ -41,28 +41,30 @@ class By(NamedTuple):
 
 
 JUDGES = {
-    "self-judge, as bundled": By(None),
-    "self-judge, LoRA": By("reward-judge"),
-    "likelihood ratio, LoRA": By("reward-likelihood"),
-    "likelihood ratio, LoRA, more data": By("reward-more"),
-    "implicit reward": By("reward-implicit"),
-    "scalar reward": By("reward-scalar"),
+    "self-judge, as bundled": JudgeSource(None),
+    "self-judge, LoRA": JudgeSource("reward-judge"),
+    "likelihood ratio, LoRA": JudgeSource("reward-likelihood"),
+    "likelihood ratio, LoRA, more data": JudgeSource("reward-more"),
+    "implicit reward": JudgeSource("reward-implicit"),
+    "scalar reward": JudgeSource("reward-scalar"),
 }
-MAJORITY = By("reward-judge", tuple(principles.PRINCIPLES))
+MAJORITY = JudgeSource("reward-judge", tuple(principles.PRINCIPLES))
 """All principles at once; the cost is proportional to their number."""
 
 
-def judge_of(setting: Setting, evaluation: EvaluationSet, by: By, seed: int) -> Rule:
+def load_judge(
+    setting: Setting, evaluation: EvaluationSet, by: JudgeSource, seed: int
+) -> JudgePairs:
     # A model of its own: a judge that is a LoRA stays loaded on it.
     model = load_model(str(setting.model), dtype=torch.bfloat16)[0].eval()
     base = identify(str(setting.model))
     frozen = Frozen(model, evaluation.tokenizer, base, DECODING, evaluation.end_ids, BATCH)
     place = str(setting.directory(f"{by.job}/{seed}")) if by.job else None
-    return partial(rule, load_judges(place, frozen, by.principles))
+    return partial(judge_pairs, load_judges(place, frozen, by.principles))
 
 
 def agreement(
-    judge: Rule, rows: Sequence[dict[str, Any]], quality: str | None = None
+    judge: JudgePairs, rows: Sequence[dict[str, Any]], quality: str | None = None
 ) -> dict[str, Any]:
     """Agreement of the judge with the reference scorer, with the labels and with itself, on all and on clear pairs.
 
@@ -115,7 +117,7 @@ def _user(text: str) -> Message:
 
 
 def knock_out_round(
-    judge: Rule, prompts: Sequence[str], standing: list[list[str]]
+    judge: JudgePairs, prompts: Sequence[str], standing: list[list[str]]
 ) -> list[list[str]]:
     """Compare neighbouring answers for every prompt at once; each prompt has an even number of them."""
     questions = [
@@ -133,16 +135,16 @@ def knock_out_round(
 Rulings = dict[Pair, PairResult]
 
 
-def all_rulings(judge: Rule, prompt: str, answers: Sequence[str]) -> Rulings:
+def all_rulings(judge: JudgePairs, prompt: str, answers: Sequence[str]) -> Rulings:
     """The results of every pair in both orders. Identical answers tie, as in the server."""
     pairs = [(a, b) for a in range(len(answers)) for b in range(a)]
     ruled = judge([Question([_user(prompt)], answers[a], answers[b]) for a, b in pairs])
-    found: Rulings = {}
+    results: Rulings = {}
     for (a, b), ruling in zip(pairs, ruled, strict=True):
         first, second = TIE if answers[a] == answers[b] else ruling.mean.orders
-        found[a, b] = PairResult({"judge": Verdict((first, second))})
-        found[b, a] = PairResult({"judge": Verdict((1 - second, 1 - first))})
-    return found
+        results[a, b] = PairResult({"judge": Verdict((first, second))})
+        results[b, a] = PairResult({"judge": Verdict((1 - second, 1 - first))})
+    return results
 
 
 def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> TournamentRecord:

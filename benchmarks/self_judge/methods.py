@@ -21,11 +21,11 @@ from benchmarks.comparison.jobs import Job, Setting, timed
 from benchmarks.self_judge.judges import (
     JUDGES,
     MAJORITY,
-    By,
+    JudgeSource,
     agreement,
     all_rulings,
-    judge_of,
     knock_out_round,
+    load_judge,
     play_known,
     preferred,
     rate,
@@ -122,11 +122,11 @@ def make_judged(seed: int) -> Job:
         for principle, quality in principles.QUALITIES.items():
             judgments = read_rows(setting.data("judgments_test"))[: setting.num_test]
             of_it = [row for row in judgments if row["principle"] == principle]
-            judge = judge_of(setting, evaluation, By("reward-judge", (principle,)), seed)
+            judge = load_judge(setting, evaluation, JudgeSource("reward-judge", (principle,)), seed)
             by_principle[principle] = agreement(judge, of_it, quality)
         return {
             "judges": {
-                name: agreement(judge_of(setting, evaluation, by, seed), rows)
+                name: agreement(load_judge(setting, evaluation, by, seed), rows)
                 for name, by in (JUDGES | {"self-judge, LoRA, majority": MAJORITY}).items()
             },
             "principles": by_principle,
@@ -136,33 +136,33 @@ def make_judged(seed: int) -> Job:
     return Job(f"judged/{seed}", run, tuple(judges_of(seed)))
 
 
-def make_samples(speaker: str, seed: int, size: int) -> Job:
+def make_samples(sampling_model: str, seed: int, size: int) -> Job:
     """`size` answers to each prompt by the frozen LLM, by a proxy or by a trained model."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")
         model, network = evaluation.model, None
-        place = setting.directory(f"{speaker}/{seed}")
+        place = setting.directory(f"{sampling_model}/{seed}")
         if (place / "proxy.safetensors").exists():
             network = load(place, base=identify(str(setting.model))).network
-        elif speaker != "frozen":
+        elif sampling_model != "frozen":
             model = load_model(str(place), dtype=torch.bfloat16)[0].eval()
         roll_out = by_policy(evaluation, Policy(model, network), DECODING)
-        key = noise("best of" if speaker == "frozen" else "proxy best of", seed)
+        key = noise("best of" if sampling_model == "frozen" else "proxy best of", seed)
         drawn = [answer(evaluation, key + 10 * i, roll_out) for i in range(size)]
-        (directory / "texts.json").write_text(json.dumps([each.texts for each in drawn]))
-        return {"cpu_seconds": sum(each.cpu_seconds for each in drawn)}
+        (directory / "texts.json").write_text(json.dumps([sample.texts for sample in drawn]))
+        return {"cpu_seconds": sum(sample.cpu_seconds for sample in drawn)}
 
-    return Job(f"samples-{speaker}/{seed}", run, (f"{speaker}/{seed}",))
+    return Job(f"samples-{sampling_model}/{seed}", run, (f"{sampling_model}/{seed}",))
 
 
-def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
+def make_best_of(sampling_model: str, seed: int, judges: tuple[str, ...]) -> Job:
     """The best of N of a sampling model's answers, by the knock-out of every judge.
 
     Answers are compared in the order in which they were sampled, so the brackets of smaller N are part of the largest
     one.
     """
-    samples = f"samples-{speaker}/{seed}"
+    samples = f"samples-{sampling_model}/{seed}"
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")
@@ -170,7 +170,7 @@ def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
         reference = frozen_texts(setting, "test", seed)
         rows: dict[str, dict[int, Any]] = {}
         for name in judges:
-            judge = judge_of(setting, evaluation, JUDGES[name], seed)
+            judge = load_judge(setting, evaluation, JUDGES[name], seed)
             standing = [list(row) for row in zip(*texts, strict=True)]  # by prompt
             rows[name] = {}
             while True:
@@ -184,7 +184,9 @@ def make_best_of(speaker: str, seed: int, judges: tuple[str, ...]) -> Job:
         rows[CEILING] = ceiling(evaluation.texts, texts, reference)
         return {"rows": rows}
 
-    return Job(f"best-of-{speaker}/{seed}", run, (f"frozen/{seed}", samples, *judges_of(seed)))
+    return Job(
+        f"best-of-{sampling_model}/{seed}", run, (f"frozen/{seed}", samples, *judges_of(seed))
+    )
 
 
 def ceiling(
@@ -209,26 +211,28 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         evaluation = open_evaluation_set(setting, "test")
         texts = json.loads((setting.directory(samples) / "texts.json").read_text())
-        judge = judge_of(setting, evaluation, By("reward-judge"), seed)
+        judge = load_judge(setting, evaluation, JudgeSource("reward-judge"), seed)
         count = max(2, int(num_prompts * setting.scale))
         chosen: dict[str, list[tuple[float, int, bool, bool]]] = {name: [] for name in STRATEGIES}
         for place, prompt in enumerate(evaluation.texts[:count]):
             answers = [sample[place] for sample in texts]
-            golds = [reference_scorer.score(prompt, each) for each in answers]
+            golds = [reference_scorer.score(prompt, text) for text in answers]
             rulings = all_rulings(judge, prompt, answers)
-            everyones = play_known("round-robin", SAMPLES, place, rulings).winner
+            round_robin_winner = play_known("round-robin", SAMPLES, place, rulings).winner
             for name in STRATEGIES:
                 record = play_known(name, SAMPLES, place, rulings)
-                best, comparisons = golds[record.winner], sum(map(len, record.rounds))
-                same = answers[record.winner] == answers[everyones]
-                chosen[name].append((best, comparisons, best == max(golds), same))
+                best, num_comparisons = golds[record.winner], sum(map(len, record.rounds))
+                same = answers[record.winner] == answers[round_robin_winner]
+                chosen[name].append((best, num_comparisons, best == max(golds), same))
         strategies = {}
-        for name, found in chosen.items():
-            columns = zip(*found, strict=True)
-            scores, asked, hits, sames = (torch.tensor(each, dtype=torch.float) for each in columns)
+        for name, choices in chosen.items():
+            columns = zip(*choices, strict=True)
+            scores, comparisons, hits, sames = (
+                torch.tensor(column, dtype=torch.float) for column in columns
+            )
             strategies[name] = {
                 "gold": (scores.mean().item(), (scores.std() / count**0.5).item()),
-                "comparisons": asked.mean().item(),
+                "comparisons": comparisons.mean().item(),
                 "finds_golds_best": rate(hits),
                 "agrees_with_round_robin": rate(sames),
             }

@@ -41,11 +41,11 @@ SELF_TRAINING: dict[str, Any] = {
 }
 TEACHERS = ("implicit", "judge", "more")
 """Judges that train a proxy."""
-BY_SOME = ("self-judge, LoRA", "likelihood ratio, LoRA, more data", "implicit reward")
-SPEAKERS: dict[str, tuple[int, tuple[str, ...]]] = {
+THREE_JUDGES = ("self-judge, LoRA", "likelihood ratio, LoRA, more data", "implicit reward")
+SAMPLING_MODELS: dict[str, tuple[int, tuple[str, ...]]] = {
     "frozen": (SAMPLES, tuple(JUDGES)),
-    **{f"proxy-{teacher}": (8, BY_SOME) for teacher in TEACHERS},
-    "self-training-more": (8, BY_SOME),
+    **{f"proxy-{teacher}": (8, THREE_JUDGES) for teacher in TEACHERS},
+    "self-training-more": (8, THREE_JUDGES),
 }
 """The models that the judges choose answers from, the number of answers, and the judges."""
 
@@ -54,23 +54,29 @@ def all_jobs(seeds: tuple[int, ...]) -> list[Job]:
     """Jobs after those that they need. All jobs of a seed come before the next seed, except DPO, the longest, which no
     other job needs.
     """
-    ours, more = "world/preferences.jsonl", f"more/{MORE}"
+    toy_pairs, more_pairs = "world/preferences.jsonl", f"more/{MORE}"
     jobs = [Job("world", make_toy_data), Job("more", make_more)]
     for seed in seeds:
         jobs += [
-            make_likelihood(f"reward-more/{seed}", seed, more, ("more",), **LORA),
+            make_likelihood(f"reward-more/{seed}", seed, more_pairs, ("more",), **LORA),
             make_judge(seed, **LORA),
-            make_likelihood(f"reward-likelihood/{seed}", seed, ours, ("world",), **LORA),
+            make_likelihood(f"reward-likelihood/{seed}", seed, toy_pairs, ("world",), **LORA),
             make_reward("implicit", seed),
             make_reward("scalar", seed),
             make_frozen(seed),
-            *(make_proxy(f"proxy-{each}/{seed}", each, seed, UPDATES) for each in TEACHERS),
+            *(
+                make_proxy(f"proxy-{teacher}/{seed}", teacher, seed, UPDATES)
+                for teacher in TEACHERS
+            ),
             make_self_training("more", seed, **SELF_TRAINING),
             make_self_training("judge", seed, **SELF_TRAINING),
             make_judged(seed),
         ]
-        for speaker, (size, judges) in SPEAKERS.items():
-            jobs += [make_samples(speaker, seed, size), make_best_of(speaker, seed, judges)]
+        for sampling_model, (size, judges) in SAMPLING_MODELS.items():
+            jobs += [
+                make_samples(sampling_model, seed, size),
+                make_best_of(sampling_model, seed, judges),
+            ]
         jobs.append(make_strategies(seed, num_prompts=200))
-    jobs += [make_dpo(f"dpo-more/{seed}", seed, DPO, ("more",), file=more) for seed in seeds]
+    jobs += [make_dpo(f"dpo-more/{seed}", seed, DPO, ("more",), file=more_pairs) for seed in seeds]
     return jobs

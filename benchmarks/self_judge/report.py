@@ -12,10 +12,10 @@ from benchmarks.comparison.answers import pooled_error
 from benchmarks.comparison.jobs import Setting
 from benchmarks.self_judge.judges import JUDGES, Rate
 from benchmarks.self_judge.methods import CEILING
-from benchmarks.self_judge.plan import SPEAKERS
+from benchmarks.self_judge.plan import SAMPLING_MODELS
 
 PUBLISHED = Path("docs/results/proxy_rlhf.json")
-THEIRS = {
+PUBLISHED_ROWS = {
     "DPO": "DPO",
     "full RLHF (PPO), implicit reward": "full RLHF (PPO), implicit reward",
     "full RLHF (PPO), self-judge reward": "full RLHF (PPO), self-judge as bundled",
@@ -47,7 +47,10 @@ def figures_of(setting: Setting, seed: int) -> dict[str, Any]:
 
     return {
         "judged": of("judged"),
-        "best_of": {speaker: of(f"best-of-{speaker}")["rows"] for speaker in SPEAKERS},
+        "best_of": {
+            sampling_model: of(f"best-of-{sampling_model}")["rows"]
+            for sampling_model in SAMPLING_MODELS
+        },
         "strategies": of("strategies"),
         "trained": {
             name: of(name)["row"] | {"train_cpu_seconds": of(name)["train_cpu_seconds"]}
@@ -57,84 +60,86 @@ def figures_of(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def tables(by_seed: dict[str, dict[str, Any]]) -> str:
-    judged = [figures["judged"] for figures in by_seed.values()]
-    strategies = [figures["strategies"] for figures in by_seed.values()]
-    theirs = json.loads(PUBLISHED.read_text())["by_seed"]
+    """All tables, in Markdown."""
+    results = list(by_seed.values())
+    return "\n".join(
+        [
+            *_judge_tables([figures["judged"] for figures in results]),
+            *_best_of_tables([figures["best_of"] for figures in results]),
+            *_strategy_table([figures["strategies"] for figures in results]),
+            *_training_table(by_seed),
+        ]
+    )
+
+
+def _judge_tables(judged: list[dict[str, Any]]) -> list[str]:
     measures = ("gold", "labels", "gold_clear", "consistency", "consistency_clear")
     head = ("gold", "noisy labels", "gold, clear pairs", "both orders agree", "and on clear pairs")
-    parts = [
+
+    def rows(kind: str, columns: Sequence[str]) -> Iterable[tuple[str, ...]]:
+        for name in judged[0][kind]:
+            yield name, *(_percent([seed[kind][name][m] for seed in judged]) for m in columns)
+
+    return [
         "## Judges, on held-out pairs\n",
-        _table(
-            ("judge", *head),
-            (
-                (name, *(_percent([seed["judges"][name][m] for seed in judged]) for m in measures))
-                for name in judged[0]["judges"]
-            ),
-        ),
+        _table(("judge", *head), rows("judges", measures)),
         f"The labels agree with gold in {fmean(seed['noise_ceiling'] for seed in judged):.1%} of the pairs.\n",
         "## The LoRA by each principle, on pairs that differ by it\n",
         _table(
             ("principle", head[0], head[1], head[3]),
-            (
-                (
-                    name,
-                    *(
-                        _percent([seed["principles"][name][m] for seed in judged])
-                        for m in (measures[0], measures[1], measures[3])
-                    ),
-                )
-                for name in judged[0]["principles"]
-            ),
+            rows("principles", (measures[0], measures[1], measures[3])),
         ),
     ]
-    for speaker in SPEAKERS:
-        found = [figures["best_of"][speaker] for figures in by_seed.values()]
-        sizes = list(next(iter(found[0].values())))
+
+
+def _best_of_tables(best_of: list[dict[str, Any]]) -> list[str]:
+    parts = []
+    for sampling_model in SAMPLING_MODELS:
+        results = [seed[sampling_model] for seed in best_of]
+        sizes = list(next(iter(results[0].values())))
+        rows = (
+            (name, *(_percent([seed[name][n] for seed in results]) for n in sizes))
+            for name in results[0]
+        )
         parts += [
-            f"## Best of N, {speaker}: gold win rate against the frozen LLM\n",
-            _table(
-                ("judge", *sizes),
-                (
-                    (name, *(_percent([seed[name][n] for seed in found]) for n in sizes))
-                    for name in found[0]
-                ),
-            ),
+            f"## Best of N, {sampling_model}: gold win rate against the frozen LLM\n",
+            _table(("judge", *sizes), rows),
         ]
-    parts += [
+    return parts
+
+
+def _strategy_table(strategies: list[dict[str, Any]]) -> list[str]:
+    def row(name: str) -> tuple[str, ...]:
+        results = [seed["strategies"][name] for seed in strategies]
+        return (
+            name,
+            f"{fmean(result['comparisons'] for result in results):.1f}",
+            _percent([result["finds_golds_best"] for result in results]),
+            _percent([result["agrees_with_round_robin"] for result in results]),
+            "{:.3f} ± {:.3f}".format(*pooled([result["gold"] for result in results])),
+        )
+
+    head = ("strategy", "comparisons", "finds gold's best", "as round-robin", "gold score")
+    return [
         f"## Strategies, of 16 answers, {strategies[0]['prompts']} prompts a seed\n",
-        _table(
-            ("strategy", "comparisons", "finds gold's best", "as round-robin", "gold score"),
-            (
-                (
-                    name,
-                    f"{fmean(seed['strategies'][name]['comparisons'] for seed in strategies):.1f}",
-                    *(
-                        _percent([seed["strategies"][name][m] for seed in strategies])
-                        for m in ("finds_golds_best", "agrees_with_round_robin")
-                    ),
-                    "{:.3f} ± {:.3f}".format(
-                        *pooled([seed["strategies"][name]["gold"] for seed in strategies])
-                    ),
-                )
-                for name in strategies[0]["strategies"]
-            ),
+        _table(head, map(row, strategies[0]["strategies"])),
+    ]
+
+
+def _training_table(by_seed: dict[str, dict[str, Any]]) -> list[str]:
+    published = json.loads(PUBLISHED.read_text())["by_seed"]
+    rows = [
+        *(
+            _trained(name, [published[row][int(i)] for i in by_seed])
+            for row, name in PUBLISHED_ROWS.items()
         ),
-        "## Training by a judge\n",
-        _table(
-            ("method", "gold win rate", "by seed", "CPU s", "KL, nats"),
-            (
-                *(
-                    _trained(name, [theirs[row][int(i)] for i in by_seed])
-                    for row, name in THEIRS.items()
-                ),
-                *(
-                    _trained(name, [figures["trained"][job] for figures in by_seed.values()])
-                    for job, name in TRAINED.items()
-                ),
-            ),
+        *(
+            _trained(name, [figures["trained"][job] for figures in by_seed.values()])
+            for job, name in TRAINED.items()
         ),
     ]
-    return "\n".join(parts)
+    head = ("method", "gold win rate", "by seed", "CPU s", "KL, nats")
+    return ["## Training by a judge\n", _table(head, rows)]
 
 
 def _trained(name: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -160,14 +165,14 @@ def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
     """Best of N by every judge, one panel for each sampling model."""
-    figure = Figure(figsize=(4 * len(SPEAKERS), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(SAMPLING_MODELS), 4), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(JUDGES)} | {CEILING: "grey"}
-    panels = figure.subplots(1, len(SPEAKERS), sharey=True)
-    for axes, speaker in zip(panels, SPEAKERS, strict=True):
-        found = [figures["best_of"][speaker] for figures in by_seed.values()]
-        for name in found[0]:
-            sizes = list(found[0][name])
-            rates = [pooled([seed[name][n] for seed in found]) for n in sizes]
+    panels = figure.subplots(1, len(SAMPLING_MODELS), sharey=True)
+    for axes, sampling_model in zip(panels, SAMPLING_MODELS, strict=True):
+        results = [figures["best_of"][sampling_model] for figures in by_seed.values()]
+        for name in results[0]:
+            sizes = list(results[0][name])
+            rates = [pooled([seed[name][n] for seed in results]) for n in sizes]
             means, errors = zip(*rates, strict=True)
             axes.errorbar(
                 [int(n) for n in sizes],
@@ -180,7 +185,7 @@ def draw(by_seed: dict[str, dict[str, Any]], path: Path) -> None:
                 color=colours[name],
             )
         axes.set_xscale("log", base=2)
-        axes.set_title(speaker, fontsize=9)
+        axes.set_title(sampling_model, fontsize=9)
         axes.set_xlabel("N")
     panels[0].set_ylabel("gold win rate against the frozen LLM, %")
     panels[0].legend(fontsize=7)

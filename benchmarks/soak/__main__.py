@@ -70,9 +70,9 @@ def look(server: Server, begin: float) -> Sample:
     family = [parent, *parent.children(recursive=True)]
     return Sample(
         (monotonic() - begin) / 60,
-        sum(each.memory_full_info().pss for each in family) / 1e6,
-        sum(each.num_fds() for each in family),
-        sum(each.num_threads() for each in family),
+        sum(process.memory_full_info().pss for process in family) / 1e6,
+        sum(process.num_fds() for process in family),
+        sum(process.num_threads() for process in family),
     )
 
 
@@ -99,49 +99,49 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
     rng = random.Random(options.seed)
     _, _, combinations = split_combinations(0)
     prompts = [prompt.text for prompt in islice(draw_prompts(combinations, rng), options.prompts)]
-    asked = list(questions(prompts, options.seeds, rng))
+    all_questions = list(questions(prompts, options.seeds, rng))
     # uvicorn closes idle connections after 5 s; a request sent at that moment is not lost by the server.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(300)
     async with aiohttp.ClientSession(server.url, connector=connector, timeout=timeout) as http:
-        quiet = Crowd(http, asked, {})
+        idle = Crowd(http, all_questions, {})
         for name in versions:
-            await quiet.change("post", "/proxies", name, {"name": name, "path": name})
-        await ask_quietly(quiet, versions)
+            await idle.change("post", "/proxies", name, {"name": name, "path": name})
+        await ask_quietly(idle, versions)
         for name in versions:
-            await quiet.change("delete", f"/proxies/{name}", name)
-        await quiet.change("post", "/proxies", MOVING, {"name": MOVING, "path": "one"})
+            await idle.change("delete", f"/proxies/{name}", name)
+        await idle.change("post", "/proxies", MOVING, {"name": MOVING, "path": "one"})
 
-        crowd, begin = Crowd(http, asked, quiet.right), monotonic()
+        crowd, begin = Crowd(http, all_questions, idle.right), monotonic()
         until = begin + options.minutes * 60
         watcher = asyncio.create_task(watch(server, begin, until))
         clients = [random.Random(f"{options.seed} {i}") for i in range(options.clients)]
         await asyncio.gather(
-            *(crowd.client(each, until) for each in clients),
+            *(crowd.client(entry, until) for entry in clients),
             crowd.operator(rng, root, list(versions), until),
         )
         samples = await watcher
 
-        after = Crowd(http, asked, {})
+        after = Crowd(http, all_questions, {})
         await ask_quietly(after, {})
         async with http.get("/proxies") as reply:
             left = (await reply.json())["data"]
     return {
         "options": {key: value for key, value in asdict(options).items() if key != "output"},
-        "answers_known": len(quiet.right),
-        "requests": {kind: dict(each) for kind, each in sorted(crowd.record.outcomes.items())},
+        "answers_known": len(idle.right),
+        "requests": {kind: dict(entry) for kind, entry in sorted(crowd.record.outcomes.items())},
         "details": crowd.record.details,
         "seconds": {
-            kind: {"median": median(each), "p99": quantiles(each, n=100)[98]}
-            for kind, each in sorted(crowd.record.seconds.items())
-            if len(each) > 1
+            kind: {"median": median(entry), "p99": quantiles(entry, n=100)[98]}
+            for kind, entry in sorted(crowd.record.seconds.items())
+            if len(entry) > 1
         },
         "changes": dict(crowd.record.changes),
         "answers_by_version": dict(crowd.record.versions),
         "feedback_acknowledged": crowd.record.feedback,
-        "samples": [asdict(each) for each in samples],
+        "samples": [asdict(entry) for entry in samples],
         **{unit: trend(samples, unit) for unit in ("megabytes", "files", "threads")},
-        "wrong_afterwards": sum(said != quiet.right[key] for key, said in after.right.items()),
+        "wrong_afterwards": sum(text != idle.right[key] for key, text in after.right.items()),
         "proxies_afterwards": sorted([p["name"], p["state"], p["in_flight"]] for p in left),
     }
 
@@ -149,7 +149,10 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
 def trend(samples: Sequence[Sample], unit: str) -> dict[str, float]:
     """Linear regression over the second half, after warm-up: first, last, and the slope per minute."""
     warm = samples[len(samples) // 2 :]
-    minutes, values = [each.minutes for each in warm], [float(getattr(each, unit)) for each in warm]
+    minutes, values = (
+        [sample.minutes for sample in warm],
+        [float(getattr(sample, unit)) for sample in warm],
+    )
     slope, intercept = linear_regression(minutes, values)
     residuals = [y - intercept - slope * x for x, y in zip(minutes, values, strict=True)]
     spread = sum((x - mean(minutes)) ** 2 for x in minutes)
@@ -174,7 +177,9 @@ def main(options: Options) -> int:
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     show(figures)
-    bad = sum(each.get("wrong", 0) + each.get("lost", 0) for each in figures["requests"].values())
+    bad = sum(
+        counts.get("wrong", 0) + counts.get("lost", 0) for counts in figures["requests"].values()
+    )
     lost = figures["feedback_acknowledged"] - figures["feedback_kept"]
     return int(bool(bad or lost or figures["wrong_afterwards"]))
 
@@ -190,10 +195,10 @@ def show(figures: Any) -> None:
         lines.append([kind, *cells, *(f"{value:.2f}" for value in times.values())])
     print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     for unit in ("megabytes", "files", "threads"):
-        found = figures[unit]
+        trend_values = figures[unit]
         print(
-            f"{unit}: {found['first']:.0f} to {found['last']:.0f}, "
-            f"{found['slope']:+.3f} ± {found['standard_error']:.3f} a minute"
+            f"{unit}: {trend_values['first']:.0f} to {trend_values['last']:.0f}, "
+            f"{trend_values['slope']:+.3f} ± {trend_values['standard_error']:.3f} a minute"
         )
     for key in ("changes", "answers_by_version", "feedback_acknowledged", "feedback_kept"):
         print(f"{key}: {figures[key]}")

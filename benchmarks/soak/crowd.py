@@ -74,8 +74,8 @@ class Crowd:
             name, _, version = reply.headers.get(PROXY_HEADER, "").partition("@")
             if (name or None) != proxy:
                 raise RuntimeError(f"asked {proxy}, answered by {name or 'the frozen LLM'}")
-            said = await read_stream(reply) if stream else read(question.shape, await reply.json())
-            return said, version or None
+            text = await read_stream(reply) if stream else read(question.shape, await reply.json())
+            return text, version or None
 
     async def client(self, rng: random.Random, until: float) -> None:
         """Send one request after another."""
@@ -93,33 +93,39 @@ class Crowd:
         question = rng.choice(self.questions)
         proxy = rng.choice(proxies(question.shape))
         begin = monotonic()
-        said, version = await self.ask(question, proxy)
+        text, version = await self.ask(question, proxy)
         kind = f"{question.shape}, {'proxy' if proxy else 'plain'}"
-        self._compare(kind, question, version, said, monotonic() - begin)
+        self._compare(kind, question, version, text, monotonic() - begin)
         if proxy == MOVING:
             self.record.versions[str(version)] += 1
 
     async def _stream(self, rng: random.Random) -> None:
-        question = rng.choice([each for each in self.questions if each.shape == "chat"])
+        question = rng.choice(
+            [candidate for candidate in self.questions if candidate.shape == "chat"]
+        )
         begin = monotonic()
-        said, version = await self.ask(question, rng.choice(proxies("chat")), stream=True)
-        self._compare("chat, streamed", question, version, said, monotonic() - begin)
+        text, version = await self.ask(question, rng.choice(proxies("chat")), stream=True)
+        self._compare("chat, streamed", question, version, text, monotonic() - begin)
 
     async def _passing(self, rng: random.Random) -> None:
         """A request to a proxy that may be unloaded: it is refused, or answered completely."""
-        question = rng.choice([each for each in self.questions if each.shape == "chat"])
+        question = rng.choice(
+            [candidate for candidate in self.questions if candidate.shape == "chat"]
+        )
         begin = monotonic()
         try:
-            said, version = await self.ask(question, PASSING)
+            text, version = await self.ask(question, PASSING)
         except RuntimeError as error:
             if not str(error).startswith("404"):
                 raise
             return self.record.note("a passing proxy", "refused")
-        self._compare("a passing proxy", question, version, said, monotonic() - begin)
+        self._compare("a passing proxy", question, version, text, monotonic() - begin)
 
     async def _cancelled(self, rng: random.Random) -> None:
         """Disconnect after some chunks of a long answer."""
-        question = rng.choice([each for each in self.questions if each.shape == "chat"])
+        question = rng.choice(
+            [candidate for candidate in self.questions if candidate.shape == "chat"]
+        )
         body = question.body(rng.choice(proxies("chat"))) | {
             "stream": True,
             "max_tokens": 400,
@@ -155,15 +161,15 @@ class Crowd:
         self.record.note("feedback", "right")
 
     def _compare(
-        self, kind: str, question: Question, version: str | None, said: str, seconds: float
+        self, kind: str, question: Question, version: str | None, text: str, seconds: float
     ) -> None:
         right = self.right[question, version]
         self.record.note(
             kind,
-            "right" if said == right else "wrong",
-            f"{question} {version}: {said!r}, not {right!r}",
+            "right" if text == right else "wrong",
+            f"{question} {version}: {text!r}, not {right!r}",
         )
-        if said == right:
+        if text == right:
             self.record.seconds[kind].append(seconds)
 
     async def operator(
@@ -206,11 +212,11 @@ async def ask_quietly(crowd: Crowd, versions: dict[str, str]) -> None:
         versions: name -> version of the proxies that MOVING and PASSING will stand for, loaded under these names.
     """
     for question in crowd.questions:
-        asked = {name for name in proxies(question.shape) if name != MOVING}
+        names = {name for name in proxies(question.shape) if name != MOVING}
         if MOVING in proxies(question.shape):
-            asked |= set(versions)
-        for name in asked:
-            said, version = await crowd.ask(question, name)
+            names |= set(versions)
+        for name in names:
+            text, version = await crowd.ask(question, name)
             if name in versions and version != versions[name]:
                 raise RuntimeError(f"{name} is {version}, not {versions[name]}")
-            crowd.right[question, version] = said
+            crowd.right[question, version] = text

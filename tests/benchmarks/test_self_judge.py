@@ -14,7 +14,7 @@ from benchmarks.models import DEMO
 from benchmarks.self_judge import report
 from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, play_known
 from benchmarks.self_judge.methods import CEILING, SAMPLES, ceiling
-from benchmarks.self_judge.plan import SPEAKERS, all_jobs
+from benchmarks.self_judge.plan import SAMPLING_MODELS, all_jobs
 from judge.prompts import Question
 from judge.tournament import replay
 from judge.verdict import PairResult, Verdict
@@ -158,7 +158,7 @@ def test_the_report(tmp_path: Path) -> None:
     # 0.03 / sqrt(2) = 0.021
     won = "65.0% ± 2.1%"
     assert f"| self-judge, LoRA | {' | '.join([won] * 5)} |" in text
-    assert text.count(f"| self-judge, LoRA | {won} | {won} |\n") == len(SPEAKERS)
+    assert text.count(f"| self-judge, LoRA | {won} | {won} |\n") == len(SAMPLING_MODELS)
     assert f"| knock-out | 15.0 | {won} | {won} | -0.500 ± 0.028 |" in text
     assert f"| DPO, more data | {won} | 70.0% 60.0% | 100 | 2.00 |" in text
     assert re.search(r"\| DPO \| 72\.\d% .* \| 73\.2% 72\.0% \|", text)  # as published

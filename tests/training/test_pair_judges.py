@@ -18,7 +18,7 @@ from training import jsft, reward_model, self_judge
 from training.adapters import lora_config
 from training.console import TrainingError
 from training.on_policy import start
-from training.pair_judges import Scores, load_judges, rule
+from training.pair_judges import RewardJudge, judge_pairs, load_judges
 from training.policy import Decoding
 from training.rewards import Sample
 from training.self_judge import Options, SelfJudgeTrainer
@@ -81,7 +81,9 @@ def test_scores_know_no_order(work: Path, questions: list[Question]) -> None:
     frozen = frozen_of(work / "base")
     judges = load_judges(str(work / "likelihood"), frozen)
     turned = [Question(each.prompt, each.second, each.first) for each in questions]
-    for ruling, other in zip(rule(judges, questions), rule(judges, turned), strict=True):
+    for ruling, other in zip(
+        judge_pairs(judges, questions), judge_pairs(judges, turned), strict=True
+    ):
         first, second = ruling.mean.orders
         assert first == second == pytest.approx(1 - other.probability)
         assert ruling.mean.consistent and list(ruling.by_principle) == ["score"]
@@ -113,7 +115,7 @@ def test_a_reward_scores_each_response_once(work: Path, questions: list[Question
         asked.append([sample.text for sample in samples])
         return torch.tensor([float(len(text)) for text in asked[-1]])
 
-    judge = Scores(by_length, frozen)
+    judge = RewardJudge(by_length, frozen)
     for _ in range(2):
         expected = [[len(each.first) - len(each.second)] * 2 for each in questions]
         assert judge.log_odds(questions).tolist() == expected
@@ -149,7 +151,7 @@ def test_self_training_by_a_lora(work: Path, tmp_path: Path, rank: int, kind: st
         Question([*prompt.messages], *both)
         for prompt, *both in zip(pairs.prompts, texts[:4], texts[4:], strict=True)
     ]
-    expected = rule(load_judges(str(work / kind), frozen_of(work / "base")), asked)
+    expected = judge_pairs(load_judges(str(work / kind), frozen_of(work / "base")), asked)
     for ruling, other in zip(pairs.rulings, expected, strict=True):
         assert ruling.probability == pytest.approx(other.probability, abs=1e-4)
     self_judge.main(options)
