@@ -103,7 +103,7 @@ def timed_sampling(clock: Clock, device: str) -> Iterator[None]:
         from proxy.cpu import rows as cpu_rows
 
         wrapped += [
-            (cpu_rows.KernelRows, "_find_top", "nucleus"),
+            (cpu_rows.KernelRows, "find_top", "nucleus"),
             (cpu_rows, "decide_rows", "decide"),
         ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]

@@ -87,7 +87,7 @@ class KernelRows:
         The next call overwrites what this one returns.
         """
         if self._uses_threads:
-            self._find_top(logits, temperature_applied=temperature_applied)
+            self.find_top(logits, temperature_applied=temperature_applied)
         hidden = hidden.contiguous()
         states, projected = self._states, self._projected
         multiplies = self._multiplies and hidden.dtype == torch.bfloat16
@@ -116,7 +116,7 @@ class KernelRows:
         )
         return self._decision
 
-    def _find_top(self, logits: Tensor, *, temperature_applied: bool) -> None:
+    def find_top(self, logits: Tensor, *, temperature_applied: bool) -> None:
         """The kernel's `Top`, with torch's threads."""
         own = logits[self._requests["row"]].float()
         top = most_probable(own, self._values.shape[1])
