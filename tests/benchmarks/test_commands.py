@@ -1,4 +1,4 @@
-"""The benchmarks that need no server, run at a tiny size. What they measure is nobody's business here."""
+"""The benchmarks that need no server, run at a tiny size. Their measurements are not checked here."""
 
 import json
 import subprocess

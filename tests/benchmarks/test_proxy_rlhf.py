@@ -1,4 +1,4 @@
-"""The comparison's own parts: the literal loop, the law without SKAM's second part, the divergence, the report."""
+"""The comparison's own parts: the literal loop, accept/reject sampling without SKAM's second part, the divergence, the report."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def indifferent_proxy(model: torch.nn.Module, accept_logit: float, limit: int) -
 
 
 @pytest.mark.parametrize(("accept_logit", "limit"), [(0.0, 8), (-1.0, 3), (-4.0, 16)])
-def test_the_literal_loop_draws_what_the_one_pass_law_draws(
+def test_the_literal_loop_samples_as_one_pass_sampling_does(
     evaluation: EvaluationSet, accept_logit: float, limit: int
 ) -> None:
     """With the same answer to every candidate the two differ in nothing, in float32."""
@@ -119,7 +119,7 @@ def repeating_policy(
     return policy
 
 
-def test_the_law_with_repeats(evaluation: EvaluationSet) -> None:
+def test_sampling_with_repeats(evaluation: EvaluationSet) -> None:
     """Each figure can be had by hand: p = 1/2, 1/2; a = 1/2, 1; at most 2 rejections.
 
     Frequencies of 40,000 draws lie within 5 standard errors of it: a false alarm in 1.2e-6 / 2 a side.
@@ -308,7 +308,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     )
     with pytest.raises(SystemExit, match=r"threshold/0 failed: see .*threshold/0\.log"):
         run_all(setting, jobs, "benchmarks.proxy_rlhf", processes=2)
-    # It needs the world's prompts, which nobody made.
+    # It needs the toy prompts, which do not exist.
     assert "prompts_test.jsonl: no such file" in (tmp_path / "threshold/0.log").read_text()
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.log")] == [
         Path("threshold/0.log")

@@ -76,7 +76,7 @@ def test_a_tournament_of_known_rulings(name: str, asked: int) -> None:
     assert replay(receipt.as_json()) == receipt.ranking
 
 
-def test_the_ceiling_is_golds_own_choice() -> None:
+def test_the_ceiling_is_the_reference_scorers_own_choice() -> None:
     prompt = "Thank you for your help with my pony."
     good = "It was nice to talk about your pony."
     rude = f"Use your head. {good}"

@@ -133,7 +133,7 @@ def rlhf_arguments(work: Path) -> list[str | Path]:
 def evaluations(
     work: Path, scalar_reward: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """The figures of a proxy on 5 prompts: by the gold scorer, and by two rewards."""
+    """The figures of a proxy on 5 prompts: by the reference scorer, and by two rewards."""
     directory = tmp_path_factory.mktemp("evaluations")
     outputs = [directory / "gold.json", directory / "rewards.json"]
     rewards = ("--reward", work / "reward-aligned", scalar_reward)

@@ -32,7 +32,7 @@ NOTE_CALLS = """python() { printf '%s\\0' "$#" "$@"; }\n"""
 
 
 class Follower:
-    """Does what the page says, in a directory of its own."""
+    """Runs the page in its own directory."""
 
     def __init__(self, directory: Path, stack: ExitStack, mine: dict[str, str | Path]) -> None:
         self.directory, self.stack, self.mine = directory, stack, mine
@@ -94,7 +94,7 @@ class Follower:
         return ""
 
     def write_preferences(self, example: str) -> str:
-        """The page's own example, and pairs of the bundled world."""
+        """The page's own example, and pairs of the toy data."""
         row = json.loads(example)
         assert example.count("\n") == 1, "JSON lines: an object is one line"
         with Path(self.mine["PREFERENCES"]).open("a", encoding="utf-8") as file:

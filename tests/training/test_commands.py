@@ -65,11 +65,11 @@ def test_dpo(work: Path, dpo: Path) -> None:
 
 
 def test_evaluate(work: Path, scalar_reward: Path, evaluations: list[Path]) -> None:
-    by_gold, by_rewards = (json.loads(path.read_text()) for path in evaluations)
-    assert by_gold["prompts"] == by_rewards["prompts"] == 5
-    assert 0 <= by_gold["gold_win_rate"] <= 1
+    by_reference_scorer, by_rewards = (json.loads(path.read_text()) for path in evaluations)
+    assert by_reference_scorer["prompts"] == by_rewards["prompts"] == 5
+    assert 0 <= by_reference_scorer["gold_win_rate"] <= 1
     # The same answers were compared.
-    assert by_gold["kl_nats_per_response"] == by_rewards["kl_nats_per_response"] > 0
+    assert by_reference_scorer["kl_nats_per_response"] == by_rewards["kl_nats_per_response"] > 0
     assert list(by_rewards["rewards"]) == [str(work / "reward-aligned"), str(scalar_reward)]
 
 
@@ -92,7 +92,7 @@ def test_one_prompt_has_no_standard_error() -> None:
     assert figures["win_rate_se"] is figures["gain_se"] is None
 
 
-def test_prompts_of_another_world_need_a_reward(work: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_not_toy_data_need_a_reward(work: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "hello"}\n')
     result = run(

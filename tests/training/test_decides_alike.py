@@ -1,4 +1,4 @@
-"""The trainer's rollout: its law, and that it decides as the server does.
+"""The trainer's rollout: its sampling distribution, and that it decides as the server does.
 
 False alarms: below 1e-6 for each test of the law (`tests.proxy.references`), with fixed seeds. Decisions are compared
 one by one, except in rows where rounding may decide.
@@ -63,7 +63,7 @@ def load_frozen(model_dir) -> Callable[[torch.dtype], PreTrainedModel]:  # noqa:
     return lambda dtype: AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
 
 
-# --- the law ---
+# --- the sampling distribution ---
 
 
 class Asked(NamedTuple):
@@ -146,7 +146,7 @@ def outcomes(rollout: Rollout) -> list[Outcome]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_the_rollout_follows_the_enumerated_law(load_frozen, networks, monkeypatch, dtype):
+def test_the_rollout_follows_the_enumerated_distribution(load_frozen, networks, monkeypatch, dtype):
     """In bf16 that of the hidden states it has seen and of tied logits, where it is clear."""
     rows, prompt = 4000, [7, 12, 9]
     frozen = load_frozen(dtype)
@@ -287,7 +287,7 @@ def decide_in_engine(
     result = []
     for output in outputs:
         mine = decided[output.request_id]
-        # What was recorded is what the engine said.
+        # What was recorded is what the engine emitted.
         said = list(output.outputs[0].token_ids)
         assert [step.token_ids.item() for step in mine] == said and len(said) == 30
         pairs = traced.get(output.request_id)

@@ -1,4 +1,4 @@
-"""Judgments as they are learned, against the judge prompt as it is asked; and what a judge that is a LoRA does."""
+"""Judgments as they are learned, against the judge prompt as it is asked; and judges that are LoRAs."""
 
 import json
 from dataclasses import replace

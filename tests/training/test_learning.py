@@ -24,7 +24,7 @@ CONFIG = ProxyConfig(hidden_size=HIDDEN, vocab_size=VOCAB, max_candidates=K, max
 
 
 def verdicts(count: int, first: int = 0, caller: str = "alice") -> list[Verdict]:
-    """Of as many prompts, the newest first; the better response says low tokens, the worse one high ones."""
+    """Of as many prompts, the newest first; the better response has low tokens, the worse one high ones."""
 
     def response(number: int, start: int) -> Response:
         generator = torch.Generator().manual_seed(2 * number + start)
@@ -146,7 +146,7 @@ def live_version(root: Path, rows: range) -> Path:
 
 
 @pytest.mark.parametrize(("right", "serves"), [(0.5, False), (0.6, False), (0.64, True)])
-def test_a_version_has_to_beat_a_coin(tmp_path: Path, right: float, serves: bool) -> None:
+def test_a_version_has_to_beat_chance(tmp_path: Path, right: float, serves: bool) -> None:
     """Of 50 by 1.64 standard errors: 61.6 %."""
     outcome = scripted(tmp_path, verdicts(50), None, right=right)
     assert outcome.accuracy is not None and outcome.accuracy[0] == pytest.approx(right)

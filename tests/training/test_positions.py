@@ -1,4 +1,4 @@
-"""Positions of given responses: what the frozen LLM would have drawn from, and where it would have said the same."""
+"""Positions of given responses: the nucleus of the frozen LLM, and where it would have emitted the same."""
 
 from collections.abc import Sequence
 from functools import partial

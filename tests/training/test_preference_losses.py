@@ -34,7 +34,9 @@ def positions() -> Positions:
 
 
 @pytest.mark.parametrize("max_rejections", [3, K])
-def test_scores_are_sums_over_the_emitted_law(positions: Positions, max_rejections: int) -> None:
+def test_scores_are_sums_over_the_emitted_distribution(
+    positions: Positions, max_rejections: int
+) -> None:
     network = ProxyNetwork(
         ProxyConfig(
             hidden_size=HIDDEN, vocab_size=VOCAB, width=8, max_rejections=max_rejections,

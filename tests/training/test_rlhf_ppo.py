@@ -1,4 +1,4 @@
-"""Full RLHF, the baseline: it learns, stays near its reference where that is asked, and goes on after a kill."""
+"""Full RLHF, the baseline: it learns, stays near its reference if asked to, and can be resumed."""
 
 import signal
 import time

@@ -63,7 +63,7 @@ def engine(make_engine: Callable[..., VLLMBackend]) -> Iterator[VLLMBackend]:
 
 
 def make_network(model: PreTrainedModel, seed: int, **settings: Any) -> ProxyNetwork:
-    """It rejects about half of what it is asked."""
+    """It rejects about half of the candidates."""
     torch.manual_seed(seed)
     network = ProxyNetwork(default_config(model, **{"width": 16, "accept_bias": 0.0} | settings))
     torch.nn.init.normal_(network.score.weight, std=1.5)
@@ -192,7 +192,7 @@ def test_what_was_asked_is_in_the_trace() -> None:
     assert asked(only) == []
 
 
-def test_what_vllm_cannot_do_is_said(
+def test_what_vllm_cannot_do_is_reported(
     make_engine: Callable[..., VLLMBackend],
     engine: VLLMBackend,
     frozen: PreTrainedModel,

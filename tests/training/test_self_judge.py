@@ -123,7 +123,7 @@ def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, ran
     assert (learned - expected).abs().max() > 0.05
 
 
-def test_a_lora_is_saved_and_says_what_the_policy_says(work: Path, tmp_path: Path) -> None:
+def test_a_saved_lora_samples_as_the_policy_does(work: Path, tmp_path: Path) -> None:
     trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=4, seed=1), start())
     for index in range(4):
         trainer.step(index)

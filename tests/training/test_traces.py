@@ -1,4 +1,4 @@
-"""What a trace says, as the decisions that PPO learns from."""
+"""Traces as the decisions that PPO learns from."""
 
 import torch
 
