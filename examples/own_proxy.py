@@ -1,9 +1,9 @@
-"""A user who likes short answers, and a server that learns it.
+"""A user who prefers short answers, and a server that learns it.
 
     make serve ARGS="--feedback runs/feedback.db --proxy-root runs/proxies --learn mine=own"
     .venv/bin/python examples/own_proxy.py
 
-Each time it asks for two answers of its own proxy, as far as there is one, and says which it likes better. To try
+The user repeatedly requests two answers from its own proxy, if there is one yet, and sends which it prefers. To try
 another taste, change `taste`; to try another LLM, change `PROMPTS`.
 """
 
@@ -34,7 +34,7 @@ PROMPTS = [
 
 
 def taste(text: str) -> float:
-    """The higher, the better."""
+    """Higher is better."""
     return -len(text)
 
 
@@ -62,12 +62,12 @@ def main() -> None:
                 http.post("/feedback", json=chosen).raise_for_status()
                 sent += 1
         print(f"round {round_number + 1}: {fmean(lengths):.0f} characters an answer")
-        learned = wait_for_a_look(http, sent)
+        learned = wait_for_pass(http, sent)
         print(f"  {learned['last_pass']['reason']}; version {learned['live']} serves")
 
 
-def wait_for_a_look(http: httpx.Client, sent: int) -> Any:
-    """What has been learned, once most verdicts were looked at: the server looks when there are half as many more."""
+def wait_for_pass(http: httpx.Client, sent: int) -> Any:
+    """Wait for a learning pass over most verdicts. The server starts one when their number has grown by half."""
     while True:
         learned = http.get("/proxies/mine/learn").raise_for_status().json()
         if learned["last_pass"] and learned["last_pass"].get("rows", 0) >= sent / 1.5:

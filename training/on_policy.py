@@ -82,12 +82,12 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 class OnPolicyTrainer(ABC, Generic[OptionsT]):
     """A trained module, its optimiser, the frozen LLM and the prompts, in one of the run's processes.
 
-    Subclasses set `learner`, the trained module, and `optimiser`, which has all of its parameters.
+    Subclasses set `trained`, the trained module, and `optimiser`, which has all of its parameters.
     """
 
     progress_metric: str
     """The metric beside the progress bar."""
-    learner: nn.Module
+    trained: nn.Module
     optimiser: torch.optim.Optimizer
 
     def __init__(self, options: OptionsT, accelerator: Accelerator) -> None:
@@ -235,7 +235,7 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
     run.start()
     num_done = 0
     if options.resume:
-        num_done = load_state(options.output, trainer.learner, trainer.optimiser)
+        num_done = load_state(options.output, trainer.trained, trainer.optimiser)
         accelerator.print(
             f"resuming after update {num_done}" if num_done else "nothing to resume: starting anew"
         )
@@ -256,6 +256,6 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
                 {trainer.progress_metric: f"{metrics.rows[-1][trainer.progress_metric]:.3f}"}
             )
             if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
-                save_state(options.output, trainer.learner, trainer.optimiser, updates=index + 1)
+                save_state(options.output, trainer.trained, trainer.optimiser, updates=index + 1)
                 run.saved = f"update {index + 1} of {options.steps}"
     print(trainer.save({"options": settings, "last": metrics.rows[-1]}))

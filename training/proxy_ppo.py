@@ -76,7 +76,7 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         refuse_incomplete_servers(options)
         super().__init__(options, accelerator)
-        self.network = self.learner = self.make_network().to(accelerator.device)
+        self.network = self.trained = self.make_network().to(accelerator.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate)
         self.backend = make_backend(
             options,

@@ -105,7 +105,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         # Not copies of `self.model`: a reward may have added its LoRA to that.
         self.actor = load_model(str(directory))[0]
         self.critic = Critic(directory)
-        self.learner = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
+        self.trained = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
         # A copy of the actor in `dtype`, which samples faster.
         self.sampler = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
         self.optimiser = torch.optim.Adam(
@@ -114,7 +114,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
                 {"params": list(self.critic.parameters()), "lr": options.critic_learning_rate},
             ]
         )
-        accelerator.print(f"{sum(p.numel() for p in self.learner.parameters()):,} parameters train")
+        accelerator.print(f"{sum(p.numel() for p in self.trained.parameters()):,} parameters train")
 
     def other_bytes(self) -> float:
         learned = (

@@ -124,8 +124,8 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             self.policy = load_model(str(directory))[0].to(device).eval()
             # A copy of the policy in `dtype`, which samples faster.
             self.sampler = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
-        self.learner = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
-        self.optimiser = torch.optim.Adam(self.learner, lr=options.learning_rate)
+        self.trained = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
+        self.optimiser = torch.optim.Adam(self.trained, lr=options.learning_rate)
         frozen = replace(self.frozen(), model=self.policy if options.lora_rank else self.model)
         self.initial = frozen.plain
         self.judges = load_judges(options.judge, frozen, options.principles)
@@ -134,7 +134,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         ]
         self.saved = False
         self.at_start = self._look()  # still the initial model, even in a resumed run
-        accelerator.print(f"{sum(p.numel() for p in self.learner):,} parameters train")
+        accelerator.print(f"{sum(p.numel() for p in self.trained):,} parameters train")
 
     def other_bytes(self) -> float:
         options = self.options

@@ -102,7 +102,7 @@ def make_rlhf(
         with timed(result):
             trainer = rlhf_ppo.RLHFTrainer(options, start())
             train_and_grade(trainer, options.steps, result)
-        result["parameters"] = sum(p.numel() for p in trainer.learner.parameters())
+        result["parameters"] = sum(p.numel() for p in trainer.trained.parameters())
         trainer.save({})
         return result | {"row": tuned(setting, directory, seed, split)}
 

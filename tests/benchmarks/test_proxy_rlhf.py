@@ -1,4 +1,4 @@
-"""The comparison's own parts: the literal loop, accept/reject sampling without SKAM's second part, the divergence, the report."""
+"""The comparison's own parts: the literal loop, sampling without SKAM's second part, the divergence, the report."""
 
 import json
 import math
