@@ -104,13 +104,15 @@ def split(pairs: list[Pair], held_out: int, seed: int) -> tuple[list[Pair], list
 
 def describe(pairs: list[Pair]) -> list[str]:
     """Statistics to check before training."""
-    said = {(pair.prompt, *_answers(pair.row)) for pair in pairs}
-    contradicted = sum((prompt, worse, better) in said for prompt, better, worse in said) // 2
+    distinct = {(pair.prompt, *_answers(pair.row)) for pair in pairs}
+    contradicted = (
+        sum((prompt, worse, better) in distinct for prompt, better, worse in distinct) // 2
+    )
     longer = sum(pair.chosen_tokens > pair.rejected_tokens for pair in pairs) / len(pairs)
     answers = [n for pair in pairs for n in (pair.chosen_tokens, pair.rejected_tokens)]
     return [
         f"{len({pair.prompt for pair in pairs})} different prompts",
-        f"{len(pairs) - len(said)} pairs repeat another, {contradicted} are contradicted by another",
+        f"{len(pairs) - len(distinct)} pairs repeat another, {contradicted} are contradicted by another",
         f"prompts: {_lengths([pair.prompt_tokens for pair in pairs])}",
         f"answers: {_lengths(answers)}",
         f"the chosen answer is the longer one in {longer:.0%} of the pairs",

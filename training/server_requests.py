@@ -18,17 +18,27 @@ class TracedResponse(NamedTuple):
 
 
 async def ask_positions(http: httpx.AsyncClient, url: str, body: Any) -> Positions | Failure:
+    """The positions of given responses.
+
+    Raises:
+        TrainingError: the server refuses the request.
+    """
     answer = await send(http, "POST", f"{url}/positions", body)
     if isinstance(answer, Failure):
         return answer
     if not answer.is_success:
-        content(answer, url)  # which says why
+        content(answer, url)  # raises with the server's message
     return Positions(**safetensors.torch.load(answer.content))
 
 
 async def ask_response(
     version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> list[int] | Failure:
+    """The token ids of a response of this version of the proxy; None = of the frozen LLM.
+
+    Raises:
+        TrainingError: the server refuses the request, or ended the response too early.
+    """
     completion = await _completed(version, http, url, body)
     if isinstance(completion, Failure):
         return completion
@@ -40,17 +50,17 @@ async def ask_response(
 async def _completed(
     version: str | None, http: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> Any | Failure:
-    """A whole response, by this version of the proxy; None = by the frozen LLM.
+    """The completion by this version of the proxy; None = by the frozen LLM.
 
     Raises:
-        TrainingError: the server refuses.
+        TrainingError: the server refuses the request.
     """
     answer = await send(http, "POST", f"{url}/v1/completions", body)
     if isinstance(answer, Failure):
         return answer
     completion = content(answer, url)
     if version is not None and completion["alignment"]["version"] != version:
-        # which servers that keep in step may mend
+        # A retry may help: servers with the same root synchronise.
         return Failure(
             f"it answers with version {completion['alignment']['version']}, and not {version}"
         )
@@ -60,7 +70,7 @@ async def _completed(
 def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
     """
     Raises:
-        TrainingError: the server has ended the response too early.
+        TrainingError: the server ended the response too early.
     """
     if len(response) < body["max_tokens"] and response[-1] not in body["stop_token_ids"]:
         raise TrainingError(
@@ -72,9 +82,10 @@ def _refuse_cut(url: str, body: dict[str, Any], response: list[int]) -> None:
 async def ask_traced(
     version: str, http: httpx.AsyncClient, url: str, body: dict[str, Any]
 ) -> TracedResponse | Failure:
-    """
+    """A response of this version of the proxy, with its trace.
+
     Raises:
-        TrainingError: the server refuses, or its answer does not tell all that was decided.
+        TrainingError: the server refuses the request, or the trace is incomplete.
     """
     completion = await _completed(version, http, url, body)
     if isinstance(completion, Failure):

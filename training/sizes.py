@@ -73,12 +73,12 @@ def cache_bytes(sizes: Sizes, rows: int, tokens: int, size: int) -> int:
 
 
 def activation_bytes(sizes: Sizes, tokens: int, size: int) -> int:
-    """The most that a forward without gradients holds at once, in a gated feed-forward layer and fused attention."""
+    """Peak memory of a forward without gradients, in a gated feed-forward layer and fused attention."""
     return tokens * (3 * sizes.intermediate + 5 * sizes.hidden) * size
 
 
 def float32_bytes(numbers: int, size: int) -> int:
-    """Numbers, their float32 copy if they are in bfloat16, and another of what is computed from them."""
+    """Bytes of numbers, of their float32 copy if they are in bfloat16, and of one float32 result of the same size."""
     return numbers * (size + (4 if size < 4 else 0) + 4)
 
 
