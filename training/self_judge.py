@@ -104,7 +104,7 @@ class Pairs(NamedTuple):
 
     prompts: list[Prompt]
     responses: list[list[int]]  # [2 N] token ids
-    rulings: list[PairResult]  # [N], of the first answer against the second
+    pair_results: list[PairResult]  # [N], of the first answer against the second
 
 
 class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
@@ -215,10 +215,12 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
                 pairs.prompts, pairs.responses[:count], pairs.responses[count:], strict=True
             )
         ]
-        sign = torch.tensor([1.0 if r.first_advances else -1.0 for r in pairs.rulings]).to(device)
+        sign = torch.tensor([1.0 if r.first_advances else -1.0 for r in pairs.pair_results]).to(
+            device
+        )
         certainty = torch.ones_like(sign)  # weight of the likelier order in a pair's loss
         if options.soft_labels:
-            certainty = torch.tensor([r.probability for r in pairs.rulings]).to(device)
+            certainty = torch.tensor([r.probability for r in pairs.pair_results]).to(device)
             certainty = torch.where(sign > 0, certainty, 1 - certainty)
         differs = (~torch.tensor(_identical(pairs))).float().to(device)  # [N]
         with torch.no_grad():
@@ -246,8 +248,10 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
 
     def _describe(self, pairs: Pairs) -> dict[str, float]:
         columns = {
-            "flips": [not ruling.mean.consistent for ruling in pairs.rulings],
-            "confidence": [abs(ruling.probability - 0.5) for ruling in pairs.rulings],
+            "flips": [not pair_result.mean.consistent for pair_result in pairs.pair_results],
+            "confidence": [
+                abs(pair_result.probability - 0.5) for pair_result in pairs.pair_results
+            ],
             "identical": _identical(pairs),
             "tokens_per_response": [len(response) for response in pairs.responses],
         }
@@ -268,7 +272,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         if self.outside is not None:
             scores = self.outside(self.samples([*prompts, *prompts], pairs.responses))
             first_scores, second_scores = scores.cpu().split(len(prompts))
-            prefers = torch.tensor([r.first_advances for r in pairs.rulings])
+            prefers = torch.tensor([r.first_advances for r in pairs.pair_results])
             agrees = torch.where(
                 first_scores == second_scores,
                 0.5,

@@ -72,9 +72,9 @@ def agreement(
         rows: labelled pairs
         quality: which one the reference scorer grades; None = all
     """
-    rulings = judge([_question(row) for row in rows])
-    prefers = torch.tensor([ruling.first_advances for ruling in rulings])
-    consistent = torch.tensor([ruling.mean.consistent for ruling in rulings])
+    pair_results = judge([_question(row) for row in rows])
+    prefers = torch.tensor([pair_result.first_advances for pair_result in pair_results])
+    consistent = torch.tensor([pair_result.mean.consistent for pair_result in pair_results])
     golds = torch.tensor([preferred(row, quality) for row in rows])
     right, clear = prefers == (golds > 0), golds.abs() >= CLEAR
     return {
@@ -125,32 +125,35 @@ def knock_out_round(
         for prompt, row in zip(prompts, standing, strict=True)
         for a, b in zip(row[::2], row[1::2], strict=True)
     ]
-    rulings = iter(judge(questions))
+    pair_results = iter(judge(questions))
     return [
-        [a if next(rulings).first_advances else b for a, b in zip(row[::2], row[1::2], strict=True)]
+        [
+            a if next(pair_results).first_advances else b
+            for a, b in zip(row[::2], row[1::2], strict=True)
+        ]
         for row in standing
     ]
 
 
-Rulings = dict[Pair, PairResult]
+PairResults = dict[Pair, PairResult]
 
 
-def all_rulings(judge: JudgePairs, prompt: str, answers: Sequence[str]) -> Rulings:
+def all_results(judge: JudgePairs, prompt: str, answers: Sequence[str]) -> PairResults:
     """The results of every pair in both orders. Identical answers tie, as in the server."""
     pairs = [(a, b) for a in range(len(answers)) for b in range(a)]
     ruled = judge([Question([_user(prompt)], answers[a], answers[b]) for a, b in pairs])
-    results: Rulings = {}
-    for (a, b), ruling in zip(pairs, ruled, strict=True):
-        first, second = TIE if answers[a] == answers[b] else ruling.mean.orders
+    results: PairResults = {}
+    for (a, b), pair_result in zip(pairs, ruled, strict=True):
+        first, second = TIE if answers[a] == answers[b] else pair_result.mean.orders
         results[a, b] = PairResult({"judge": Verdict((first, second))})
         results[b, a] = PairResult({"judge": Verdict((1 - second, 1 - first))})
     return results
 
 
-def play_known(strategy: str, num: int, seed: int, rulings: Rulings) -> TournamentRecord:
+def play_known(strategy: str, num: int, seed: int, pair_results: PairResults) -> TournamentRecord:
     """A strategy's tournament, from known results."""
 
     async def look_up(pairs: list[Pair]) -> list[PairResult]:
-        return [rulings[pair] for pair in pairs]
+        return [pair_results[pair] for pair in pairs]
 
     return asyncio.run(play(strategy, num, look_up, seed))

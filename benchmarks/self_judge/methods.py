@@ -23,7 +23,7 @@ from benchmarks.self_judge.judges import (
     MAJORITY,
     JudgeSource,
     agreement,
-    all_rulings,
+    all_results,
     knock_out_round,
     load_judge,
     play_known,
@@ -217,10 +217,10 @@ def make_strategies(seed: int, num_prompts: int) -> Job:
         for place, prompt in enumerate(evaluation.texts[:count]):
             answers = [sample[place] for sample in texts]
             golds = [reference_scorer.score(prompt, text) for text in answers]
-            rulings = all_rulings(judge, prompt, answers)
-            round_robin_winner = play_known("round-robin", SAMPLES, place, rulings).winner
+            pair_results = all_results(judge, prompt, answers)
+            round_robin_winner = play_known("round-robin", SAMPLES, place, pair_results).winner
             for name in STRATEGIES:
-                record = play_known(name, SAMPLES, place, rulings)
+                record = play_known(name, SAMPLES, place, pair_results)
                 best, num_comparisons = golds[record.winner], sum(map(len, record.rounds))
                 same = answers[record.winner] == answers[round_robin_winner]
                 chosen[name].append((best, num_comparisons, best == max(golds), same))

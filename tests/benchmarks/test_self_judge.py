@@ -12,7 +12,7 @@ import pytest
 from benchmarks.comparison.jobs import Job, run_job, setting_of
 from benchmarks.models import DEMO
 from benchmarks.self_judge import report
-from benchmarks.self_judge.judges import JUDGES, agreement, all_rulings, knock_out_round, play_known
+from benchmarks.self_judge.judges import JUDGES, agreement, all_results, knock_out_round, play_known
 from benchmarks.self_judge.methods import CEILING, SAMPLES, ceiling
 from benchmarks.self_judge.plan import SAMPLING_MODELS, all_jobs
 from judge.prompts import Question
@@ -71,7 +71,7 @@ def test_neighbours_meet_until_one_is_left() -> None:
 )
 def test_a_tournament_of_known_rulings(name: str, asked: int) -> None:
     answers = ["a" * n for n in (3, 1, 4, 1, 5, 2)]
-    receipt = play_known(name, 6, 7, all_rulings(longer_wins, "p", answers))
+    receipt = play_known(name, 6, 7, all_results(longer_wins, "p", answers))
     assert receipt.winner == 4 and sum(map(len, receipt.rounds)) == asked
     assert replay(receipt.as_json()) == receipt.ranking
 
@@ -86,7 +86,7 @@ def test_the_ceiling_is_the_reference_scorers_own_choice() -> None:
 
 
 def test_identical_answers_tie() -> None:
-    (one, other) = all_rulings(longer_wins, "p", ["same", "same"]).values()
+    (one, other) = all_results(longer_wins, "p", ["same", "same"]).values()
     assert one.winner == other.winner == "tie"
 
 

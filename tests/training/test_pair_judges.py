@@ -81,12 +81,12 @@ def test_scores_know_no_order(work: Path, questions: list[Question]) -> None:
     frozen = frozen_of(work / "base")
     judges = load_judges(str(work / "likelihood"), frozen)
     turned = [Question(each.prompt, each.second, each.first) for each in questions]
-    for ruling, other in zip(
+    for pair_result, other in zip(
         judge_pairs(judges, questions), judge_pairs(judges, turned), strict=True
     ):
-        first, second = ruling.mean.orders
+        first, second = pair_result.mean.orders
         assert first == second == pytest.approx(1 - other.probability)
-        assert ruling.mean.consistent and list(ruling.by_principle) == ["score"]
+        assert pair_result.mean.consistent and list(pair_result.by_principle) == ["score"]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_self_training_by_a_lora(work: Path, tmp_path: Path, rank: int, kind: st
         for prompt, *both in zip(pairs.prompts, texts[:4], texts[4:], strict=True)
     ]
     expected = judge_pairs(load_judges(str(work / kind), frozen_of(work / "base")), asked)
-    for ruling, other in zip(pairs.rulings, expected, strict=True):
-        assert ruling.probability == pytest.approx(other.probability, abs=1e-4)
+    for pair_result, other in zip(pairs.pair_results, expected, strict=True):
+        assert pair_result.probability == pytest.approx(other.probability, abs=1e-4)
     self_judge.main(options)
     if rank:
         assert not list(tmp_path.glob("*/adapter_model.safetensors"))

@@ -95,8 +95,10 @@ def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
         trainer = SelfJudgeTrainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
         prompts, seeds, _ = trainer.draw_prompts(0, 8)
         pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
-        doubtful = [PairResult({"p": Verdict((0.55, 0.55))}) for _ in pairs.rulings]
-        rows = [trainer._learn(pairs._replace(rulings=doubtful), 0, index) for index in range(20)]
+        doubtful = [PairResult({"p": Verdict((0.55, 0.55))}) for _ in pairs.pair_results]
+        rows = [
+            trainer._learn(pairs._replace(pair_results=doubtful), 0, index) for index in range(20)
+        ]
         margins.append(rows[-1]["margin"])
     assert margins[1] < 0.5 * margins[0]
 
@@ -229,9 +231,9 @@ def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: 
     texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)
     n = len(pairs.prompts)
     agreed = []
-    for a, b, ruling in zip(texts[:n], texts[n:], pairs.rulings, strict=True):
+    for a, b, pair_result in zip(texts[:n], texts[n:], pairs.pair_results, strict=True):
         agreed.append(
-            0.5 if len(a) == len(b) else float((len(a) > len(b)) == ruling.first_advances)
+            0.5 if len(a) == len(b) else float((len(a) > len(b)) == pair_result.first_advances)
         )
     assert trainer.at_start["agreement"] == pytest.approx(sum(agreed) / n)
 
