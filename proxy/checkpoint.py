@@ -11,6 +11,7 @@ without an error. So the checkpoint has the fingerprint of its base, and `load` 
 import hashlib
 import json
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proxy.network import ProxyConfig, ProxyNetwork
@@ -27,6 +29,11 @@ WEIGHTS_FILE = "proxy.safetensors"
 CONFIG_FILE = "config.json"
 
 _FINGERPRINT_BYTES = 4096  # of each tensor
+_MAX_CONFIG_BYTES = 2**20
+_MAX_WEIGHTS_HEADER_BYTES = 2**16
+_MAX_WEIGHT = (
+    1e4  # at the sizes that `ProxyConfig` allows, accept logits then stay finite in float32
+)
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -110,15 +117,12 @@ def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> Prox
         FingerprintMismatch: the proxy was trained for an LLM other than `base`.
     """
     source = Path(directory)
-    text = _read(source / CONFIG_FILE)
-    weights = _read(source / WEIGHTS_FILE)
-    try:
-        config = _ConfigFile.model_validate_json(text)
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{source / CONFIG_FILE} is not the config of a proxy checkpoint of schema 1: "
-            f"{_first_problem(error)}. Save the proxy again with this version of Assent."
-        ) from None
+    text = _read(source / CONFIG_FILE, _MAX_CONFIG_BYTES)
+    config = _parse_config(source / CONFIG_FILE, text)
+    proxy_config = _with_decoding(config)
+    with torch.device("meta"):  # nothing is allocated before the file is known to hold it
+        expected = ProxyNetwork(proxy_config).num_parameters() * torch.float32.itemsize
+    weights = _read(source / WEIGHTS_FILE, expected + _MAX_WEIGHTS_HEADER_BYTES)
     if config.weights_sha256 != hashlib.sha256(weights).hexdigest():
         raise CheckpointError(
             f"{source / WEIGHTS_FILE} is corrupt, or does not belong to the {CONFIG_FILE} beside "
@@ -131,17 +135,41 @@ def load(directory: str | os.PathLike[str], *, base: BaseModelId | None) -> Prox
             f"{base.fingerprint}. Serve the LLM that it was trained for, or train a proxy for "
             f"this one."
         )
-    network = ProxyNetwork(_with_decoding(config))
     try:
-        network.load_state_dict(safetensors.torch.load(weights))
+        tensors = safetensors.torch.load(weights)
+        network = ProxyNetwork(proxy_config)
+        network.load_state_dict(tensors)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{source / WEIGHTS_FILE} does not hold the tensors that {CONFIG_FILE} describes: "
             f"{error}. Save the proxy again."
         ) from error
+    for name, parameter in network.named_parameters():
+        if not (parameter.abs() <= _MAX_WEIGHT).all():
+            raise CheckpointError(
+                f"{source / WEIGHTS_FILE}: the tensor {name} holds NaN, infinity, or a number beyond "
+                f"{_MAX_WEIGHT:,.0f}. Train the proxy again."
+            )
     network.eval().requires_grad_(False)
     version = _version(weights, text)
     return ProxyCheckpoint(network, network.config, version, config.training, config.base)
+
+
+def _parse_config(path: Path, text: bytes) -> _ConfigFile:
+    try:
+        config = _ConfigFile.model_validate_json(text)
+        json.dumps(config.training, allow_nan=False)
+        return config
+    except ValidationError as error:
+        problem = _first_problem(error)
+    except ValueError:
+        problem = "training: NaN and infinity are no JSON"
+    except RecursionError:
+        problem = "training: it is nested too deeply"
+    raise CheckpointError(
+        f"{path} is not the config of a proxy checkpoint of schema 1: {problem}. "
+        f"Save the proxy again with this version of Assent."
+    )
 
 
 def _with_decoding(config: _ConfigFile) -> ProxyConfig:
@@ -259,14 +287,26 @@ def _tensor_heads(path: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
         raise ProxyError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from None
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, max_bytes: int) -> bytes:
+    """A regular file of at most so many bytes."""
     try:
-        return path.read_bytes()
+        # Without waiting: opening a FIFO would wait for somebody who writes to it.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                problem = "it is no regular file"
+            elif status.st_size > max_bytes:
+                problem = (
+                    f"it has {status.st_size:,} bytes, more than the {max_bytes:,} that it can need"
+                )
+            else:
+                return file.read(max_bytes)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. A proxy checkpoint is a directory with "
-            f"{WEIGHTS_FILE} and {CONFIG_FILE}, as the training commands write it."
-        ) from None
+        problem = str(error.strerror)
+    raise CheckpointError(
+        f"{path} cannot be read: {problem}. A proxy checkpoint is a directory with "
+        f"{WEIGHTS_FILE} and {CONFIG_FILE}, as the training commands write it."
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

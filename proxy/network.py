@@ -25,26 +25,30 @@ from torch import Tensor, nn
 # Log-probabilities are a feature, clamped from below.
 MIN_LOGPROB = -20.0
 _LOGPROB_SCALE = 5.0
+MAX_CANDIDATES = 4096  # per position, so rejections too
 NORM_FLOOR = 1e-6  # for a state of zeros
 
 
 class ProxyConfig(BaseModel):
-    """Sizes of the network, and the sampling settings that it was trained with."""
+    """Sizes of the network, and the sampling settings that it was trained with.
+
+    A checkpoint may come from somebody else: the bounds keep its numbers from exhausting memory or overflowing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    hidden_size: int = Field(gt=0)  # H of the LLM
-    vocab_size: int = Field(gt=0)  # V of the LLM
-    width: int = Field(64, ge=2)  # of the proxy's layers
-    max_candidates: int = Field(16, gt=0)  # K
-    max_rejections: int = Field(8, ge=0)  # default; a request may set another
+    hidden_size: int = Field(gt=0, le=2**17)  # H of the LLM
+    vocab_size: int = Field(gt=0, le=2**22)  # V of the LLM
+    width: int = Field(64, ge=2, le=4096)  # of the proxy's layers
+    max_candidates: int = Field(16, gt=0, le=MAX_CANDIDATES)  # K
+    max_rejections: int = Field(8, ge=0, le=MAX_CANDIDATES)  # default; a request may set another
     use_logprob: bool = True  # whether the candidate's log-probability is a feature
-    accept_bias: float = Field(2.0, allow_inf_nan=False)  # accept logit at the start: 2 = 88 %
+    accept_bias: float = Field(2.0, ge=-1000, le=1000)  # accept logit at the start: 2 = 88 %
     # Decoding in training. The nucleus always has this temperature, T0, and is never wider than this
     # top-k and top-p, which greedy requests use too.
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0)  # 0 = no limit but max_candidates
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    top_k: int = Field(0, ge=0, lt=2**31)  # 0 = no limit but max_candidates
     top_p: float = Field(1.0, gt=0, le=1)
 
 

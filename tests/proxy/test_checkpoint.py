@@ -1,6 +1,7 @@
 """Proxies on disk, and the fingerprint that ties them to their LLM."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,67 @@ def test_tensors_that_the_config_does_not_describe(saved):
     config["network"]["width"] = 6
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="state_half.weight"):
+        load(saved, base=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_rejections": 2**63 - 1},
+        {"max_candidates": 10**30},
+        {"width": 10**9},
+        {"hidden_size": 2**40},
+        {"vocab_size": 2**40},
+        {"top_k": 2**63},
+        {"temperature": 1e-300},
+        {"accept_bias": 1e30},
+    ],
+    ids=str,
+)
+def test_numbers_beyond_all_measure_are_refused(saved, change):
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["network"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        load(saved, base=None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_weights_must_be_finite(network, tmp_path, value):
+    with torch.no_grad():
+        network.score.weight[0, 1] = value
+    save(tmp_path, network, base=BASE, training={})
+    with pytest.raises(CheckpointError, match=r"score\.weight holds NaN, infinity"):
+        load(tmp_path, base=None)
+
+
+@pytest.mark.parametrize(
+    "notes", ['{"a": NaN}', '{"a": 1e999}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"]
+)
+def test_notes_that_are_no_json_are_refused(saved, notes):
+    path = saved / "config.json"
+    text = path.read_text()
+    start = text.index('"training": ') + len('"training": ')
+    path.write_text(text[:start] + notes + text[text.index("}", start) + 1 :])
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(saved, base=None)
+
+
+@pytest.mark.parametrize("name", ["config.json", "proxy.safetensors"])
+def test_a_file_that_is_no_regular_one_is_not_waited_for(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is no regular file"):
+        load(saved, base=None)
+
+
+@pytest.mark.parametrize("name", ["config.json", "proxy.safetensors"])
+def test_a_file_larger_than_it_can_be_is_not_read(saved, name):
+    os.truncate(saved / name, 2**40)  # sparse: it takes no room on the disk
+    with pytest.raises(
+        CheckpointError, match=f"{name} cannot be read: it has 1,099,511,627,776 bytes"
+    ):
         load(saved, base=None)
 
 
