@@ -35,7 +35,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _head_bytes = 0  # of a head that is not complete
     _in_head = True
 
-    def connection_made(self, transport: BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Any, transport))
         if len(self.connections) > MAX_CONNECTIONS:
             self._refuse(503, f"the server has {MAX_CONNECTIONS} connections already")
