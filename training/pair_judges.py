@@ -73,7 +73,11 @@ def load_judges(
         FingerprintMismatch: it was trained from another LLM.
     """
     if name is None:
-        return {**model_judges(frozen.plain, frozen, Path(frozen.model.name_or_path), principles)}
+        return {
+            **model_judges(
+                frozen.without_adapter, frozen, Path(frozen.model.name_or_path), principles
+            )
+        }
     if name.partition(":")[0] == SELF_JUDGE:
         raise TrainingError(
             f"{name!r} is the default judge: leave --judge out, and choose principles with --principles"

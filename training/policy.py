@@ -49,7 +49,7 @@ class Proposals(NamedTuple):
     accepted: Tensor  # [P] bool
 
 
-Draw = Callable[[Tensor], Tensor]
+DrawNoise = Callable[[Tensor], Tensor]
 """Candidates [R, K] -> standard exponential noise [R, 2, K]."""
 
 
@@ -117,7 +117,7 @@ class Policy:
         self,
         candidates: Candidates,
         accept_logits: Tensor,  # [R, K]
-        draw: Draw,
+        draw: DrawNoise,
         decoding: Decoding,
     ) -> tuple[Decision, Proposals]:
         """Accept/reject sampling, and the proposals on the way."""

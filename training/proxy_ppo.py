@@ -102,15 +102,15 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
     def make_network(self) -> ProxyNetwork:
         """The initial proxy."""
         options = self.options
-        drawn_with = decoding_settings(options.decoding)
+        sampled_with = decoding_settings(options.decoding)
         if options.start_from is not None:
             loaded = load(options.start_from, base=self.base)
-            network = ProxyNetwork(loaded.config.model_copy(update=drawn_with))
+            network = ProxyNetwork(loaded.config.model_copy(update=sampled_with))
             network.load_state_dict(loaded.network.state_dict())
             return network
         config = default_config(
             self.model,
-            **drawn_with,
+            **sampled_with,
             width=options.width,
             max_candidates=options.max_candidates,
             max_rejections=options.max_rejections,

@@ -47,7 +47,7 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
     if kind == SELF_JUDGE:
         directory = Path(frozen.model.name_or_path)
         (judge,) = model_judges(
-            frozen.plain, frozen, directory, (principle,) if principle else ()
+            frozen.without_adapter, frozen, directory, (principle,) if principle else ()
         ).values()
         return JudgeReward(judge, frozen)
     directory = Path(name)
@@ -82,7 +82,7 @@ def _load_trained(directory: Path, frozen: Frozen) -> Reward:
     if config.kind == "judge":
         (judge,) = model_judges(tuned, frozen, directory).values()
         return JudgeReward(judge, frozen)
-    return ImplicitReward(tuned, frozen.plain, config.beta, frozen.batch_size)
+    return ImplicitReward(tuned, frozen.without_adapter, config.beta, frozen.batch_size)
 
 
 def reward_bytes(name: str, dtype: torch.dtype) -> float:

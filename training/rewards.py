@@ -74,7 +74,7 @@ class Frozen:
     batch_size: int  # sequences at once in the device's memory
 
     @property
-    def plain(self) -> CausalLM:
+    def without_adapter(self) -> CausalLM:
         """The LLM without the LoRA that is trained on it."""
         return WithoutAdapter(self.model) if isinstance(self.model, PeftModel) else self.model
 

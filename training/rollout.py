@@ -19,7 +19,7 @@ from proxy.noise import noise_key, seeded_noise
 from training.console import TrainingError
 from training.model_inputs import HeadInput, pad_left
 from training.models import context_of
-from training.policy import Decoding, Draw, Policy, Proposals
+from training.policy import Decoding, DrawNoise, Policy, Proposals
 
 
 class Decisions(NamedTuple):
@@ -176,7 +176,7 @@ def _step(
     logits: Tensor,  # [N, V]
     hidden: Tensor,  # [N, H]
     decoding: Decoding,
-    draw: Draw,
+    draw: DrawNoise,
     alive: Tensor,  # [N] bool, False = the response has ended
     records: "_Records",
 ) -> Decision:

@@ -127,7 +127,7 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
         self.trained = nn.ParameterList(p for p in self.policy.parameters() if p.requires_grad)
         self.optimiser = torch.optim.Adam(self.trained, lr=options.learning_rate)
         frozen = replace(self.frozen(), model=self.policy if options.lora_rank else self.model)
-        self.initial = frozen.plain
+        self.initial = frozen.without_adapter
         self.judges = load_judges(options.judge, frozen, options.principles)
         self.held_out = read_prompts(options.held_out, options, self.tokenizer, self.config)[
             : options.num_held_out

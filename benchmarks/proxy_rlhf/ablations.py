@@ -12,7 +12,7 @@ from benchmarks.comparison.jobs import Job, Setting
 from proxy.acceptance import Candidates, Decision
 from proxy.checkpoint import identify, load
 from training import proxy_ppo
-from training.policy import Decoding, Draw, Policy, Proposals
+from training.policy import Decoding, DrawNoise, Policy, Proposals
 
 
 class ThresholdPolicy(Policy):
@@ -27,7 +27,7 @@ class RepeatingPolicy(Policy):
     """SKAM without its second part: a rejected candidate may be proposed again."""
 
     def decide(
-        self, candidates: Candidates, accept_logits: Tensor, draw: Draw, decoding: Decoding
+        self, candidates: Candidates, accept_logits: Tensor, draw: DrawNoise, decoding: Decoding
     ) -> tuple[Decision, Proposals]:
         assert decoding.temperature == self.config.temperature
         probabilities, limit = candidates.logprobs.exp(), self.config.max_rejections

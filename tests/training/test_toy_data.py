@@ -1,5 +1,6 @@
 """The toy data: what the reference scorer detects, and that the data has its stated properties."""
 
+import ast
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import training
 from training.toy_data import principles, reference_scorer
 from training.toy_data.files import (
     Options,
@@ -259,3 +261,14 @@ def test_judgments_are_about_their_principle_alone() -> None:
     # A label is right with sigmoid(2 / 0.5) = 0.982 or sigmoid(1.5 / 0.5) = 0.953, of 200 each. Fewer than 350 of
     # 400 are right with a probability below 1e-12; were there no noise, all of them would be.
     assert 350 <= agreed < 400
+
+
+def test_only_the_demo_needs_the_toy_data() -> None:
+    """Other modules import it inside functions, where it is asked for, if at all."""
+    needs = {
+        path.stem
+        for path in Path(training.__path__[0]).glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "toy_data" in ast.unparse(node)
+    }
+    assert needs == {"demo"}
