@@ -106,6 +106,15 @@ class Proxies(NamedTuple):
     bias: Any  # [P, 1, 1]
 
 
+class _Network(NamedTuple):
+    """The weights of one proxy."""
+
+    product: Any  # [W, W]
+    logprob: Any  # [W]
+    score: Any  # [W]
+    bias: Any
+
+
 def _hide_from_vllm() -> None:
     """Let vLLM start another engine in this process.
 
@@ -347,28 +356,56 @@ def _gelu(y: Any) -> Any:
 
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _candidates(
+    request: Any,  # REQUEST
+    logits: Any,  # [V] float32
+    values: Any,  # [K] out: the nucleus' logits at its temperature, largest first
+    token_ids: Any,  # [K] out: their tokens
+    mass: Any,  # logsumexp of the row's logits divided by the temperature
+    is_top_given: Any,  # values, token_ids and mass are given: undivided, largest first
+    temperature_applied: Any,
+    maxima: Any,  # [V / block], words, fractions: [V]; scratch
+    words: Any,
+    fractions: Any,
+) -> Any:
+    """Steps 1 and 2 for one row. Returns the size of the nucleus."""
+    if not is_top_given:
+        _find_top(logits, values, token_ids, maxima)
+    top, temperature = values[0], np.float32(1.0) if temperature_applied else request.temperature
+    for i in range(len(values)):
+        values[i] /= temperature
+    top_k = request.top_k if request.top_k > 0 else len(logits)
+    top_p, total = request.top_p, 1.0
+    if top == -np.inf:  # no token is allowed
+        values[0], token_ids[0], top_p = np.float32(0.0), 0, np.float32(1.0)
+    if top_p < 1 and top_k > len(values):
+        if is_top_given:
+            total = math.exp(mass - values[0])
+        else:
+            total = _total(logits, top, temperature, words, fractions)
+    return _nucleus_size(values, top_k, top_p, total)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _accept_cost(
     features: Any,  # [2W] u and A u
     candidate: Any,  # [2W] c and A c + b
     logprob: Any,
-    product: Any,  # [W, W]
-    of_logprob: Any,  # [W]
-    score: Any,  # [W]
-    bias: Any,
+    network: Any,
     mixed: Any,  # [W], scratch
 ) -> Any:
     """-log of the probability that the proxy accepts: softplus(-accept logit)."""
     width = len(mixed)
     logprob = max(logprob, MIN_LOGPROB)
     for j in range(width):
-        mixed[j] = candidate[width + j] + features[width + j] + logprob * of_logprob[j]
+        mixed[j] = candidate[width + j] + features[width + j] + logprob * network.logprob[j]
     for i in range(width):
         x = features[i] * candidate[i]
         for j in range(width):
-            mixed[j] += x * product[i, j]
-    logit = np.float64(bias)
+            mixed[j] += x * network.product[i, j]
+    logit = np.float64(network.bias)
     for j in range(width):
-        logit += score[j] * _gelu(np.float64(mixed[j]))
+        logit += network.score[j] * _gelu(np.float64(mixed[j]))
     return math.log1p(math.exp(-abs(logit))) + max(-logit, 0.0)
 
 
@@ -377,31 +414,25 @@ def _propose(
     request: Any,  # REQUEST
     position: Any,
     values: Any,  # [n] logits of the nucleus at its temperature, largest first
-    ids: Any,  # [n or more] their tokens
+    token_ids: Any,  # [n or more] their tokens
     features: Any,  # [2W]
-    table: Any,  # [V, 2W]
-    product: Any,  # [W, W]
-    of_logprob: Any,  # [W]
-    score: Any,  # [W]
-    bias: Any,
+    table: Any,  # [V, 2W], the proxy's
+    network: Any,
     times: Any,  # [n or more], scratch
     mixed: Any,  # [W], scratch
 ) -> Any:
-    """The paper's loop for one row: the emitted candidate, how many were proposed, and forced.
-
-    A greedy row asks about the most probable ones in turn and takes the best of them.
-    """
+    """Steps 3 and 4 for one row. Returns the emitted candidate, how many were proposed, and forced."""
     count, key = len(values), np.uint64(request.key)
     total = 0.0
     for value in values:
         total += math.exp(value - values[0])
     log_total = values[0] + math.log(total)
-    for i in range(count):  # when each candidate's clock rings
+    for i in range(count):
         if request.greedy:
             times[i] = i
         else:
-            race = _exponential(key, position, 2 * ids[i] + 1)
-            times[i] = math.log(race) - request.sharpness * (values[i] - log_total)
+            noise = _exponential(key, position, 2 * token_ids[i] + 1)
+            times[i] = math.log(noise) - request.sharpness * (values[i] - log_total)
     best, best_score = 0, np.float32(-np.inf)
     proposed = 0
     while proposed < min(request.max_rejections, count):
@@ -414,40 +445,88 @@ def _propose(
         logprob = np.float32(values[first] - log_total)
         cost = 0.0  # a single candidate is accepted: there is no choice
         if count > 1:
-            candidate = table[ids[first]]
-            cost = request.strength * _accept_cost(
-                features, candidate, logprob, product, of_logprob, score, bias, mixed
-            )
+            candidate = table[token_ids[first]]
+            accept_cost = _accept_cost(features, candidate, logprob, network, mixed)
+            cost = request.strength * accept_cost
         if request.greedy:
             if np.float32(logprob - cost) > best_score:
                 best, best_score = first, np.float32(logprob - cost)
-        elif _exponential(key, position, 2 * ids[first] + 2) >= cost:
+        elif _exponential(key, position, 2 * token_ids[first] + 2) >= cost:
             return first, proposed, False
     if request.greedy and proposed > 0:
         return best, best + 1, False
     return 0, proposed, True
 
 
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def _decide(
+    logits: Any, top: Any, hidden: Any, proxies: Any, requests: Any, positions: Any, columns: Any
+) -> None:
+    """`decide_rows`, compiled."""
+    if hidden.address != NOWHERE:
+        shape = len(requests), hidden.rows.shape[1]
+        halves = carray(_pointer(hidden.address), shape, np.int16)
+        _project(halves, hidden.state, hidden.rows, hidden.projected)
+    num_rows, vocab_size = requests[-1].row + 1, proxies.tables.shape[1]
+    all_logits = carray(_pointer(logits.address), (num_rows, logits.stride), np.float32)
+    all_halves = carray(_pointer(logits.address), (num_rows, logits.stride), np.int16)
+    all_positions = carray(_pointer(positions), num_rows, np.int32)
+    words, fractions = np.empty(vocab_size, np.uint32), np.empty(vocab_size, np.float32)
+    floats, maxima = np.empty(vocab_size, np.float32), np.empty(vocab_size // _BLOCK, np.float32)
+    times = np.empty(top.values.shape[1], np.float64)
+    features = np.empty(hidden.projected.shape[1], np.float32)
+    mixed = np.empty(proxies.product.shape[1], np.float32)
+    for a in range(len(requests)):
+        request = requests[a]
+        row, p = request.row, request.proxy
+        row_logits = all_logits[row, :vocab_size]
+        if logits.is_bfloat16 and not top.is_given:
+            _widen(all_halves[row, :vocab_size], words, floats)
+            row_logits = floats
+        values, token_ids = top.values[a, : request.size], top.token_ids[a, : request.size]
+        count = _candidates(
+            request,
+            row_logits,
+            values,
+            token_ids,
+            top.mass[a],
+            top.is_given,
+            logits.temperature_applied,
+            maxima,
+            words,
+            fractions,
+        )
+        norm = np.float32(0.0)
+        for x in hidden.rows[a]:
+            norm += x * x
+        features[:] = hidden.projected[a] / (math.sqrt(norm) + NORM_FLOOR)
+        network = _Network(
+            proxies.product[p], proxies.logprob[p, 0], proxies.score[p, :, 0], proxies.bias[p, 0, 0]
+        )
+        slot, proposed, forced = _propose(
+            request,
+            np.uint64(all_positions[row]),
+            values[:count],
+            token_ids,
+            features,
+            proxies.tables[p],
+            network,
+            times,
+            mixed,
+        )
+        columns[0, a] = slot
+        columns[1, a] = token_ids[slot]
+        columns[2, a] = proposed
+        columns[3, a] = forced
+
+
 @njit(
     void(
-        int64,
-        int64,
-        boolean,
-        boolean,
-        boolean,
-        float32[:, ::1],
-        int64[:, ::1],
+        *(int64, int64, boolean, boolean),  # Logits
+        *(boolean, float32[:, ::1], int64[:, ::1], float32[::1]),  # Top
+        *(int64, float32[:, ::1], float32[:, ::1], float32[:, ::1]),  # Hidden
+        *(float32[:, :, ::1],) * 5,  # Proxies
         from_dtype(REQUEST)[::1],
-        float32[::1],
-        int64,
-        float32[:, ::1],
-        float32[:, ::1],
-        float32[:, ::1],
-        float32[:, :, ::1],
-        float32[:, :, ::1],
-        float32[:, :, ::1],
-        float32[:, :, ::1],
-        float32[:, :, ::1],
         int64,
         int64[:, ::1],
     ),
@@ -455,89 +534,40 @@ def _propose(
     nogil=True,
     fastmath={"contract", "reassoc"},
 )
+def _decide_unpacked(
+    address: Any, stride: Any, is_bfloat16: Any, temperature_applied: Any,
+    is_given: Any, values: Any, token_ids: Any, mass: Any,
+    hidden: Any, state: Any, rows: Any, projected: Any,
+    tables: Any, product: Any, logprob: Any, score: Any, bias: Any,
+    requests: Any, positions: Any, columns: Any,
+) -> None:  # fmt: skip
+    """`_decide`. Its tuples are passed in parts: numba takes 5 microseconds longer to accept tuples."""
+    _decide(
+        Logits(address, stride, is_bfloat16, temperature_applied),
+        Top(is_given, values, token_ids, mass),
+        Hidden(hidden, state, rows, projected),
+        Proxies(tables, product, logprob, score, bias),
+        requests,
+        positions,
+        columns,
+    )
+
+
 def decide_rows(
-    logits: Any,  # address of [R, V], float32 or bfloat16
-    stride: Any,  # from row to row; the head may have padded the vocabulary
-    logits_are_halves: Any,
-    temperature_applied: Any,  # whether they have been divided by the temperature of the nucleus
-    finds_all: Any,  # whether the next two and mass are still to be found
-    all_values: Any,  # [A, K] logits, largest first; changed
-    all_ids: Any,  # [A, K] their tokens
-    requests: Any,  # [A] REQUEST
-    mass: Any,  # [A] logsumexp of the temperature_applied logits, if there is a top-p
-    hidden: Any,  # address of [A, H] bfloat16; nowhere: the next three are settled
-    state: Any,  # [2W, H] what they are multiplied with
-    states: Any,  # [A, H]
-    projected: Any,  # [A, 2W]
-    tables: Any,  # [P, V, 2W]
-    product: Any,  # [P, W, W]
-    of_logprob: Any,  # [P, 1, W]
-    score: Any,  # [P, W, 1]
-    bias: Any,  # [P, 1, 1]
-    positions: Any,  # address of [R] int32
-    decided: Any,  # [4, A] out: the columns of Decision
+    logits: Logits,
+    top: Top,
+    hidden: Hidden,
+    proxies: Proxies,
+    requests: np.ndarray,
+    positions: int,
+    columns: np.ndarray,
 ) -> None:
-    """Settle A rows."""
-    if hidden != NOWHERE:
-        shape = len(requests), states.shape[1]
-        _project(carray(_pointer(hidden), shape, np.int16), state, states, projected)
-    num_rows, vocab_size = requests[-1].row + 1, tables.shape[1]  # those that are looked at
-    all_logits = carray(_pointer(logits), (num_rows, stride), np.float32)
-    all_halves = carray(_pointer(logits), (num_rows, stride), np.int16)
-    all_positions = carray(_pointer(positions), num_rows, np.int32)
-    words, floats = np.empty(vocab_size, np.uint32), np.empty(vocab_size, np.float32)
-    fractions = np.empty(vocab_size, np.float32)
-    mixed = np.empty(product.shape[1], np.float32)
-    features = np.empty(projected.shape[1], np.float32)
-    times = np.empty(all_values.shape[1], np.float64)
-    maxima = np.empty(vocab_size // _BLOCK, np.float32)
-    for a in range(len(requests)):
-        request = requests[a]
-        row = request.row
-        values, ids = all_values[a, : request.size], all_ids[a, : request.size]
-        row_logits = all_logits[row, :vocab_size]
-        if finds_all and logits_are_halves:
-            _widen(all_halves[row, :vocab_size], words, floats)
-            row_logits = floats
-        if finds_all:
-            _find_top(row_logits, values, ids, maxima)
-        top, temperature = (
-            values[0],
-            np.float32(1.0) if temperature_applied else request.temperature,
-        )
-        for i in range(len(values)):
-            values[i] /= temperature
-        row_k = request.top_k if request.top_k > 0 else vocab_size
-        row_p, total = request.top_p, 1.0
-        if top == -np.inf:  # nothing is allowed
-            values[0], ids[0], row_p = np.float32(0.0), 0, np.float32(1.0)
-        if row_p < 1 and row_k > len(values):
-            if finds_all:
-                total = _total(row_logits, top, temperature, words, fractions)
-            else:
-                total = math.exp(mass[a] - values[0])
-        count = _nucleus_size(values, row_k, row_p, total)
-        norm = np.float32(0.0)
-        for x in states[a]:
-            norm += x * x
-        features[:] = projected[a] / (math.sqrt(norm) + NORM_FLOOR)
-        slot, proposed, forced = _propose(
-            request,
-            np.uint64(all_positions[row]),
-            values[:count],
-            ids,
-            features,
-            tables[request.proxy],
-            product[request.proxy],
-            of_logprob[request.proxy, 0],
-            score[request.proxy, :, 0],
-            bias[request.proxy, 0, 0],
-            times,
-            mixed,
-        )
-        decided[0, a], decided[1, a], decided[2, a], decided[3, a] = (
-            slot,
-            ids[slot],
-            proposed,
-            forced,
-        )
+    """Decide A rows, as the module's docstring says.
+
+    Args:
+        logits, top, hidden, proxies: the inputs; what they point to has to outlive the call.
+        requests: [A] REQUEST, their rows in ascending order.
+        positions: address of [R] int32, the index of the token to be drawn.
+        columns: [4, A] int64, the output: the columns of `acceptance.Decision`.
+    """
+    _decide_unpacked(*logits, *top, *hidden, *proxies, requests, positions, columns)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from proxy.acceptance import Decision, most_probable
-from proxy.cpu.kernel import NOWHERE, REQUEST, TILE, Proxies, decide_rows
+from proxy.cpu.kernel import NOWHERE, REQUEST, TILE, Hidden, Logits, Proxies, Top, decide_rows
 from proxy.network import Weights
 
 # Up to so many multiplications the kernel multiplies the hidden states itself. MKL's product takes
@@ -56,23 +56,25 @@ class KernelRows:
         self._requests["size"] = sizes
         self._proxies = proxies
         self._scorer = scorer
+        self._own_product: tuple[np.ndarray, ...] | None = None  # `Hidden` without the address
         state = scorer.state
-        self._multiplies = False
-        self._state = self._states = self._projected = _EMPTY
         if state is not None and len(rows) * state.numel() <= _MAX_OWN_PRODUCTS:
-            self._multiplies = True
-            self._state = state.numpy()
             tiled = -(-len(rows) // TILE) * TILE
-            self._states = np.zeros((tiled, state.shape[1]), np.float32)
-            self._projected = np.empty((tiled, state.shape[0]), np.float32)
-        self._values = np.empty((len(rows), max(sizes)), np.float32)
-        self._token_ids = np.empty((len(rows), max(sizes)), np.int64)
-        self._mass = np.zeros(len(rows), np.float32)
+            self._own_product = (
+                state.numpy(),
+                np.zeros((tiled, state.shape[1]), np.float32),
+                np.empty((tiled, state.shape[0]), np.float32),
+            )
+        self._top = Top(
+            # With several threads, torch is faster than one loop over the vocabulary.
+            is_given=len(rows) > 1 and torch.get_num_threads() > 1,
+            values=np.empty((len(rows), max(sizes)), np.float32),
+            token_ids=np.empty((len(rows), max(sizes)), np.int64),
+            mass=np.zeros(len(rows), np.float32),
+        )
         self._any_top_p = bool((self._requests["top_p"] < 1).any())
-        # With several threads, torch is faster than one loop over the vocabulary.
-        self._uses_threads = len(rows) > 1 and torch.get_num_threads() > 1
-        self._decided = np.empty((4, len(rows)), np.int64)
-        self._decision = Decision(torch.from_numpy(self._decided))
+        self._columns = np.empty((4, len(rows)), np.int64)
+        self._decision = Decision(torch.from_numpy(self._columns))
 
     def decide(
         self,
@@ -86,45 +88,41 @@ class KernelRows:
 
         The next call overwrites what this one returns.
         """
-        if self._uses_threads:
+        if self._top.is_given:
             self.find_top(logits, temperature_applied=temperature_applied)
         hidden = hidden.contiguous()
-        states, projected = self._states, self._projected
-        multiplies = self._multiplies and hidden.dtype == torch.bfloat16
-        if not multiplies:
+        if self._own_product is not None and hidden.dtype == torch.bfloat16:
+            inputs = Hidden(_address(hidden, torch.bfloat16), *self._own_product)
+        else:
             hidden = hidden.float()
-            states, projected = hidden.numpy(), self._scorer.project(hidden).numpy()
+            inputs = Hidden(NOWHERE, _EMPTY, hidden.numpy(), self._scorer.project(hidden).numpy())
         if logits.dtype != torch.bfloat16:
             logits = logits.float()
         decide_rows(
-            _address(logits, logits.dtype),
-            max(logits.stride(0), logits.shape[1]),  # a single row may have any stride
-            logits.dtype == torch.bfloat16,
-            temperature_applied,
-            not self._uses_threads,
-            self._values,
-            self._token_ids,
+            Logits(
+                _address(logits, logits.dtype),
+                max(logits.stride(0), logits.shape[1]),  # a single row may have any stride
+                logits.dtype == torch.bfloat16,
+                temperature_applied,
+            ),
+            self._top,
+            inputs,
+            self._proxies,
             self._requests,
-            self._mass,
-            _address(hidden, torch.bfloat16) if multiplies else NOWHERE,
-            self._state,
-            states,
-            projected,
-            *self._proxies,
             _address(positions, torch.int32),
-            self._decided,
+            self._columns,
         )
         return self._decision
 
     def find_top(self, logits: Tensor, *, temperature_applied: bool) -> None:
-        """The kernel's `Top`, with torch's threads."""
+        """Fill the kernel's `Top`, with torch's threads."""
         own = logits[self._requests["row"]].float()
-        top = most_probable(own, self._values.shape[1])
-        self._values[:], self._token_ids[:] = (x.numpy() for x in top)
+        values, token_ids = most_probable(own, self._top.values.shape[1])
+        self._top.values[:], self._top.token_ids[:] = values.numpy(), token_ids.numpy()
         if self._any_top_p:
             if not temperature_applied:
                 own /= torch.from_numpy(self._requests["temperature"]).unsqueeze(-1)
-            self._mass[:] = own.logsumexp(-1).numpy()
+            self._top.mass[:] = own.logsumexp(-1).numpy()
 
 
 def _address(x: Tensor, dtype: torch.dtype) -> int:
