@@ -16,12 +16,12 @@ only. Given the same noise both decide alike, up to rounding (`tests/proxy/test_
    network's (`proxy.network`, with the candidate's half of the first layer from a table). Stop at the
    first accepted one; after max_rejections take the first candidate, which is `forced`. A row with one
    candidate accepts it. A greedy row scores the max_rejections most probable candidates and takes
-   that of largest log p - strength * -log a.
+   that of largest log p + strength log a.
 
 numba compiles this file at its first import on a machine, which takes seconds, and caches the result
 on disk until this file changes. It would not see a change of imported constants: everything compiled
-is defined here, and a test holds the constants equal to those of `noise`, `acceptance` and `network`. That is
-why the file is longer than 300 lines.
+is defined here, and a test holds the constants equal to those of `noise`, `acceptance` and `network`.
+That is why the file is longer than 300 lines.
 """
 
 import math
@@ -157,7 +157,7 @@ def _exponential(key: Any, position: Any, counter: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _widen(halves: Any, words: Any, floats: Any) -> None:
-    """The bits of bfloat16 -> float32: its upper half. `words` is scratch."""
+    """The bits of bfloat16, which are the upper half of a float32 -> float32. `words` is scratch."""
     for i in range(len(halves)):
         words[i] = np.uint32(np.uint16(halves[i])) << np.uint32(16)
     floats[:] = words.view(np.float32)
@@ -165,7 +165,7 @@ def _widen(halves: Any, words: Any, floats: Any) -> None:
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _project(halves: Any, state: Any, states: Any, projected: Any) -> None:
-    """bfloat16's bits [A, H], [2W, H] -> [A, H], [A, 2W]; both with rows to spare for whole tiles."""
+    """The bits of bfloat16 [A, H], times [2W, H] -> float32 [A, H], [A, 2W], padded to whole tiles."""
     width = halves.shape[1]
     words = np.empty(width, np.uint32)
     for a in range(len(halves)):
@@ -173,7 +173,7 @@ def _project(halves: Any, state: Any, states: Any, projected: Any) -> None:
     zero = np.float32(0.0)
     for a in range(0, len(halves), TILE):
         x0, x1, x2, x3 = states[a], states[a + 1], states[a + 2], states[a + 3]
-        for j in range(0, len(state), 2):  # eight sums at once: what registers hold
+        for j in range(0, len(state), 2):  # eight sums at once, as many as the registers hold
             y, z = state[j], state[j + 1]
             y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = zero
             for i in range(width):
@@ -193,7 +193,7 @@ def _project(halves: Any, state: Any, states: Any, projected: Any) -> None:
 
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def _block_maxima(logits: Any, maxima: Any) -> None:
-    """The largest of every `_BLOCK` logits; a last, shorter block is left out."""
+    """The largest of every `_BLOCK` logits, without a last, shorter block."""
     for block in range(len(maxima)):
         top = logits[block * _BLOCK]
         for token in range(block * _BLOCK + 1, (block + 1) * _BLOCK):
@@ -205,7 +205,7 @@ def _block_maxima(logits: Any, maxima: Any) -> None:
 def _keep_largest(
     logits: Any, start: Any, stop: Any, least: Any, values: Any, token_ids: Any
 ) -> Any:
-    """Sort those of `logits[start:stop]` above `least` into the K largest; returns the new `least`."""
+    """Insert those of `logits[start:stop]` above `least` into the K largest; returns the new `least`."""
     last = len(values) - 1
     for token in range(start, stop):
         value = logits[token]
@@ -223,7 +223,7 @@ def _keep_largest(
 
 @njit(cache=True, nogil=True)
 def _reach(values: Any, floor: Any) -> Any:
-    """How many values are not below the floor."""
+    """The number of values that are not below the floor."""
     count = 0
     for value in values:
         count += value >= floor
@@ -232,7 +232,7 @@ def _reach(values: Any, floor: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _floor(values: Any, wanted: Any) -> Any:
-    """A number that as many values reach as are wanted, and few more; -inf if none was found."""
+    """A floor that at least `wanted` values reach, and few more; -inf if none was found."""
     high = values[0]
     for value in values:
         high = max(high, value)
@@ -253,10 +253,10 @@ def _floor(values: Any, wanted: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
-    """The largest logits, largest first, and where they are; [V] -> [K] both.
+    """The K largest logits, largest first, and their tokens: [V] -> [K] both.
 
-    What K of the blocks' maxima reach, K logits reach, so all that are sought do, and few others.
-    Only blocks that reach it are looked through.
+    A floor that K block maxima reach is reached by K logits, so it is not above any of the K largest.
+    Only the blocks whose maximum reaches it are searched.
     """
     _block_maxima(logits, maxima)
     values[:] = -np.inf
@@ -267,7 +267,7 @@ def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
         _block_maxima(sample, fewer)
         sample = fewer
     least = np.float32(-np.inf)
-    if len(sample) >= len(values):  # what equals the floor counts
+    if len(sample) >= len(values):  # logits equal to the floor count
         least = np.nextafter(_floor(sample, len(values)), least)
     for block in range(len(maxima)):
         if maxima[block] > least:
@@ -278,9 +278,9 @@ def _find_top(logits: Any, values: Any, token_ids: Any, maxima: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _nucleus_size(values: Any, top_k: Any, top_p: Any, total: Any) -> Any:
-    """How many of the values, largest first, `acceptance.nucleus` would leave.
+    """The number of values, largest first, that `acceptance.nucleus` keeps.
 
-    `total` is the whole vocabulary's probability in units of the first value's.
+    `total` is the probability of the whole vocabulary, divided by that of the first value.
     """
     count = 0
     while count < len(values) and values[count] - values[0] > UNDERFLOW:
@@ -313,7 +313,7 @@ _EXP2, _LOG2_E = _fit_exp2(), np.float32(math.log2(math.e))
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nnan", "nsz"})
 def _total(logits: Any, top: Any, temperature: Any, words: Any, fractions: Any) -> Any:
-    """The sum of exp((logit - top) / temperature); as with `_gelu`, several are done at once."""
+    """The sum of exp((logit - top) / temperature); a polynomial for 2^x lets LLVM vectorise it."""
     scale = _LOG2_E / temperature
     for i in range(len(logits)):
         x = max((logits[i] - top) * scale, np.float32(-126.0))
@@ -346,7 +346,7 @@ _ERF = _fit_erf()
 
 @njit(cache=True, nogil=True, fastmath={"contract", "nnan", "nsz"})
 def _gelu(y: Any) -> Any:
-    """With a polynomial in the place of math.erf, so that several are done at once."""
+    """With a polynomial for math.erf, so that LLVM can vectorise it."""
     x = min(max(y * _SQRT_HALF, -4.0), 4.0)
     t = x * x / 8.0 - 1.0
     p = _ERF[-1]
@@ -362,7 +362,7 @@ def _candidates(
     values: Any,  # [K] out: the nucleus' logits at its temperature, largest first
     token_ids: Any,  # [K] out: their tokens
     mass: Any,  # logsumexp of the row's logits divided by the temperature
-    is_top_given: Any,  # values, token_ids and mass are given: undivided, largest first
+    is_top_given: Any,  # values, token_ids and mass are given, undivided, largest first
     temperature_applied: Any,
     maxima: Any,  # [V / block], words, fractions: [V]; scratch
     words: Any,

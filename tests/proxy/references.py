@@ -1,7 +1,7 @@
-"""References that share nothing with the code under test: nucleus, network and law in plain double precision.
+"""References that share nothing with the code under test: nucleus, network and distribution in plain double precision.
 
-Counts are compared with a law outcome by outcome: an exact binomial test each, Bonferroni-corrected over all that a
-test compares, so that a whole test raises a false alarm with probability below 1e-6.
+Counts are compared with a distribution outcome by outcome: an exact binomial test each, Bonferroni-corrected over all that
+a test compares, so that a whole test raises a false alarm with probability below 1e-6.
 """
 
 import math
@@ -41,10 +41,10 @@ class Setting(NamedTuple):
     trained_top_p: float = 1.0
 
 
-def enumerate_law(
+def enumerate_outcomes(
     p: Sequence[float], a: Sequence[float], max_rejections: int
 ) -> dict[Outcome, float]:
-    """The probability of every outcome, over all orders and coins. p, a: [K] probabilities.
+    """The probability of every outcome, over all orders and acceptances. p, a: [K] probabilities.
 
     Round by round; orders that have rejected the same candidates go on as one. Up to about 16
     candidates: what is rejected may be any subset of them.
@@ -52,7 +52,7 @@ def enumerate_law(
     inside = frozenset(slot for slot, prob in enumerate(p) if prob > 0)
     if len(inside) == 1 and max_rejections > 0:
         return {(min(inside), 1, False): 1.0}
-    law: dict[Outcome, float] = defaultdict(float)
+    distribution: dict[Outcome, float] = defaultdict(float)
     reached = {inside: 1.0}  # what is left -> probability
     for proposed in range(max_rejections):
         rejected: dict[frozenset[int], float] = defaultdict(float)
@@ -60,16 +60,16 @@ def enumerate_law(
             total = sum(p[slot] for slot in left)
             for slot in left:
                 here = reach * p[slot] / total
-                law[slot, proposed + 1, False] += here * a[slot]
+                distribution[slot, proposed + 1, False] += here * a[slot]
                 if a[slot] < 1:
                     rejected[left - {slot}] += here * (1 - a[slot])
         exhausted = rejected.pop(frozenset(), None)
         if exhausted is not None:
-            law[0, proposed + 1, True] += exhausted
+            distribution[0, proposed + 1, True] += exhausted
         reached = rejected
     for reach in reached.values():
-        law[0, max_rejections, True] += reach
-    return dict(law)
+        distribution[0, max_rejections, True] += reach
+    return dict(distribution)
 
 
 def greedy_outcome(p: Sequence[float], a: Sequence[float], max_rejections: int) -> Outcome:
@@ -148,12 +148,12 @@ def _cut(order: np.ndarray, size: int, scaled: np.ndarray) -> np.ndarray:
     return order[:size]
 
 
-def token_law(
+def token_distribution(
     logits: np.ndarray,  # [V]
     setting: Setting,
     accept_logits: Callable[[list[int], list[float]], Sequence[float]],
 ) -> dict[Outcome, float]:
-    """The law of one row, by token id.
+    """The distribution of one row, by token id.
 
     Args:
         accept_logits: of these token ids with these logprobs.
@@ -162,12 +162,15 @@ def token_law(
     scores = accept_logits(token_ids, [math.log(x) for x in p])
     a = [math.exp(-setting.strength * _softplus(-score)) for score in scores]
     if setting.temperature == 0:
-        law = {greedy_outcome(p, a, setting.max_rejections): 1.0}
+        distribution = {greedy_outcome(p, a, setting.max_rejections): 1.0}
     else:
         powers = [x ** (setting.trained_temperature / setting.temperature) for x in p]
-        law = enumerate_law([x / sum(powers) for x in powers], a, setting.max_rejections)
+        distribution = enumerate_outcomes(
+            [x / sum(powers) for x in powers], a, setting.max_rejections
+        )
     return {
-        (token_ids[slot], proposed, forced): prob for (slot, proposed, forced), prob in law.items()
+        (token_ids[slot], proposed, forced): prob
+        for (slot, proposed, forced), prob in distribution.items()
     }
 
 
@@ -217,26 +220,28 @@ def accept_logits_of(
     return scores
 
 
-def assert_follows(counts: Counter[Outcome], law: dict[Outcome, float], tests: int = 1) -> None:
-    """`counts` are draws from `law`; `tests` = how many such comparisons the test makes."""
-    worst = least_p_value(counts, law)
-    assert worst > FALSE_ALARM / tests, (worst, counts, law)
+def assert_follows(
+    counts: Counter[Outcome], distribution: dict[Outcome, float], tests: int = 1
+) -> None:
+    """`counts` are draws from `distribution`; `tests` = how many such comparisons the test makes."""
+    worst = least_p_value(counts, distribution)
+    assert worst > FALSE_ALARM / tests, (worst, counts, distribution)
 
 
-def least_p_value(counts: Counter[Outcome], law: dict[Outcome, float]) -> float:
-    """Below x with probability at most x if the counts are draws from this law.
+def least_p_value(counts: Counter[Outcome], distribution: dict[Outcome, float]) -> float:
+    """Below x with probability at most x if the counts are draws from this distribution.
 
     Each outcome is tested, and each token whatever came before it.
     """
-    if any(law.get(outcome, 0.0) < 1e-30 for outcome in counts):
+    if any(distribution.get(outcome, 0.0) < 1e-30 for outcome in counts):
         return 0.0
     tokens: Counter[int] = Counter()
-    token_law: dict[int, float] = defaultdict(float)
-    for outcome, probability in law.items():
+    token_distribution: dict[int, float] = defaultdict(float)
+    for outcome, probability in distribution.items():
         tokens[outcome[0]] += counts[outcome]
-        token_law[outcome[0]] += probability
-    pairs = [(counts[outcome], probability) for outcome, probability in law.items()]
-    pairs += [(tokens[token], probability) for token, probability in token_law.items()]
+        token_distribution[outcome[0]] += probability
+    pairs = [(counts[outcome], probability) for outcome, probability in distribution.items()]
+    pairs += [(tokens[token], probability) for token, probability in token_distribution.items()]
     total = counts.total()
     values = [binomtest(count, total, min(prob, 1.0)).pvalue for count, prob in pairs]
     return min(1.0, min(values) * len(pairs))

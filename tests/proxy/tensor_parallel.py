@@ -88,7 +88,7 @@ class RecordingWorker(ProxyCPUWorker):
             return self.load_proxy(name, directory)
 
     def reseed(self) -> None:
-        """Let the ranks' dice fall apart."""
+        """Let the ranks' random numbers differ."""
         torch.manual_seed(self.rank)
 
 

@@ -1,4 +1,4 @@
-"""The law against two independent references: a sequential loop, and exact enumeration.
+"""Accept/reject sampling against two independent references: a sequential loop, and exact enumeration.
 
 Every random test below compares counts by exact tests (binomial, or Fisher's for two samples),
 Bonferroni-corrected over all of a test's comparisons: each raises a false alarm with probability
@@ -28,7 +28,7 @@ from tests.proxy.references import (
     FALSE_ALARM,
     Outcome,
     assert_follows,
-    enumerate_law,
+    enumerate_outcomes,
     loop_law,
 )
 
@@ -122,9 +122,11 @@ def test_decide_follows_the_enumerated_law(logits, accept_logits, strength, max_
         strength=strength,
         max_rejections=max_rejections,
     )
-    law = enumerate_law(*probabilities(logits, accept_logits, strength), max_rejections)
-    assert sum(law.values()) == pytest.approx(1.0)
-    assert_follows(outcomes(decision), law, tests=len(CASES))
+    distribution = enumerate_outcomes(
+        *probabilities(logits, accept_logits, strength), max_rejections
+    )
+    assert sum(distribution.values()) == pytest.approx(1.0)
+    assert_follows(outcomes(decision), distribution, tests=len(CASES))
     assert (decision.token_ids == 100 + decision.slots).all()
 
 
@@ -134,7 +136,7 @@ def test_the_references_agree():
     for logits, accept_logits, strength, max_rejections in CASES[:10]:
         p, a = probabilities(logits, accept_logits, strength)
         counts = Counter(loop_law(p, a, max_rejections, rng) for _ in range(2000))
-        assert_follows(counts, enumerate_law(p, a, max_rejections), tests=10)
+        assert_follows(counts, enumerate_outcomes(p, a, max_rejections), tests=10)
 
 
 def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
@@ -144,7 +146,7 @@ def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
     accept_logits = [float(x) for x in rng.normal(-1, 2, 16)]
     p, a = probabilities(logits, accept_logits, 1.5)
     loop = Counter(loop_law(p, a, 5, rng) for _ in range(15_000))
-    law = outcomes(
+    vectorised = outcomes(
         decide_often(
             candidates_of(logits),
             torch.tensor(accept_logits),
@@ -154,10 +156,13 @@ def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
             seed=3,
         )
     )
-    seen = sorted(loop | law)
+    seen = sorted(loop | vectorised)
     assert any(forced for _, _, forced in seen)
     for outcome in seen:
-        table = [[loop[outcome], 15_000 - loop[outcome]], [law[outcome], 15_000 - law[outcome]]]
+        table = [
+            [loop[outcome], 15_000 - loop[outcome]],
+            [vectorised[outcome], 15_000 - vectorised[outcome]],
+        ]
         assert fisher_exact(table).pvalue > FALSE_ALARM / len(seen), (outcome, table)
 
 
@@ -176,8 +181,8 @@ def test_temperature_sharpens_what_is_proposed_and_not_what_is_accepted(
     )
     p, a = probabilities(logits, accept_logits, strength)
     powers = [x**sharpness for x in p]
-    law = enumerate_law([x / sum(powers) for x in powers], a, max_rejections)
-    assert_follows(outcomes(decision), law, tests=3 * len(CASES))
+    distribution = enumerate_outcomes([x / sum(powers) for x in powers], a, max_rejections)
+    assert_follows(outcomes(decision), distribution, tests=3 * len(CASES))
 
 
 def test_the_temperature_of_the_training_changes_no_bit():
@@ -194,8 +199,8 @@ def test_strength_zero_is_the_frozen_llm():
         candidates_of([2.0, 1.0, 0.0]), torch.full((3,), -50.0), rows=50_000, strength=0.0
     )
     weights = [math.exp(2), math.exp(1), 1.0]
-    law = {(slot, 1, False): w / sum(weights) for slot, w in enumerate(weights)}
-    assert_follows(outcomes(decision), law)
+    distribution = {(slot, 1, False): w / sum(weights) for slot, w in enumerate(weights)}
+    assert_follows(outcomes(decision), distribution)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +331,7 @@ def test_seeded_noise_is_exponential_and_uncorrelated():
     assert min(columns) > FALSE_ALARM / 32
     series = [
         (flat[:, 0], flat[:, 1]),  # race and race of the next token
-        (noise[:, 0, 0], noise[:, 1, 0]),  # race and coin
+        (noise[:, 0, 0], noise[:, 1, 0]),  # race and acceptance
         (flat[:-1, 5], flat[1:, 5]),  # position and the next
         (flat[:-40, 5], flat[40:, 5]),  # seed and the next
     ]

@@ -1,4 +1,4 @@
-"""Counts that are added up later are those of a loop that adds them up at once; traces."""
+"""Counts that are added up later equal those of a loop that adds them up at once; traces."""
 
 import math
 import random
@@ -27,7 +27,7 @@ EOS = 1
 
 
 class Requests:
-    """What a worker has in hand, a tracker, and the counts as a loop would keep them."""
+    """A worker's requests, a tracker, and the counts as a loop would keep them."""
 
     def __init__(self, seed: int, **kwargs: Any) -> None:
         self.random = random.Random(seed)
@@ -367,7 +367,7 @@ def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
 
 
 class Traced:
-    """Steps of the real law over one batch, and what a trace of it ought to say."""
+    """Steps of one batch with the real sampling, and the traces that they should leave."""
 
     def __init__(self, assignments: list[Assignment], pool: ProxyPool) -> None:
         self.pool = pool
@@ -407,31 +407,33 @@ class Traced:
         """One position by the paper's loop."""
         p = [math.exp(x) for x in logprobs.tolist()]
         accept = [(1 + math.exp(-x)) ** -a.strength for x in scores.tolist()]
-        race, coins = noise.double().tolist()
+        race_noise, accept_noise = noise.double().tolist()
         order = [slot for slot in range(len(p)) if p[slot] > 0]
         best = max(order[: a.max_rejections] or [0], key=lambda slot: p[slot] * accept[slot])
         if not a.is_greedy:
-            order.sort(key=lambda slot: race[slot] / p[slot] ** a.sharpness)
+            order.sort(key=lambda slot: race_noise[slot] / p[slot] ** a.sharpness)
 
-        def candidate(slot: int, *, is_asked: bool = True) -> dict[str, Any]:
+        def candidate(slot: int, *, is_scored: bool = True) -> dict[str, Any]:
             return {
                 "token_id": token_ids[slot].item(),
                 "probability": pytest.approx(p[slot], rel=1e-4),
-                "accept_probability": pytest.approx(accept[slot], rel=1e-4) if is_asked else None,
+                "accept_probability": pytest.approx(accept[slot], rel=1e-4) if is_scored else None,
             }
 
         rejected: list[int] = []
         for slot in order[: a.max_rejections]:
-            is_accepted = slot == best if a.is_greedy else math.exp(-coins[slot]) <= accept[slot]
+            is_accepted = (
+                slot == best if a.is_greedy else math.exp(-accept_noise[slot]) <= accept[slot]
+            )
             if is_accepted or len(order) == 1:
-                said, forced = slot, False
+                emitted, forced = slot, False
                 break
             rejected.append(slot)
         else:
-            said, forced = 0, True
-        is_asked = len(order) > 1 and (not forced or said in rejected)
-        emitted = candidate(said, is_asked=is_asked)
-        return emitted | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
+            emitted, forced = 0, True
+        is_scored = len(order) > 1 and (not forced or emitted in rejected)
+        entry = candidate(emitted, is_scored=is_scored)
+        return entry | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
 
 
 def traced(pool: ProxyPool, **settings: Any) -> list[Assignment]:

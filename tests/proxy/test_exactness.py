@@ -1,7 +1,7 @@
-"""The law, vectorised and inside the real engine, is the enumerated one, whatever a row asks for.
+"""Accept/reject sampling has the enumerated distribution, on tensors and in the real engine, for all settings.
 
 Each test raises a false alarm with probability below 1e-6 (`tests.proxy.references`), and seeds are fixed. The controls
-show that laws of other settings are told apart by the same counts.
+show that distributions of other settings are told apart by the same counts.
 """
 
 import itertools
@@ -28,10 +28,10 @@ from tests.proxy.references import (
     canonical,
     least_p_value,
     tied,
-    token_law,
+    token_distribution,
 )
 
-Law = dict[Outcome, float]
+Distribution = dict[Outcome, float]
 
 
 def random_setting(rng: np.random.Generator) -> Setting:
@@ -47,20 +47,20 @@ def random_setting(rng: np.random.Generator) -> Setting:
     return Setting(**{name: value.item() for name, value in chosen.items()})
 
 
-# --- the vectorised law ---
+# --- the tensor functions ---
 
 
 class Kind(NamedTuple):
-    """One sort of row of the vectorised law: its logits and accept logits by token, [V] each."""
+    """One kind of row: its logits and accept logits by token, [V] each."""
 
     logits: np.ndarray
     scores: np.ndarray
     setting: Setting
-    law: Law
+    distribution: Distribution
 
 
 def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
-    """Rows of all sorts whose law is unambiguous; many have tied bf16 logits."""
+    """Rows of all kinds whose distribution is unambiguous; many have tied bf16 logits."""
     rng = np.random.default_rng(11)
     kinds: list[Kind] = []
     for i in itertools.count():
@@ -78,7 +78,7 @@ def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
         )
         if i % 7 == 0:
             setting = setting._replace(temperature=0.0)
-        elif setting.min_p:  # vLLM applies it before the law
+        elif setting.min_p:  # vLLM applies it before
             floor = logits.max() + setting.trained_temperature * np.log(setting.min_p)
             logits = np.where(logits >= floor, logits, -np.inf)
 
@@ -86,10 +86,10 @@ def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
             return scores[ids].tolist()
 
         try:
-            law = token_law(logits, setting, accept_logits)
+            distribution = token_distribution(logits, setting, accept_logits)
         except AmbiguousError:
             continue
-        kinds.append(Kind(logits, scores, setting, law))
+        kinds.append(Kind(logits, scores, setting, distribution))
     return kinds
 
 
@@ -139,10 +139,12 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
 def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
     """Each row its own scores, K, max_rejections, strength, temperature, top-k, top-p, min-p."""
     kinds = random_kinds(72)
-    assert sum(len(kind.law) == 1 for kind in kinds) > 5
-    assert any(prob > 0.5 and forced for k in kinds for (*_, forced), prob in k.law.items())
+    assert sum(len(kind.distribution) == 1 for kind in kinds) > 5
+    assert any(
+        prob > 0.5 and forced for k in kinds for (*_, forced), prob in k.distribution.items()
+    )
     for kind, counts in zip(kinds, decide_mixed(kinds, repeats=4000), strict=True):
-        assert_follows(counts, kind.law, tests=len(kinds))
+        assert_follows(counts, kind.distribution, tests=len(kinds))
 
 
 # --- vLLM's V1 sampler in the real engine ---
@@ -179,7 +181,7 @@ class Asked(NamedTuple):
 
     @property
     def num_repeats(self) -> int:
-        """Few where dice decide nothing."""
+        """Few where noise decides nothing."""
         setting = self.setting
         is_certain = 0 in (setting.temperature, setting.max_rejections) or setting.top_k == 1
         return 40 if is_certain else 1000
@@ -325,55 +327,59 @@ def ask_often(
     return seen
 
 
-def law_of(
+def distribution_of(
     asked: Asked,
     logits: Tensor,  # [V]
     hidden: Tensor,  # [H]
     embeddings: Tensor,  # [V, H]
     networks: dict[str, ProxyNetwork],
-) -> Law:
+) -> Distribution:
     def accept_logits(token_ids: list[int], logprobs: list[float]) -> list[float]:
         if asked.proxy is None:
             return [0.0] * len(token_ids)
         network = networks[asked.proxy]
         return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
 
-    return token_law(logits.double().numpy(), asked.setting, accept_logits)
+    return token_distribution(logits.double().numpy(), asked.setting, accept_logits)
 
 
 @torch.no_grad()
-def expected_laws(asked: list[Asked], frozen: Any, networks: Any) -> list[Law | None]:
-    """From transformers' logits and hidden states; None where more than one law would do."""
-    laws: list[Law | None] = []
+def expected_distributions(
+    asked: list[Asked], frozen: Any, networks: Any
+) -> list[Distribution | None]:
+    """From transformers' logits and hidden states; None where more than one distribution would be right."""
+    distributions: list[Distribution | None] = []
     embeddings = frozen.get_input_embeddings().weight
     for one in asked:
         output = frozen(torch.tensor([one.prompt]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0, -1]
         try:
-            laws.append(law_of(one, output.logits[0, -1], hidden, embeddings, networks))
+            distributions.append(
+                distribution_of(one, output.logits[0, -1], hidden, embeddings, networks)
+            )
         except AmbiguousError:
-            laws.append(None)
-    return laws
+            distributions.append(None)
+    return distributions
 
 
 @pytest.mark.parametrize(
     "path",
     [{}, {"mixed": True}, {"trace": True}],
-    ids=["logits untouched", "beside plain rows and min-p", "traced"],
+    ids=["logits untouched", "beside rows without a proxy and min-p", "traced"],
 )
 def test_the_engine_follows_the_enumerated_law(
     make_aligned, frozen, networks, monkeypatch, path: dict[str, bool]
 ):
     """Tokens and counts of requests of all sorts in common batches, seeded and not."""
     asked = random_requests(**path)
-    laws = expected_laws(asked, frozen, networks)
-    assert None not in laws
+    distributions = expected_distributions(asked, frozen, networks)
+    assert None not in distributions
     counts = [
         Counter(one.outcome for one in same)
         for same in ask_often(make_aligned("float32"), asked, monkeypatch)
     ]
-    for count, law in zip(counts, laws, strict=True):
-        assert_follows(count, law, tests=len(asked))
+    for count, distribution in zip(counts, distributions, strict=True):
+        assert_follows(count, distribution, tests=len(asked))
     # The control: every option has requests whose counts could not have come about without it.
     changes: dict[str, Callable[[Any], Any]] = {
         "temperature": lambda x: x * 2,
@@ -392,8 +398,8 @@ def test_the_engine_follows_the_enumerated_law(
             if one.is_aligned:
                 changed = {option: change(getattr(one.setting, option))}
                 other = one._replace(setting=one.setting._replace(**changed))
-                (law,) = expected_laws([other], frozen, networks)
-                values += [] if law is None else [least_p_value(count, law)]
+                (distribution,) = expected_distributions([other], frozen, networks)
+                values += [] if distribution is None else [least_p_value(count, distribution)]
         assert min(values) < 1e-12, option
 
 
@@ -413,13 +419,13 @@ def test_the_engine_follows_the_law_of_tied_bf16_logits(
     for (i, _), same in groups.items():
         logits = same[0].logits
         try:
-            law = law_of(asked[i], logits, same[0].hidden, embeddings, networks)
+            distribution = distribution_of(asked[i], logits, same[0].hidden, embeddings, networks)
         except AmbiguousError:
             continue
-        values = [logits[token].item() for token in {token for token, _, _ in law}]
+        values = [logits[token].item() for token in {token for token, _, _ in distribution}]
         num_tied += len({*values}) < len(values)
         num_followed += len(same)
         counts = Counter(canonical(one.outcome, logits.numpy()) for one in same)
-        assert_follows(counts, law, tests=len(groups))
+        assert_follows(counts, distribution, tests=len(groups))
     assert num_tied >= 3
     assert num_followed > sum(map(len, groups.values())) / 2

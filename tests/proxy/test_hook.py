@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Stands in for the stats: what it is told, and nothing else."""
+    """Stands in for the statistics and keeps what is recorded."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, Decision, Any, Any]] = []
@@ -74,7 +74,7 @@ def step_of(
 def replay(
     proxy: Proxy, setting: Setting, logits: np.ndarray, hidden: torch.Tensor, noise: torch.Tensor
 ) -> Outcome:
-    """One row by the paper's loop, in double precision, on these clocks and coins [2, V]."""
+    """One row by the paper's loop, in double precision, with this noise [2, V]."""
     token_ids, p = sorted_nucleus(logits, setting)
     scores = accept_logits_of(
         proxy.network, hidden, EMBEDDINGS, token_ids, [math.log(x) for x in p]
@@ -83,11 +83,11 @@ def replay(
     if setting.temperature == 0:
         slot, proposed, forced = greedy_outcome(p, accept, setting.max_rejections)
         return token_ids[slot], proposed, forced
-    race, coins = noise[:, token_ids].double().tolist()
+    race_noise, accept_noise = noise[:, token_ids].double().tolist()
     power = setting.trained_temperature / setting.temperature
-    order = sorted(range(len(p)), key=lambda slot: race[slot] / p[slot] ** power)
+    order = sorted(range(len(p)), key=lambda slot: race_noise[slot] / p[slot] ** power)
     for proposed, slot in enumerate(order[: setting.max_rejections]):
-        if math.exp(-coins[slot]) <= accept[slot] or len(p) == 1:
+        if math.exp(-accept_noise[slot]) <= accept[slot] or len(p) == 1:
             return token_ids[slot], proposed + 1, False
     return token_ids[0], min(len(p), setting.max_rejections), True
 
@@ -110,9 +110,9 @@ def random_setting(rng: np.random.Generator, proxy: Proxy) -> Setting:
 @pytest.mark.parametrize("temperature_applied", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(temperature_applied, traced):
-    """Random settings, proxies and plain neighbours; the very tokens, counts and forced flags.
+    """Random settings, proxies and rows without a proxy; the very tokens, counts and forced flags.
 
-    Without a trace a CPU runs the compiled loop, with one the law on tensors.
+    Without a trace a CPU runs the compiled loop, with one the tensor functions.
     """
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
@@ -271,7 +271,7 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
 
 # --- shadows ---
 
-SAID = 2  # among these logits the third most probable token
+EMITTED = 2  # among these logits the third most probable token
 LOGITS = torch.tensor([3.0, 2.0, 1.0] + [-math.inf] * (V - 3))
 
 
@@ -284,7 +284,7 @@ def score(
     discarded: list[bool] | None = None,
     **config: Any,
 ) -> tuple[list[bool], list[bool]]:
-    """(scored, changed) of plain rows with these logits and tokens, and a shadow of one mind."""
+    """(scored, changed) of rows without a proxy with these logits and tokens, and a shadow with this accept bias."""
     pool = ProxyPool()
     shadow = put_into(pool, "shadow", biased(shadow_bias, **config))
     if assignments is None:
@@ -302,16 +302,16 @@ def test_a_shadow_that_accepts_all_changes_nothing():
     assert score(1e4, [0, 1, 2]) == ([True] * 3, [False] * 3)
 
 
-def test_a_shadow_that_rejects_all_would_say_the_most_probable():
+def test_a_shadow_that_rejects_all_would_emit_the_most_probable():
     assert score(-1e4, [0, 1, 2]) == ([True] * 3, [False, True, True])
 
 
-def test_a_shadow_that_is_never_asked_would_say_the_most_probable():
+def test_a_shadow_without_rejections_would_emit_the_most_probable():
     assert score(1e4, [0, 1, 2], max_rejections=0) == ([True] * 3, [False, True, True])
 
 
-def test_a_shadow_is_asked_about_what_is_said_first():
-    """One rejection is all there may be, and it is spent on the token that is said."""
+def test_a_shadow_scores_the_emitted_token_first():
+    """One rejection is all there may be, and it is used for the emitted token."""
     assert score(-1e4, [1] * 50, max_rejections=1) == ([True] * 50, [True] * 50)
     assert score(1e4, [1] * 50, max_rejections=1) == ([True] * 50, [False] * 50)
 
@@ -320,21 +320,21 @@ def test_a_single_candidate_is_nobodys_choice():
     assert score(-1e4, [0], [Assignment("r0", top_k=1)]) == ([True], [False])
 
 
-@pytest.mark.parametrize(("said", "changed"), [(0, False), (SAID, True)])
-def test_a_shadow_of_a_greedy_row_throws_no_dice(said, changed):
+@pytest.mark.parametrize(("emitted", "changed"), [(0, False), (EMITTED, True)])
+def test_a_shadow_of_a_greedy_row_uses_no_noise(emitted, changed):
     """It accepts all alike, so that the most probable one is the best."""
     greedy = [Assignment(f"r{row}", temperature=0.0) for row in range(60)]
-    assert score(-0.01, [said] * 60, greedy) == ([True] * 60, [changed] * 60)
+    assert score(-0.01, [emitted] * 60, greedy) == ([True] * 60, [changed] * 60)
 
 
 def test_a_shadow_has_the_nucleus_of_its_own_temperature():
     """The rows were divided by 0.25, which left the third token 2e-4; the shadow's top-p lets it in, at 0.09."""
     rows = [Assignment("r0", temperature=0.25, top_p=0.95)]
-    assert score(1e4, [SAID], rows, logits=LOGITS / 0.25) == ([True], [False])
-    assert score(1e4, [SAID], rows, logits=LOGITS / 0.25, temperature=0.25)[0] == [False]
+    assert score(1e4, [EMITTED], rows, logits=LOGITS / 0.25) == ([True], [False])
+    assert score(1e4, [EMITTED], rows, logits=LOGITS / 0.25, temperature=0.25)[0] == [False]
 
 
-def test_a_shadow_of_other_rows_throws_a_coin():
+def test_a_shadow_of_other_rows_uses_noise():
     """A change takes a rejection, then the acceptance of one of the other two: 1/2 x 3/4 of 2000 = 750.
 
     By Hoeffding's inequality the count is 150 or more away with probability below 1e-9.

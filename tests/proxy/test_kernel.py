@@ -1,4 +1,4 @@
-"""The compiled loop against the law on tensors: the same requests on the same numbers, decision by decision."""
+"""The compiled kernel against the tensor functions: the same requests on the same numbers, decision by decision."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def threads():
 
 
 def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
-    """A trace makes a CPU take the tensors' way."""
+    """A trace makes a CPU use the tensor functions."""
     assignments = [
         Assignment(
             f"r{row}",
@@ -47,9 +47,9 @@ def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
 @pytest.mark.parametrize("num_proxies", [1, 3])
 @pytest.mark.parametrize("count", [1, 5, 400])  # a few rows are projected within the loop
 def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
-    """2000 rows. Rounding differs, so a coin very near its limit may fall either way: about one in a million does.
+    """2000 rows. Rounding differs, so noise very near its limit may decide either way: about one in a million does.
 
-    In 24 cases of 2000 rows with three coins each, more than two of any case's do with a probability below 1e-6.
+    In 24 cases of 2000 rows with three such decisions each, more than two differ with probability below 1e-6.
     """
     threads(num_threads)
     torch.manual_seed(0)

@@ -260,10 +260,10 @@ def add_all(worker: Any, requests: dict[str, Any]) -> None:
         worker.model_runner.add(name, params(proxy, **kwargs), PROMPT_LEN[name])
 
 
-def by_the_law(
+def by_definition(
     proxy: str, kwargs: dict[str, Any], hidden: Tensor, logits: Tensor, seq_len: int
 ) -> Decision:
-    """What one row gets, alone: the law's tensor functions, without plan, pool and sampler."""
+    """What one row gets, alone: the tensor functions, without plan, pool and sampler."""
     network, config = NETWORKS[proxy], NETWORKS[proxy].config
     temperature = kwargs.get("temperature", 1.0)
     is_greedy = temperature == 0
@@ -327,7 +327,7 @@ def by_v1(
     return sampler.sample(logits.clone(), metadata)[0].tolist()
 
 
-def test_rows_with_a_proxy_follow_the_law(make_worker):
+def test_rows_with_a_proxy_follow_the_definition(make_worker):
     worker = make_worker()
     add_all(worker, MIXED)
     names, position = list(MIXED), dict(PROMPT_LEN)
@@ -342,7 +342,7 @@ def test_rows_with_a_proxy_follow_the_law(make_worker):
         for row, name in enumerate(names):
             if name in ALIGNED:
                 proxy, asked = MIXED[name]
-                expected = by_the_law(proxy, asked, hidden[row], logits[row], position[name])
+                expected = by_definition(proxy, asked, hidden[row], logits[row], position[name])
                 assert tokens[row] == expected.token_ids.item(), name
                 forced += int(expected.forced)
                 seen.add(tokens[row] == logits[row].argmax().item())
@@ -394,13 +394,13 @@ def test_only_rows_of_the_batch_are_counted(make_worker):
     runner = worker.model_runner
     runner.add("chatcmpl-a-00000000", params("one", seed=1), prompt_len=9)
     runner.add("chatcmpl-b-00000000", params("two", seed=2))
-    for a, b, spoken in ((4, 3, [0, 1]), (4, 1, [0, 1]), (1, 1, [1, 1]), (1, 1, [1, 1])):
+    for a, b, emitted in ((4, 3, [0, 1]), (4, 1, [0, 1]), (1, 1, [1, 1]), (1, 1, [1, 1])):
         runner.schedule(**{"chatcmpl-a-00000000": a, "chatcmpl-b-00000000": b})
         hidden, positions, discarded = worker._runner.sampling_inputs()
         assert len(hidden) == len(positions) == 2
         unfinished = [False, False] if discarded is None else discarded.tolist()
-        assert unfinished == [not said for said in spoken]
-        assert worker.sample_tokens(None).num_sampled.tolist() == spoken
+        assert unfinished == [not is_emitted for is_emitted in emitted]
+        assert worker.sample_tokens(None).num_sampled.tolist() == emitted
     counts = worker.take_alignment_counts(["chatcmpl-a", "chatcmpl-b"])
     lengths = {req_id: c["accepted"] + c["forced"] for req_id, c in counts.items()}
     assert lengths == {"chatcmpl-a-00000000": 2, "chatcmpl-b-00000000": 4}
@@ -417,7 +417,7 @@ def test_chunks_and_preemption_do_not_change_what_a_seed_gives(make_worker):
     runner = chunked.model_runner
     step(chunked, a=2)
     assert [step(chunked, a=n)[0] for n in (4, 1)] == expected[:2]
-    # V2 forgets a preempted request, and gets it again with what it had said as its prompt.
+    # V2 forgets a preempted request, and gets it again with its output as part of the prompt.
     runner.remove("a")
     runner.add("b", params("two", seed=2))
     step(chunked, b=3)
@@ -443,16 +443,16 @@ def test_a_slot_is_given_on_without_its_proxy(make_worker):
     runner.add("c", params("two", seed=1))
     hidden, logits = runner.schedule(c=3)
     token = worker.sample_tokens(None).sampled_token_ids.item()
-    assert token == by_the_law("two", {"seed": 1}, hidden[0], logits[0], 3).token_ids.item()
+    assert token == by_definition("two", {"seed": 1}, hidden[0], logits[0], 3).token_ids.item()
 
 
 def test_a_shadow_scores_and_changes_nothing(make_worker, tmp_path):
     worker, stock = make_worker(load=False), make_worker(load=False)
     save(tmp_path / "shadow", NETWORKS["one"], base=BASE, training={})
     worker.load_proxy("shadow", str(tmp_path / "shadow"), True)
-    # Among seven candidates, which the shadow looks at, is whatever is said.
+    # Among seven candidates, which the shadow scores, is every emitted token.
     requests = {"a": (None, {"seed": 1, "top_k": 5}), "b": (None, {"temperature": 0.0})}
-    torch.manual_seed(0)  # the shadow's own dice
+    torch.manual_seed(0)  # the shadow's own noise
     scored: list[tuple[int, int]] = []
     worker._tracker.stats.record_shadow = lambda _, scores, changes: scored.append(
         (int(scores.sum()), int((scores & changes).sum()))
@@ -461,7 +461,7 @@ def test_a_shadow_scores_and_changes_nothing(make_worker, tmp_path):
         add_all(other, requests)
     for size in (3, *[1] * 9):
         assert step(worker, a=size, b=size) == step(stock, a=size, b=size)
-    # The prompt of b is one token longer than its first chunk, so its first draw is not said.
+    # The prompt of b is one token longer than its first chunk, so its first draw is discarded.
     assert sum(tokens for tokens, _ in scored) == 19
     assert 0 < sum(changed for _, changed in scored) < 19
 
@@ -641,7 +641,7 @@ class PlugIn:
         ({"min_p_count": 1}, False),
     ],
 )  # fmt: skip
-def test_the_law_is_all_only_where_nothing_else_has_work(changed, expected):
+def test_stages_are_skipped_only_where_they_have_no_work(changed, expected):
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 

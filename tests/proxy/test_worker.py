@@ -592,7 +592,7 @@ SHADOWED = [{"seed": 1, "top_k": 5}, {"temperature": 0.0}, {"seed": 2, "top_k": 
 
 
 def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(proxied, checkpoints):
-    """Of plain rows and proxied ones, greedy and sampled; a request may be exempt."""
+    """Of rows without a proxy and proxied ones, greedy and sampled; a request may be exempt."""
     sampling = [params(name, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
     expected = generate(proxied, PROMPTS, sampling)
     counts = [counts_of(proxied, output) for output in expected[3:]]
