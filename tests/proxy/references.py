@@ -1,7 +1,7 @@
 """References that share nothing with the code under test: nucleus, network and distribution in plain double precision.
 
-Counts are compared with a distribution outcome by outcome: an exact binomial test each, Bonferroni-corrected over all that
-a test compares, so that a whole test raises a false alarm with probability below 1e-6.
+Counts are compared with a distribution outcome by outcome: an exact binomial test each, Bonferroni-corrected over
+all comparisons of a test, so that a whole test raises a false alarm with probability below 1e-6.
 """
 
 import math

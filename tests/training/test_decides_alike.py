@@ -1,6 +1,6 @@
 """The trainer's rollout: its sampling distribution, and that it decides as the server does.
 
-False alarms: below 1e-6 for each test of the law (`tests.proxy.references`), with fixed seeds. Decisions are compared
+False alarms: below 1e-6 for each test of a distribution (`tests.proxy.references`), with fixed seeds. Decisions are compared
 one by one, except in rows where rounding may decide.
 """
 
@@ -30,7 +30,7 @@ from tests.proxy.references import (
     assert_follows,
     canonical,
     tied,
-    token_law,
+    token_distribution,
 )
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
@@ -180,12 +180,12 @@ def test_the_rollout_follows_the_enumerated_distribution(load_frozen, networks, 
             return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
 
         try:
-            law = token_law(scores, asked.setting, accept_logits)
+            distribution = token_distribution(scores, asked.setting, accept_logits)
         except AmbiguousError:
             continue
         counts = Counter(canonical(outcome, scores) for outcome in outcomes(rollout))
-        assert_follows(counts, law, tests=len(ASKED))
-        tokens = {token for token, *_ in law}
+        assert_follows(counts, distribution, tests=len(ASKED))
+        tokens = {token for token, *_ in distribution}
         followed.append(len({scores[token] for token in tokens}) < len(tokens))
     if dtype == torch.float32:
         assert followed == [False] * len(ASKED)
