@@ -1,7 +1,7 @@
 """The trainer's rollout: its sampling distribution, and that it decides as the server does.
 
-False alarms: below 1e-6 for each test of a distribution (`tests.proxy.references`), with fixed seeds. Decisions are compared
-one by one, except in rows where rounding may decide.
+False alarms: below 1e-6 for each test of a distribution (`tests.proxy.references`), with fixed seeds. Decisions are
+compared one by one, except in rows where rounding may decide.
 """
 
 from collections import Counter, defaultdict
