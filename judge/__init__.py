@@ -10,6 +10,7 @@ Data:
 - `layouts`       - the layouts of public data.
 - `rows`          - which rows are usable; the others are counted and reported.
 - `feedback`      - preferences in a database.
+- `feedback_tables` - its tables.
 
 Judging:
 

@@ -6,6 +6,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access import Access
@@ -34,9 +35,9 @@ class AnnounceMiddleware:
 
         await self.app(scope, receive, announce_after_start)
 
-    def _announce(self, state: object) -> None:
-        args: Namespace = state.args  # type: ignore[attr-defined]
-        assent: AppState = state.assent  # type: ignore[attr-defined]
+    def _announce(self, state: State) -> None:
+        args: Namespace = state.args
+        assent: AppState = state.assent
         models = [model.name for model in assent.models.base_model_paths]
         models += list(assent.models.lora_requests)
         for line in startup_lines(
