@@ -80,14 +80,10 @@ def _check_hub_model(args: Namespace) -> None:
     if "://" in args.model:  # of a storage that vLLM reads itself
         return
     try:
-        cached_file(
-            args.model,
-            "config.json",
-            revision=args.revision,
-            cache_dir=args.download_dir,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        cached_file(args.model, "config.json", revision=args.revision, cache_dir=args.download_dir)
     except (OSError, ValueError) as error:
+        if "does not appear to have a file named" in str(error):  # vLLM reads other formats too
+            return
         reason = str(error).strip().partition("\n")[0]
         raise StartupError(
             f"--model {args.model!r}: no such directory, and no such model on the hub ({reason})"

@@ -340,8 +340,9 @@ def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
 @pytest.mark.parametrize(
     ("flags", "hint"),
     [
-        (["--prox", "a=b"], "--prox a=b; did you mean --proxy?"),
-        (["--max-body-byte", "3"], "did you mean --max-body-bytes?"),
+        (["--prox", "a=b"], "--prox could match --proxy, --proxy-root"),
+        (["--porxy", "a=b"], "--porxy a=b; did you mean --proxy?"),
+        (["--max-bodi-bytes", "3"], "did you mean --max-body-bytes?"),
         (["--max-modle-len=3"], "did you mean --max-model-len?"),
         (["--xyzzy"], "--xyzzy; see python -m server --help"),
     ],
