@@ -174,6 +174,7 @@ class Feedback:
             raise FeedbackError(f"feedback could not be deleted: {_cause(error)}") from None
 
     def close(self) -> None:
+        """Close all connections."""
         self.engine.dispose()
 
     def _read(self, query: Select[Any]) -> Iterator[tuple[int, Preference]]:

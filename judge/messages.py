@@ -14,6 +14,8 @@ _MAX_DEPTH = 64  # levels of nesting; Python's own limit depends on the caller's
 
 
 class Message(TypedDict):
+    """One turn of a conversation, in the form above."""
+
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]

@@ -30,6 +30,8 @@ CompareRound = Callable[[list[Pair]], Awaitable[list[PairResult]]]
 
 @dataclass(frozen=True)
 class Comparison:
+    """One comparison of two samples."""
+
     pair: Pair
     """Indices of the two samples; the first is the result's first."""
     orders: Mapping[str, Orders]

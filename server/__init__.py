@@ -15,6 +15,7 @@ The start:
 
 A request (`middleware/`, then `routes/`):
 
+- `http_protocol`    - uvicorn's HTTP protocol with limits of time and size.
 - `access`           - API keys, administrators and limits.
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.

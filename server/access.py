@@ -70,6 +70,7 @@ class Key(Limits):
         return self
 
     def digest(self, environment: MutableMapping[str, str]) -> bytes:
+        """SHA-256 of the key. A key in the environment is removed from it."""
         if self.sha256 is not None:
             return bytes.fromhex(self.sha256)
         assert self.env is not None

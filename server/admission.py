@@ -175,6 +175,7 @@ async def judging_proxy(
 
 
 def is_served(name: str, models: OpenAIServingModels) -> bool:
+    """Whether it is a name of the LLM or of an adapter."""
     return models.is_base_model(name) or name in models.lora_requests
 
 

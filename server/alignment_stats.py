@@ -138,6 +138,7 @@ class AlignmentCounts:
 
 
 def sum_counts(by_sample: dict[Sample, ProxyCounts]) -> dict[str, int]:
+    """Candidates proposed, accepted and rejected, and forced tokens, over all samples."""
     return {key: sum(counts[key] for counts in by_sample.values()) for key in COUNTS}
 
 

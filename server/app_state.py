@@ -44,4 +44,5 @@ class AppState:
 
 
 def get_state(request: Request) -> AppState:
+    """The state of the server that handles a request."""
     return cast(AppState, request.app.state.assent)

@@ -72,6 +72,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def help_text() -> str:
+    """What --help prints."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} --model DIR [options]\n       {PROG} doctor --model DIR [options]",

@@ -37,6 +37,8 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 class Finding(NamedTuple):
+    """One line of the report."""
+
     level: Level
     subject: str
     text: str

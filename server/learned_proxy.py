@@ -48,6 +48,7 @@ class LearnedProxy:
 
     @property
     def directory(self) -> Path:
+        """Of its versions and its state."""
         return self.root / self.name / (self.owner or "")
 
     @property
@@ -56,6 +57,7 @@ class LearnedProxy:
         return self.name if self.owner is None else f"{self.name}{OWNER}{self.owner}"
 
     def read(self) -> State:
+        """The state; the initial one if the file is missing or damaged."""
         try:
             return State.model_validate_json((self.directory / STATE_FILE).read_bytes())
         except (FileNotFoundError, ValidationError):

@@ -126,6 +126,7 @@ class Proxies:
         proxy.in_flight += 1
 
     def unpin(self, proxy: ServedVersion) -> None:
+        """End a pin; the last one of a draining version unloads it."""
         proxy.in_flight -= 1
         if proxy.state == "draining" and proxy.in_flight == 0:
             sweep = asyncio.create_task(self._sweep())

@@ -18,6 +18,7 @@ class Event(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Event":
+        """Never fails: whatever is no JSON object has no data."""
         content = text.removeprefix("data: ")
         try:
             data = json.loads(content) if content.startswith("{") else None
@@ -27,6 +28,7 @@ class Event(NamedTuple):
 
     @property
     def is_done(self) -> bool:
+        """The last event of a stream."""
         return self.text.startswith("data: [DONE]")
 
     @property
@@ -84,4 +86,5 @@ async def attach_to_stream(
 
 
 def as_event(data: dict[str, Any]) -> str:
+    """A server-sent event with JSON as vLLM writes it."""
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -48,6 +48,7 @@ class DrainMiddleware:
                 self.idle.set()
 
     def begin(self) -> None:
+        """Refuse new requests, and stop when the last one has ended."""
         if self.stopping is None:
             logger.info("Stopping: %s requests are under way.", self.in_flight)
             self.stopping = asyncio.create_task(self._finish())
