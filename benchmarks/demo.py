@@ -113,8 +113,8 @@ async def answers(
     start = time.perf_counter()
     replies = await gather(row.name, len(prompts), options.concurrency, ask)
     seconds = time.perf_counter() - start
-    receipts = [r.model_extra.get("alignment") or {} for r in replies]
-    proposed, rejected = (sum(r.get(key, 0) for r in receipts) for key in ("proposed", "rejected"))
+    stats = [r.model_extra.get("alignment") or {} for r in replies]
+    proposed, rejected = (sum(r.get(key, 0) for r in stats) for key in ("proposed", "rejected"))
     costs = {
         "seconds": seconds,
         "completion_tokens": sum(r.usage.completion_tokens for r in replies),

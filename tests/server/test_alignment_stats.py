@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.alignment_stats import WorkerReader, sum_counts
+from server.alignment_stats import AlignmentCounts, WorkerReader, sum_counts
 
 
 def counts(proposed, accepted, forced=0):
@@ -81,6 +81,24 @@ def test_requests_that_finish_together_share_a_call():
         assert list(found) == [(f"chatcmpl-{i}", 0)]
         assert found[f"chatcmpl-{i}", 0]["proposed"] == len(f"chatcmpl-{i}")
     assert plain == {}
+
+
+@pytest.mark.parametrize("in_response", [False, True])
+def test_counts_are_read_once(in_response):
+    """As soon as the engine has finished, where the response reports them; else for the log alone."""
+
+    async def run():
+        engine = Engine()
+        counts = AlignmentCounts(reader(engine), in_response, engine_ids=["chatcmpl-1", "cmpl-22"])
+        counts.finish("chatcmpl-1")
+        await asyncio.sleep(0.05)
+        before = [*engine.calls]
+        return before, await counts.total(), await counts.total(), engine.calls
+
+    before, total, again, calls = asyncio.run(run())
+    assert before == ([["chatcmpl-1"]] if in_response else [])
+    assert total == again == {"proposed": 17, "accepted": 2, "rejected": 15, "forced": 0}
+    assert sorted(request_id for call in calls for request_id in call) == ["chatcmpl-1", "cmpl-22"]
 
 
 def test_a_failure_reaches_everyone_who_waits_and_nobody_after():

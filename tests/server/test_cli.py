@@ -341,7 +341,7 @@ def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
     ("flags", "hint"),
     [
         (["--prox", "a=b"], "--prox could match --proxy, --proxy-root"),
-        (["--porxy", "a=b"], "--porxy a=b; did you mean --proxy?"),
+        (["--porxy", "a=b"], "--porxy; did you mean --proxy?"),
         (["--max-bodi-bytes", "3"], "did you mean --max-body-bytes?"),
         (["--max-modle-len=3"], "did you mean --max-model-len?"),
         (["--xyzzy"], "--xyzzy; see python -m server --help"),
