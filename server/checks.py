@@ -3,6 +3,7 @@
 """
 
 import json
+import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,9 @@ def _check_json(file: Path) -> None:
 def _check_hub_model(args: Namespace) -> None:
     if "://" in args.model:  # of a storage that vLLM reads itself
         return
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every retry
     try:
         cached_file(args.model, "config.json", revision=args.revision, cache_dir=args.download_dir)
     except (OSError, ValueError) as error:
@@ -88,6 +92,8 @@ def _check_hub_model(args: Namespace) -> None:
         raise StartupError(
             f"--model {args.model!r}: no such directory, and no such model on the hub ({reason})"
         ) from None
+    finally:
+        logger.setLevel(level)
 
 
 def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Checkpoint]:
