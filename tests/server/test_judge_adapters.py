@@ -90,7 +90,7 @@ def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
     for change, message in (
         ({"target_modules": ["lm_head"]}, "changes the head or the embedding"),
         ({"modules_to_save": ["embed_tokens"]}, "changes the head or the embedding"),
-        ({"r": 1000}, "rank 1000; vLLM's most is 512"),
+        ({"r": 1000}, "rank 1000; vLLM's limit is 512"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(lora | change))
         with pytest.raises(AdapterError, match=message):
