@@ -135,10 +135,8 @@ def simulate(engine: Engine, work: Work, rate: float, requests: int, seed: int) 
             reading.append(_Reading(arriving.popleft(), work.prompt))
         tokens, read = _read(reading, engine.max_step_tokens - len(running))
         now += engine.prompt_token * tokens + (engine.step(len(running)) if running else 0.0)
-        done = [reading.request for reading in read if reading.judged]
-        new = [
-            reading.request for reading in read if not reading.judged for _ in range(work.samples)
-        ]
+        done = [item.request for item in read if item.judged]
+        new = [item.request for item in read if not item.judged for _ in range(work.samples)]
         waiting += [_Row(request, _length(work.answer, rng)) for request in new]
         while (
             waiting and len(running) < engine.max_rows

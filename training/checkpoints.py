@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from training.metrics import METRICS_FILES, TrainerMetrics
 from training.output import Run, remove
 from training.saving import MODEL_FILES
@@ -44,12 +42,11 @@ def train(trainer: Any, options: Any, run: Run) -> None:
     if trainer.is_world_process_zero():  # transformers would take an incomplete one for the newest
         cut_short = set(options.output.glob(_CHECKPOINTS)) - {newest}
         remove(options.output, [str(path.relative_to(options.output)) for path in cut_short])
-    if newest:
-        run.saved = f"step {_steps(newest)}"
-    trainer.add_callback(_Saved(run))
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:
+        if last := newest_checkpoint(options.output):
+            run.saved = f"step {_steps(last)}"
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TrainerMetrics):
                 callback.close()
@@ -76,13 +73,3 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-class _Saved(TrainerCallback):
-    """Records the last checkpoint, for the message of an interrupted run."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.saved = f"step {state.global_step}"

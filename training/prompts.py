@@ -36,7 +36,7 @@ def read_prompts(
         TrainingError: as `training.data.read_as`, or no prompt leaves room.
     """
     chats = Conversations(tokenizer)
-    limit = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
+    max_tokens = min(options.max_prompt_tokens, longest_prompt(config, options.decoding))
     prompts = read_as(
         source,
         ("prompt",),
@@ -44,14 +44,14 @@ def read_prompts(
         lambda row: Prompt(row["prompt"], chats.prompt_ids(row["prompt"])),
         limit,
     )
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= limit]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= max_tokens]
     if len(kept) < len(prompts):
         print_once(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {limit} tokens"
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts of over {max_tokens} tokens"
         )
     if not kept:
         raise TrainingError(
-            f"no prompt is within {limit} tokens: --max-prompt-tokens, or the model's context"
+            f"no prompt is within {max_tokens} tokens: --max-prompt-tokens, or the model's context"
         )
     return kept
 
