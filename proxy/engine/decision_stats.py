@@ -89,7 +89,7 @@ class DecisionStats:
         traced_decision = None if scored is None else decision
         self._records.append(_Record(rows, copy, discarded, traced_decision, scored))
         if len(self._records) >= _AGGREGATE_STEPS:
-            self.aggregate()
+            self.aggregate(needed=())  # waits for nothing
 
     def record_seconds(self, seconds: float) -> None:
         """Record the host's time of one step of the hook."""

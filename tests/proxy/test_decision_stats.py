@@ -351,6 +351,19 @@ def test_an_accelerators_steps_are_waited_for_only_where_needed(slow_copies):
     assert SlowCopy.waited == slow_copies[1:]
 
 
+def test_a_step_waits_for_no_copy(slow_copies, monkeypatch):
+    """Not even where it adds up: it leaves the steps that have not arrived."""
+    monkeypatch.setattr(proxy.engine.decision_stats, "_AGGREGATE_STEPS", 3)
+    stats = DecisionStats(torch.device("cuda"), reports=True)
+    rows = rows_of("waiting")
+    for arrived in (True, True, False, False, True):
+        stats.record(rows, decided([7, 7]), None)
+        slow_copies[-1].arrived = arrived
+    assert SlowCopy.waited == [] and numbers(rows) == [[2, 6, 0]] * 2
+    stats.aggregate()
+    assert numbers(rows) == [[5, 15, 0]] * 2
+
+
 def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
     stats = DecisionStats(torch.device("cuda"), reports=True)
     rows = rows_of("ended")
