@@ -1,7 +1,8 @@
 """A trained proxy on disk: a directory with `proxy.safetensors` and `config.json`. No pickles.
 
 A proxy works with the hidden states of one LLM only; on another LLM its scores would be meaningless,
-without an error. So the checkpoint has the fingerprint of its base, and `load` compares it. Errors:
+without an error. So the checkpoint has the fingerprint of its base, and `load` compares it. The file
+is longer than 300 lines because it also computes fingerprints. Errors:
 
     ProxyError (a ValueError)
     ├── CheckpointError       a file is missing, corrupt or of another schema

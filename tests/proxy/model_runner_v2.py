@@ -111,9 +111,9 @@ def prompts(vocab_size: int) -> list[dict[str, Any]]:
 def params(proxy: str | None, *, trace: bool = False, **kwargs: Any) -> Any:
     from vllm import SamplingParams
 
-    asked = None if proxy is None else {"alignment": {"proxy": proxy, "trace": trace}}
+    alignment_args = None if proxy is None else {"alignment": {"proxy": proxy, "trace": trace}}
     usual = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
-    return SamplingParams(extra_args=asked, **(usual | kwargs))
+    return SamplingParams(extra_args=alignment_args, **(usual | kwargs))
 
 
 def generate(llm: Any, vocab_size: int, sampling: list[Any], rows: Any = ...) -> list[Any]:
@@ -152,7 +152,7 @@ def recorded_steps() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         yield steps
 
 
-def said(statement: str) -> None:
+def report(statement: str) -> None:
     print("held:", statement, flush=True)
 
 
@@ -167,27 +167,27 @@ def compare_with_v1(directory: Path, vocab_size: int) -> tuple[list[list[int]], 
     assert type(worker_of(v1).model_runner.sampler).__name__ == "ProxySampler"
     assert type(worker.model_runner).__module__ == "vllm.v1.worker.cpu.model_runner"
     assert type(worker.model_runner.sampler).__name__ == "ProxySamplerV2"
-    said("the worker picks the sampler of the model runner that vLLM picked")
+    report("the worker picks the sampler of the model runner that vLLM picked")
 
     outputs = generate(v2, vocab_size, sampling)
-    ours = texts(outputs)
+    tokens = texts(outputs)
     for row in [*WITH_PROXY, 3]:  # 3 is greedy; seeds without a proxy are not those of V1
-        assert ours[row] == expected[row], row
+        assert tokens[row] == expected[row], row
     assert counts_of(v2, outputs) == counts
     assert all(c["accepted"] + c["forced"] == NUM_TOKENS for c in counts)
     assert sum(c["rejected"] for c in counts) > NUM_TOKENS
-    said("rows with a proxy say what they say on V1, and count alike")
+    report("rows with a proxy emit the same tokens as on V1, with the same counts")
 
     stock = make_engine(directory, proxies=False)
     plain = texts(generate(stock, vocab_size, [params(None, **kwargs) for _, kwargs in REQUESTS]))
-    assert [ours[row] for row in PLAIN] == [plain[row] for row in PLAIN]
-    assert all(ours[row] != plain[row] for row in WITH_PROXY)
-    said("rows without a proxy say in a mixed batch what they say in vLLM's own MRV2")
+    assert [tokens[row] for row in PLAIN] == [plain[row] for row in PLAIN]
+    assert all(tokens[row] != plain[row] for row in WITH_PROXY)
+    report("rows without a proxy emit in a mixed batch the same tokens as in vLLM's own MRV2")
 
     for row in WITH_PROXY:
-        assert texts(generate(v2, vocab_size, [sampling[row]], [row])) == [ours[row]]
-    said("a seed gives the same text alone")
-    return ours, counts
+        assert texts(generate(v2, vocab_size, [sampling[row]], [row])) == [tokens[row]]
+    report("a seed gives the same text alone")
+    return tokens, counts
 
 
 def check_hidden_rows(directory: Path, vocab_size: int) -> None:
@@ -201,7 +201,7 @@ def check_hidden_rows(directory: Path, vocab_size: int) -> None:
         torch.testing.assert_close(head(hidden), logits, rtol=1e-4, atol=1e-4)
     for hidden, logits in several:
         assert not torch.allclose(head(hidden.roll(1, 0)), logits, rtol=1e-2, atol=1e-2)
-    said(f"the head gives the logits of {len(steps)} steps, chunked prefills among them")
+    report(f"the head gives the logits of {len(steps)} steps, chunked prefills among them")
 
 
 def check_engines(
@@ -229,7 +229,7 @@ def check_engines(
         assert texts(outputs) == expected, statement
         assert counts_of(llm, outputs) == counts, statement
         assert (statement == "preemption") == bool(preempted)
-        said(f"the same texts and counts with {statement}, {len(preempted)} requests preempted")
+        report(f"the same texts and counts with {statement}, {len(preempted)} requests preempted")
 
 
 def check_unloading(directory: Path, vocab_size: int) -> None:
@@ -251,10 +251,10 @@ def check_unloading(directory: Path, vocab_size: int) -> None:
     outputs = generate(llm, vocab_size, sampling, rows)
     assert len(unloaded) == 2 and worker.list_proxies() == []
     assert texts(outputs) == expected
-    said("preempted requests keep the proxy that was unloaded meanwhile")
+    report("preempted requests keep the proxy that was unloaded meanwhile")
     generate(llm, vocab_size, [params(None)], [0])
     assert worker._registry.pool.proxies == []
-    said("and its memory is given back when they have ended")
+    report("and its memory is given back when they have ended")
 
 
 def check_features(directory: Path, vocab_size: int) -> None:
@@ -286,7 +286,7 @@ def check_features(directory: Path, vocab_size: int) -> None:
     samples = [list(sample.token_ids) for sample in outputs[5].outputs]
     alone = generate(llm, vocab_size, [params("one", seed=6), params("one", seed=7)], [5, 5])
     assert samples == texts(alone) and samples[0] != samples[1]
-    said("allowed ids, logit_bias, processed logprobs, traces, stop tokens and n > 1")
+    report("allowed ids, logit_bias, processed logprobs, traces, stop tokens and n > 1")
 
 
 def main() -> None:

@@ -290,8 +290,8 @@ def test_seeded_noise_depends_on_seed_position_and_token_alone():
     batch = seeded_noise(keys, positions, token_ids)
     assert torch.equal(batch[:1], seeded_noise(keys[:1], positions[:1].int(), token_ids[:1]))
     # Neither more candidates nor another order of them changes what a token draws.
-    more = torch.cat((torch.arange(100, 120).repeat(4, 1), token_ids.flip(-1)), dim=-1)
-    assert torch.equal(batch, seeded_noise(keys, positions, more)[:, :, 20:].flip(-1))
+    wider_ids = torch.cat((torch.arange(100, 120).repeat(4, 1), token_ids.flip(-1)), dim=-1)
+    assert torch.equal(batch, seeded_noise(keys, positions, wider_ids)[:, :, 20:].flip(-1))
     assert len(batch.unique()) == batch.numel()
 
 
@@ -399,11 +399,11 @@ def test_nucleus_is_vllms(tied):
         sizes = (expected > -math.inf).sum(-1)
         small = sizes <= max_candidates
         assert small.sum() > rows // 2
-        ours = nucleus(logits, max_candidates, top_k=k, top_p=p)
-        spread = torch.full_like(logits, -math.inf).scatter(-1, ours.token_ids, ours.logprobs)
+        actual = nucleus(logits, max_candidates, top_k=k, top_p=p)
+        spread = torch.full_like(logits, -math.inf).scatter(-1, actual.token_ids, actual.logprobs)
         torch.testing.assert_close(spread[small], expected.log_softmax(-1)[small])
         # Where vLLM keeps more than K, ours are the K most probable of them.
-        assert ((ours.logprobs > -math.inf).sum(-1)[~small] == max_candidates).all()
+        assert ((actual.logprobs > -math.inf).sum(-1)[~small] == max_candidates).all()
 
 
 def test_small_vocabulary_and_fewer_candidates_than_asked_for():

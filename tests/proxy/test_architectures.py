@@ -39,16 +39,18 @@ def results(
     chosen = {item.callspec.params["seen"] for item in items if is_mine(item)}
     names = [name for name in ARCHITECTURES if name in chosen]
     directory = tmp_path_factory.mktemp("architectures")
-    found, log = directory / "results.jsonl", directory / "log"
+    results_file, log = directory / "results.jsonl", directory / "log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     environment |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the test looks into the engine
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    process = Command("tests.proxy.architectures", found, *names, environment=environment, log=log)
+    process = Command(
+        "tests.proxy.architectures", results_file, *names, environment=environment, log=log
+    )
     code = process.wait(TIMEOUT_SECONDS)
-    lines = found.read_text().splitlines() if found.exists() else []
+    lines = results_file.read_text().splitlines() if results_file.exists() else []
     answers = {answer.pop("architecture"): answer for answer in map(json.loads, lines)}
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
     missing = {

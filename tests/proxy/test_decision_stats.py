@@ -83,8 +83,10 @@ class Requests:
         decision = Decision(torch.tensor([[0] * len(ids), token_ids, proposed, forced]))
         mask = torch.tensor(discarded) if any(discarded) else None
         self.tracker.stats.record(rows, decision, mask)
-        for req_id, *told in zip(ids, token_ids, proposed, forced, discarded, strict=True):
-            self.count(req_id, *told)
+        for req_id, *decided_values in zip(
+            ids, token_ids, proposed, forced, discarded, strict=True
+        ):
+            self.count(req_id, *decided_values)
 
     def count(
         self, req_id: str, token_id: int, proposed: int, forced: bool, discarded: bool
@@ -152,16 +154,16 @@ def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
         for _ in range(rng.choice([1, 1, 4, 20])):
             if scheduled:
                 world.step(scheduled)
-        asked = []
+        request_ids = []
         for req_id in list(world.params):
             if rng.random() < 0.05:  # it has finished, or is asked for while it runs
-                asked.append(req_id)
+                request_ids.append(req_id)
                 if rng.random() < 0.5:
                     del world.params[req_id]
-        if asked:
-            answer = world.tracker.take(asked)
+        if request_ids:
+            answer = world.tracker.take(request_ids)
             # Whoever has never been scheduled is not known.
-            assert all(not any(world.counts.get(r, [])) for r in asked if r not in answer)
+            assert all(not any(world.counts.get(r, [])) for r in request_ids if r not in answer)
             assert without_names(answer) == world.expect(list(answer))
             num_answers += len(answer)
     assert num_answers > 30
@@ -482,8 +484,8 @@ def test_a_trace_says_what_the_loop_would_have_done():
     assert all(entry["forced"] and not entry["rejected"] for entry in actual["t2"])
     assert {entry["accept_probability"] for entry in actual["t2"]} == {None}
     # Forced although it was rejected itself; forced without having been asked about.
-    asked = {e["accept_probability"] is not None for e in actual["t0"] if e["forced"]}
-    assert asked == {True, False}
+    was_scored = {e["accept_probability"] is not None for e in actual["t0"] if e["forced"]}
+    assert was_scored == {True, False}
     assert {len(entry["rejected"]) for entry in actual["t3"]} >= {0, 1}
     # What has been taken is gone, and what comes next is what came since.
     assert take(world.stats, "t0") == []

@@ -110,10 +110,10 @@ def test_its_gradient_and_the_coarse_grid_of_training() -> None:
     for max_rejections in (2, 5):
 
         def emitted(
-            x: torch.Tensor, most: int = max_rejections, grid: Grid = EXACT
+            x: torch.Tensor, limit: int = max_rejections, grid: Grid = EXACT
         ) -> torch.Tensor:
             return emission_probabilities(
-                candidates, x, strength=1.0, max_rejections=most, grid=grid
+                candidates, x, strength=1.0, max_rejections=limit, grid=grid
             )
 
         def kl(x: torch.Tensor) -> torch.Tensor:

@@ -59,9 +59,9 @@ def read_whole(name: str) -> Positions:
 
 
 def assert_read(reader: Reader, name: str) -> None:
-    found = reader.take([name])[name]
-    for ours, theirs in zip(found, read_whole(name), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    taken = reader.take([name])[name]
+    for actual, expected in zip(taken, read_whole(name), strict=True):
+        torch.testing.assert_close(actual, expected)
     assert reader.take([name]) == {}  # once
 
 
@@ -91,10 +91,10 @@ def test_a_preempted_request_is_read_once(reader: Reader, comes_anew: bool) -> N
 
 
 def test_a_rank_that_does_not_report_takes_part_and_keeps_nothing() -> None:
-    asked = []
-    reader = Reader(lambda hidden: asked.append(len(hidden)), reports=False)
+    num_rows = []
+    reader = Reader(lambda hidden: num_rows.append(len(hidden)), reports=False)
     run(reader, ["r0"], {"r0": 0}, {"r0": 12})
-    assert asked == [12 - START] and not reader.is_busy
+    assert num_rows == [12 - START] and not reader.is_busy
     assert reader.take(["r0"]) == {}
 
 

@@ -30,9 +30,9 @@ def test_round_trip_through_extra_args():
 
 
 def test_what_a_request_leaves_out():
-    found = alignment_of({"alignment": {"proxy": "polite"}})
-    assert (found.strength, found.max_rejections, found.version) == (1.0, None, None)
-    assert (found.trace, found.shadow, found.acts) == (False, True, True)
+    parsed = alignment_of({"alignment": {"proxy": "polite"}})
+    assert (parsed.strength, parsed.max_rejections, parsed.version) == (1.0, None, None)
+    assert (parsed.trace, parsed.shadow, parsed.acts) == (False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def nested(depth: int) -> dict[str, Any]:
     ],
 )
 def test_plain_sampling_where_there_is_nothing_to_apply(extra_args: Any):
-    found = alignment_of(extra_args)
-    assert not found.acts
-    assert found.shadow  # whoever is let in without the server is scored like anybody else
+    parsed = alignment_of(extra_args)
+    assert not parsed.acts
+    assert parsed.shadow  # whoever is let in without the server is scored like anybody else
 
 
 def test_a_request_may_be_exempt_from_shadows():
-    found = alignment_of({"alignment": {"shadow": False}})
-    assert (found.shadow, found.acts) == (False, False)
+    parsed = alignment_of({"alignment": {"shadow": False}})
+    assert (parsed.shadow, parsed.acts) == (False, False)
 
 
 @pytest.mark.parametrize(

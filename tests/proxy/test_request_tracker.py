@@ -28,8 +28,8 @@ def params(proxy: str | None, **alignment: Any) -> Any:
         "temperature": 1.0,
     }
     own |= {key: alignment.pop(key) for key in tuple(alignment) if key in own}
-    found = {"alignment": alignment | {"proxy": proxy}} if proxy or alignment else None
-    return SimpleNamespace(extra_args=found, **own)
+    alignment_args = {"alignment": alignment | {"proxy": proxy}} if proxy or alignment else None
+    return SimpleNamespace(extra_args=alignment_args, **own)
 
 
 class Worker:
@@ -171,8 +171,8 @@ def test_counts_add_up_and_are_taken_once():
     assert worker.tracker.take(["x", "x-00000001"]) == {}
 
 
-@pytest.mark.parametrize("asked", [["abc"], ["0_abc-0000000a", "1_abc-0000000a"]])
-def test_samples_of_one_request_are_found_by_the_callers_id(asked):
+@pytest.mark.parametrize("request_ids", [["abc"], ["0_abc-0000000a", "1_abc-0000000a"]])
+def test_samples_of_one_request_are_found_by_the_callers_id(request_ids):
     worker = Worker()
     worker.requests = {
         "0_abc-0000000a": params("a"),
@@ -182,7 +182,7 @@ def test_samples_of_one_request_are_found_by_the_callers_id(asked):
     worker.step()
     worker.requests.clear()
     worker.plan([])  # they have finished
-    assert set(worker.tracker.take(asked)) == {"0_abc-0000000a", "1_abc-0000000a"}
+    assert set(worker.tracker.take(request_ids)) == {"0_abc-0000000a", "1_abc-0000000a"}
     assert set(worker.tracker.take(["abcd"])) == {"abcd-0000000b"}
 
 
@@ -356,8 +356,8 @@ def test_traces_by_the_callers_id():
         decision, tracing = plan.proxied.decide(*args, temperature_applied=False)
         worker.tracker.stats.record(plan.proxied, decision, None, tracing)
 
-    def lengths(asked: list[str]) -> dict[str, int]:
-        taken = worker.tracker.take_traces(asked)
+    def lengths(request_ids: list[str]) -> dict[str, int]:
+        taken = worker.tracker.take_traces(request_ids)
         return {req_id: len(entries) for req_id, entries in taken.items()}
 
     step()

@@ -146,7 +146,7 @@ def test_greedy_as_vllm_has_it(temperature, is_greedy, divisor):
 
 
 @pytest.mark.parametrize(
-    ("trained", "asked", "found"),
+    ("trained", "requested", "expected_limits"),
     [
         ((16, 0.9), (0, 1.0), (16, 0.9)),
         ((16, 0.9), (20, 0.95), (16, 0.9)),
@@ -155,22 +155,26 @@ def test_greedy_as_vllm_has_it(temperature, is_greedy, divisor):
         ((0, 1.0), (0, 1.0), (0, 1.0)),
     ],
 )
-def test_a_request_narrows_its_proxys_nucleus_and_never_widens_it(trained, asked, found):
+def test_a_request_narrows_its_proxys_nucleus_and_never_widens_it(
+    trained, requested, expected_limits
+):
     config = ProxyConfig(hidden_size=H, vocab_size=V, top_k=trained[0], top_p=trained[1])
     served = ServedProxy("one", "0" * 12, config)
-    for temperature, expected in ((0.5, found), (0.0, trained)):
+    for temperature, expected in ((0.5, expected_limits), (0.0, trained)):
         assignment = Assignment(
-            "r", served, temperature=temperature, top_k=asked[0], top_p=asked[1]
+            "r", served, temperature=temperature, top_k=requested[0], top_p=requested[1]
         )
         assert assignment.truncation == expected
-    assert Assignment("r", top_k=asked[0], top_p=asked[1]).truncation == asked
+    assert Assignment("r", top_k=requested[0], top_p=requested[1]).truncation == requested
     policy = SimpleNamespace(network=object(), config=config)
-    decoding = Decoding(temperature=0.5, top_k=asked[0], top_p=asked[1])
+    decoding = Decoding(temperature=0.5, top_k=requested[0], top_p=requested[1])
     logits = torch.randn(5, V)
-    ours = Policy.candidates(policy, logits, decoding)
-    theirs = nucleus(logits, 16, torch.full((5,), found[0] or V), torch.full((5,), found[1]))
-    assert torch.equal(ours.token_ids, theirs.token_ids)
-    assert torch.equal(ours.logprobs, theirs.logprobs)
+    policy_nucleus = Policy.candidates(policy, logits, decoding)
+    reference = nucleus(
+        logits, 16, torch.full((5,), expected_limits[0] or V), torch.full((5,), expected_limits[1])
+    )
+    assert torch.equal(policy_nucleus.token_ids, reference.token_ids)
+    assert torch.equal(policy_nucleus.logprobs, reference.logprobs)
 
 
 def test_seeded_rows_draw_from_their_seeds_alone(pool, proxies):

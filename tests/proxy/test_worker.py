@@ -242,8 +242,8 @@ def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
             PROMPTS[:4],
             [params(p, max_tokens=1, **kw) for p, kw in zip(proxies, kinds, strict=True)],
         )
-        for ours, theirs in zip(mixed, plain, strict=True):
-            (a,), (b,) = ours.outputs[0].logprobs, theirs.outputs[0].logprobs
+        for actual, expected_output in zip(mixed, plain, strict=True):
+            (a,), (b,) = actual.outputs[0].logprobs, expected_output.outputs[0].logprobs
             top = {t: e.logprob for t, e in b.items() if e.rank <= 4 and math.isfinite(e.logprob)}
             assert {t: a[t].logprob for t in top} == pytest.approx(top, rel=1e-5, abs=1e-5)
 
@@ -496,10 +496,10 @@ def test_requests_in_flight_keep_the_version_they_began_with(proxied, checkpoint
 
 def versions_of(llm: Any) -> dict[str, list[str]]:
     """Of each name, in the order of loading."""
-    found: dict[str, list[str]] = {}
+    versions_by_name: dict[str, list[str]] = {}
     for entry in rpc(llm, "list_proxies"):
-        found.setdefault(entry["name"], []).append(entry["version"])
-    return found
+        versions_by_name.setdefault(entry["name"], []).append(entry["version"])
+    return versions_by_name
 
 
 def test_several_versions_under_a_name(stock, proxied, checkpoints):
@@ -698,8 +698,8 @@ def test_traces_while_requests_run_and_afterwards(proxied):
     finished: dict[str, Any] = {}
     lengths = set()
 
-    def take(asked: list[str]) -> None:
-        for engine_id, entries in rpc(proxied, "take_traces", asked).items():
+    def take(request_ids: list[str]) -> None:
+        for engine_id, entries in rpc(proxied, "take_traces", request_ids).items():
             assert entries
             traces.setdefault(engine_id.split("-")[0], []).extend(entries)
 
@@ -762,11 +762,11 @@ def test_aborted_requests_leave_nothing_behind(proxied):
         engine.step()
     engine.abort_request(["gone"])
     outputs = generate(proxied, PROMPTS, [params("one", seed=i) for i in range(6)])
-    asked = ["gone", *(output.request_id for output in outputs)]
-    assert len(rpc(proxied, "take_alignment_counts", asked)) == 7
+    request_ids = ["gone", *(output.request_id for output in outputs)]
+    assert len(rpc(proxied, "take_alignment_counts", request_ids)) == 7
     tracker = worker_of(proxied)._tracker
     known = (*tracker._finished, *tracker._engine_ids)
-    assert not [req_id for req_id in known if req_id.split("-")[0] in asked]
+    assert not [req_id for req_id in known if req_id.split("-")[0] in request_ids]
 
 
 def test_the_candidate_table_is_that_of_the_llms_embeddings(
