@@ -275,6 +275,7 @@ class ProxyGPUWorker(GPUWorker):
         return self._base
 
     def _embeddings(self) -> Iterator[Tensor]:
+        """The LLM's embedding rows [<= 8192, H], chunk by chunk; all ranks ask for all of them."""
         model, vocab_size = self.model_runner.get_model(), self.model_config.get_vocab_size()
         return embedding_chunks(model, vocab_size, self.device)
 
@@ -289,6 +290,7 @@ if current_platform.is_cpu():
         """vLLM's CPU worker, itself a kind of its CUDA worker, with proxies."""
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
+            """As its parent's, with a correction of vLLM's LoRA."""
             super().load_model(*args, **kwargs)
             if self.vllm_config.lora_config is not None:
                 keep_adapters_off_frozen_rows(self.model_runner)
