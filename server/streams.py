@@ -4,6 +4,8 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
 
+from pydantic_core import from_json
+
 Trace = list[dict[str, Any]]
 DONE = "data: [DONE]\n\n"
 
@@ -21,7 +23,7 @@ class Event(NamedTuple):
         """Never fails: whatever is no JSON object has no data."""
         content = text.removeprefix("data: ")
         try:
-            data = json.loads(content) if content.startswith("{") else None
+            data = from_json(content) if content.startswith("{") else None  # twice as fast as json
         except ValueError:
             data = None
         return cls(text, data)

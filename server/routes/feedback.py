@@ -134,7 +134,7 @@ def _checked(preference: Preference) -> Preference:
     except PrefersNothing:
         raise HTTPException(400, "the responses are the same: neither is better") from None
     except Unusable as error:
-        raise HTTPException(400, f"nobody could learn from it: {error}") from None
+        raise HTTPException(400, f"training could not use it: {error}") from None
     return preference
 
 
