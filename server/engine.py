@@ -24,6 +24,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
@@ -63,6 +64,7 @@ __all__ = [
     "OpenAIServingCompletion",
     "OpenAIServingModels",
     "OwnExtraArgs",
+    "ResponsesRequest",
     "UsageInfo",
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400

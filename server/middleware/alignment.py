@@ -23,8 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.request import EXTRA_ARGS_KEY
 from server.access import CALLER
-from server.admission import Admission, AdmittedRequest, admit, load_own_proxy
+from server.admission import RESPONSES, Admission, AdmittedRequest, admit, load_own_proxy
 from server.app_state import AppState
+from server.body_shape import check_responses_items, check_shape
 from server.engine import VLLMNotFoundError, VLLMValidationError, create_error_response
 from server.engine_wrapper import CURRENT_REQUEST
 from server.middleware.request_log import ADMITTED, BODY, TEXTS
@@ -59,6 +60,9 @@ class AlignmentMiddleware:
         state: AppState = scope["app"].state.assent
         model, has_alignment = body.get("model"), EXTRA_ARGS_KEY in body
         try:
+            check_shape(body)
+            if path == RESPONSES:
+                check_responses_items(body)
             await load_own_proxy(body, state, scope[CALLER])
             admitted = scope[ADMITTED] = admit(path, body, state, scope[CALLER])
         except (VLLMNotFoundError, VLLMValidationError) as error:
