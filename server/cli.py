@@ -28,6 +28,7 @@ from server.checks import (
     parse_learn,
     parse_proxies,
 )
+from server.http_protocol import bound_connections
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
 from server.vllm_patches import install_plugin
@@ -47,6 +48,7 @@ def serve(argv: Sequence[str]) -> None:
         if args.request_log:
             write_to_stdout()
         install_plugin(plugin)
+        bound_connections()
         uvloop.run(run_server(args))
     except STARTUP_ERRORS as error:
         refuse(error)

@@ -12,6 +12,7 @@ client; a load balancer in front may be stricter.
 from asyncio import BaseTransport, TimerHandle
 from typing import Any, cast
 
+from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_CONNECTIONS = 4096
@@ -25,6 +26,11 @@ REASONS = {
     431: "Request Header Fields Too Large",
     503: "Service Unavailable",
 }
+
+
+def bound_connections() -> None:
+    """Have uvicorn take this protocol where nobody asked for another."""
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHttpProtocol.__name__}"
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):

@@ -1,0 +1,66 @@
+"""Requests that want to exhaust the real server: each is refused soon, and others are answered meanwhile."""
+
+import socket
+import threading
+from collections import Counter
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+
+from tests.server.conftest import ADMIN_KEY, Server
+
+HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
+MIB = 2**20
+
+
+@pytest.fixture
+def others(server: Server):
+    """Somebody else, who asks again and again, and is answered every time."""
+    over, statuses = threading.Event(), Counter[int]()
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
+            while not over.is_set():
+                statuses[client.get("/v1/models").status_code] += 1
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+    assert set(statuses) == {200}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": [[]] * 50_000 + [0]}),
+        ("/v1/responses", {"input": [{}] * 4000}),
+        ("/v1/responses", {"input": [{"type": "message"}] * 4000}),
+        ("/v1/chat/completions", {"messages": [[]] * 300_000}),
+        ("/v1/chat/completions", {"messages": [{}] * 4000}),
+        ("/v1/completions", {"prompt": [1.5] * 200_000}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 4000}], "max_tokens": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_small_body_eats_no_gigabytes(server, others, path, body):
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    answer = httpx.post(server.url + path, json=body, headers=HEADERS, timeout=60)
+    assert answer.status_code in (400, 422), answer.text[:300]
+    assert len(answer.content) < 20_000
+    assert process.memory_info().rss - before < 300 * MIB
+
+
+def test_headers_without_an_end(server, others):
+    address = urlsplit(server.url)
+    before = psutil.Process(server.process.pid).memory_info().rss
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\n")
+        with pytest.raises(OSError):
+            for _ in range(3000):
+                connection.sendall(b"a: " + b"b" * 10_000 + b"\r\n")
+    assert psutil.Process(server.process.pid).memory_info().rss - before < 50 * MIB
