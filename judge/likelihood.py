@@ -96,7 +96,7 @@ class LikelihoodJudge:
             readings = [self._reading(candidate.prompt, text) for text in texts]
             return max(len(r.prompt) + len(r.response) for r in readings) <= self.max_tokens
 
-        return shorten(question, fits)
+        return shorten(question, fits, self.max_tokens)
 
     def _reading(self, prompt: Sequence[Message], text: str) -> Reading:
         return Reading(*response_ids(self.tokenizer, prompt, text))

@@ -132,5 +132,8 @@ def encode_question(
             judge_prompt_ids(tokenizer, question.swapped, principle),
         )
 
-    short = shorten(question, lambda candidate: max(map(len, encode(candidate))) <= max_tokens)
+    def fits(candidate: Question) -> bool:
+        return max(map(len, encode(candidate))) <= max_tokens
+
+    short = shorten(question, fits, max_tokens)
     return EncodedQuestion(short, short is not question, encode(short))

@@ -21,6 +21,8 @@ from judge.principles import Principle
 LABELS = (" A", " B")
 CUT = " ..."
 """Marks the end of a text that was cut."""
+MAX_TOKEN_CHARS = 64
+"""Characters a token of a text, on average, beyond which it is shortened unread. Languages have 1 to 6."""
 
 
 class Question(NamedTuple):
@@ -148,43 +150,67 @@ def response_ids(
     return prompt_ids, whole[len(prompt_ids) :]
 
 
-def shorten(question: Question, fits: Callable[[Question], bool]) -> Question:
+def shorten(question: Question, fits: Callable[[Question], bool], max_tokens: int) -> Question:
     """The question, shortened until it fits; training and serving shorten alike.
 
-    First the oldest turns are dropped, one by one, but never the last. If that is not enough, the last turn and the
-    responses are cut at their ends, all three to the same number of characters: the largest that fits. A cut text
+    First the oldest turns are dropped, as few as possible, but never the last. If that is not enough, the last turn and
+    the responses are cut at their ends, all three to the same number of characters: the largest that fits. A cut text
     ends in `CUT`.
+
+    Both limits are found by doubling and bisection from the short side, so that a text far beyond the limit is never
+    tokenized: the work grows with `max_tokens` and the logarithm of the text.
 
     Args:
         question: the whole question
         fits: whether a question is short enough, whatever its order
+        max_tokens: the limit of `fits`. More than `MAX_TOKEN_CHARS` times as many characters do not fit.
 
     Raises:
         TooLong: it does not fit even without a character of the last turn and the responses.
     """
-    if fits(question):
+
+    def is_short(candidate: Question) -> bool:
+        texts = candidate.first, candidate.second, *(text_of(turn) for turn in candidate.prompt)
+        return sum(map(len, texts)) <= MAX_TOKEN_CHARS * max_tokens and fits(candidate)
+
+    if is_short(question):
         return question
-    for start in range(1, len(question.prompt)):
-        recent = question._replace(prompt=question.prompt[start:])
-        if fits(recent):
-            return recent
+
+    def recent(count: int) -> Question:
+        return question._replace(prompt=question.prompt[len(question.prompt) - count :])
+
+    turns = _largest(1, len(question.prompt) - 1, lambda count: is_short(recent(count)))
+    if turns is not None:
+        return recent(turns)
     last = question.prompt[-1:]
 
     def cut(length: int) -> Question:
         prompt = [Message(role=m["role"], content=_cut(text_of(m), length)) for m in last]
         return Question(prompt, _cut(question.first, length), _cut(question.second, length))
 
-    # Invariant of the bisection: cut(low) fits, cut(high) does not.
-    low, high = (
-        -1,
-        max(len(text) for text in (question.first, question.second, *(text_of(m) for m in last))),
-    )
+    longest = max(map(len, (question.first, question.second, *map(text_of, last))))
+    length = _largest(0, longest - 1, lambda count: is_short(cut(count)))
+    if length is None:
+        raise TooLong("the principle alone is longer than the model's context: shorten it")
+    return cut(length)
+
+
+def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The largest number from low to high for which `holds` is true, if it is true up to there; None where it never is.
+
+    Numbers of more than about twice the result are not tried.
+    """
+    if low > high or not holds(low):
+        return None
+    step = 1
+    while low + step <= high and holds(low + step):
+        low, step = low + step, 2 * step
+    # Invariant of the bisection: holds(low), and not holds(high) where high was tried.
+    high = min(high + 1, low + step)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(cut(middle)) else (low, middle)
-    if low < 0:
-        raise TooLong("the principle alone is longer than the model's context: shorten it")
-    return cut(low)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _cut(text: str, length: int) -> str:

@@ -135,29 +135,61 @@ TURNS: list[Message] = [{"role": "user", "content": letter * 10} for letter in "
 
 def test_what_fits_is_left_alone():
     question = Question(TURNS, "x" * 10, "y" * 10)
-    assert shorten(question, at_most(50)) is question
+    assert shorten(question, at_most(50), 100) is question
 
 
 def test_the_oldest_turns_go_first():
     question = Question(TURNS, "x" * 10, "y" * 10)
-    assert shorten(question, at_most(49)) == Question(TURNS[1:], "x" * 10, "y" * 10)
-    assert shorten(question, at_most(39)) == Question(TURNS[2:], "x" * 10, "y" * 10)
+    assert shorten(question, at_most(49), 100) == Question(TURNS[1:], "x" * 10, "y" * 10)
+    assert shorten(question, at_most(39), 100) == Question(TURNS[2:], "x" * 10, "y" * 10)
 
 
 def test_then_what_is_longest_is_cut_to_the_same_length():
     # 29 characters: each cut text is c + 4 long, as " ..." is; 3 (c + 4) <= 29.
     question = Question(TURNS, "x" * 10, "y" * 10)
-    assert texts(shorten(question, at_most(29))) == ["ccccc ...", "xxxxx ...", "yyyyy ..."]
+    assert texts(shorten(question, at_most(29), 100)) == ["ccccc ...", "xxxxx ...", "yyyyy ..."]
     # Here the first is short: 3 + 2 (c + 4) <= 25.
     question = Question(TURNS[:1], "xyz", "y" * 100)
-    assert texts(shorten(question, at_most(25))) == ["aaaaaaa ...", "xyz", "yyyyyyy ..."]
+    assert texts(shorten(question, at_most(25), 100)) == ["aaaaaaa ...", "xyz", "yyyyyyy ..."]
 
 
 def test_cutting_does_not_depend_on_the_order():
     question = Question(TURNS, "x" * 10, "y" * 40)
-    assert shorten(question.swapped, at_most(40)) == shorten(question, at_most(40)).swapped
+    assert (
+        shorten(question.swapped, at_most(40), 100) == shorten(question, at_most(40), 100).swapped
+    )
 
 
 def test_a_principle_that_leaves_no_room():
     with pytest.raises(JudgePromptError, match="the principle alone is longer"):
-        shorten(Question(TURNS, "x", "y"), lambda question: False)
+        shorten(Question(TURNS, "x", "y"), lambda question: False, 100)
+
+
+@pytest.mark.parametrize("limit", range(12, 160, 7))
+def test_as_few_turns_are_dropped_as_possible(limit):
+    turns = [{"role": "user", "content": "a" * size} for size in (3, 1, 30, 8, 20, 2, 5)]
+    question = Question(turns, "x" * 4, "y" * 6)
+    fits = at_most(limit)
+    candidates = [question._replace(prompt=turns[start:]) for start in range(len(turns))]
+    expected = next((candidate for candidate in candidates if fits(candidate)), None)
+    if expected is not None:
+        assert shorten(question, fits, 1000) == expected
+
+
+def test_what_is_far_too_long_is_never_read_as_a_whole():
+    """The work grows with the limit and the logarithm of the text, so a long text stops nobody."""
+    read = []
+
+    def fits(question):
+        read.append(sum(map(len, texts(question))))
+        return read[-1] <= 2000
+
+    turns = [{"role": "user", "content": "a" * 100} for _ in range(10_000)]
+    short = shorten(Question(turns, "x" * 100, "y" * 100), fits, 500)
+    assert len(short.prompt) == 18
+    assert max(read) < 5000 and len(read) < 15
+
+    read.clear()
+    short = shorten(Question(turns, "x" * 1_000_000, "y" * 2_000_000), fits, 500)
+    assert sum(map(len, texts(short))) in range(1990, 2001)
+    assert max(read) < 5000 and len(read) < 30
