@@ -7,3 +7,15 @@
 
 `announce` logs the end of the start, and `errors` has the error responses of all of them.
 """
+
+from starlette.types import Scope
+
+
+def route_path(scope: Scope) -> str:
+    """The path below `--root-path`, as Starlette finds routes by it.
+
+    `str.removeprefix` does not do: with the root path `/p` it makes `roxies` of `/proxies`.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path

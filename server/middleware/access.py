@@ -3,14 +3,25 @@
 vLLM checks its own API keys on some paths only, such as those under /v1. This middleware covers every path.
 """
 
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access import ADMIN_KEYS, CALLER, Access, Caller
+from server.middleware import route_path
 from server.middleware.errors import HTTPErrorResponse
 
-ADMIN_PATHS = ("/proxies", "/positions")
-"""Prefixes of paths that need an administrator's key, except with GET."""
+USER_PATHS = (
+    *("/v1/", "/judge", "/feedback", "/tokenize", "/detokenize", "/invocations", "/ping"),
+    *("/inference/v1/generate", "/generative_scoring", "/cohere/", "/v2/"),
+    *("/pooling", "/classify", "/score", "/rerank"),
+)
+"""Prefixes of paths that any key may send to. All others need an administrator's key, except with GET: so does what a
+later version of vLLM adds."""
+ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Exceptions below `USER_PATHS`."""
 OPEN_PATHS = ("/health",)
 UNAUTHORIZED = HTTPErrorResponse(
     401,
@@ -24,6 +35,13 @@ NO_ADMIN = HTTPErrorResponse(
     f"This request needs an administrator's key: one of {ADMIN_KEYS}, or one with admin = true in the file of "
     "--access.",
 )
+UNKNOWN_HOST = HTTPErrorResponse(
+    421,
+    "MisdirectedRequestError",
+    "This server has no API keys and listens on this machine alone, so that it answers only to an address or to "
+    "`localhost` in the Host header: a web page could reach it under a name of its own. Set an API key, or send "
+    "`Host: localhost`.",
+)
 
 
 class AccessMiddleware:
@@ -35,10 +53,10 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):  # the server's own start and stop
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        # A browser's preflight request (OPTIONS) carries no key.
-        is_open = path in OPEN_PATHS or scope.get("method") == "OPTIONS"
-        caller = self.access.anybody if is_open else self.access.find(Headers(scope=scope))
+        path = route_path(scope)
+        headers = Headers(scope=scope)
+        is_open = path in OPEN_PATHS or _is_preflight(scope, headers)
+        caller = self.access.anybody if is_open else self.access.find(headers)
         scope[CALLER] = caller
         error = self._check(scope, path, caller)
         if error is None:
@@ -53,7 +71,9 @@ class AccessMiddleware:
         method = scope.get("method")  # None of a websocket
         if caller is None:
             return UNAUTHORIZED
-        if path.startswith(ADMIN_PATHS) and method != "GET" and not caller.admin:
+        if not self.access.callers and _may_be_rebound(scope):
+            return UNKNOWN_HOST
+        if not caller.admin and _needs_admin(method, path):
             return NO_ADMIN
         if method in ("POST", None) and (wait := caller.take()):
             limit = caller.limits.requests_per_minute
@@ -96,6 +116,45 @@ class AccessMiddleware:
             "RequestTooLargeError",
             f"The body is larger than this server accepts: {self.max_body_bytes} bytes, set by --max-body-bytes.",
         )
+
+
+def _needs_admin(method: str | None, path: str) -> bool:
+    if method in ("GET", "HEAD", "OPTIONS", None):
+        return False
+    return path.startswith(ADMIN_PATHS) or not path.startswith(USER_PATHS)
+
+
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser asks what it may send, which it does without a key. The CORS middleware answers."""
+    return (
+        scope.get("method") == "OPTIONS"
+        and "origin" in headers
+        and "access-control-request-method" in headers
+    )
+
+
+def _may_be_rebound(scope: Scope) -> bool:
+    """Whether the request came to a loopback address under a name that anybody's DNS server may point there.
+
+    A web page can then send requests to this server as if it were the page's own (DNS rebinding).
+    """
+    server = scope.get("server")
+    if server is None or not _is_loopback(server[0]):
+        return False
+    host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
+    return not (host == "localhost" or host.endswith(".localhost") or _is_address(host))
+
+
+def _is_loopback(host: str) -> bool:
+    return _is_address(host) and ip_address(host).is_loopback
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class _TooLarge(Exception):

@@ -28,6 +28,7 @@ from server.app_state import AppState
 from server.body_shape import check_responses_items, check_shape
 from server.engine import VLLMNotFoundError, VLLMValidationError, create_error_response
 from server.engine_wrapper import CURRENT_REQUEST
+from server.middleware import route_path
 from server.middleware.request_log import ADMITTED, BODY, TEXTS
 
 PROXY_HEADER = "Assent-Proxy"
@@ -43,7 +44,7 @@ class AlignmentMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = route_path(scope) if "path" in scope else ""
         if scope["type"] == "http" and path == "/metrics":
             await _flush_metrics(scope["app"].state.assent)
         if scope["type"] != "http" or scope["method"] != "POST":

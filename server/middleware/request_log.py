@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import metrics
 from server.access import CALLER
 from server.admission import AdmittedRequest
+from server.middleware import route_path
 
 ADMITTED, TEXTS, BODY = "assent.admitted", "assent.texts", "assent.body"
 """Keys of an ASGI scope: the admitted request, whether texts are logged, and the original body if they are."""
@@ -55,7 +56,7 @@ class RequestLogMiddleware:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = route_path(scope) if "path" in scope else ""
         if scope["type"] != "http" or (scope["method"] == "GET" and path.rstrip("/") in _QUIET):
             return await self.app(scope, receive, send)
         scope[TEXTS] = self.texts
