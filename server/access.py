@@ -42,14 +42,21 @@ class AccessError(ValueError):
 
 
 class Limits(BaseModel):
-    """Limits of one request, or of the requests of a minute; None = no limit."""
+    """Limits of one request, or of the requests under way or of a minute; None = no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: Positive | None = None
     """Of POST requests. This many may also arrive at once."""
+    tokens_per_minute: Positive | None = None
+    """Of prompts and completions, a judge's too. They count as they are read and written: a request begins while there
+    are tokens left, and may end beyond the limit."""
+    concurrent_requests: Positive | None = None
+    """POST requests under way at once."""
     max_samples: Positive | None = None
     """Samples: `n` or `alignment.best_of`, times the prompts of a batch."""
+    max_judgments: Positive | None = None
+    """What the judge reads: a comparison by one principle is two, because both orders are read."""
     max_prompt_tokens: Positive | None = None
     """Of each prompt. The prompts of a best-of-N request's judge do not count."""
     trace: bool = True
@@ -100,24 +107,35 @@ class Caller:
     identity: str = "anybody"
     """Marks a caller's rows in the database: the key's name in the file, or a hash of the key, because the
     number of a key without a name changes with the list."""
-    _left: float = field(init=False)
-    _at: float = field(init=False)
+    requests: "Bucket" = field(init=False)
+    tokens: "Bucket" = field(init=False)
+    active: int = 0
+    """POST requests under way."""
 
     def __post_init__(self) -> None:
-        self._left, self._at = self.limits.requests_per_minute or 0, monotonic()
+        self.requests = Bucket(self.limits.requests_per_minute)
+        self.tokens = Bucket(self.limits.tokens_per_minute)
 
-    def take(self) -> float:
-        """Count one request; returns the seconds to wait where the limit is reached, else 0."""
-        limit = self.limits.requests_per_minute
-        if limit is None:
+
+class Bucket:
+    """Refills evenly, up to the amount of a minute; more may be taken than there is left."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        """None = there is always enough."""
+        self.per_minute = per_minute
+        self._left, self._at = float(per_minute or 0), monotonic()
+
+    def wait(self) -> float:
+        """Seconds until there is at least one; 0 = there is."""
+        if self.per_minute is None:
             return 0
         now = monotonic()
-        self._left = min(limit, self._left + (now - self._at) * limit / 60)
+        self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
         self._at = now
-        if self._left < 1:
-            return (1 - self._left) * 60 / limit
-        self._left -= 1
-        return 0
+        return max(0.0, (1 - self._left) * 60 / self.per_minute)
+
+    def take(self, amount: int) -> None:
+        self._left -= amount
 
 
 class Access(NamedTuple):

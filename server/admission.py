@@ -49,7 +49,7 @@ class Admission:
     """The request's options for the worker; None = no proxy takes part."""
     pinned: ServedVersion | None
     """The proxy's version, which stays loaded until the response has ended."""
-    limits: Limits
+    caller: Caller
     wants_stats: bool
     """Whether the response reports proxy and version."""
     best_of: int
@@ -109,7 +109,7 @@ def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> A
         requested_model=model_name if model and is_served(model, state.models) else None,
         alignment=alignment.for_worker(pinned.name, pinned.version) if pinned is not None else None,
         pinned=pinned,
-        limits=caller.limits,
+        caller=caller,
         wants_stats=name is not None or options is not None,
         best_of=alignment.best_of,
         judge=alignment.judge or JudgeOptions.model_validate({}),

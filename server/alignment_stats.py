@@ -110,6 +110,8 @@ class AlignmentCounts:
     """Ids of the requests to the engine, except a judge's: one per prompt, each with n samples."""
     num_samples: int = 1
     """n of each of them."""
+    num_judgments: int = 0
+    """Requests to the engine that were a judge's."""
     delivered: Counter[Sample] = field(default_factory=Counter)
     """Tokens that the engine has handed out for each sample."""
     tokens: Counter[str] = field(default_factory=Counter)

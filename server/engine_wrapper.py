@@ -19,7 +19,6 @@ from proxy.request import EXTRA_ARGS_KEY
 from server import vllm_patches
 from server.access import Limits
 from server.admission import AdmittedRequest
-from server.alignment_stats import AlignmentCounts
 from server.engine import (
     EngineClient,
     OpenAIServingModels,
@@ -57,10 +56,14 @@ def wrap_engine(
         if request is None:
             return original(prompt, params, request_id, **options)
         admission, counts = request
+        limits = admission.caller.limits
         if not (is_own and admission.best_of > 1):
-            check_prompt(admission.limits, prompt)
+            check_prompt(limits, prompt)
         if is_own:
-            return _count_judgment(original(prompt, params, request_id, **options), counts)
+            counts.num_judgments += 1
+            _check_limit("max_judgments", counts.num_judgments, limits.max_judgments)
+            outputs = original(prompt, params, request_id, **options)
+            return _count_judgment(outputs, request)
         if admission.alignment is not None:
             params = copy.copy(params)  # the handler may use its own again
             params.extra_args = {**(params.extra_args or {}), **admission.alignment.to_extra_args()}
@@ -68,6 +71,8 @@ def wrap_engine(
             request_id = f"{request_id}-p{next(numbers)}"
         counts.engine_ids.append(request_id)
         counts.num_samples = params.n
+        # Counted here, because every route comes here, whatever its body calls the number of samples.
+        _check_limit("max_samples", len(counts.engine_ids) * params.n, limits.max_samples)
         outputs = original(prompt, params, request_id, **options)
         return _count(outputs, request, request_id)
 
@@ -90,6 +95,15 @@ def check_prompt(limits: Limits, prompt: Any) -> None:
         )
 
 
+def _check_limit(name: str, count: int, limit: int | None) -> None:
+    if limit is not None and count > limit:
+        kind = name.removeprefix("max_")
+        message = (
+            f"{name}: the request asks for {count} {kind} or more, and this key may have {limit}"
+        )
+        raise VLLMValidationError(message, parameter=name)
+
+
 def _check_arguments(params: Any, prompt_logprobs_refused: str | None) -> None:
     if EXTRA_ARGS_KEY in (params.extra_args or {}):  # by a route that `admission` does not check
         raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
@@ -106,23 +120,29 @@ async def _count(
         async for output in outputs:
             for sample in output.outputs:
                 counts.tokens["completion"] += len(sample.token_ids)
+                admission.caller.tokens.take(len(sample.token_ids))
                 counts.delivered[request_id, sample.index] += len(sample.token_ids)
                 if counts.texts is not None:
                     counts.texts[request_id, sample.index] += sample.text
             if output.finished:
-                counts.tokens["prompt"] += len(output.prompt_token_ids or ())
+                prompt_tokens = len(output.prompt_token_ids or ())
+                counts.tokens["prompt"] += prompt_tokens
+                admission.caller.tokens.take(prompt_tokens)
                 if admission.alignment is not None and not admission.alignment.trace:
                     counts.finish(request_id)
             yield output
 
 
 async def _count_judgment(
-    outputs: AsyncGenerator[Any, None], counts: AlignmentCounts
+    outputs: AsyncGenerator[Any, None], request: AdmittedRequest
 ) -> AsyncGenerator[Any, None]:
     """The outputs of a judge's request, with their tokens counted."""
+    admission, counts = request
     async with aclosing(outputs):
         async for output in outputs:
-            counts.tokens["judge_completion"] += len(output.outputs[0].token_ids)
-            if output.finished:
-                counts.tokens["judge_prompt"] += len(output.prompt_token_ids or ())
+            completion = len(output.outputs[0].token_ids)
+            prompt = len(output.prompt_token_ids or ()) if output.finished else 0
+            counts.tokens["judge_completion"] += completion
+            counts.tokens["judge_prompt"] += prompt
+            admission.caller.tokens.take(completion + prompt)
             yield output

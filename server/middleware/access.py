@@ -75,14 +75,8 @@ class AccessMiddleware:
             return UNKNOWN_HOST
         if not caller.admin and _needs_admin(method, path):
             return NO_ADMIN
-        if method in ("POST", None) and (wait := caller.take()):
-            limit = caller.limits.requests_per_minute
-            return HTTPErrorResponse(
-                429,
-                "RateLimitError",
-                f"requests_per_minute: this key may send {limit} requests a minute",
-                {"Retry-After": str(int(wait) + 1)},
-            )
+        if method in ("POST", None) and (refusal := _over_limit(caller)):
+            return refusal
         if int(Headers(scope=scope).get("content-length", 0)) > self.max_body_bytes:
             return self._too_large()
         return None
@@ -104,11 +98,15 @@ class AccessMiddleware:
             has_started = True
             await send(message)
 
+        caller, is_post = scope[CALLER], scope.get("method") == "POST"
+        caller.active += is_post
         try:
             await self.app(scope, count_bytes, note_start)
         except _TooLarge:
             if not has_started:
                 await self._too_large()(scope, receive, send)
+        finally:
+            caller.active -= is_post
 
     def _too_large(self) -> HTTPErrorResponse:
         return HTTPErrorResponse(
@@ -116,6 +114,29 @@ class AccessMiddleware:
             "RequestTooLargeError",
             f"The body is larger than this server accepts: {self.max_body_bytes} bytes, set by --max-body-bytes.",
         )
+
+
+def _over_limit(caller: Caller) -> HTTPErrorResponse | None:
+    """Count one more request; the error where the caller may not send it now."""
+    limits = caller.limits
+    if limits.concurrent_requests is not None and caller.active >= limits.concurrent_requests:
+        message = f"concurrent_requests: this key may have {limits.concurrent_requests} requests under way"
+        return _too_many(message, 1)
+    if wait := caller.tokens.wait():
+        return _too_many(
+            f"tokens_per_minute: this key may use {limits.tokens_per_minute} tokens a minute", wait
+        )
+    if wait := caller.requests.wait():
+        return _too_many(
+            f"requests_per_minute: this key may send {limits.requests_per_minute} requests a minute",
+            wait,
+        )
+    caller.requests.take(1)
+    return None
+
+
+def _too_many(message: str, wait: float) -> HTTPErrorResponse:
+    return HTTPErrorResponse(429, "RateLimitError", message, {"Retry-After": str(int(wait) + 1)})
 
 
 def _needs_admin(method: str | None, path: str) -> bool:

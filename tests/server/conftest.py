@@ -34,6 +34,7 @@ MODEL = "assent-demo"
 API_KEY = "sk-the-tests"
 ADMIN_KEY = "sk-the-tests-admin"
 LIMITED_KEY = "sk-the-tests-limited"
+JUDGING_KEY = "sk-the-tests-judging"
 ACCESS = f"""
 [keys.admin]
 env = "TESTS_ADMIN_KEY"
@@ -44,6 +45,10 @@ sha256 = "{hashlib.sha256(LIMITED_KEY.encode()).hexdigest()}"
 max_samples = 2
 max_prompt_tokens = 40
 trace = false
+
+[keys.judging]
+sha256 = "{hashlib.sha256(JUDGING_KEY.encode()).hexdigest()}"
+max_judgments = 4
 """
 
 START_SECONDS = 900  # a busy machine that must compile the bytecode of all it imports first

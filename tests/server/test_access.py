@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import ADMIN_KEY, API_KEY, LIMITED_KEY, WAIT_SECONDS
+from tests.server.conftest import ADMIN_KEY, API_KEY, JUDGING_KEY, LIMITED_KEY, WAIT_SECONDS
 
 GUARDED = [
     ("GET", "/v1/models"),
@@ -115,6 +115,18 @@ LONG = [{"role": "user", "content": "Hi there. " * 20}]
             "max_samples: .*4 answers",
         ),
         ("v1/completions", {"prompt": ["a", "b"], "n": 2}, "max_samples: .*4 answers"),
+        ("v1/chat/completions", {"messages": TURN, "n": "64"}, "max_samples: .*64 samples"),
+        ("v1/chat/completions/batch", {"messages": [TURN] * 3}, "max_samples: .* 3 "),
+        (
+            "inference/v1/generate",
+            {"token_ids": [5, 6], "sampling_params": {"n": 8, "max_tokens": 2}},
+            "max_samples: .*8 samples",
+        ),
+        (
+            "generative_scoring",
+            {"query": "a", "items": ["b"] * 3, "label_token_ids": [5, 6]},
+            "max_samples: .*3 samples",
+        ),
         (
             "v1/chat/completions",
             {"messages": TURN, "alignment": {"proxy": "aligned", "trace": True}},
@@ -136,7 +148,7 @@ LONG = [{"role": "user", "content": "Hi there. " * 20}]
 )
 def test_the_limits_of_a_key(server, route, body, message):
     body = {"model": "assent-demo", "max_tokens": 2} | body
-    if route == "judge":
+    if route.startswith("judge"):
         body = {key: value for key, value in body.items() if key not in ("model", "max_tokens")}
     for key, status in ((LIMITED_KEY, 400), (API_KEY, 200)):
         headers = {"Authorization": f"Bearer {key}"}
@@ -146,6 +158,25 @@ def test_the_limits_of_a_key(server, route, body, message):
         assert answer.status_code == status, answer.text
         if status == 400:
             assert re.search(message, answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("judge", {"pairs": [{"prompt": "a", "response_a": "b", "response_b": "c"}] * 3}),
+        ("judge/rank", {"prompt": "a", "responses": ["b", "c", "d"], "strategy": "round-robin"}),
+        (
+            "v1/chat/completions",
+            {"model": "assent-demo", "messages": TURN, "alignment": {"best_of": 8}},
+        ),
+    ],
+)
+def test_judgments_count(server, route, body):
+    headers = {"Authorization": f"Bearer {JUDGING_KEY}"}
+    url = f"{server.url}/{route}"
+    answer = httpx.post(url, json=body, headers=headers, timeout=WAIT_SECONDS)
+    assert answer.status_code == 400
+    assert re.search("max_judgments: .* may have 4", answer.json()["error"]["message"])
 
 
 def test_within_its_limits_a_key_may_do_all(server):
@@ -234,7 +265,7 @@ def unit_access(**default):
     return Access(callers, Caller("anybody", limits))
 
 
-async def ask(guard, body, headers):
+async def ask(guard, body, headers, method="POST", path="/v1/x", **scope):
     """The status and the headers of an answer."""
     sent = []
     chunks = [{"type": "http.request", "body": c, "more_body": True} for c in body]
@@ -247,7 +278,8 @@ async def ask(guard, body, headers):
         sent.append(message)
 
     raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
-    await guard({"type": "http", "method": "POST", "path": "/x", "headers": raw}, receive, send)
+    scope = {"type": "http", "method": method, "path": path, "headers": raw, **scope}
+    await guard(scope, receive, send)
     return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}
 
 
@@ -278,6 +310,111 @@ def test_requests_a_minute(monkeypatch):
     statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
     assert statuses == [200, 200, 200, 429]
     assert asyncio.run(ask(guard, [], {}))[0] == 401  # which costs nothing
+
+
+def test_tokens_a_minute(monkeypatch):
+    from server.middleware import access
+
+    now = [100.0]
+    monkeypatch.setattr("server.access.monotonic", lambda: now[0])
+    callers = unit_access(tokens_per_minute=60)
+    guard = access.AccessMiddleware(reader, callers, max_body_bytes=100)
+    key = {"Authorization": "Bearer key"}
+    (caller,) = callers.callers.values()
+    assert asyncio.run(ask(guard, [], key))[0] == 200
+    caller.tokens.take(100)  # a request may end beyond the limit
+    status, headers = asyncio.run(ask(guard, [], key))
+    assert (status, headers["retry-after"]) == (429, "42")
+    now[0] += 41.1
+    assert asyncio.run(ask(guard, [], key))[0] == 200
+    assert asyncio.run(ask(guard, [], key, method="GET"))[0] == 200
+
+
+def test_requests_under_way():
+    from server.middleware.access import AccessMiddleware
+
+    async def at_once() -> list[int]:
+        async def slow(scope, receive, send):
+            await asyncio.sleep(0.2)
+            await reader(scope, receive, send)
+
+        guard = AccessMiddleware(slow, unit_access(concurrent_requests=2), max_body_bytes=100)
+        key = {"Authorization": "Bearer key"}
+        first = await asyncio.gather(*(ask(guard, [], key) for _ in range(3)))
+        gets = await asyncio.gather(*(ask(guard, [], key, method="GET") for _ in range(3)))
+        return [status for status, _ in (*first, *gets, await ask(guard, [], key))]
+
+    assert asyncio.run(at_once()) == [200, 200, 429, 200, 200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "root", "status"),
+    [
+        ("POST", "/v1/chat/completions", "", 200),
+        ("POST", "/v1/load_lora_adapter", "", 403),
+        ("POST", "/scale_elastic_ep", "", 403),
+        ("POST", "/inference/v1/abort_requests", "", 403),
+        ("POST", "/inference/v1/generate", "", 200),
+        ("POST", "/a/route/of/a/later/version", "", 403),
+        ("DELETE", "/proxies/aligned", "", 403),
+        ("DELETE", "/proxies/aligned", "/p", 403),  # Starlette does not take "/p" away here either
+        ("DELETE", "/p/proxies/aligned", "/p", 403),
+        ("POST", "/p/v1/completions", "/p", 200),
+        ("PUT", "/proxies", "", 403),
+        ("GET", "/proxies", "", 200),
+        ("DELETE", "/feedback", "", 200),
+    ],
+)
+def test_what_a_user_may_send(method, path, root, status):
+    from server.middleware.access import AccessMiddleware
+
+    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
+    key = {"Authorization": "Bearer key"}
+    found = asyncio.run(ask(guard, [], key, method=method, path=path, root_path=root))
+    assert found[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Origin": "http://a.example"}, 401),
+        ({"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}, 200),
+    ],
+)
+def test_only_a_preflight_request_needs_no_key(headers, status):
+    from server.middleware.access import AccessMiddleware
+
+    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
+    found = asyncio.run(ask(guard, [], headers, method="OPTIONS", path="/metrics"))
+    assert found[0] == status
+
+
+@pytest.mark.parametrize(
+    ("host", "server", "status"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1", 200),
+        ("localhost:8000", "127.0.0.1", 200),
+        ("assent.localhost", "127.0.0.1", 200),
+        ("[::1]:8000", "::1", 200),
+        ("192.168.0.7:8000", "127.0.0.1", 200),  # no name, so no name server has a say
+        ("evil.example:8000", "127.0.0.1", 421),
+        ("evil.example", "::1", 421),
+        ("localhost.evil.example", "127.0.0.1", 421),
+        ("", "127.0.0.1", 421),
+        ("llm.example", "10.0.0.3", 200),
+    ],
+)
+def test_without_keys_a_web_page_cannot_come_under_a_name_of_its_own(host, server, status):
+    from server.access import read_access
+    from server.middleware.access import AccessMiddleware
+
+    guard = AccessMiddleware(reader, read_access(None, [], {}), max_body_bytes=100)
+    found = asyncio.run(ask(guard, [], {"Host": host}, server=(server, 8000)))
+    assert found[0] == status
+    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
+    headers = {"Host": host, "Authorization": "Bearer key"}  # which the page does not have
+    assert asyncio.run(ask(guard, [], headers, server=(server, 8000)))[0] == 200
 
 
 def test_bodies_that_are_too_large():

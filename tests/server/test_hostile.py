@@ -22,7 +22,7 @@ def others(server: Server):
 
     def ask() -> None:
         with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
-            while not over.is_set():
+            while not statuses or not over.is_set():
                 statuses[client.get("/v1/models").status_code] += 1
 
     thread = threading.Thread(target=ask)
@@ -41,6 +41,8 @@ def others(server: Server):
         ("/v1/responses", {"input": [{"type": "message"}] * 4000}),
         ("/v1/chat/completions", {"messages": [[]] * 300_000}),
         ("/v1/chat/completions", {"messages": [{}] * 4000}),
+        ("/v1/chat/completions", {"messages": [[]] * 4000}),
+        ("/v1/chat/completions/batch", {"messages": [[{}] * 4000] * 3}),
         ("/v1/completions", {"prompt": [1.5] * 200_000}),
         ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 4000}], "max_tokens": 1}),
     ],
