@@ -6,6 +6,7 @@ and no position bias, and N samples cost N readings, however many pairs are comp
 ratio of a proxy.
 """
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, NamedTuple
@@ -63,13 +64,13 @@ class LikelihoodJudge:
 
     async def compare(self, questions: Sequence[Question]) -> list[PairResult]:
         """Judge every question. The probability is the same in both orders."""
-        short = [self._shorten(question) for question in questions]
-        new = {
-            _key(question.prompt, text): self._reading(question.prompt, text)
-            for question in short
-            for text in (question.first, question.second)
-            if question.first != question.second and _key(question.prompt, text) not in self._scores
-        }
+        short: list[Question] = []
+        new: dict[_Key, Reading] = {}
+        for question in questions:
+            # In a thread: the tokenizer's work must not stop the event loop, and a cancelled task does no more of it.
+            cut, readings = await asyncio.to_thread(self._read_question, question)
+            short.append(cut)
+            new |= readings
         scores = await self.read_scores(list(new.values())) if new else []
         self._scores |= dict(zip(new, scores, strict=True))
         for reading in new.values():
@@ -80,6 +81,15 @@ class LikelihoodJudge:
             PairResult({self.kind: self._verdict(cut)}, truncated=cut is not question)
             for cut, question in zip(short, questions, strict=True)
         ]
+
+    def _read_question(self, question: Question) -> tuple[Question, dict[_Key, Reading]]:
+        """The question as shortened, and its readings that have no score yet."""
+        cut = self._shorten(question)
+        if cut.first == cut.second:
+            return cut, {}
+        texts = {_key(cut.prompt, text): text for text in (cut.first, cut.second)}
+        missing = {key: text for key, text in texts.items() if key not in self._scores}
+        return cut, {key: self._reading(cut.prompt, text) for key, text in missing.items()}
 
     def _verdict(self, question: Question) -> Verdict:
         if question.first == question.second:

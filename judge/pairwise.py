@@ -4,6 +4,7 @@ It implements `judge.protocol.Judge` over any engine: whoever makes it passes a 
 log-probabilities, and one that generates text.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class PairwiseJudge:
         `read_labels` raises.
         """
         encoded = [
-            [self._encode(question, principle) for principle in self.principles.values()]
+            # In a thread: the tokenizer's work must not stop the event loop, and a cancelled task does no more of it.
+            await asyncio.to_thread(self._encode_all, question)
             for question in questions
             if question.first != question.second
         ]
@@ -104,7 +106,7 @@ class PairwiseJudge:
         if question.first == question.second:
             return
         template = self.principles[principle]
-        encoded = self._encode(question, template)
+        encoded = await asyncio.to_thread(self._encode, question, template)
         prefers_second = verdict.probability < 0.5
         prompt = [*encoded.prompts[0], label_ids(self.tokenizer, template)[prefers_second]]
         self.usage.prompt_tokens += len(prompt)
@@ -116,6 +118,9 @@ class PairwiseJudge:
                 if text:
                     begun = True
                     yield text
+
+    def _encode_all(self, question: Question) -> list[EncodedQuestion]:
+        return [self._encode(question, principle) for principle in self.principles.values()]
 
     def _encode(self, question: Question, principle: Principle) -> EncodedQuestion:
         return encode_question(self.tokenizer, question, principle, self.max_tokens)

@@ -86,6 +86,9 @@ __all__ = [
 ]
 
 
+_PROMPTS_AT_ONCE = 128  # of a judge
+
+
 class OwnExtraArgs(dict[str, Any]):
     """Marks the extra arguments of a request to the engine that is our own, not a client's."""
 
@@ -129,9 +132,9 @@ async def read_labels(
     labels: Sequence[tuple[int, int]],
     lora: LoRARequest | None = None,
 ) -> list[tuple[float, float]]:
-    """Both labels' next-token log-probabilities after each prompt, all read at once.
+    """Both labels' next-token log-probabilities after each prompt.
 
-    They are those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
+    A part of them is read at once: handing a prompt to the engine takes a millisecond of the event loop. They are those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
     """
     params = [
         SamplingParams(
@@ -143,9 +146,15 @@ async def read_labels(
         for pair in labels
     ]
     inputs = [tokens_input(prompt) for prompt in prompts]
-    request_id = f"judge-{random_uuid()}"
-    reads = await next_token_label_reads(engine, inputs, params, request_id, lora_request=lora)
-    return [(read.logprobs[0], read.logprobs[1]) for read in reads]
+    logprobs: list[tuple[float, float]] = []
+    for start in range(0, len(inputs), _PROMPTS_AT_ONCE):
+        part = slice(start, start + _PROMPTS_AT_ONCE)
+        request_id = f"judge-{random_uuid()}"
+        reads = await next_token_label_reads(
+            engine, inputs[part], params[part], request_id, lora_request=lora
+        )
+        logprobs += [(read.logprobs[0], read.logprobs[1]) for read in reads]
+    return logprobs
 
 
 async def read_text(

@@ -1,6 +1,8 @@
 """The server's judges: clients of the engine that also answers requests. No proxy takes part in a judgment."""
 
 import asyncio
+import copy
+import threading
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
@@ -227,16 +229,22 @@ def _text(content: Any) -> str:
 
 
 class _Tokenizer:
-    """The LLM's tokenizer with the chat template that the server was told to use."""
+    """The LLM's tokenizer with the chat template that the server was told to use, for one thread at a time.
+
+    A copy: a tokenizer must not be used by two threads, and vLLM uses its own.
+    """
 
     def __init__(self, engine: EngineClient, chat: OpenAIServingChat | None) -> None:
-        self.tokenizer = tokenizer_of(engine)
+        self.tokenizer = copy.deepcopy(tokenizer_of(engine))
         self.chat_template = chat.chat_template if chat is not None else None
+        self._lock = threading.Lock()
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            conversation, chat_template=self.chat_template, **options
-        )
+        with self._lock:
+            return self.tokenizer.apply_chat_template(
+                conversation, chat_template=self.chat_template, **options
+            )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with self._lock:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)

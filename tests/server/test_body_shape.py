@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,8 @@ MESSAGE = {"role": "user", "content": "How do I look after my freezer?"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
-def nested(depth: int) -> dict:
-    body: dict = {}
+def nested(depth: int) -> dict[str, Any]:
+    body: dict[str, Any] = {}
     for _ in range(depth - 1):
         body = {"a": body}
     return body

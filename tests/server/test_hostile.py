@@ -2,14 +2,16 @@
 
 import socket
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 
-from tests.server.conftest import ADMIN_KEY, Server
+from tests.server.conftest import ADMIN_KEY, WAIT_SECONDS, Server
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
 MIB = 2**20
@@ -55,6 +57,42 @@ def test_a_small_body_eats_no_gigabytes(server, others, path, body):
     assert answer.status_code in (400, 422), answer.text[:300]
     assert len(answer.content) < 20_000
     assert process.memory_info().rss - before < 300 * MIB
+
+
+TURNS = [
+    {"role": ("user", "assistant")[i % 2], "content": "Can I open it? " * 15} for i in range(801)
+]
+LONG_RESPONSE = "You can open it with a fork. " * 2000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/judge", {"messages": TURNS, "response_a": "Yes.", "response_b": "No."}),
+        ("/judge", {"prompt": "May I?", "response_a": LONG_RESPONSE, "response_b": LONG_RESPONSE + "!"}),
+        (
+            "/judge/rank",
+            {
+                "prompt": "May I?",
+                "responses": [f"{i} " + "Yes, you may. " * 50 for i in range(40)],
+                "strategy": "round-robin",
+            },
+        ),
+    ],
+    ids=["turns", "responses", "ranking"],
+)  # fmt: skip
+def test_the_judge_stops_nobody(server, path, body):
+    """While the judge reads a long text, others are answered: 41 s passed without a word before."""
+    longest = 0.0
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=60) as client:
+        url = server.url + path
+        judged = pool.submit(httpx.post, url, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
+        while not judged.done():
+            start = time.monotonic()
+            assert client.get("/v1/models", headers=HEADERS).status_code == 200
+            longest = max(longest, time.monotonic() - start)
+    assert judged.result().status_code == 200, judged.result().text[:300]
+    print(f"the longest wait was {longest:.2f} s")
 
 
 def test_headers_without_an_end(server, others):
