@@ -74,7 +74,7 @@ LONG_RESPONSE = "You can open it with a fork. " * 2000
             "/judge/rank",
             {
                 "prompt": "May I?",
-                "responses": [f"{i} " + "Yes, you may. " * 50 for i in range(40)],
+                "responses": [f"{i} " + "Yes, you may. " * 50 for i in range(16)],
                 "strategy": "round-robin",
             },
         ),
