@@ -8,6 +8,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
@@ -176,7 +177,7 @@ async def _sample_all(
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)  # the engine aborts their requests
-        too_late = DroppedSample(f"not finished after {timeout or 0:g} seconds")
+        too_late = DroppedSample(f"was not finished after {timeout or 0:g} seconds")
         return [too_late if task in late else task.result() for task in tasks]
     finally:
         for task in tasks:
@@ -197,18 +198,24 @@ async def _sample(
     except Exception as error:  # the other samples may succeed
         answer = create_error_response(error)
     if isinstance(answer, ErrorResponse):
-        return DroppedSample(answer.error.message, answer)
+        return DroppedSample(f"failed: {answer.error.message}", answer)
     assert isinstance(answer, ChatCompletionResponse), "the request asked for no stream"
     reason = answer.choices[0].finish_reason
     return DroppedSample(f"ended with {reason!r}") if reason in FAILED else answer
 
 
 def _failure(dropped: list[DroppedSample]) -> ErrorResponse:
-    """The error to answer with when no sample is left."""
+    """The error to answer with when no sample is left: the request's fault, or why each one dropped out."""
     for sample in dropped:
-        if sample.error is not None:
+        if sample.error is not None and sample.error.error.code < 500:
             return sample.error
-    return create_error_response(TimeoutError(f"no sample is left to judge: {dropped[0].reason}"))
+    reasons = "; ".join(f"sample {index} {sample.reason}" for index, sample in enumerate(dropped))
+    failed = any(sample.error is not None for sample in dropped)
+    return create_error_response(
+        f"no sample is left to judge: {reasons}",
+        err_type="ServiceUnavailableError" if failed else "TimeoutError",
+        status_code=HTTPStatus.SERVICE_UNAVAILABLE if failed else HTTPStatus.GATEWAY_TIMEOUT,
+    )
 
 
 def _text(sample: ChatCompletionResponse) -> str:

@@ -5,6 +5,8 @@ Pydantic collects an error for every item of a list in every branch of a union: 
 the body, and the items of unions one by one, up to the first that is wrong.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_args, get_origin
@@ -13,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.engine import ResponsesRequest, VLLMValidationError
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_DEPTH = 64
 MAX_CONTAINERS = 16_384
 """Objects and lists in a body."""
@@ -34,6 +37,26 @@ LONG_LISTS = frozenset(
     }
 )
 """Fields whose lists may be longer, if all their items are integers or all are strings."""
+
+
+def check_text(content: bytes, body: Mapping[str, Any]) -> None:
+    """
+    Args:
+        content: the JSON text of `body`.
+
+    Raises:
+        VLLMValidationError: a string holds half of a surrogate pair, which is no text: tokenizers, the log and the
+            engine's messages cannot encode it.
+    """
+    if not _SURROGATE.search(content):
+        return
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = ascii(error.object[error.start])
+        raise _refused(
+            f"The body holds half of a surrogate pair, {escape}, which is no text.", ""
+        ) from None
 
 
 def check_shape(body: Mapping[str, Any]) -> None:

@@ -134,8 +134,8 @@ async def read_labels(
 ) -> list[tuple[float, float]]:
     """Both labels' next-token log-probabilities after each prompt.
 
-    A part of them is read at once, because handing a prompt to the engine takes a millisecond of the event loop. They are
-    those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
+    A part of them is read at once, because handing a prompt to the engine takes a millisecond of the event loop. They
+    are those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
     """
     params = [
         SamplingParams(

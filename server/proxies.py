@@ -27,8 +27,8 @@ from server.engine import EngineDeadError, Workers
 
 logger = logging.getLogger(__name__)
 
-PROXY_NAME = re.compile(r"[A-Za-z0-9._-]+")
-LEARNED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+PROXY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+LEARNED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A learned proxy's name is also a directory's: no dot comes first."""
 OWNER = "/"
 """Separates the name of a key's own proxy from a hash of the key. No valid name has it, so no request can use one."""
@@ -75,14 +75,16 @@ class ServedVersion:
         """Whether it belongs to a single key."""
         return OWNER in self.name
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, *, with_directory: bool) -> dict[str, Any]:
+        """For a response. Where its checkpoint lies is for administrators."""
+        hidden = {"name", "version", "shadow"} | (set() if with_directory else {"directory"})
         return {
             "object": "proxy",
             "name": self.name,
             "version": self.version,
             "state": self.state,
             "in_flight": self.in_flight,
-        } | {k: v for k, v in self.description.items() if k not in ("name", "version", "shadow")}
+        } | {key: value for key, value in self.description.items() if key not in hidden}
 
 
 class Proxies:

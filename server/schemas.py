@@ -122,7 +122,7 @@ class LoadRequest(BaseModel):
 
     name: str = Field(
         pattern=f"^{PROXY_NAME.pattern}$",
-        description="The name that requests will use: letters, digits and . _ -",
+        description="The name that requests will use: at most 128 letters, digits and . _ -",
     )
     path: str = Field(description="The checkpoint's directory, relative to --proxy-root.")
     shadow: bool = Field(False, description="Let it score tokens without acting.")

@@ -25,7 +25,7 @@ from proxy.request import EXTRA_ARGS_KEY
 from server.access import CALLER
 from server.admission import RESPONSES, Admission, AdmittedRequest, admit, load_own_proxy
 from server.app_state import AppState
-from server.body_shape import check_responses_items, check_shape
+from server.body_shape import check_responses_items, check_shape, check_text
 from server.engine import VLLMNotFoundError, VLLMValidationError, create_error_response
 from server.engine_wrapper import CURRENT_REQUEST
 from server.middleware import route_path
@@ -61,6 +61,7 @@ class AlignmentMiddleware:
         state: AppState = scope["app"].state.assent
         model, has_alignment = body.get("model"), EXTRA_ARGS_KEY in body
         try:
+            check_text(content, body)
             check_shape(body)
             if path == RESPONSES:
                 check_responses_items(body)

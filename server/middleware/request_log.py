@@ -16,13 +16,14 @@ GET /health and /metrics, which come every few seconds, are not logged.
 import asyncio
 import json
 import logging
+import re
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
@@ -33,6 +34,9 @@ from server.middleware import route_path
 ADMITTED, TEXTS, BODY = "assent.admitted", "assent.texts", "assent.body"
 """Keys of an ASGI scope: the admitted request, whether texts are logged, and the original body if they are."""
 
+REQUEST_ID = "X-Request-Id"
+"""A request's header, which the response repeats."""
+_PLAIN_ID = re.compile(r"[!-~]{1,128}")
 _QUIET = ("/health", "/metrics")
 _COUNTS_SECONDS = 5.0  # limit for the worker to report its counts
 
@@ -49,7 +53,7 @@ def write_to_stdout() -> None:
 
 
 class RequestLogMiddleware:
-    """ASGI middleware, outside all others: logs every request and counts disconnected clients."""
+    """ASGI middleware, outside all others: logs every request, repeats its id, and counts disconnected clients."""
 
     def __init__(self, app: ASGIApp, texts: bool = False) -> None:
         self.app, self.texts = app, texts
@@ -60,11 +64,12 @@ class RequestLogMiddleware:
         if scope["type"] != "http" or (scope["method"] == "GET" and path.rstrip("/") in _QUIET):
             return await self.app(scope, receive, send)
         scope[TEXTS] = self.texts
+        request_id = Headers(scope=scope).get(REQUEST_ID)
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "method": scope["method"],
             "path": path,
-            "request_id": Headers(scope=scope).get("x-request-id"),
+            "request_id": request_id,
             "status": None,
             "complete": False,
         }
@@ -79,6 +84,8 @@ class RequestLogMiddleware:
         async def note_progress(message: Message) -> None:
             if message["type"] == "http.response.start" and not is_disconnected:
                 line["status"] = message["status"]
+                if request_id is not None and _PLAIN_ID.fullmatch(request_id):
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             elif "first_byte_seconds" not in line and not is_disconnected:
                 line["first_byte_seconds"] = round(monotonic() - start, 4)
             await send(message)
@@ -94,8 +101,9 @@ class RequestLogMiddleware:
             line["seconds"] = round(monotonic() - start, 4)
             if is_disconnected:
                 metrics.CANCELLED.labels(getattr(scope.get("route"), "path", "unknown")).inc()
-            if logger.isEnabledFor(logging.INFO):
-                # The client has its response already when the worker's counts are read.
+            if logger.isEnabledFor(logging.INFO) or is_disconnected:
+                # The client has its response already when the worker's counts are read. Reading makes the worker
+                # forget them, and the trace of a client that disconnected.
                 task = asyncio.create_task(_write(line, scope))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from server.access import CALLER
 from server.admission import proxy_names
 from server.app_state import get_state
 
@@ -12,9 +13,14 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(raw_request: Request) -> dict[str, Any]:
-    """The LLM under its own names, its LoRA adapters, and one `<model>:<proxy>` for each of these."""
+    """The LLM under its own names, its LoRA adapters, and one `<model>:<proxy>` for each of these.
+
+    `root`, where a model's files lie, is for administrators.
+    """
     state = get_state(raw_request)
     listed = await state.models.show_available_models()
+    if not raw_request.scope[CALLER].admin:
+        listed.data = [card.model_copy(update={"root": card.id}) for card in listed.data]
     listed.data += [
         card.model_copy(update={"id": f"{card.id}:{proxy}", "parent": card.id})
         for card in listed.data

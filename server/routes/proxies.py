@@ -30,7 +30,8 @@ async def list_proxies(raw_request: Request) -> dict[str, Any]:
     proxy is shown to this key alone, at `/proxies/{name}/learn`.
     """
     proxies = get_state(raw_request).proxies
-    shown = [proxy.as_json() for proxy in proxies if not proxy.is_owned]
+    is_admin = raw_request.scope[CALLER].admin
+    shown = [proxy.as_json(with_directory=is_admin) for proxy in proxies if not proxy.is_owned]
     return {"object": "list", "data": shown}
 
 
@@ -70,7 +71,7 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(error, state.proxies.root) from None
     metrics.PROXY_CHANGES.labels("loaded").inc()
-    answer = proxy.as_json() | {"remembered": is_remembered}
+    answer = proxy.as_json(with_directory=True) | {"remembered": is_remembered}
     return JSONResponse(answer, status_code=201 if is_new else 200)
 
 
@@ -97,7 +98,9 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
         metrics.PROXY_CHANGES.labels("refused").inc()
         raise _http(error) from None
     metrics.PROXY_CHANGES.labels("unloaded").inc()
-    return JSONResponse(proxy.as_json(), status_code=200 if proxy.state == "unloaded" else 202)
+    return JSONResponse(
+        proxy.as_json(with_directory=True), status_code=200 if proxy.state == "unloaded" else 202
+    )
 
 
 @router.get(

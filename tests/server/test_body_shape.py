@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from server.body_shape import MAX_CONTAINERS, MAX_ITEMS, check_responses_items, check_shape
+from server.body_shape import (
+    MAX_CONTAINERS,
+    MAX_ITEMS,
+    check_responses_items,
+    check_shape,
+    check_text,
+)
 from server.engine import VLLMValidationError
 
 MESSAGE = {"role": "user", "content": "How do I look after my freezer?"}
@@ -63,6 +69,20 @@ def test_the_number_of_objects_is_what_is_said():
     with pytest.raises(VLLMValidationError):
         check_shape({"a": [[] for _ in range(MAX_ITEMS)], "b": [lists, [[]] * 400]})
     assert MAX_CONTAINERS == 16_384
+
+
+@pytest.mark.parametrize("text", ['"\\ud83d\\ude00"', '"\\\\ud800"', '"😀"', '"\\ud7ff"'])
+def test_escapes_that_are_text(text):
+    content = b'{"stop": [' + text.encode() + b"]}"
+    check_text(content, json.loads(content))
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"\\uDFFF"', '"a\\ude00\\ud83d"'])
+@pytest.mark.parametrize("body", ['{{"stop": [{}]}}', '{{"a": {{"b": {}}}}}', "{{{}: 1}}"])
+def test_half_of_a_surrogate_pair_is_no_text(body, text):
+    content = body.format(text).encode()
+    with pytest.raises(VLLMValidationError, match="half of a surrogate pair"):
+        check_text(content, json.loads(content))
 
 
 ITEM = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}
