@@ -7,14 +7,12 @@ engine started, and one line on stderr says what. `python -m server doctor ...` 
 options without a start.
 """
 
-import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
-from typing import Any
 
+from server.ending import end_now
 from server.own_packages import check_packages
 
 
@@ -27,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="assent-metrics-") as metrics_directory:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory)
         os.environ[SERVER_PID] = str(os.getpid())
-        exit_on_sigterm(metrics_directory)
+        exit_on_sigterm()
         if sys.argv[1:2] == ["doctor"]:
             _doctor(sys.argv[2:])
         else:
@@ -47,20 +45,13 @@ def _doctor(argv: list[str]) -> None:
         refuse(error)
 
 
-def exit_on_sigterm(metrics_directory: str) -> None:
+def exit_on_sigterm() -> None:
     """While the server starts, end at once. Once it serves, `middleware.drain` handles SIGTERM.
 
     Raising an exception is no solution: vLLM may lose it while it waits for its engine, and the
     engine's process may be left behind.
     """
-
-    def stop(*_: Any) -> None:
-        for child in multiprocessing.active_children():
-            child.kill()
-        shutil.rmtree(metrics_directory, ignore_errors=True)
-        os._exit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: end_now(128 + signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from server.checks import (
     parse_learn,
     parse_proxies,
 )
+from server.ending import GRACEFUL_SECONDS
 from server.http_protocol import bound_connections
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
@@ -110,7 +111,7 @@ async def run_server(args: Namespace) -> None:
             f"cannot listen on {where}: {error.strerror or error}; choose another --port"
         ) from None
     try:
-        await run_server_worker(address, sock, args)
+        await run_server_worker(address, sock, args, timeout_graceful_shutdown=GRACEFUL_SECONDS)
     except ValidationError as error:  # of vLLM's configuration, before the engine starts
         message = error.errors(include_url=False, include_context=False)[0]["msg"]
         raise StartupError(f"vLLM cannot serve {args.model!r}: {message}") from None

@@ -23,6 +23,7 @@ from server import vllm_patches
 from server.access import Access
 from server.alignment_stats import WorkerReader
 from server.app_state import AppState
+from server.ending import end_soon
 from server.engine import Workers
 from server.engine_wrapper import wrap_engine
 from server.feedback_writer import FeedbackWriter
@@ -84,7 +85,7 @@ class AssentPlugin:
         """Called by vLLM when the engine runs and its own state is complete."""
         assert engine_client is not None, "only vLLM's render server has no engine"
         state.assent = await self._make_state(engine_client, state, args)
-        vllm_patches.on_shutdown(engine_client, lambda: self._note_death(engine_client))
+        vllm_patches.on_shutdown(engine_client, lambda: self._shut_down(engine_client))
         wrap_engine(
             engine_client,
             state.openai_serving_models,
@@ -132,9 +133,10 @@ class AssentPlugin:
             traces=WorkerReader(workers, "take_traces"),
         )
 
-    def _note_death(self, engine: EngineClient) -> None:
+    def _shut_down(self, engine: EngineClient) -> None:
         """An engine that has failed before its shutdown has died."""
         self.engine_died |= engine.errored
+        end_soon(exit_code=int(self.engine_died))
 
 
 def _directory_of(args: Namespace) -> Path:
