@@ -104,7 +104,7 @@ class _Response:
         await self._send(message)
 
     async def abort(self, scope: Scope, receive: Receive) -> None:
-        """Answer with an error, or end a stream of events with one. A client notices where another body is cut short."""
+        """Answer with an error, or end a stream of events with one. Another body is cut short, which clients notice."""
         if self._headers is None:
             await STOPPING(scope, receive, self._send)
         elif self._headers.get("content-type", "").startswith("text/event-stream"):
