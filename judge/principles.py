@@ -38,6 +38,12 @@ class Principle(BaseModel):
     answer: str = Field("The better response is", min_length=1)
     """The beginning of the answer."""
 
+    @property
+    def headings(self) -> list[str]:
+        """The lines of the question that are around the texts, such as `[Response A]`."""
+        parts = [literal for literal, *_ in string.Formatter().parse(self.question)]
+        return [line.strip() for part in parts for line in part.splitlines() if line.strip()]
+
     @field_validator("question")
     @classmethod
     def _has_each_slot_once(cls, template: str) -> str:

@@ -10,7 +10,8 @@ The decision comes before its reasons, so a judgment costs one token, and the re
 The trainer builds its judgment examples with the same functions.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
@@ -21,6 +22,8 @@ from judge.principles import Principle
 LABELS = (" A", " B")
 CUT = " ..."
 """Marks the end of a text that was cut."""
+MIN_MARK = 3
+"""Characters of a heading or control token that is kept out of texts; shorter ones may be anything."""
 MAX_TOKEN_CHARS = 64
 """Characters a token of a text, on average, beyond which it is shortened unread. Languages have 1 to 6."""
 
@@ -49,18 +52,34 @@ class TooLong(JudgePromptError):
 class ChatTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that the judge uses."""
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """By id, the tokens that are found in a text before it is split: `content` is the text of each."""
+
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
-def judge_messages(question: Question, principle: Principle) -> list[Message]:
-    """The chat that asks which response is better; its last message is to be continued by a label."""
+def judge_messages(
+    question: Question, principle: Principle, control_tokens: Sequence[str] = ()
+) -> list[Message]:
+    """The chat that asks which response is better; its last message is to be continued by a label.
+
+    Texts cannot end their section, or the message: headings of the principle's sections and control tokens in them are
+    left out. With a space in them instead they still moved the demo's judge.
+
+    Args:
+        control_tokens: texts that the tokenizer turns into control tokens.
+    """
+    marks = (*principle.headings, *control_tokens)
     conversation = "\n".join(
         f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in question.prompt
     )
     text = principle.question.format(
-        conversation=conversation, response_a=question.first, response_b=question.second
+        conversation=_without_marks(conversation, marks),
+        response_a=_without_marks(question.first, marks),
+        response_b=_without_marks(question.second, marks),
     )
     return [
         {"role": "system", "content": principle.system},
@@ -73,7 +92,25 @@ def judge_prompt_ids(
     tokenizer: ChatTokenizer, question: Question, principle: Principle
 ) -> list[int]:
     """Token ids of the judge prompt, up to and including the assistant's prefix."""
-    return _encode(tokenizer, _render(tokenizer, judge_messages(question, principle)))
+    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    messages = judge_messages(question, principle, control_tokens)
+    return _encode(tokenizer, _render(tokenizer, messages))
+
+
+def _without_marks(text: str, marks: Sequence[str]) -> str:
+    """The text without these marks.
+
+    A mark that begins with a letter may be an honest word, so it counts at the beginning of a line only.
+    """
+    for mark in marks:
+        if len(mark) < MIN_MARK or mark.lower() not in text.lower():
+            continue
+        beginning = r"^\s*" if mark[0].isalnum() else ""
+        flags = re.IGNORECASE | re.MULTILINE
+        # What is left may join to another mark.
+        while (shorter := re.sub(beginning + re.escape(mark), "", text, flags=flags)) != text:
+            text = shorter
+    return text
 
 
 def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]:

@@ -239,6 +239,11 @@ class _Tokenizer:
         self.chat_template = chat.chat_template if chat is not None else None
         self._lock = threading.Lock()
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        # Mistral's own tokenizers have none: they write no control token that a text names.
+        return getattr(self.tokenizer, "added_tokens_decoder", {})
+
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         with self._lock:
             return self.tokenizer.apply_chat_template(
