@@ -10,12 +10,14 @@ The start:
 - `doctor`           - `python -m server doctor`: the same checks without a start.
 - `plugin`           - adds our routes and middleware to vLLM's server.
 - `vllm_patches`     - every method of vLLM's that is replaced, and why.
+- `ending`           - the end of the process, whatever hangs.
 - `engine`           - every name of vLLM's that the routes use.
 - `app_state`        - what the routes share.
 
 A request (`middleware/`, then `routes/`):
 
 - `http_protocol`    - uvicorn's HTTP protocol with limits of time and size.
+- `body_shape`       - limits on the shape of a JSON body.
 - `access`           - API keys, administrators and limits.
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.

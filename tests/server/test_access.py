@@ -210,6 +210,34 @@ def test_proxies(http, client):
     assert listed["aligned"]["training"]
 
 
+def test_where_files_lie_is_for_administrators(server):
+    def read(key, path):
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{server.url}{path}", headers=headers).json()["data"]
+
+    assert all("directory" in proxy for proxy in read(ADMIN_KEY, "/proxies"))
+    assert not any("directory" in proxy for proxy in read(API_KEY, "/proxies"))
+    assert {model["root"] for model in read(API_KEY, "/v1/models")} == {"assent-demo"}
+    assert all("/" in model["root"] for model in read(ADMIN_KEY, "/v1/models"))
+
+
+@pytest.mark.parametrize(
+    ("sent", "repeated"), [("abc-123", "abc-123"), ("x" * 200, None), (None, None)]
+)
+def test_the_request_id_is_repeated(http, sent, repeated):
+    headers = {} if sent is None else {"X-Request-Id": sent}
+    assert http.get("/v1/models", headers=headers).headers.get("x-request-id") == repeated
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "-x", "a" * 129, "a/b", "\U0001f600", "a\r\nb", "", "a b"]
+)
+def test_names_that_no_proxy_may_have(http, name):
+    answer = http.post("/proxies", json={"name": name, "path": "v1"})
+    assert answer.status_code == 400
+    assert len(answer.content) < 2000
+
+
 def test_metrics_are_vllms_and_ours(http, client):
     def read():
         lines = http.get("/metrics").text.splitlines()

@@ -133,7 +133,7 @@ def test_streaming_says_the_same_and_ends_with_the_receipt(client):
     )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
-    assert len(chunks) > 5
+    assert len(chunks) > 2  # a busy server sends several tokens at once
     assert {chunk.model for chunk in chunks} == {"assent-demo:aligned"}
     assert ["alignment" in chunk.model_extra for chunk in chunks].index(True) == len(chunks) - 1
     assert chunks[-1].alignment == whole.alignment

@@ -7,6 +7,7 @@ import pytest
 from fastapi import HTTPException
 
 from proxy.checkpoint import load
+from server.access import CALLER
 from server.proxies import Proxies, ProxyStateError, check_name, find_below
 
 
@@ -184,7 +185,8 @@ def test_adapters_are_listed_with_every_proxy(proxy_root):
         await proxies.load("dark", proxy_root / "v3", shadow=True)
         assent = SimpleNamespace(proxies=proxies, models=Models(), learning=None)
         state = SimpleNamespace(assent=assent)
-        return await list_models(SimpleNamespace(app=SimpleNamespace(state=state)))
+        scope = {CALLER: SimpleNamespace(admin=True)}
+        return await list_models(SimpleNamespace(app=SimpleNamespace(state=state), scope=scope))
 
     listed = {card["id"]: card["parent"] for card in asyncio.run(run())["data"]}
     assert listed == {
