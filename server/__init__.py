@@ -28,6 +28,7 @@ A request (`middleware/`, then `routes/`):
 - `streams`          - the same in server-sent events.
 - `alignment_stats`  - what the worker counted of a request.
 - `traces`           - what the worker traced, token by token.
+- `readiness`        - whether the engine answers.
 - `metrics`          - counters on GET /metrics.
 
 Proxies, judges and feedback:

@@ -18,6 +18,7 @@ from server.judges import Judges
 from server.learning import Learning
 from server.proxies import Proxies
 from server.proxy_manifest import ProxyManifest
+from server.readiness import Readiness
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class AppState:
     """Writes preferences to the database; None = the server has no --feedback."""
     learning: Learning | None
     """Learns proxies from them; None = the server lacks --feedback or --proxy-root."""
+    readiness: Readiness
     counts: WorkerReader[ProxyCounts]
     traces: WorkerReader[list[TraceEntry]]
 

@@ -38,9 +38,10 @@ from server.middleware.drain import DrainMiddleware
 from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
 from server.proxy_manifest import ProxyManifest
-from server.routes import chat, completions, feedback, judge, models, positions, proxies
+from server.readiness import Readiness
+from server.routes import chat, completions, feedback, health, judge, models, positions, proxies
 
-ROUTES = (chat, completions, feedback, judge, models, proxies, positions)
+ROUTES = (chat, completions, feedback, health, judge, models, proxies, positions)
 
 
 @dataclass(kw_only=True)
@@ -129,6 +130,7 @@ class AssentPlugin:
             judges=Judges(engine, workers, chat, self.principles, self.adapters, feedback_writer),
             feedback_writer=feedback_writer,
             learning=learning,
+            readiness=Readiness(workers),
             counts=WorkerReader(workers, "take_alignment_counts"),
             traces=WorkerReader(workers, "take_traces"),
         )

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME, LOCK_NAME = "proxies.json", ".proxies.lock"
 POLL_SECONDS = 1.0
+LOCK_SECONDS = 5.0
+"""To wait for another server, which holds the lock for milliseconds."""
 
 
 class Entry(BaseModel):
@@ -130,9 +133,22 @@ class ProxyManifest:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One server at a time reads and writes the file."""
+        """One server at a time reads and writes the file.
+
+        Raises TimeoutError, an OSError, where somebody keeps the lock: loads and the shutdown must not wait forever.
+        """
         with (self.root / LOCK_NAME).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            end = monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if monotonic() > end:
+                        raise TimeoutError(
+                            f"{lock.name} was locked by another process for {LOCK_SECONDS:g} s"
+                        ) from None
+                    sleep(0.05)
             yield
 
     def _stamp(self) -> tuple[int, int] | None:

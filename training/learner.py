@@ -53,7 +53,7 @@ NICE = "ASSENT_LEARNER_NICE"
 """Environment variable: niceness, 1 to 19. 0: the engine's priority, and no pauses while other processes are busy."""
 _MEMORY = 6 * 2**30  # bytes of memory without file mappings
 _SLICE = 0.01  # seconds of processor time between two checks whether the machine is busy
-_BUSY = 1.1  # wall seconds per second of processor time: above this it had to wait for a core
+_BUSY = 1.5  # wall seconds per second of processor time: above this it had to wait for a core
 _SHARE = 0.1  # of a core at most, while the machine is busy
 _AT_ONCE = 16  # verdicts whose responses the server reads in one message
 NUCLEUS = ("temperature", "top_k", "top_p", "max_candidates")

@@ -22,7 +22,7 @@ USER_PATHS = (
 later version of vLLM adds."""
 ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Exceptions below `USER_PATHS`."""
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", "/ready")
 UNAUTHORIZED = HTTPErrorResponse(
     401,
     "AuthenticationError",
@@ -162,7 +162,9 @@ def _may_be_rebound(scope: Scope) -> bool:
     server = scope.get("server")
     if server is None or not _is_loopback(server[0]):
         return False
-    host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
+    host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+    if not host:  # a load balancer's health check; every browser sends one
+        return False
     return not (host == "localhost" or host.endswith(".localhost") or _is_address(host))
 
 

@@ -10,7 +10,7 @@
 `status` is null where the client disconnected before the response began, and `complete` is false
 where it disconnected before its end. `tokens` has `judge_prompt` and `judge_completion` where a
 judge compared responses. No line has texts, unless --log-texts adds `request` and `completions`.
-GET /health and /metrics, which come every few seconds, are not logged.
+GET /health, /ready and /metrics, which come every few seconds, are not logged.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ ADMITTED, TEXTS, BODY = "assent.admitted", "assent.texts", "assent.body"
 REQUEST_ID = "X-Request-Id"
 """A request's header, which the response repeats."""
 _PLAIN_ID = re.compile(r"[!-~]{1,128}")
-_QUIET = ("/health", "/metrics")
+_QUIET = ("/health", "/ready", "/metrics")
 _COUNTS_SECONDS = 5.0  # limit for the worker to report its counts
 
 logger = logging.getLogger("assent.requests")

@@ -1,6 +1,7 @@
 """The file of what was loaded over HTTP, where it is damaged, outdated or cannot be written."""
 
 import asyncio
+import fcntl
 import json
 import shutil
 from types import SimpleNamespace
@@ -159,3 +160,13 @@ def test_where_it_cannot_be_written(root, monkeypatch):
     assert not found.change("a", None)
     assert list(json.loads((root / "proxies.json").read_text())["proxies"]) == ["a"]
     assert not list(root.glob(".proxies.*[!k]"))  # nothing half-written is left
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for(root, monkeypatch, caplog):
+    monkeypatch.setattr("server.proxy_manifest.LOCK_SECONDS", 0.2)
+    one = manifest(root)
+    with (root / ".proxies.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert not one.change("a", entry(root, "v1"))
+    assert "was locked by another process" in caplog.text
+    assert one.change("a", entry(root, "v1"))

@@ -11,6 +11,7 @@ import pytest
 
 from judge.feedback import Feedback
 from tests.server.conftest import DEMO, WAIT_SECONDS, serving, wait_until
+from tests.server.test_kill import APART
 
 QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
 
@@ -141,3 +142,34 @@ def test_sigterm_waits_for_what_is_under_way(pair):
     last = json.loads(events[-2].removeprefix("data: "))
     assert last["choices"][0]["finish_reason"] == "length"
     assert b.process.wait(WAIT_SECONDS) == 0
+
+
+def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tmp_path):
+    """Its answer is an error, the log says so, and the process ends soon after the drain."""
+    body = {"model": "assent-demo", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True}
+    with serving(
+        tmp_path / "log", "--drain-seconds", "1", environment=APART, warm=False
+    ) as running:
+        url = f"{running.url}/v1/chat/completions"
+        assert httpx.get(f"{running.url}/ready", timeout=WAIT_SECONDS).status_code == 200
+        (engine,) = (
+            child
+            for child in psutil.Process(running.process.pid).children(recursive=True)
+            if "EngineCore" in child.name() + " ".join(child.cmdline())
+        )
+        with (
+            ThreadPoolExecutor(1) as pool,
+            httpx.stream("POST", url, json=body | {"stream": True}, timeout=WAIT_SECONDS) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            engine.suspend()
+            whole = pool.submit(httpx.post, url, json=body, timeout=WAIT_SECONDS)
+            wait_until(lambda: httpx.get(f"{running.url}/ready", timeout=60).status_code == 503)
+            assert httpx.get(f"{running.url}/health", timeout=WAIT_SECONDS).status_code == 200
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(WAIT_SECONDS) == 0
+            assert whole.result().status_code == 503
+            assert "This server is stopping" in [line for line in lines if line][-1]
+        assert "requests were not finished after 1 s and are aborted" in running.log.read_text()
+        assert not engine.is_running()
