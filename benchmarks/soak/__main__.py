@@ -1,5 +1,9 @@
 """A real server under load for a quarter of an hour: `make soak`, or `python -m benchmarks.soak`.
 
+Some more clients are hostile: endless headers, half-open connections, streams that nobody reads, texts far too long for
+the judge, bodies that would make gigabytes of errors. At the end the memory is back near its start, and SIGTERM ends
+the server with status 0.
+
 First every question is sent to the otherwise idle server. Then 64 clients send them concurrently, in random order,
 together with streams, judgments, feedback, cancelled and invalid requests, while proxies are loaded, replaced and
 unloaded. An answer is right if its text equals the idle server's with the same version of the proxy. The engine
@@ -27,12 +31,15 @@ from sqlalchemy import create_engine, text
 from benchmarks.engines import Server, serve
 from benchmarks.models import DEMO, get_model
 from benchmarks.soak.crowd import Crowd, ask_quietly
+from benchmarks.soak.hostile import Attacker
 from benchmarks.soak.requests import FIXED, MOVING, questions
 from judge.options import read_options
 from proxy.checkpoint import load, save
 from training.toy_data.files import draw_prompts, split_combinations
 
 WATCH_SECONDS = 5.0
+MAX_GROWTH = 200.0
+"""Megabytes that the server may have grown by when all is over."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Options:
     """Concurrent clients."""
     minutes: float = 15.0
     """Duration in minutes."""
+    hostile: int = 8
+    """Concurrent clients that want to exhaust the server."""
     prompts: int = 8
     """Different prompts."""
     seeds: int = 4
@@ -112,6 +121,7 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
             await idle.change("delete", f"/proxies/{name}", name)
         await idle.change("post", "/proxies", MOVING, {"name": MOVING, "path": "one"})
 
+        before = look(server, monotonic())
         crowd, begin = Crowd(http, all_questions, idle.right), monotonic()
         until = begin + options.minutes * 60
         watcher = asyncio.create_task(watch(server, begin, until))
@@ -119,11 +129,16 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
         await asyncio.gather(
             *(crowd.client(entry, until) for entry in clients),
             crowd.operator(rng, root, list(versions), until),
+            *(
+                Attacker(http, server.url, crowd.record).run(random.Random(f"hostile {i}"), until)
+                for i in range(options.hostile)
+            ),
         )
         samples = await watcher
 
         after = Crowd(http, all_questions, {})
         await ask_quietly(after, {})
+        memory = {"before": before.megabytes, "after": look(server, begin).megabytes}
         async with http.get("/proxies") as reply:
             left = (await reply.json())["data"]
     return {
@@ -139,6 +154,7 @@ async def soak(server: Server, options: Options, root: Path, versions: dict[str,
         "changes": dict(crowd.record.changes),
         "answers_by_version": dict(crowd.record.versions),
         "feedback_acknowledged": crowd.record.feedback,
+        "memory": memory,
         "samples": [asdict(entry) for entry in samples],
         **{unit: trend(samples, unit) for unit in ("megabytes", "files", "threads")},
         "wrong_afterwards": sum(text != idle.right[key] for key, text in after.right.items()),
@@ -169,6 +185,10 @@ def main(options: Options) -> int:
         flags += ["--dtype", "float32"]
         with serve(get_model("demo"), "assent", demo, flags) as server:
             figures = asyncio.run(soak(server, options, root, versions))
+            process, begin = psutil.Process(server.pid), monotonic()
+            process.terminate()
+            figures["exit_status"] = process.wait(60)
+            figures["seconds_to_end"] = monotonic() - begin
         with create_engine(f"sqlite:///{database}").connect() as connection:
             rows = connection.execute(
                 text("SELECT count(*) FROM preferences WHERE source = 'person'")
@@ -181,7 +201,9 @@ def main(options: Options) -> int:
         counts.get("wrong", 0) + counts.get("lost", 0) for counts in figures["requests"].values()
     )
     lost = figures["feedback_acknowledged"] - figures["feedback_kept"]
-    return int(bool(bad or lost or figures["wrong_afterwards"]))
+    grown = figures["memory"]["after"] - figures["memory"]["before"] > MAX_GROWTH
+    ended = figures["exit_status"] == 0
+    return int(bool(bad or lost or grown or figures["wrong_afterwards"] or not ended))
 
 
 def show(figures: Any) -> None:
@@ -202,7 +224,13 @@ def show(figures: Any) -> None:
         )
     for key in ("changes", "answers_by_version", "feedback_acknowledged", "feedback_kept"):
         print(f"{key}: {figures[key]}")
-    for key in ("wrong_afterwards", "proxies_afterwards"):
+    for key in (
+        "memory",
+        "exit_status",
+        "seconds_to_end",
+        "wrong_afterwards",
+        "proxies_afterwards",
+    ):
         print(f"{key}: {figures[key]}")
     print("\n".join(figures["details"]))
 

@@ -37,6 +37,12 @@ BAD: tuple[tuple[int, str, Any], ...] = (
     (400, "/v1/chat/completions", {"max_tokens": 10**9}),
     (400, "/judge", {"prompt": "Why?", "response_a": "So."}),
     (404, "/feedback", {"request_id": "nobody's", "choice": 0}),
+    (400, "/v1/responses", {"model": MODEL, "input": [[] for _ in range(3000)]}),
+    (400, "/v1/responses", {"model": MODEL, "input": [{"type": "message"} for _ in range(1000)]}),
+    (400, "/v1/chat/completions", {"messages": [{} for _ in range(5000)]}),
+    (400, "/v1/completions", {"model": MODEL, "prompt": [1.5] * 20_000}),
+    (400, "/v1/chat/completions", {"stop": ["\ud800"]}),
+    (400, "/proxies", {"name": "..", "path": "one"}),
 )  # fmt: skip
 """(status, path, body): requests that are refused."""
 
