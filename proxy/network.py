@@ -44,7 +44,7 @@ class ProxyConfig(BaseModel):
     max_candidates: int = Field(16, gt=0, le=MAX_CANDIDATES)  # K
     max_rejections: int = Field(8, ge=0, le=MAX_CANDIDATES)  # default; a request may set another
     use_logprob: bool = True  # whether the candidate's log-probability is a feature
-    accept_bias: float = Field(2.0, ge=-1000, le=1000)  # accept logit at the start: 2 = 88 %
+    accept_bias: float = Field(2.0, ge=-1e6, le=1e6)  # accept logit at the start: 2 = 88 %
     # Decoding in training. The nucleus always has this temperature, T0, and is never wider than this
     # top-k and top-p, which greedy requests use too.
     temperature: float = Field(1.0, ge=0.01, le=100)

@@ -240,7 +240,7 @@ PREFERS_A = {"response_a": "a", "response_b": "b", "better": "a"}
         ({"prompt": "x", "response_a": "a", "response_b": "b", "better": "c"}, 400, "better"),
         ({"prompt": "\ud83d", **PREFERS_A}, 400, "half of a surrogate pair"),
         ({"prompt": "x", **PREFERS_A, "response_b": "\ud83d"}, 400, "half of a surrogate pair"),
-        ({"request_id": "\ud83d", "choice": 0}, 400, "surrogates not allowed"),
+        ({"request_id": "\ud83d", "choice": 0}, 400, "half of a surrogate pair"),
         ({"prompt": "x", **PREFERS_A, "response_a": " "}, 400, "the chosen answer is empty"),
         ({"prompt": " ", **PREFERS_A}, 400, "the prompt is empty"),
         ({"messages": [], **PREFERS_A}, 400, "expected a list of chat messages"),
