@@ -10,7 +10,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from judge.principles import Principle
-from judge.prompts import ChatTokenizer, Question, judge_prompt_ids, label_ids, shorten
+from judge.prompts import (
+    ChatTokenizer,
+    Question,
+    judge_prompt_ids,
+    label_ids,
+    shorten,
+    without_marks,
+)
 from judge.protocol import Usage
 from judge.verdict import TIE, PairResult, Verdict, orders
 
@@ -129,7 +136,7 @@ class PairwiseJudge:
 def encode_question(
     tokenizer: ChatTokenizer, question: Question, principle: Principle, max_tokens: int
 ) -> EncodedQuestion:
-    """A question in both orders, shortened where it would have more than `max_tokens`."""
+    """A question in both orders, without marks that forge the prompt, and shortened beyond `max_tokens`."""
 
     def encode(question: Question) -> tuple[list[int], list[int]]:
         return (
@@ -140,5 +147,6 @@ def encode_question(
     def fits(candidate: Question) -> bool:
         return max(map(len, encode(candidate))) <= max_tokens
 
+    question = without_marks(tokenizer, question, principle)
     short = shorten(question, fits, max_tokens)
     return EncodedQuestion(short, short is not question, encode(short))

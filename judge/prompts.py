@@ -22,8 +22,7 @@ from judge.principles import Principle
 LABELS = (" A", " B")
 CUT = " ..."
 """Marks the end of a text that was cut."""
-MIN_MARK = 3
-"""Characters of a heading or control token that is kept out of texts; shorter ones may be anything."""
+MARK_LEFT_OUT = "…"
 MAX_TOKEN_CHARS = 64
 """Characters a token of a text, on average, beyond which it is shortened unread. Languages have 1 to 6."""
 
@@ -61,25 +60,13 @@ class ChatTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
-def judge_messages(
-    question: Question, principle: Principle, control_tokens: Sequence[str] = ()
-) -> list[Message]:
-    """The chat that asks which response is better; its last message is to be continued by a label.
-
-    Texts cannot end their section, or the message: headings of the principle's sections and control tokens in them are
-    left out. With a space in them instead they still moved the demo's judge.
-
-    Args:
-        control_tokens: texts that the tokenizer turns into control tokens.
-    """
-    marks = (*principle.headings, *control_tokens)
+def judge_messages(question: Question, principle: Principle) -> list[Message]:
+    """The chat that asks which response is better; its last message is to be continued by a label."""
     conversation = "\n".join(
         f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in question.prompt
     )
     text = principle.question.format(
-        conversation=_without_marks(conversation, marks),
-        response_a=_without_marks(question.first, marks),
-        response_b=_without_marks(question.second, marks),
+        conversation=conversation, response_a=question.first, response_b=question.second
     )
     return [
         {"role": "system", "content": principle.system},
@@ -92,25 +79,37 @@ def judge_prompt_ids(
     tokenizer: ChatTokenizer, question: Question, principle: Principle
 ) -> list[int]:
     """Token ids of the judge prompt, up to and including the assistant's prefix."""
-    control_tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    messages = judge_messages(question, principle, control_tokens)
-    return _encode(tokenizer, _render(tokenizer, messages))
+    return _encode(tokenizer, _render(tokenizer, judge_messages(question, principle)))
 
 
-def _without_marks(text: str, marks: Sequence[str]) -> str:
-    """The text without these marks.
+def without_marks(tokenizer: ChatTokenizer, question: Question, principle: Principle) -> Question:
+    """The question with texts that cannot end their section of the judge prompt, or its message.
 
-    A mark that begins with a letter may be an honest word, so it counts at the beginning of a line only.
+    Control tokens and headings of the principle's sections are replaced by `MARK_LEFT_OUT`, which joins what is around
+    it to no other mark. Headings may be words of an honest text, so one that begins with a letter counts only at the
+    beginning of a line, and one that ends with a letter only at its end.
     """
-    for mark in marks:
-        if len(mark) < MIN_MARK or mark.lower() not in text.lower():
-            continue
-        beginning = r"^\s*" if mark[0].isalnum() else ""
-        flags = re.IGNORECASE | re.MULTILINE
-        # What is left may join to another mark.
-        while (shorter := re.sub(beginning + re.escape(mark), "", text, flags=flags)) != text:
-            text = shorter
-    return text
+    tokens = tokenizer.added_tokens_decoder.values()
+    control_tokens = [token.content for token in tokens if token.special]
+    headings = [
+        re.compile(
+            (r"^[ \t]*" if heading[0].isalnum() else "")
+            + re.escape(heading)
+            + (r"[ \t]*$" if heading[-1].isalnum() else ""),
+            re.IGNORECASE | re.MULTILINE,
+        )
+        for heading in principle.headings
+    ]
+
+    def clean(text: str) -> str:
+        for token in control_tokens:
+            text = text.replace(token, MARK_LEFT_OUT)
+        for heading in headings:
+            text = heading.sub(MARK_LEFT_OUT, text)
+        return text
+
+    turns = [Message(role=turn["role"], content=clean(text_of(turn))) for turn in question.prompt]
+    return Question(turns, clean(question.first), clean(question.second))
 
 
 def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]:
