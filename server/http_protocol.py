@@ -10,6 +10,7 @@ client; a load balancer in front may be stricter.
 """
 
 from asyncio import BaseTransport, TimerHandle
+from http import HTTPStatus
 from typing import Any, cast
 
 from uvicorn.config import HTTP_PROTOCOLS
@@ -20,12 +21,6 @@ MAX_HEAD_BYTES = 64 * 1024  # request line and headers
 HEAD_SECONDS = 15.0
 BODY_SECONDS = 120.0
 WRITE_SECONDS = 60.0
-
-REASONS = {
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
-}
 
 
 def bound_connections() -> None:
@@ -119,7 +114,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = message.encode("ascii") + b"\n"
             head = (
-                f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: text/plain\r\n"
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: text/plain\r\n"
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode("ascii") + body)
