@@ -35,6 +35,7 @@ from training.console import TrainingError
 from training.policy import Decoding
 from training.positions import Response
 from training.rollout import Counts, Rollout, joined
+from training.sizes import cache_bytes, sizes_of
 from training.traces import decisions, refuse_untraceable, sampling
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ class VLLMBackend:
         if frozen.device.type == "cpu":
             # Compiling takes longer than it saves here, and by default vLLM would fill all of its RAM share with zeros.
             available = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-            needed = _kv_cache_bytes(frozen, max_requests, max_tokens)
+            # With less than enough for all requests, some wait.
+            blocks = 1 + max_requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
+            sizes, item_size = sizes_of(str(directory)), frozen.dtype.itemsize
+            needed = cache_bytes(sizes, blocks, CPU_BLOCK_TOKENS, item_size)
             settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(available, needed)}
         try:
             self._llm = _start(settings)
@@ -274,18 +278,6 @@ def _start(settings: dict[str, Any]) -> Any:
         return LLM(worker_cls=f"training.rollout_worker.{worker}", **settings)
     finally:
         torch.set_num_threads = set_num_threads  # the CPU worker disables it
-
-
-def _kv_cache_bytes(model: PreTrainedModel, requests: int, max_tokens: int) -> int:
-    """Approximate size of the KV cache for this many requests; with less, some wait."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    blocks = 1 + requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
-    tokens = blocks * CPU_BLOCK_TOKENS
-    return 2 * config.num_hidden_layers * heads * head_size * tokens * model.dtype.itemsize
 
 
 def _hidden_at(reads: "Sequence[Read]", places: Sequence[Place]) -> Tensor:
