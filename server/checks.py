@@ -19,7 +19,7 @@ from server.access import AccessError
 from server.arguments import StartupError, not_an_option
 from server.judge_adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.learned_proxy import Spec
-from server.proxies import LEARNED_NAME, PROXY_NAME, Checkpoint, ProxyStateError, check_name
+from server.proxies import NAME_RULE, PROXY_NAME, Checkpoint, ProxyStateError, check_name
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 STARTUP_ERRORS = (
@@ -105,9 +105,7 @@ def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Che
         if not (equals and directory):
             raise StartupError(f"{flag} {entry!r}: expected NAME=DIR")
         if not PROXY_NAME.fullmatch(name):
-            raise StartupError(
-                f"{flag} {entry!r}: the name {name!r} may only have letters, digits and . _ -"
-            )
+            raise StartupError(f"{flag} {entry!r}: the name {name!r} is not valid: {NAME_RULE}")
         if name in proxies:
             raise StartupError(f"{flag} {entry!r}: the name {name!r} is given twice")
         path = Path(directory).expanduser().absolute()
@@ -147,11 +145,8 @@ def _parse_spec(entry: str) -> Spec:
     parts = sources.split(",")
     shadow = "shadow" in parts
     kinds: Any = tuple(dict.fromkeys(part for part in parts if part != "shadow"))
-    if not LEARNED_NAME.fullmatch(name):
-        raise StartupError(
-            f"--learn {entry!r}: the name {name!r} may only have letters, digits and . _ -, and begins with one of "
-            "the first two"
-        )
+    if not PROXY_NAME.fullmatch(name):
+        raise StartupError(f"--learn {entry!r}: the name {name!r} is not valid: {NAME_RULE}")
     if not equals or not kinds or not {*kinds} <= {*SOURCES, "own"}:
         raise StartupError(
             f"--learn {entry!r}: expected NAME=FROM, with FROM of person, judge, person,judge or own"

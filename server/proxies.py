@@ -27,8 +27,8 @@ from server.engine import EngineDeadError, Workers
 
 logger = logging.getLogger(__name__)
 
-PROXY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-LEARNED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+PROXY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME_RULE = "at most 128 letters, digits and . _ -, the first a letter or digit"
 """A learned proxy's name is also a directory's: no dot comes first."""
 OWNER = "/"
 """Separates the name of a key's own proxy from a hash of the key. No valid name has it, so no request can use one."""
@@ -96,8 +96,7 @@ class Proxies:
         """
         Args:
             workers: makes calls on every rank.
-            base: the LLM that proxies must be trained for; None skips the check here, but not in
-                the worker.
+            base: the LLM that proxies must be trained for; None: only the worker checks it.
             root: the directory below which proxies may be loaded over HTTP; None = none may.
         """
         self.root = root
@@ -262,9 +261,8 @@ def check_name(name: str, models: Collection[str]) -> None:
     """Raises ProxyStateError if `<model>:<name>` is itself the name of a model or adapter that is served."""
     for model in models:
         if f"{model}:{name}" in models:
-            raise ProxyStateError(
-                409, f"'{model}:{name}' is the name of a served model: take another"
-            )
+            message = f"'{model}:{name}' is the name of a served model: take another"
+            raise ProxyStateError(409, message)
 
 
 def find_below(root: Path, path: str) -> Path:
@@ -297,7 +295,6 @@ def find_below(root: Path, path: str) -> Path:
 def _worker_message(error: Exception) -> str:
     """The worker's message, without vLLM's text around it."""
     message = re.sub(r"^(Call to \w+ method failed: )+", "", str(error))
-    framed = re.fullmatch(
-        r"Worker failed with error '(.*)', please check the stack trace.*", message, re.DOTALL
-    )
+    frame = r"Worker failed with error '(.*)', please check the stack trace.*"
+    framed = re.fullmatch(frame, message, re.DOTALL)
     return framed[1] if framed else message

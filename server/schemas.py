@@ -10,7 +10,7 @@ from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
 from server.engine import ChatCompletionRequest, CompletionRequest
 from server.judge_adapters import JudgeKind
-from server.proxies import PROXY_NAME
+from server.proxies import NAME_RULE, PROXY_NAME
 
 
 def _no_duplicates(names: list[str]) -> list[str]:
@@ -122,7 +122,7 @@ class LoadRequest(BaseModel):
 
     name: str = Field(
         pattern=f"^{PROXY_NAME.pattern}$",
-        description="The name that requests will use: at most 128 letters, digits and . _ -",
+        description=f"The name that requests will use: {NAME_RULE}.",
     )
     path: str = Field(description="The checkpoint's directory, relative to --proxy-root.")
     shadow: bool = Field(False, description="Let it score tokens without acting.")

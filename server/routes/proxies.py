@@ -13,13 +13,13 @@ from server import metrics
 from server.access import CALLER
 from server.app_state import get_state
 from server.engine import ErrorResponse, validate_json_request
-from server.proxies import LEARNED_NAME, ProxyStateError, check_name, find_below
+from server.proxies import PROXY_NAME, ProxyStateError, check_name, find_below
 from server.proxy_manifest import Entry
 from server.schemas import LearnRequest, LoadRequest
 
 router = APIRouter()
 
-LearnedName = Annotated[str, PathParameter(pattern=f"^{LEARNED_NAME.pattern}$")]
+LearnedName = Annotated[str, PathParameter(pattern=f"^{PROXY_NAME.pattern}$")]
 
 
 @router.get("/proxies")
