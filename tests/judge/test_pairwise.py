@@ -2,13 +2,16 @@
 
 import asyncio
 import math
+import threading
 
 import pytest
 
+from judge.likelihood import LikelihoodJudge
 from judge.messages import Message
 from judge.pairwise import PairwiseJudge
 from judge.principles import DEFAULT, Principle
 from judge.prompts import Question
+from judge.protocol import Judge
 from judge.verdict import Verdict
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
@@ -183,3 +186,39 @@ def test_a_rationale_goes_on_after_the_verdicts_label(tokenizer, orders, label):
 def test_a_rationale_of_identical_responses(tokenizer):
     found, judge, engine = explain(tokenizer, Question(PROMPT, "x", "x"), (0.5, 0.5))
     assert found == [] and engine.batches == [] and judge.usage.completion_tokens == 0
+
+
+class BlockingTokenizer:
+    """Encodes only when the event loop has gone on meanwhile."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.loop_went_on = tokenizer, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text, **options):
+        assert self.loop_went_on.wait(10), "the event loop waited for the tokenizer"
+        return self.tokenizer.encode(text, **options)
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "likelihood"])
+def test_the_tokenizer_does_not_hold_up_the_event_loop(tokenizer, kind):
+    blocking = BlockingTokenizer(tokenizer)
+
+    async def scores(readings):
+        return [0.0] * len(readings)
+
+    async def run():
+        judge: Judge
+        if kind == "pairwise":
+            engine = Engine(tokenizer, lambda a, b: 0.6)
+            judge = PairwiseJudge(blocking, DEFAULT, engine, engine.write, max_tokens=1000)
+        else:
+            judge = LikelihoodJudge(blocking, scores, beta=1.0, max_tokens=1000)
+        task = asyncio.create_task(judge.compare([Question(PROMPT, "Yes.", "No.")]))
+        await asyncio.sleep(0.1)
+        blocking.loop_went_on.set()
+        return await task
+
+    assert len(asyncio.run(run())) == 1

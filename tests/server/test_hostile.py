@@ -2,9 +2,7 @@
 
 import socket
 import threading
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
@@ -81,18 +79,10 @@ LONG_RESPONSE = "You can open it with a fork. " * 2000
     ],
     ids=["turns", "responses", "ranking"],
 )  # fmt: skip
-def test_the_judge_stops_nobody(server, path, body):
-    """While the judge reads a long text, others are answered: 41 s passed without a word before."""
-    longest = 0.0
-    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=60) as client:
-        url = server.url + path
-        judged = pool.submit(httpx.post, url, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
-        while not judged.done():
-            start = time.monotonic()
-            assert client.get("/v1/models", headers=HEADERS).status_code == 200
-            longest = max(longest, time.monotonic() - start)
-    assert judged.result().status_code == 200, judged.result().text[:300]
-    print(f"the longest wait was {longest:.2f} s")
+def test_texts_far_beyond_the_context_are_judged(server, others, path, body):
+    """The first two never came to an end before."""
+    answer = httpx.post(server.url + path, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
+    assert answer.status_code == 200, answer.text[:300]
 
 
 def test_headers_without_an_end(server, others):
