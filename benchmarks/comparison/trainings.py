@@ -4,6 +4,7 @@ The reference scorer grades; no training sees it.
 """
 
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,8 +85,8 @@ def make_reward(kind: str, seed: int, num_pairs: int | None = None) -> Job:
             reward_model.main(
                 reward_model.Options(
                     model=str(setting.model),
-                    preferences=str(subset_of_pairs(setting, directory, num_pairs, seed)),
-                    output=directory / "model" if num_pairs else directory,
+                    preferences=str(subset_of_pairs(setting, num_pairs, seed)),
+                    output=directory,
                     overwrite=True,
                     kind=kind,  # type: ignore[arg-type]
                     epochs=passes(num_pairs),
@@ -113,8 +114,7 @@ def needs_of_reward(reward: str, seed: int) -> tuple[str, ...]:
 def reward_path(setting: Setting, reward: str, seed: int) -> str:
     if reward == "self-judge":
         return reward
-    directory = setting.directory(f"reward-{reward}/{seed}")
-    return str(directory / "model" if reward[-1].isdigit() else directory)
+    return str(setting.directory(f"reward-{reward}/{seed}"))
 
 
 def train_and_grade(
@@ -206,15 +206,18 @@ def train_proxy(
     return trainer, result
 
 
-def subset_of_pairs(setting: Setting, directory: Path, count: int | None, seed: int) -> Path:
+def subset_of_pairs(setting: Setting, count: int | None, seed: int) -> Path:
     """A file with `count` of the pairs, drawn by the seed; None = all of them."""
     source = Path(setting.data("preferences"))
     if count is None:
         return source
     lines = source.read_text().splitlines()
     drawn = random.Random(seed).sample(lines, min(count, len(lines)))
-    path = directory / "preferences.jsonl"
-    path.write_text("".join(line + "\n" for line in drawn))
+    path = setting.work / "pairs" / f"{count}-{seed}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")  # several jobs draw the same pairs
+    temporary.write_text("".join(line + "\n" for line in drawn))
+    temporary.replace(path)
     return path
 
 
@@ -232,15 +235,11 @@ def make_dpo(
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         learning_rate, beta = choose(setting)
         result: dict[str, Any] = {"learning_rate": learning_rate, "beta": beta}
-        pairs = (
-            subset_of_pairs(setting, directory, num_pairs, seed)
-            if num_pairs
-            else setting.work / file
-        )
+        pairs = subset_of_pairs(setting, num_pairs, seed) if num_pairs else setting.work / file
         options = dpo.Options(
             model=str(setting.model),
             preferences=str(pairs),
-            output=directory / "model" if num_pairs else directory,
+            output=directory,
             overwrite=True,
             learning_rate=learning_rate,
             beta=beta,
@@ -251,8 +250,8 @@ def make_dpo(
             dpo.main(options)
         count = pairs.read_text().count("\n")
         result["updates"] = int(-(-count // options.batch_size) * options.epochs)
-        result["parameters"] = load_model(str(options.output))[0].num_parameters()
-        return result | {"row": tuned(setting, options.output, seed, split)}
+        result["parameters"] = load_model(str(directory))[0].num_parameters()
+        return result | {"row": tuned(setting, directory, seed, split)}
 
     return Job(name, run, (f"frozen/{seed}", *needs))
 

@@ -48,7 +48,7 @@ def make_direct(
                 "rounds": rounds,
             }
         else:
-            data = {"preferences": str(subset_of_pairs(setting, directory, num_pairs, seed))}
+            data = {"preferences": str(subset_of_pairs(setting, num_pairs, seed))}
         options = proxy_dpo.Options(
             model=str(setting.model),
             output=directory / "proxy",
