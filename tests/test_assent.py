@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from assent.__main__ import COMMANDS, training_commands
+from assent.__main__ import COMMANDS, TRAIN_PACKAGES, training_commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +78,9 @@ def test_a_directory_of_the_same_name_does_no_harm(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "How good is a judge?" in result.stdout
+
+
+def test_the_packages_that_training_needs_are_those_of_the_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(TRAIN_PACKAGES) <= set(project["optional-dependencies"]["train"])
+    assert not set(TRAIN_PACKAGES) & set(project["dependencies"])
