@@ -58,7 +58,7 @@ class AccessMiddleware:
         is_open = path in OPEN_PATHS or _is_preflight(scope, headers)
         caller = self.access.anybody if is_open else self.access.find(headers)
         scope[CALLER] = caller
-        error = self._check(scope, path, caller)
+        error = self._check(scope, headers, path, caller)
         if error is None:
             await self._pass(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -66,18 +66,20 @@ class AccessMiddleware:
         else:
             await error(scope, receive, send)
 
-    def _check(self, scope: Scope, path: str, caller: Caller | None) -> HTTPErrorResponse | None:
+    def _check(
+        self, scope: Scope, headers: Headers, path: str, caller: Caller | None
+    ) -> HTTPErrorResponse | None:
         """Why the request is refused; None = it is not."""
         method = scope.get("method")  # None of a websocket
         if caller is None:
             return UNAUTHORIZED
-        if not self.access.callers and _may_be_rebound(scope):
+        if not self.access.callers and _may_be_rebound(scope, headers):
             return UNKNOWN_HOST
         if not caller.admin and _needs_admin(method, path):
             return NO_ADMIN
         if method in ("POST", None) and (refusal := _over_limit(caller)):
             return refusal
-        if int(Headers(scope=scope).get("content-length", 0)) > self.max_body_bytes:
+        if int(headers.get("content-length", 0)) > self.max_body_bytes:
             return self._too_large()
         return None
 
@@ -154,7 +156,7 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
     )
 
 
-def _may_be_rebound(scope: Scope) -> bool:
+def _may_be_rebound(scope: Scope, headers: Headers) -> bool:
     """Whether the request came to a loopback address under a name that anybody's DNS server may point there.
 
     A web page can then send requests to this server as if it were the page's own (DNS rebinding).
@@ -162,7 +164,7 @@ def _may_be_rebound(scope: Scope) -> bool:
     server = scope.get("server")
     if server is None or not _is_loopback(server[0]):
         return False
-    host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+    host = urlsplit(f"//{headers.get('host', '')}").hostname
     if not host:  # a load balancer's health check; every browser sends one
         return False
     return not (host == "localhost" or host.endswith(".localhost") or _is_address(host))
