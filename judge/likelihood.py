@@ -61,6 +61,7 @@ class LikelihoodJudge:
         self.beta, self.max_tokens, self.tie_band = beta, max_tokens, tie_band
         self.usage = Usage()
         self._scores: dict[_Key, float] = {}
+        self._readings: dict[_Key, Reading] = {}  # a tournament compares each response many times
 
     async def compare(self, questions: Sequence[Question]) -> list[PairResult]:
         """Judge every question. The probability is the same in both orders."""
@@ -109,7 +110,10 @@ class LikelihoodJudge:
         return shorten(question, fits, self.max_tokens)
 
     def _reading(self, prompt: Sequence[Message], text: str) -> Reading:
-        return Reading(*response_ids(self.tokenizer, prompt, text))
+        key = _key(prompt, text)
+        if key not in self._readings:
+            self._readings[key] = Reading(*response_ids(self.tokenizer, prompt, text))
+        return self._readings[key]
 
 
 def _key(prompt: Sequence[Message], text: str) -> _Key:

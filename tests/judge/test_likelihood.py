@@ -45,6 +45,23 @@ def test_the_probability_is_bradley_terrys_and_knows_no_order(engine):
     assert results[2].probability == pytest.approx(math.exp(-21.5), rel=1e-6)
 
 
+def test_every_response_is_tokenized_once(engine):
+    class Counting:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.texts = tokenizer, []
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def encode(self, text, **options):
+            self.texts.append(text)
+            return self.tokenizer.encode(text, **options)
+
+    engine.tokenizer = Counting(engine.tokenizer)
+    compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "good")])
+    assert len(engine.tokenizer.texts) == 2 * 3  # of each the prompt, and the prompt with it
+
+
 def test_every_response_is_read_once(engine):
     _, judge = compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "bad")])
     assert engine.batches == [["good<|end|>", "fair<|end|>", "bad<|end|>"]]
