@@ -9,6 +9,9 @@
     assent_hook_steps_total                          steps in which a proxy decided anything
     assent_hook_seconds_total                        host time that the hook took in them
 
+After MAX_VERSIONS versions further ones are counted together, with `other` for both labels: the counters of a version
+are kept until the process ends.
+
 The worker is a process of its own: the server sets PROMETHEUS_MULTIPROC_DIR before anything
 imports prometheus_client, and the numbers appear on its /metrics.
 """
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 from prometheus_client import Counter
 
+MAX_VERSIONS = 1000
 _LABELS = ["proxy", "version"]
 
 
@@ -50,15 +54,29 @@ def _counters() -> _Counters:
     )
 
 
+@cache
+def _counted_versions() -> set[tuple[str, str]]:
+    return set()
+
+
+def _labels_of(proxy: str, version: str) -> tuple[str, str]:
+    """The own proxies of all API keys count as one per name."""
+    name, owner, _ = proxy.partition("/")
+    labels = (name, "own" if owner else version)
+    counted = _counted_versions()
+    if labels not in counted and len(counted) >= MAX_VERSIONS:
+        return ("other", "other")
+    counted.add(labels)
+    return labels
+
+
 def add(proxy: str, version: str, *, tokens: int, proposed: int, forced: int) -> None:
-    """Add the counts of one proxy since the last call. The own proxies of all API keys count as one per name."""
-    counters = _counters()
-    proxy, owner, _ = proxy.partition("/")
-    version = "own" if owner else version
-    counters.tokens.labels(proxy, version).inc(tokens)
-    counters.proposed.labels(proxy, version).inc(proposed)
-    counters.rejected.labels(proxy, version).inc(proposed - (tokens - forced))
-    counters.forced.labels(proxy, version).inc(forced)
+    """Add the counts of one proxy since the last call."""
+    counters, labels = _counters(), _labels_of(proxy, version)
+    counters.tokens.labels(*labels).inc(tokens)
+    counters.proposed.labels(*labels).inc(proposed)
+    counters.rejected.labels(*labels).inc(proposed - (tokens - forced))
+    counters.forced.labels(*labels).inc(forced)
 
 
 def add_steps(steps: int, seconds: float) -> None:
@@ -69,6 +87,6 @@ def add_steps(steps: int, seconds: float) -> None:
 
 def add_shadow(proxy: str, version: str, *, tokens: int, changed: int) -> None:
     """Add the counts of one shadow proxy since the last call."""
-    counters = _counters()
-    counters.shadow_tokens.labels(proxy, version).inc(tokens)
-    counters.shadow_changed.labels(proxy, version).inc(changed)
+    counters, labels = _counters(), _labels_of(proxy, version)
+    counters.shadow_tokens.labels(*labels).inc(tokens)
+    counters.shadow_changed.labels(*labels).inc(changed)
