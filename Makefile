@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   the Python to make the environment with (3.11, 3.12 or 3.13)
 #   DEVICE=cuda         vLLM's CUDA build, in .venv-cuda, instead of the CPU build in .venv
+#   DEMO=toy            serve the toy demo, which needs no download; or MODEL=DIR: a model of your own
 #   ARGS="..."          more options for the command behind a target
 
 SHELL := bash
@@ -15,9 +16,21 @@ export PYTHON
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
-MODEL ?= deploy/demo/model
+DEMO ?= smollm2
+ifdef MODEL
+NAME ?= $(notdir $(MODEL:/=))
+else ifeq ($(DEMO),toy)
+MODEL := deploy/demo/model
 NAME ?= assent-demo
-PROXIES ?= aligned=deploy/demo/proxies/aligned polite=deploy/demo/proxies/polite
+PROXIES ?= $(call named,deploy/demo/proxies)
+else ifeq ($(DEMO),smollm2)
+MODEL = $$($(BIN)/python -m deploy.demo.smollm2.convert)
+NAME ?= smollm2
+PROXIES ?= $(call named,deploy/demo/smollm2/proxies)
+else
+$(error DEMO is '$(DEMO)'; it can be smollm2 or toy)
+endif
+named = $(foreach path,$(wildcard $(1)/*/),$(notdir $(path:/=))=$(path:/=))
 
 # Two workers (tests/conftest.py says who gets what).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -28,8 +41,8 @@ help:  ## list these targets
 install:  ## install everything into .venv (DEVICE=cuda: into .venv-cuda)
 	@deploy/install/install.sh $(DEVICE)
 
-serve: install  ## serve the demo model and its proxies (MODEL, NAME, PROXIES, HOST, PORT, ARGS)
-	@exec $(BIN)/python -m server --model $(MODEL) --served-model-name $(NAME) \
+serve: install  ## serve the demo: SmolLM2 and its proxies (DEMO=toy, MODEL, NAME, PROXIES, HOST, PORT, ARGS)
+	@model=$(MODEL) && exec $(BIN)/python -m server --model "$$model" --served-model-name $(NAME) \
 		$(addprefix --proxy ,$(PROXIES)) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install  ## run the tests, but for the slow ones (ARGS="tests/proxy -x")
@@ -55,7 +68,7 @@ format: install  ## format the code and mend what the linter can mend
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-demo: install  ## train the demo again: frozen LLM, proxies and judge into deploy/demo
+demo: install  ## train the toy demo again: frozen LLM, proxies and judge into deploy/demo
 	$(BIN)/python -m training.demo --output deploy/demo --overwrite $(ARGS)
 
 lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest of all)

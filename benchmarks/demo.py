@@ -1,7 +1,7 @@
-"""Grade the served demo on held-out prompts over HTTP: `python -m benchmarks.demo --data runs/demo/world`.
+"""Grade the served toy demo on held-out prompts over HTTP: `python -m benchmarks.demo --data runs/demo/world`.
 
-Start the server first (`make serve`). Every row is the share of prompts for which the row's answer has a higher
-reference score than the frozen model's answer; ties count half. All seeds are fixed and differ between rows.
+Start the server first (`make serve DEMO=toy`). Every row is the share of prompts for which the row's answer has a
+higher reference score than the frozen model's answer; ties count half. All seeds are fixed and differ between rows.
 """
 
 import asyncio

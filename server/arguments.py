@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
@@ -40,6 +41,12 @@ VLLM_OPTIONS = {
 
 class StartupError(ValueError):
     """The command line asks for something that cannot be; the message is one line."""
+
+
+def refused_by_vllm(model: str, error: ValidationError) -> StartupError:
+    """Of vLLM's configuration, before an engine starts."""
+    message = error.errors(include_url=False, include_context=False)[0]["msg"]
+    return StartupError(f"vLLM cannot serve {model!r}: {message}")
 
 
 def parse(argv: Sequence[str]) -> Namespace:

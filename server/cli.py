@@ -5,7 +5,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 import uvloop
 import vllm.envs
@@ -18,7 +17,7 @@ from vllm.utils.system_utils import decorate_logs
 
 from judge.feedback import Feedback
 from server.access import Access, read_access
-from server.arguments import PROG, StartupError, parse
+from server.arguments import PROG, StartupError, parse, refused_by_vllm
 from server.checks import (
     STARTUP_ERRORS,
     check_checkpoints,
@@ -30,12 +29,12 @@ from server.checks import (
 )
 from server.ending import GRACEFUL_SECONDS
 from server.http_protocol import bound_connections
+from server.kv_cache import prefer_cache_size, weight_bytes
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
 from server.vllm_patches import install_plugin
 
 SMALL_MODEL_BYTES = 256 * 1024**2
-SMALL_MODEL_KV_CACHE_BYTES = 256 * 1024**2
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -112,9 +111,8 @@ async def run_server(args: Namespace) -> None:
         ) from None
     try:
         await run_server_worker(address, sock, args, timeout_graceful_shutdown=GRACEFUL_SECONDS)
-    except ValidationError as error:  # of vLLM's configuration, before the engine starts
-        message = error.errors(include_url=False, include_context=False)[0]["msg"]
-        raise StartupError(f"vLLM cannot serve {args.model!r}: {message}") from None
+    except ValidationError as error:
+        raise refused_by_vllm(args.model, error) from None
 
 
 def prefer_settings(args: Namespace) -> None:
@@ -125,17 +123,15 @@ def prefer_settings(args: Namespace) -> None:
     """
     if current_platform.is_cuda():
         return
+    prefer_cache_size(args)
     if args.enforce_eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first logprobs compile: 3 s
-    weights = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
-    if not 0 < weights <= SMALL_MODEL_BYTES:
+    if not 0 < weight_bytes(args) <= SMALL_MODEL_BYTES:
         return
     if args.data_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        args.kv_cache_memory_bytes = SMALL_MODEL_KV_CACHE_BYTES
 
 
 def take_access(args: Namespace) -> Access:

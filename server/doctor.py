@@ -10,7 +10,6 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -28,9 +27,9 @@ from proxy.checkpoint import BaseModelId, identify, load
 from server import checks
 from server.access import read_access
 from server.arguments import parse
+from server.kv_cache import GIB, plan_memory, weight_bytes
 
 VLLM_VERSION = "0.32.0"
-GIB = 1024**3
 
 Level = Literal["ok", "warning", "error"]
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -184,16 +183,24 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
 
 
 def _memory(args: Namespace) -> Iterator[Finding]:
-    """The weights' size against the free memory; vLLM's cache takes the rest."""
-    files = list(Path(args.model).glob("*.safetensors"))
-    if not files:  # a hub id
-        return
-    weights = sum(file.stat().st_size for file in files) / args.tensor_parallel_size
+    """On CUDA vLLM's cache takes what the weights leave; on a CPU it has a size that we know."""
     if current_platform.is_cuda():
-        free, total = torch.cuda.mem_get_info()
-        free = min(free, int(total * args.gpu_memory_utilization))
-    else:
-        free = psutil.virtual_memory().available
+        yield from _device_memory(args)
+        return
+    try:
+        memory = plan_memory(args)
+    except checks.STARTUP_ERRORS as error:
+        yield Finding("error", "memory", _line(error))
+        return
+    problem = memory.problem()
+    text = f"{memory}: {problem}" if problem else str(memory)
+    yield Finding("error" if problem else "ok", "memory", text)
+
+
+def _device_memory(args: Namespace) -> Iterator[Finding]:
+    weights = weight_bytes(args) / args.tensor_parallel_size
+    free, total = torch.cuda.mem_get_info()
+    free = min(free, int(total * args.gpu_memory_utilization))
     text = f"{weights / GIB:.1f} GiB of weights a device, {free / GIB:.1f} GiB free"
     if weights > 0.9 * free:
         text += ": the cache needs room too; use more devices (--tensor-parallel-size) or a smaller model"

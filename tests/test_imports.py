@@ -35,6 +35,7 @@ VLLM_FILES = {
     "server/cli.py",
     "server/doctor.py",
     "server/engine.py",
+    "server/kv_cache.py",
     "server/plugin.py",
     "server/vllm_patches.py",
     "training/rollout_vllm.py",

@@ -15,7 +15,7 @@ compile() {  # compile cpu|cuda [more options]
         source deploy/install/pip-settings.sh
         unset UV_INDEX UV_INDEX_STRATEGY # a lock must not depend on what else is reached from here
         UV_CUSTOM_COMPILE_COMMAND="make lock" "$uv" pip compile pyproject.toml --quiet \
-            --extra "$device" --extra train --group dev --output-file "deploy/install/$device.lock" \
+            --extra "$device" --extra train --group dev --group demo --output-file "deploy/install/$device.lock" \
             --python-version 3.11 --python-platform x86_64-manylinux_2_31 --only-binary :all: \
             --no-emit-index-url --no-emit-find-links "${@:2}"
     )

@@ -1,4 +1,4 @@
-"""One real server for the whole test run: the bundled demo with both of its proxies, on a free port.
+"""One real server for the whole test run: the toy demo with both of its proxies, on a free port.
 
 In float32: on many processors a kernel of bfloat16 rounds otherwise in another batch, and a text would depend on who
 else asks. Of float32's rounding a decision depends with a probability of about 1e-6 a token.
@@ -108,21 +108,21 @@ def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(
-    log: Path, *flags: str | Path, environment: dict[str, str] | None = None, warm: bool = True
+    log: Path,
+    *flags: str | Path,
+    model: Path = DEMO / "model",
+    name: str = MODEL,
+    environment: dict[str, str] | None = None,
+    warm: bool = True,
 ) -> Iterator[Server]:
-    """`python -m server` with the demo's LLM, from when it is healthy until it has stopped.
+    """`python -m server`, with the toy demo's LLM if no other, from when it is healthy until it has stopped.
 
     With `warm` it begins with libraries that are imported already, and its engine as a fork of it instead of anew.
     """
     port = free_port()
     command = [
-        "server",
-        "--model",
-        DEMO / "model",
-        "--port",
-        str(port),
-        "--served-model-name",
-        MODEL,
+        *("server", "--model", model, "--port", str(port)),
+        *("--served-model-name", name),
     ]
     process = _start([*map(str, [*command, *flags])], log, environment or {}, warm)
     running = Server(f"http://127.0.0.1:{port}", log, process)

@@ -1,0 +1,102 @@
+"""The memory of a server on a CPU: what it takes of how much, and what the user's own options make of it."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.server.conftest import DEMO
+
+GIB = 1024**3
+MODEL = DEMO / "model"
+WEIGHTS = 7_077_368  # bytes of its safetensors
+BLOCK = 128 * 4096  # tokens · keys and values of 4 layers, 4 heads, 64 numbers of 2 bytes
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Of a machine with 128 GiB."""
+    from server import arguments, kv_cache
+
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+    def plan(*flags, model=MODEL, free=64 * GIB):
+        monkeypatch.setattr(kv_cache, "free_and_total", lambda: (free, 128 * GIB))
+        args = arguments.parse(["--model", str(model), *flags])
+        memory = kv_cache.plan_memory(args)
+        kv_cache.prefer_cache_size(args)
+        return memory, args.kv_cache_memory_bytes
+
+    return plan
+
+
+def long_model(directory):
+    """The demo's, with a context of 131,072 tokens."""
+    model = directory / "long"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = 131_072
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_room_for_all_that_runs_at_once(plan):
+    memory, chosen = plan()
+    assert (memory.weights, memory.workers, memory.problem()) == (WEIGHTS, 1, None)
+    assert chosen == memory.cache == (128 * 512 // 128 + 1) * BLOCK
+    assert plan("--max-num-seqs", "4")[1] == (4 * 512 // 128 + 1) * BLOCK
+    assert plan("--max-num-seqs", "4", "--max-model-len", "256")[1] == (4 * 256 // 128 + 1) * BLOCK
+
+
+def test_and_for_the_longest_request(plan, tmp_path):
+    model = long_model(tmp_path)
+    memory, chosen = plan("--max-num-seqs", "4", model=model)
+    assert chosen == memory.longest == (1024 + 1) * BLOCK
+    assert memory.problem() is None
+    assert plan("--max-num-seqs", "4", "--max-model-len", "300", model=model)[1] == 11 * BLOCK
+
+
+def test_a_share_of_what_is_free(plan):
+    memory, chosen = plan("--max-num-seqs", "4096", free=4 * GIB)
+    assert chosen == memory.cache == int(0.8 * (4 * GIB - WEIGHTS - memory.processes))
+    assert memory.problem() is None
+
+
+def test_too_little_is_free(plan, tmp_path):
+    memory, _ = plan(free=GIB)
+    assert "more than is free" in memory.problem()
+    memory, chosen = plan(model=long_model(tmp_path), free=memory.processes + GIB // 4)
+    assert chosen == memory.longest  # vLLM decides: layers with a window take less
+    assert "--max-model-len" in memory.problem()
+
+
+def test_the_users_choice(plan, monkeypatch, tmp_path):
+    memory, chosen = plan("--kv-cache-memory-bytes", "1G")
+    assert memory.cache == chosen == GIB
+    memory, _ = plan("--kv-cache-memory-bytes", "200M", model=long_model(tmp_path))
+    assert "--kv-cache-memory-bytes" in memory.problem()
+    memory, chosen = plan("--gpu-memory-utilization", "0.25")
+    assert chosen is None and 30 * GIB < memory.cache < 32 * GIB
+    assert "more than is free" in plan("--gpu-memory-utilization", "0.75")[0].problem()
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    memory, chosen = plan()
+    assert chosen is None and memory.cache == 2 * GIB
+
+
+def test_engines_share_it(plan):
+    memory, chosen = plan("--data-parallel-size", "2")
+    assert memory.workers == 2 and memory.cache == 2 * chosen == 2 * 513 * BLOCK
+
+
+def test_a_variable_that_is_no_number(plan, monkeypatch):
+    from server.arguments import StartupError
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2G")
+    with pytest.raises(StartupError, match="GiB"):
+        plan()
+
+
+def test_a_hub_id_that_is_not_here_yet():
+    from server import arguments, kv_cache
+
+    assert kv_cache.weight_bytes(arguments.parse(["--model", "nobody/nothing"])) == 0
