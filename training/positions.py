@@ -1,34 +1,24 @@
 """Hidden states and candidates at every position of given responses: the training data of `training.proxy_dpo`.
 
 The LLM is frozen, so one pass over the responses serves any number of epochs, settings and losses. Results are kept on
-disk in parts, in a directory named by a hash of LLM, decoding and responses: a resumed run continues with the next
-part, and another run with the same three reads nothing again.
+disk (`training.part_cache`), by LLM, decoding and responses.
 
 `proxy.positions` defines what is kept.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from accelerate import Accelerator
-from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from proxy.acceptance import Candidates
-from proxy.checkpoint import BaseModelId
 from proxy.network import ProxyConfig
 from proxy.positions import Positions, choices, joined, nucleus_of
 from training.logprobs import CHUNK, logits_of
 from training.micro_batches import split_by_tokens
 from training.model_inputs import HeadInput, pad_responses
-
-_PART = 512  # responses in a file
+from training.part_cache import PartCache
 
 
 class Response(NamedTuple):
@@ -88,21 +78,8 @@ def _read_batch(
     return choices(hidden, Candidates(token_ids, logprobs), targets, owners, len(ids))
 
 
-class Cache:
-    """Positions on disk: `directory/<hash>/<part>.safetensors`, each part complete or missing."""
-
-    def __init__(
-        self, directory: Path, base: BaseModelId, dtype: str, accelerator: Accelerator
-    ) -> None:
-        """
-        Args:
-            directory: where they are kept.
-            base: the LLM.
-            dtype: data type of the LLM.
-            accelerator: of this run's processes, which share the work; each receives all positions.
-        """
-        self._directory, self._accelerator = directory, accelerator
-        self._llm = base.fingerprint, dtype
+class Cache(PartCache):
+    """Positions on disk."""
 
     def read(
         self,
@@ -111,44 +88,9 @@ class Cache:
         reader: Reader,
     ) -> Positions:
         """The positions of N responses, from disk or from the reader."""
-        target = self._directory / self._key(responses, config)
-        target.mkdir(parents=True, exist_ok=True)
-        processes, index = self._accelerator.num_processes, self._accelerator.process_index
-        starts = range(0, len(responses), _PART)
-        paths = [target / f"{i:05}.safetensors" for i in range(len(starts))]
-        parts = [_load(path) for path in paths]
-        missing = [i for i, part in enumerate(parts) if part is None]
-        total = sum(len(responses[starts[i] : starts[i] + _PART]) for i in missing)
-        self._accelerator.wait_for_everyone()  # all processes have found the same parts
-        with tqdm(total=total, unit="response", desc="hidden states", disable=index > 0) as bar:
-            for number, i in enumerate(missing):
-                batch = responses[starts[i] : starts[i] + _PART]
-                if number % processes == index:
-                    _save(paths[i], reader(batch, config))
-                bar.update(len(batch))
-        self._accelerator.wait_for_everyone()
-        for i in missing:
-            parts[i] = _load(paths[i])
-        return joined([part for part in parts if part is not None])
-
-    def _key(self, responses: Sequence[Response], config: ProxyConfig) -> str:
         of_nucleus = (config.temperature, config.top_k, config.top_p, config.max_candidates)
-        digest = hashlib.sha256()
-        for part in (*self._llm, of_nucleus, *responses):
-            digest.update(json.dumps(part).encode())
-        return digest.hexdigest()[:16]
 
+        def read_part(part: Sequence[Response]) -> Positions:
+            return reader(part, config)
 
-def _save(path: Path, positions: Positions) -> None:
-    temporary = path.with_name(f".{path.name}")
-    tensors = {name: tensor.contiguous() for name, tensor in positions._asdict().items()}
-    safetensors.torch.save_file(tensors, temporary)
-    temporary.replace(path)
-
-
-def _load(path: Path) -> Positions | None:
-    """None = missing or damaged."""
-    try:
-        return Positions(**safetensors.torch.load_file(path))
-    except (OSError, SafetensorError, TypeError):
-        return None
+        return joined(self.parts(responses, of_nucleus, read_part, Positions))

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from proxy.positions import Positions, nucleus_of
 from tests.training.models import PROMPTS, chat, frozen_of, save_model
-from training import positions
+from training import part_cache
 from training.conversations import Conversations
 from training.model_inputs import HeadInput
 from training.policy import Decoding, Policy, default_config
@@ -78,7 +78,7 @@ def test_what_was_read_is_not_read_again(
     frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
-    monkeypatch.setattr(positions, "_PART", 4)  # three files
+    monkeypatch.setattr(part_cache, "_PART", 4)  # three files
     cache = Cache(tmp_path, frozen.base, "float32", Accelerator(cpu=True))
     reader = partial(read, model=frozen.model, max_tokens=64)
     first = cache.read(responses, config, reader)
