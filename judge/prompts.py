@@ -11,7 +11,7 @@ The trainer builds its judgment examples with the same functions.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
@@ -184,6 +184,12 @@ def response_ids(
             "cannot score answers"
         )
     return prompt_ids, whole[len(prompt_ids) :]
+
+
+def up_to_end(response: list[int], end_ids: Collection[int]) -> list[int]:
+    """The response up to the first token that ends a turn. The LLM does not generate what a chat template adds then."""
+    end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)
+    return response[: end + 1]
 
 
 def shorten(question: Question, fits: Callable[[Question], bool], max_tokens: int) -> Question:

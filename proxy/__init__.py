@@ -8,6 +8,7 @@ The algorithm, which the engine, the trainer and the judge share:
 - `network`        - the network that scores the candidates of a row.
 - `checkpoint`     - a trained network on disk, with the fingerprint of its LLM.
 - `reward_file`    - `reward.json`: what a reward or judge on disk is, and its LLM.
+- `probe`          - a linear head on the LLM's hidden states: a reward, and a judge.
 - `likelihood`     - how much likelier responses are with a proxy: a reward, and a judge.
 - `positions`      - the positions of responses where a proxy has a choice.
 - `position_store` - these on disk, for a server that learns.

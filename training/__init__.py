@@ -8,7 +8,7 @@ Commands, `python -m training.NAME`, in the order of a project:
 - `export`          - feedback that the server kept, as preference data.
 - `sft`             - supervised fine-tuning.
 - `jsft`            - supervised fine-tuning on answers and judgments: one model learns to answer and to judge.
-- `reward_model`    - a reward from preference pairs: scalar, or implicit, whose LoRA is also a judge.
+- `reward_model`    - a reward from preference pairs: scalar, implicit, whose LoRA is also a judge, or a probe.
 - `dpo`             - direct preference optimisation of the LLM, a baseline.
 - `estimate`        - memory and time of training a proxy.
 - `proxy_ppo`       - a proxy with PPO (Proxy-RLHF).
@@ -46,7 +46,11 @@ Learning from preferences:
 - `preferences`       - pairs and single verdicts.
 - `preference_report` - what is printed about them.
 - `ranked_answers`    - preferences from an LLM's own answers, ranked by a reward.
+- `part_cache`        - what one pass of the frozen LLM yields, on disk.
 - `positions`         - hidden states and candidates of given responses, read once and kept.
+- `probe`             - a linear head on the frozen LLM's hidden states.
+- `probe_fit`         - its fit and cross-validation.
+- `mean_states`       - hidden states averaged over given responses.
 - `preference_losses` - DPO, IPO, SimPO and KTO on the distribution that accept/reject sampling emits.
 - `direct`            - fits a proxy to recorded positions.
 

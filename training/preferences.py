@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from judge.prompts import up_to_end
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.data import Row, RowOptions, read_as
@@ -88,10 +89,9 @@ def read_preferences(
 
 
 def response_of(row: Row, field: str, chats: Conversations, end_ids: set[int]) -> Response:
-    """The response up to the end of the turn. The LLM does not generate what a chat template adds after it."""
+    """The response up to the end of the turn."""
     prompt, response = chats.split_turns(row["prompt"], row[field])
-    end = next((i for i, token in enumerate(response) if token in end_ids), len(response) - 1)
-    return Response(prompt, response[: end + 1])
+    return Response(prompt, up_to_end(response, end_ids))
 
 
 def split(preferences: Preferences, held_out: int, seed: int) -> tuple[Preferences, Preferences]:

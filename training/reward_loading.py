@@ -17,6 +17,7 @@ from proxy.checkpoint import (
     load,
     resolve_model_dir,
 )
+from proxy.probe import load_weight
 from proxy.reward_file import REWARD_FILE, RewardFile
 from training.adapters import CausalLM, SwitchedAdapter, WithAdapter
 from training.console import TrainingError
@@ -28,6 +29,7 @@ from training.rewards import (
     FunctionReward,
     ImplicitReward,
     JudgeReward,
+    ProbeReward,
     ProxyReward,
     Reward,
     ScalarReward,
@@ -41,7 +43,7 @@ def load_reward(name: str, frozen: Frozen) -> Reward:
 
     Raises:
         TrainingError: there is no such reward, or it is damaged.
-        FingerprintMismatch: an implicit reward, or a judge, that was trained from another LLM.
+        FingerprintMismatch: an implicit reward, a probe or a judge that was trained from another LLM.
     """
     kind, _, principle = name.partition(":")
     if kind == SELF_JUDGE:
@@ -73,6 +75,8 @@ def _load_trained(directory: Path, frozen: Frozen) -> Reward:
             f"the reward in {directory} was trained from {config.base.name!r} ({config.base.fingerprint}), "
             f"but the frozen LLM is {frozen.base.name!r} ({frozen.base.fingerprint}); train it again from this one"
         )
+    if config.probe is not None:
+        return ProbeReward(load_weight(directory), config.probe, frozen)
     tuned: CausalLM
     if (directory / ADAPTER_FILE).is_file():
         tuned = _add_lora(frozen.model, directory)

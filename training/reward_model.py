@@ -5,17 +5,22 @@
 `--kind implicit` (the default) trains a copy of the LLM, or a LoRA on it, with the Bradley–Terry (DPO) loss; its reward
 is β·log(π_rm/π_ref). `--kind scalar` trains the LLM's body with one linear head, as in RLHF. In small models the
 implicit reward detects relations (the wrong object, the wrong fact) that the scalar head does not.
+
+`--kind probe` trains no weight of the LLM: the score is linear in its hidden states, averaged over the response
+(`proxy.probe`). One pass over the pairs, then a fit of seconds, with ridge and layer chosen by cross-validation. As a
+reward or as the server's judge it costs one pass of the frozen LLM, which is in memory anyway.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from proxy.checkpoint import identify, resolve_model_dir
 from proxy.reward_file import RewardFile
-from training import checkpoints, dpo, output
+from training import checkpoints, dpo, output, probe
 from training.console import TrainingError, main_guard, read_options
 from training.metrics import TrainerMetrics
 from training.models import attention_of, load_tokenizer, loading, refuse_unknown
@@ -27,22 +32,48 @@ from training.pair_trainer import ScalarTrainer
 class Options(dpo.Options):
     """Options of reward-model training."""
 
-    kind: Literal["implicit", "scalar"] = "implicit"
+    kind: Literal["implicit", "scalar", "probe"] = "implicit"
     """Which kind of reward; see above."""
+    layers: tuple[PositiveInt, ...] = ()
+    """Of a probe: the LLM's layers to choose from. Empty = the last, which is the only one that a server can read."""
+
+
+_NOT_OF_A_PROBE = (
+    *("beta", "epochs", "batch_size", "learning_rate", "lora_rank", "gradient_checkpointing"),
+    "save_every",
+)
 
 
 def main(options: Options) -> None:
-    if options.lora_rank and options.kind == "scalar":
-        raise TrainingError("--lora-rank is for the implicit reward: the scalar one has no LoRA")
-    writes = checkpoints.WRITES
+    _refuse_unused(options)
+    writes = probe.WRITES if options.kind == "probe" else checkpoints.WRITES
     with output.run(options, "training.reward_model", reads=dpo.READS, writes=writes) as run:
         if run.is_finished:
+            return
+        if options.kind == "probe":
+            probe.train(options, options.layers, run)
             return
         train = dpo.train if options.kind == "implicit" else _train_scalar
         trainer, tokenizer = train(options, run)
         base = identify(options.model)
         reward = RewardFile(kind=options.kind, beta=options.beta, base=base)
         dpo.save(options, trainer, tokenizer, reward.write)
+
+
+def _refuse_unused(options: Options) -> None:
+    """
+    Raises:
+        TrainingError: an option that the kind of reward does not have.
+    """
+    if options.lora_rank and options.kind == "scalar":
+        raise TrainingError("--lora-rank is for the implicit reward: the scalar one has no LoRA")
+    if options.layers and options.kind != "probe":
+        raise TrainingError("--layers is for --kind probe: the other kinds have all layers")
+    defaults = {field.name: field.default for field in fields(options)}
+    given = [name for name in _NOT_OF_A_PROBE if getattr(options, name) != defaults[name]]
+    if given and options.kind == "probe":
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise TrainingError(f"--kind probe has no {flags}: it is fitted in one go; leave them out")
 
 
 def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:

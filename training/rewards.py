@@ -2,7 +2,8 @@
 
 - a directory from `training.reward_model`. Implicit (Rafailov et al., arXiv 2305.18290): r(x, y) = β · Σ_t log π_rm(y_t
   | x, y_<t) / π_ref(y_t | x, y_<t), where π_rm was trained on the pairs with the Bradley–Terry (DPO) loss from π_ref,
-  the frozen LLM. Scalar: a linear head on the last token of prompt and response.
+  the frozen LLM. Scalar: a linear head on the last token of prompt and response. Probe: a linear head on the frozen
+  LLM's own hidden states, averaged over the response.
 - a sequence-classification model with one label, a directory or a hub id: its score of the chat, with its own
   tokenizer.
 - `self-judge`: the frozen LLM's own judgment (arXiv 2402.11253): log-odds that the response is better than an answer of
@@ -14,7 +15,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,16 +26,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from judge.prompts import Question
+from judge.prompts import Question, up_to_end
 from proxy.checkpoint import (
     BaseModelId,
 )
 from proxy.network import ProxyNetwork
+from proxy.reward_file import ProbeInfo
 from training.adapters import CausalLM, WithoutAdapter
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.data import Message
 from training.logprobs import response_logprobs
+from training.mean_states import read_means
 from training.memory import MOST_TOKENS
 from training.model_inputs import pad_responses
 from training.model_judge import ModelJudge
@@ -77,6 +80,15 @@ class Frozen:
     def without_adapter(self) -> CausalLM:
         """The LLM without the LoRA that is trained on it."""
         return WithoutAdapter(self.model) if isinstance(self.model, PeftModel) else self.model
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """The LLM as transformers' class, without the LoRA while the block lasts."""
+        if isinstance(self.model, PreTrainedModel):
+            yield self.model
+        else:
+            with self.model.disable_adapter():
+                yield self.model.get_base_model()
 
 
 class ImplicitReward:
@@ -127,15 +139,35 @@ class ProxyReward:
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        model = self.frozen.model
         responses = [Response(sample.prompt_ids, sample.response_ids) for sample in samples]
-        max_tokens = MOST_TOKENS[model.device.type]
-        with nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter():
-            plain = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-            positions = read(responses, self.network.config, model=plain, max_tokens=max_tokens)
-            embeddings = plain.get_input_embeddings().weight
+        with self.frozen.plain() as model:
+            max_tokens = MOST_TOKENS[model.device.type]
+            positions = read(responses, self.network.config, model=model, max_tokens=max_tokens)
+            embeddings = model.get_input_embeddings().weight
         owners = torch.arange(len(responses)).repeat_interleave(positions.counts)
         return score(self.network, embeddings, positions, owners).log_ratio.cpu()
+
+
+class ProbeReward:
+    """A linear head on the frozen LLM's hidden states, averaged over a response (`proxy.probe`)."""
+
+    def __init__(self, weight: Tensor, info: ProbeInfo, frozen: Frozen) -> None:
+        """
+        Args:
+            weight: [H].
+        """
+        self.weight, self.info, self.frozen = weight, info, frozen
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        responses = [
+            Response(sample.prompt_ids, up_to_end(sample.response_ids, self.info.end_ids))
+            for sample in samples
+        ]
+        with self.frozen.plain() as model:
+            _refuse_long([prompt + response for prompt, response in responses], model)
+            max_tokens = MOST_TOKENS[model.device.type]
+            states = read_means(responses, (self.info.layer,), model=model, max_tokens=max_tokens)
+        return states.means[:, 0] @ self.weight
 
 
 class JudgeReward:

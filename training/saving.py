@@ -10,7 +10,7 @@ from training.output import claim, is_own
 # Moved in this order, after all other files. A model without its config does not load, and `training.demo` uses the
 # last file to recognise a finished stage.
 _LAST = ("adapter_config.json", "config.json", "tokenizer_config.json", "reward.json")
-_WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors")
+_WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors", "probe.safetensors")
 _TEMPORARY = ".saving"
 MODEL_FILES = (
     *(_TEMPORARY, "config.json", "generation_config.json", "model.safetensors"),

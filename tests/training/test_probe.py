@@ -1,0 +1,209 @@
+"""A probe on small random models: what it reads, what the command makes, and the reward that is loaded from it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from proxy.checkpoint import CheckpointError, FingerprintMismatch
+from proxy.probe import PROBE_FILE, load_weight
+from proxy.reward_file import RewardFile
+from tests.training.models import ANSWERS, PROMPTS, chat, frozen_of, save_model
+from training import part_cache, probe, reward_model
+from training.adapters import lora_config
+from training.console import TrainingError
+from training.conversations import Conversations
+from training.mean_states import MeanStates, read_means
+from training.positions import Response
+from training.reward_loading import load_reward
+from training.rewards import Frozen, Sample
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Frozen:
+    directory = tmp_path_factory.mktemp("model")
+    save_model(request.param, directory)
+    return frozen_of(directory)
+
+
+def responses_of(frozen: Frozen) -> list[Response]:
+    chats = Conversations(frozen.tokenizer)
+    return [Response(*chats.split_ids(chat(p), a)) for p in PROMPTS for a in ANSWERS]
+
+
+@torch.inference_mode()
+def test_states_are_averaged_after_each_token_of_the_response(each: Frozen) -> None:
+    responses = [*responses_of(each), Response([5, 6], [])]
+    found = read_means(responses, (1, 2), model=each.model, max_tokens=64)
+    assert found.lengths.tolist() == [len(response) for _, response in responses]
+    for (prompt, response), mean in zip(responses[:-1], found.means, strict=False):
+        ids = torch.tensor([prompt + response])
+        states = each.model(ids, output_hidden_states=True).hidden_states
+        last = each.model.base_model(ids).last_hidden_state
+        expected = [s[0, len(prompt) :].mean(0) for s in (states[1], last)]
+        torch.testing.assert_close(mean, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert not found.means[-1].any()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in `base`, and pairs of 48 prompts in which the polite answer is better."""
+    directory = tmp_path_factory.mktemp("probe")
+    save_model("qwen2", directory / "base")
+    with (directory / "pairs.jsonl").open("w") as file:
+        for i in range(48):
+            row = {
+                "prompt": chat(f"{PROMPTS[i % 3]} {i}"),
+                "chosen": [{"role": "assistant", "content": f"{ANSWERS[0]} {i % 7}"}],
+                "rejected": [{"role": "assistant", "content": f"{ANSWERS[1]} {i % 5}"}],
+            }
+            file.write(json.dumps(row) + "\n")
+    return directory
+
+
+def options_of(work: Path, output: Path, **more: Any) -> reward_model.Options:
+    common = {"model": str(work / "base"), "preferences": str(work / "pairs.jsonl")}
+    return reward_model.Options(
+        **common | {"kind": "probe", "bf16": False, "output": output} | more
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path) -> Path:
+    reward_model.main(options_of(work, work / "probe", held_out=str(work / "pairs.jsonl")))
+    return work / "probe"
+
+
+@pytest.fixture
+def frozen(work: Path) -> Frozen:
+    return frozen_of(work / "base")
+
+
+@pytest.fixture
+def samples(frozen: Frozen) -> list[Sample]:
+    chats = Conversations(frozen.tokenizer)
+    return [
+        Sample(chat(text), answer, *chats.split_ids(chat(text), answer))
+        for text in PROMPTS
+        for answer in ANSWERS
+    ]
+
+
+def test_what_the_command_writes(trained: Path, frozen: Frozen) -> None:
+    config = RewardFile.read(trained)
+    assert (config.kind, config.base) == ("probe", frozen.base)
+    info = config.probe
+    assert info is not None
+    assert (info.layer, info.num_layers, info.end_ids) == (2, 2, sorted(frozen.end_ids))
+    assert info.training["pairs"] == 48
+    # Two texts tell them apart.
+    assert info.training["accuracy"] == info.training["held_out_accuracy"] == 1
+    assert load_weight(trained).shape == (32,)
+
+
+@torch.inference_mode()
+def test_the_reward_is_the_heads_mean(trained: Path, frozen: Frozen, samples: list[Sample]) -> None:
+    weight = load_weight(trained)
+    expected = []
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        states = frozen.model.base_model(ids).last_hidden_state[0, len(sample.prompt_ids) :]
+        expected.append((states @ weight).mean().item())
+    reward = load_reward(str(trained), frozen)
+    assert reward(samples).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    # What a chat template adds after the end of the turn is not read.
+    longer = [s._replace(response_ids=[*s.response_ids, 7]) for s in samples]
+    torch.testing.assert_close(reward(longer), reward(samples))
+    scores = reward(samples).view(3, 3)
+    assert (scores[:, 0] > scores[:, 1]).all()
+
+
+def test_a_lora_that_is_trained_does_not_change_it(
+    trained: Path, frozen: Frozen, samples: list[Sample]
+) -> None:
+    expected = load_reward(str(trained), frozen)(samples)
+    model = get_peft_model(frozen.model, lora_config(4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    found = load_reward(str(trained), replace(frozen, model=model))(samples)
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_are_chosen_by_cross_validation(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], frozen: Frozen,
+    samples: list[Sample],
+) -> None:  # fmt: skip
+    reward_model.main(options_of(work, tmp_path / "probe", layers=(1, 2)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "layer" in line]
+    losses = [float(line.partition("loss ")[2].partition(",")[0]) for line in lines[:2]]
+    info = RewardFile.read(tmp_path / "probe").probe
+    assert info is not None and info.layer == 1 + losses.index(min(losses))
+    assert load_reward(str(tmp_path / "probe"), frozen)(samples).isfinite().all()
+
+
+def test_a_killed_run_reads_on(
+    work: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def until_killed(responses: Sequence[Response], *args: Any, **more: Any) -> MeanStates:
+        if len(read) == 1:
+            read.append(0)
+            raise KeyboardInterrupt
+        read.append(len(responses))
+        return read_means(responses, *args, **more)
+
+    monkeypatch.setattr(part_cache, "_PART", 40)
+    monkeypatch.setattr(probe, "read_means", until_killed)
+    with pytest.raises(KeyboardInterrupt, match="the same command continues with --resume"):
+        reward_model.main(options_of(work, tmp_path / "probe"))
+    reward_model.main(options_of(work, tmp_path / "probe", resume=True))
+    assert read == [40, 0, 40, 16]
+    # Parts of other sizes round otherwise.
+    torch.testing.assert_close(
+        load_weight(tmp_path / "probe"), load_weight(trained), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_rank": 4, "epochs": 2.0}, "--kind probe has no --epochs, --lora-rank: "),
+        ({"kind": "scalar", "layers": (1,)}, "--layers is for --kind probe"),
+        ({"layers": (1, 3)}, "--layers 3: the LLM has 2 layers"),
+        ({"max_rows": 4}, "pairs of 4 prompts cannot be cross-validated: 5 prompts are needed"),
+    ],
+)
+def test_what_cannot_be(work: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        reward_model.main(options_of(work, tmp_path / "probe", **change))
+    assert not (tmp_path / "probe").exists()
+
+
+def test_single_verdicts_are_no_pairs(work: Path, tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "completion": "Hello", "label": True}
+    (tmp_path / "verdicts.jsonl").write_text(json.dumps(row))
+    options = options_of(work, tmp_path / "probe", preferences=str(tmp_path / "verdicts.jsonl"))
+    with pytest.raises(TrainingError, match="a probe needs pairs, and there are single verdicts"):
+        reward_model.main(options)
+
+
+def test_a_probe_of_another_llm(trained: Path, frozen: Frozen) -> None:
+    other = replace(frozen, base=frozen.base.model_copy(update={"fingerprint": "0" * 64}))
+    with pytest.raises(FingerprintMismatch, match="was trained from 'base'"):
+        load_reward(str(trained), other)
+
+
+def test_damaged_weights(trained: Path, frozen: Frozen, tmp_path: Path) -> None:
+    for name in (PROBE_FILE, "reward.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    (tmp_path / PROBE_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="is not the weights of a probe"):
+        load_reward(str(tmp_path), frozen)

@@ -1,0 +1,169 @@
+"""Trains a probe: one pass of the frozen LLM over the pairs, then a convex fit that takes seconds.
+
+`training.reward_model --kind probe` is the command.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from proxy.checkpoint import identify, resolve_model_dir
+from proxy.probe import PROBE_FILE, save_weight
+from proxy.reward_file import REWARD_FILE, ProbeInfo, RewardFile
+from training import dpo
+from training.console import TrainingError
+from training.conversations import Conversations
+from training.mean_states import MeanStates, num_layers_of, read_means
+from training.memory import MOST_TOKENS
+from training.models import (
+    context_of,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    read_config,
+    refuse_unknown,
+)
+from training.on_policy import start
+from training.output import Run
+from training.part_cache import PartCache
+from training.preferences import Preferences, read_preferences, together
+from training.probe_fit import (
+    FOLDS,
+    Share,
+    Validated,
+    cross_validate,
+    fit,
+    group_ids,
+    share_right,
+)
+from training.saving import saving
+
+STATES = "states"
+WRITES = (PROBE_FILE, REWARD_FILE, f"{STATES}/*")
+
+
+def train(options: dpo.Options, layers: Sequence[int], run: Run) -> None:
+    """Read the pairs, fit a probe for each layer, and save the best.
+
+    Args:
+        options: those of the pairs, of the output and of the seed.
+        layers: to choose from; empty = the last.
+        run: the output directory.
+
+    Raises:
+        TrainingError: a layer that the LLM does not have, or preferences that cannot be cross-validated.
+    """
+    accelerator = start()
+    base, directory = identify(options.model), str(resolve_model_dir(options.model))
+    tokenizer, dtype = load_tokenizer(directory), "bfloat16" if options.bf16 else "float32"
+    model = load_model(directory, dtype=getattr(torch, dtype))[0]
+    model.to(accelerator.device).eval().requires_grad_(False)
+    ends, last = end_ids(model, tokenizer), num_layers_of(model)
+    layers = tuple(layers) or (last,)
+    if max(layers) > last:
+        raise TrainingError(f"--layers {max(layers)}: the LLM has {last} layers")
+    longest = min(options.max_length, context_of(read_config(directory)))
+    read = partial(_read_pairs, Conversations(tokenizer), ends, longest, options)
+    pairs, held_out = read(options.preferences, options.max_rows), None
+    if options.held_out is not None:
+        pairs, held_out = together(pairs, read(options.held_out, None))
+    _refuse_few_prompts(pairs, options.preferences)
+    refuse_unknown(model, tokenizer, (r.prompt + r.response for r in pairs.responses))
+    run.start()
+    cache = PartCache(options.output / STATES, base, dtype, accelerator)
+    # All layers' states are in memory at once where others than the last are read.
+    tokens = MOST_TOKENS[accelerator.device.type] // (1 if layers == (last,) else 4)
+    reader = partial(read_means, layers=layers, model=model, max_tokens=tokens)
+    settings = ["mean states", *layers]
+    parts = cache.parts(pairs.responses, settings, reader, MeanStates)
+    states = MeanStates(*map(torch.cat, zip(*parts, strict=True)))
+    if not accelerator.is_main_process:
+        return
+    layer, weight, training = _fit(layers, states, pairs, held_out, options.seed)
+    probe = ProbeInfo(layer=layer, num_layers=last, end_ids=sorted(ends), training=training)
+    with saving(options.output) as saved:
+        save_weight(saved, weight)
+        RewardFile(kind="probe", base=base, probe=probe).write(saved)
+
+
+def _fit(
+    layers: Sequence[int],
+    states: MeanStates,
+    pairs: Preferences,
+    held_out: Preferences | None,
+    seed: int,
+) -> tuple[int, Tensor, dict[str, float]]:
+    """The best layer, its weights and its figures; prints all figures."""
+    differences, groups = _differences(states.means, pairs), _prompts(pairs)
+    validated: dict[int, Validated] = {}
+    for i, layer in enumerate(layers):
+        validated[layer] = found = cross_validate(differences[:, i], groups, seed)
+        print(
+            f"layer {layer}: {_percent(found.accuracy)} of {len(pairs)} pairs right in {FOLDS}-fold cross-validation "
+            f"by prompt (loss {found.loss:.3f}, ridge {found.ridge:g})"
+        )
+    longer = share_right(_differences(states.lengths, pairs), groups)
+    which, length = ("longer", longer) if longer.value >= 0.5 else ("shorter", _opposite(longer))
+    print(f"the {which} response alone: {_percent(length)}")
+    layer = min(validated, key=lambda layer: validated[layer].loss)
+    best, index = validated[layer], list(layers).index(layer)
+    weight = fit(differences[:, index], best.ridge)
+    training = {
+        "pairs": len(pairs),
+        "ridge": best.ridge,
+        "loss": best.loss,
+        "accuracy": best.accuracy.value,
+        "accuracy_se": best.accuracy.error,
+        "length_accuracy": length.value,
+        "length_accuracy_se": length.error,
+    }
+    if held_out is not None:
+        margins = _differences(states.means[:, index], held_out).double() @ weight
+        right = share_right(margins, _prompts(held_out))
+        print(f"layer {layer}: {_percent(right)} of {len(held_out)} held-out pairs right")
+        training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
+    return layer, weight, training
+
+
+def _read_pairs(
+    chats: Conversations,
+    ends: set[int],
+    longest: int,
+    options: dpo.Options,
+    source: str,
+    limit: int | None,
+) -> Preferences:
+    preferences = read_preferences(source, chats, ends, longest, options, limit)
+    if preferences.verdicts:
+        raise TrainingError(f"{source}: a probe needs pairs, and there are single verdicts")
+    return preferences
+
+
+def _refuse_few_prompts(pairs: Preferences, source: str) -> None:
+    num_prompts = int(_prompts(pairs).max()) + 1
+    if num_prompts < FOLDS:
+        raise TrainingError(
+            f"{source}: pairs of {num_prompts} prompts cannot be cross-validated: {FOLDS} prompts are needed, and some "
+            "hundreds to learn anything"
+        )
+
+
+def _differences(values: Tensor, pairs: Preferences) -> Tensor:
+    """The better response's value less the worse one's: [N responses, ...] -> [N pairs, ...]."""
+    better, worse = torch.tensor(pairs.pairs).unbind(-1)
+    return values[better] - values[worse]
+
+
+def _prompts(pairs: Preferences) -> Tensor:
+    """The number of each pair's prompt: [N]."""
+    return group_ids([tuple(pairs.responses[better].prompt) for better, _ in pairs.pairs])
+
+
+def _opposite(share: Share) -> Share:
+    return Share(1 - share.value, share.error)
+
+
+def _percent(share: Share) -> str:
+    return f"{100 * share.value:.1f} ± {100 * share.error:.1f} %"
