@@ -19,7 +19,7 @@ Judging:
 - `verdict`       - label probabilities in both orders -> a verdict; verdicts by several principles -> a result.
 - `protocol`      - the interface of a judge.
 - `pairwise`      - the judge that reads both responses.
-- `likelihood`    - the judge that scores each response by a likelihood ratio.
+- `likelihood`    - the judge that scores each response: by a likelihood ratio, or a probe.
 - `tournament`    - ranks N samples; its record can be replayed.
 - `bradley_terry` - scores from probabilities of winning.
 

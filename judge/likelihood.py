@@ -1,18 +1,18 @@
-"""The likelihood-ratio judge: a response's score is β · log(π / π_base), with π the LLM with a LoRA or a proxy.
+"""The judge by scores. The likelihood ratio's are β · log(π / π_base), with π the LLM with a LoRA or a proxy.
 
 The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290). The probability
 that one response beats another is then sigmoid(score - score'). The judge reads each response alone: there is no order
 and no position bias, and N samples cost N readings, however many pairs are compared. `proxy.likelihood` computes the
-ratio of a proxy.
+ratio of a proxy. A probe's scores (`proxy.probe`) are fitted with the same loss.
 """
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
 from judge.messages import Message, text_of
-from judge.prompts import ChatTokenizer, Question, response_ids, shorten
+from judge.prompts import ChatTokenizer, Question, response_ids, shorten, up_to_end
 from judge.protocol import Usage
 from judge.verdict import TIE, PairResult, Verdict
 
@@ -25,7 +25,7 @@ class Reading(NamedTuple):
 
 
 ReadScores = Callable[[list[Reading]], Awaitable[list[float]]]
-"""Readings -> log π(response | prompt) - log π_base(response | prompt) of each, in nats."""
+"""Readings -> log π(response | prompt) - log π_base(response | prompt) of each, in nats; or a probe's score."""
 
 _Key = tuple[tuple[tuple[str, str], ...], str]
 
@@ -38,11 +38,12 @@ class LikelihoodJudge:
     Args:
         tokenizer: the LLM's
         read_scores: asks the engine
-        beta: the β that π was trained with
+        beta: the β that π was trained with; 1 for a probe
         max_tokens: limit of a prompt with its response
         tie_band: see Verdict
-        kind: whose likelihood it is
+        kind: whose score it is
         readings: how often the engine reads a response
+        end_ids: tokens that end a response, where nothing after them is to be read
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class LikelihoodJudge:
         beta: float,
         max_tokens: int,
         tie_band: float = 0.0,
-        kind: Literal["likelihood", "proxy"] = "likelihood",
+        kind: Literal["likelihood", "proxy", "probe"] = "likelihood",
         readings: int = 2,
+        end_ids: Collection[int] = (),
     ) -> None:
         self.tokenizer, self.read_scores = tokenizer, read_scores
-        self.kind, self.readings = kind, readings
+        self.kind, self.readings, self.end_ids = kind, readings, end_ids
         self.beta, self.max_tokens, self.tie_band = beta, max_tokens, tie_band
         self.usage = Usage()
         self._scores: dict[_Key, float] = {}
@@ -112,7 +114,8 @@ class LikelihoodJudge:
     def _reading(self, prompt: Sequence[Message], text: str) -> Reading:
         key = _key(prompt, text)
         if key not in self._readings:
-            self._readings[key] = Reading(*response_ids(self.tokenizer, prompt, text))
+            ids, response = response_ids(self.tokenizer, prompt, text)
+            self._readings[key] = Reading(ids, up_to_end(response, self.end_ids))
         return self._readings[key]
 
 

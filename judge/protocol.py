@@ -32,7 +32,7 @@ class Judge(Protocol):
 
     @property
     def kind(self) -> str:
-        """`pairwise`, `likelihood` or `proxy`: the metrics are labelled with it."""
+        """`pairwise`, `likelihood`, `proxy` or `probe`: the metrics are labelled with it."""
         ...
 
     @property

@@ -65,13 +65,21 @@ class ReadRequest(BaseModel):
     max_candidates: int = Field(gt=0, le=1024)
 
 
+class ScoreRequest(BaseModel):
+    """Asks the worker to have the probe score the response at the end of the prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: int = Field(ge=1, description="Where the response begins, in tokens.")
+
+
 class WorkerAlignment(Alignment):
     """An `Alignment` with the server's additions, as the worker receives it."""
 
     version: str | None = Field(
         None, description="The proxy's content hash; none = the version that the name is bound to."
     )
-    read: ReadRequest | None = Field(
+    read: ReadRequest | ScoreRequest | None = Field(
         None, description="What is to be read (`proxy.engine.reading`)."
     )
     shadow: bool = Field(True, description="Whether shadow proxies may score this request.")

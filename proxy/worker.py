@@ -6,11 +6,14 @@ the batch. It answers the calls below, which the server makes with
     await engine_client.collective_rpc("load_proxy", args=("polite", "/path/to/checkpoint"))
 
 between two steps, without disturbing requests in flight. The answer is a list with one entry per
-rank. An exception becomes an error of the call, and the engine goes on.
+rank. An exception becomes an error of the call, and the engine goes on. The file is longer than 300
+lines because it says of each call what it takes and returns.
 """
 
+import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -31,6 +34,7 @@ from proxy.engine.request_tracker import RequestTracker
 from proxy.engine.runner import adapt
 from proxy.engine.unsupported import refuse_unsupported
 from proxy.likelihood import log_ratios
+from proxy.probe import load_weight
 
 
 class ProxyGPUWorker(GPUWorker):
@@ -210,6 +214,37 @@ class ProxyGPUWorker(GPUWorker):
             key: log_ratios(weights, table, proxy.config, positions).item()
             for key, positions in self._reader.take(list(request_ids)).items()
         }
+
+    @raised_by_last_rank
+    def load_probe(self, directory: str) -> None:
+        """Load the probe (`proxy.probe`) that scores requests with a `ScoreRequest`, in the place of another.
+
+        Raises:
+            ProxyError: it cannot be read, or is made for another hidden size.
+        """
+
+        def read() -> tuple[Tensor, str]:
+            weight = load_weight(Path(directory))
+            return weight, hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+
+        weight, hidden_size = on_all_ranks(read), next(self._embeddings()).shape[-1]
+        if len(weight) != hidden_size:
+            raise ProxyError(
+                f"The probe in {directory} is made for hidden size {len(weight)}; the LLM has {hidden_size}."
+            )
+        self._reader.probe = weight.to(self.device)
+
+    @raised_by_last_rank
+    def take_probe_scores(self, request_ids: Iterable[str]) -> dict[str, float]:
+        """The probe's scores of requests with a `ScoreRequest` that have finished.
+
+        Args:
+            request_ids: ids as the caller gave them to the engine.
+
+        Returns:
+            By these ids; scores that were taken before, or dropped because nobody took them, are left out.
+        """
+        return self._reader.take_scores(list(request_ids))
 
     # --- inside ---
 

@@ -122,8 +122,8 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--judge",
         action="append",
         metavar="DIR",
-        help="Judge with the LoRA in DIR: one from training.jsft replaces the LLM itself as the judge, one from "
-        "training.reward_model is added as kind `likelihood`. May be repeated.",
+        help="Judge with the LoRA or probe in DIR: a LoRA from training.jsft replaces the LLM itself as the judge, one "
+        "from training.reward_model is added as kind `likelihood`, and a probe as kind `probe`. May be repeated.",
     )
     judging.add_argument(
         "--principles",

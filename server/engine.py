@@ -5,7 +5,7 @@ server imports vLLM.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from itertools import chain
 from typing import Any
@@ -46,6 +46,7 @@ from proxy.request import (
     EXTRA_ARGS_KEY,
     READ_SAMPLING_PARAMS,
     ReadRequest,
+    ScoreRequest,
     WorkerAlignment,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "prompt_length",
     "read_labels",
     "read_logprob",
+    "read_probe_scores",
     "read_responses",
     "read_text",
     "should_include_usage",
@@ -198,11 +200,39 @@ async def read_responses(
         for it.
     """
 
+    def alignment(start: int) -> WorkerAlignment:
+        return WorkerAlignment(read=ReadRequest(start=start, **decoding), shadow=False)
+
+    return await _read_in_workers(engine, workers, responses, alignment, take, arguments, at_once)
+
+
+async def read_probe_scores(
+    engine: EngineClient, workers: Workers, responses: Sequence[tuple[list[int], list[int]]]
+) -> list[float]:
+    """The probe's score of each response; arguments as of `read_responses`."""
+
+    def alignment(start: int) -> WorkerAlignment:
+        return WorkerAlignment(read=ScoreRequest(start=start), shadow=False)
+
+    return await _read_in_workers(
+        engine, workers, responses, alignment, "take_probe_scores", (), _PROMPTS_AT_ONCE
+    )
+
+
+async def _read_in_workers(
+    engine: EngineClient,
+    workers: Workers,
+    responses: Sequence[tuple[list[int], list[int]]],
+    alignment: Callable[[int], WorkerAlignment],
+    take: str,
+    arguments: Sequence[Any],
+    at_once: int,
+) -> list[Any]:
+    """As `read_responses`; `alignment` says what to read of a response, from where it begins."""
+
     async def read(prompt: list[int], response: list[int]) -> str:
-        alignment = WorkerAlignment(read=ReadRequest(start=len(prompt), **decoding), shadow=False)
-        params = SamplingParams(
-            **READ_SAMPLING_PARAMS, extra_args=OwnExtraArgs(alignment.to_extra_args())
-        )
+        extra_args = OwnExtraArgs(alignment(len(prompt)).to_extra_args())
+        params = SamplingParams(**READ_SAMPLING_PARAMS, extra_args=extra_args)
         inputs, request_id = tokens_input([*prompt, *response]), f"positions-{random_uuid()}"
         async with aclosing(engine.generate(inputs, params, request_id)) as outputs:
             async for _ in outputs:

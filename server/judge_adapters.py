@@ -1,7 +1,8 @@
-"""Judges that are LoRAs on the LLM: the directories of `--judge DIR`, and the options of vLLM that serve them.
+"""Judges that are added to the LLM: the directories of `--judge DIR`, and the options of vLLM that serve them.
 
-`training.jsft --lora-rank` makes a pairwise judge, `training.reward_model --lora-rank` a likelihood-ratio judge. The
-file `reward.json` of a directory says which it is, and which LLM it was trained on.
+`training.jsft --lora-rank` makes a pairwise judge, `training.reward_model --lora-rank` a likelihood-ratio judge: both
+are LoRAs. `training.reward_model --kind probe` makes a probe. The file `reward.json` of a directory says which it is,
+and which LLM it was trained on.
 """
 
 import json
@@ -15,12 +16,13 @@ from pydantic import ValidationError
 
 from judge.principles import Principle, principles_of
 from proxy.checkpoint import BaseModelId
-from proxy.reward_file import RewardFile
+from proxy.probe import load_weight
+from proxy.reward_file import ProbeInfo, RewardFile
 
-JudgeKind = Literal["pairwise", "likelihood", "proxy"]
-"""`pairwise`: the LLM or a LoRA that reads both responses. `likelihood`, `proxy`: a LoRA or a proxy scores each."""
+JudgeKind = Literal["pairwise", "likelihood", "proxy", "probe"]
+"""`pairwise`: the LLM or a LoRA that reads both responses. The others score each: a LoRA, a proxy, a probe."""
 
-_KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}
+_KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}  # of LoRAs
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed by vLLM
 _FIRST_ID = 1_000_000  # vLLM numbers adapters of its own options from 1
 
@@ -37,9 +39,12 @@ class Adapter:
     directory: Path
     beta: float
     rank: int
+    """Of the LoRA; 0 = a probe, which has none."""
     principles: Mapping[str, Principle]
     lora_id: int
     """Unique among the engine's adapters."""
+    end_ids: Sequence[int] = ()
+    """Of a probe: the tokens that end a response."""
 
 
 def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeKind, Adapter]:
@@ -47,6 +52,7 @@ def read_adapters(directories: Sequence[Path], base: BaseModelId) -> dict[JudgeK
 
     Raises:
         AdapterError: one of them is no judge, not for this LLM, or there are two of a kind.
+        CheckpointError: a probe's weights are damaged.
         PrincipleError: a judge's principles are damaged.
     """
     adapters: dict[JudgeKind, Adapter] = {}
@@ -66,8 +72,29 @@ def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
     except (OSError, ValidationError):
         raise AdapterError(
             f"{directory} has no reward.json that says what it is: it is written by "
-            "training.jsft --lora-rank and by training.reward_model --lora-rank"
+            "training.jsft --lora-rank and by training.reward_model --lora-rank or --kind probe"
         ) from None
+    if reward.base.fingerprint != base.fingerprint:
+        raise AdapterError(
+            f"the judge in {directory} was trained on {reward.base.name!r} ({reward.base.fingerprint}), but this is "
+            f"{base.name!r} ({base.fingerprint})"
+        )
+    if reward.probe is not None:
+        return _read_probe(directory, reward.probe)
+    return _read_lora(directory, reward, lora_id)
+
+
+def _read_probe(directory: Path, probe: ProbeInfo) -> Adapter:
+    if probe.layer != probe.num_layers:
+        raise AdapterError(
+            f"the probe in {directory} reads layer {probe.layer}, and a server reads only the last of the LLM's "
+            f"{probe.num_layers}: train it without --layers"
+        )
+    load_weight(directory)  # what is damaged shows before the engine starts
+    return Adapter("probe", directory, 1.0, 0, {}, 0, probe.end_ids)
+
+
+def _read_lora(directory: Path, reward: RewardFile, lora_id: int) -> Adapter:
     try:
         lora: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
         rank, targets, kept = lora["r"], lora["target_modules"], lora.get("modules_to_save")
@@ -76,11 +103,6 @@ def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
         raise AdapterError(
             f"{directory} is not a LoRA: train the judge with --lora-rank, so that the LLM stays as it is"
         ) from None
-    if reward.base.fingerprint != base.fingerprint:
-        raise AdapterError(
-            f"the judge in {directory} was trained on {reward.base.name!r} ({reward.base.fingerprint}), but this is "
-            f"{base.name!r} ({base.fingerprint})"
-        )
     if kept or {"lm_head", "embed_tokens"} & targets:
         raise AdapterError(
             f"the LoRA in {directory} changes the head or the embedding: leave them out"
@@ -92,11 +114,12 @@ def _read(directory: Path, base: BaseModelId, lora_id: int) -> Adapter:
 
 
 def enable_adapters(args: Namespace, adapters: Mapping[JudgeKind, Adapter]) -> None:
-    """Raise vLLM's limits of adapters by the judges."""
-    if not adapters:
+    """Raise vLLM's limits of adapters by the judges that are LoRAs."""
+    ranks = [adapter.rank for adapter in adapters.values() if adapter.rank]
+    if not ranks:
         return
     other_loras = args.max_loras if args.enable_lora else 0
     args.enable_lora = True
-    args.max_loras = other_loras + len(adapters)
-    needed = max(args.max_lora_rank if other_loras else 1, *(a.rank for a in adapters.values()))
+    args.max_loras = other_loras + len(ranks)
+    needed = max(args.max_lora_rank if other_loras else 1, *ranks)
     args.max_lora_rank = min(rank for rank in _RANKS if rank >= needed)

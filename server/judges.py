@@ -24,6 +24,7 @@ from server.engine import (
     Workers,
     read_labels,
     read_logprob,
+    read_probe_scores,
     read_responses,
     read_text,
     tokenizer_of,
@@ -54,7 +55,7 @@ class Judges:
             engine, workers: of the LLM that judges.
             chat: vLLM's handler, for the chat template that the server was told to use.
             principles: all of the server; the first is the default.
-            adapters: LoRAs that judge in the place of the LLM itself.
+            adapters: LoRAs and a probe that judge in the place of the LLM itself.
             feedback_writer: records the verdicts; None = they are not kept.
         """
         self.engine, self.workers = engine, workers
@@ -65,6 +66,7 @@ class Judges:
         self.loras = {
             kind: LoRARequest(f"judge-{kind}", adapter.lora_id, str(adapter.directory))
             for kind, adapter in adapters.items()
+            if adapter.rank
         }
         self.calibrations: dict[str, Calibration] = {
             kind: Calibration(kind) for kind in get_args(JudgeKind)
@@ -76,8 +78,10 @@ class Judges:
         Raises VLLMValidationError (400) for an unknown principle, or a judge that the server does not have.
         """
         if settings.kind != "pairwise":
-            if settings.kind == "likelihood" and settings.kind not in self.adapters:
-                _refuse("kind", "this server has no likelihood judge: start it with --judge DIR")
+            if settings.kind != "proxy" and settings.kind not in self.adapters:
+                _refuse(
+                    "kind", f"this server has no {settings.kind} judge: start it with --judge DIR"
+                )
             if settings.principles is not None:
                 _refuse("principles", f"are for pairwise judges: a {settings.kind} judge has none")
             return {}
@@ -107,6 +111,8 @@ class Judges:
             return self._make_proxy(proxy, tie_band)
         if kind == "likelihood":
             return self._make_likelihood(tie_band)
+        if kind == "probe":
+            return self._make_probe(tie_band)
         return self.make_pairwise(principles, tie_band=tie_band)
 
     def make_pairwise(
@@ -173,6 +179,21 @@ class Judges:
             tie_band=tie_band,
             kind="proxy",
             readings=1,
+        )
+
+    def _make_probe(self, tie_band: float) -> LikelihoodJudge:
+        async def scores(readings: list[Reading]) -> list[float]:
+            return await read_probe_scores(self.engine, self.workers, readings)
+
+        return LikelihoodJudge(
+            self.tokenizer,
+            scores,
+            beta=self.adapters["probe"].beta,
+            max_tokens=self.context - 1,
+            tie_band=tie_band,
+            kind="probe",
+            readings=1,
+            end_ids=self.adapters["probe"].end_ids,
         )
 
     async def compare(

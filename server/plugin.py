@@ -98,6 +98,9 @@ class AssentPlugin:
         proxies = Proxies(workers, base=self.base, root=self.proxy_root)
         for checkpoint in self.proxies:
             await proxies.load(checkpoint.name, checkpoint.directory, shadow=checkpoint.shadow)
+        if "probe" in self.adapters:
+            directory = self.adapters["probe"].directory
+            await workers.collective_rpc("load_probe", args=(str(directory),))
         manifest = None
         if self.proxy_root is not None:
             manifest = ProxyManifest(self.proxy_root, proxies)

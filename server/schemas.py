@@ -32,7 +32,8 @@ class JudgeSettings(BaseModel):
     )
     kind: JudgeKind = Field(
         "pairwise",
-        description="Who judges: the LLM (or its LoRA), shown both responses, or a LoRA or a proxy that scores each.",
+        description="Who judges: the LLM (or its LoRA), shown both responses; or a LoRA, a proxy or "
+        "a probe that scores each.",
     )
     proxy: str | None = Field(
         None,

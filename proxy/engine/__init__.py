@@ -19,7 +19,7 @@ Beside the steps:
 
 - `registry`        - which proxies are loaded: names, versions, shadows.
 - `pool`            - their tensors, stacked on the device.
-- `reading`         - positions of given responses, kept during their prefill.
+- `reading`         - positions or scores of given responses, kept during their prefill.
 - `embeddings`      - candidate tables from the LLM's embeddings.
 - `ranks`           - calls that end alike on all tensor-parallel ranks.
 - `device`          - copies between host and device that wait for nothing.

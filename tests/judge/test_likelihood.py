@@ -94,6 +94,13 @@ def test_what_is_too_long_is_cut(engine):
     assert engine.batches[0][0].endswith(" ...<|end|>")
 
 
+def test_nothing_is_read_after_the_end_of_the_response(engine):
+    ends = engine.tokenizer.encode("<|end|>", add_special_tokens=False)
+    ends += engine.tokenizer.encode("y", add_special_tokens=False)
+    compare(engine, [("stay", "fair")], end_ids=ends, kind="probe", readings=1)
+    assert engine.batches == [["stay", "fair<|end|>"]]
+
+
 def test_a_response_is_what_follows_its_prompt(tokenizer):
     prompt, response = response_ids(tokenizer, PROMPT, "You look well.")
     assert tokenizer.decode(prompt) == "<|user|>Say something nice.<|end|><|assistant|>"

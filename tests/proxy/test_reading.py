@@ -10,18 +10,25 @@ import torch
 from proxy.engine import reading
 from proxy.engine.reading import Reader
 from proxy.positions import Positions, choices, nucleus_of
-from proxy.request import ReadRequest, WorkerAlignment
+from proxy.request import ReadRequest, ScoreRequest, WorkerAlignment
 
 HIDDEN, VOCAB, START = 8, 30, 3
 SPEC = ReadRequest(start=START, temperature=0.7, top_k=0, top_p=0.9, max_candidates=5)
+READ, SCORE = WorkerAlignment(read=SPEC), WorkerAlignment(read=ScoreRequest(start=START))
 IDS = {f"r{i}": torch.randint(VOCAB, (12 + i,)).tolist() for i in range(3)}
 HEAD = torch.randn(HIDDEN, VOCAB)
+PROBE = torch.randn(HIDDEN)
 STATES = {name: torch.randn(len(ids), HIDDEN) for name, ids in IDS.items()}
 
 
-def step_of(new: Sequence[str], computed: dict[str, int], scheduled: dict[str, int]) -> Any:
+def step_of(
+    new: Sequence[str],
+    computed: dict[str, int],
+    scheduled: dict[str, int],
+    alignment: WorkerAlignment = READ,
+) -> Any:
     """vLLM's scheduler output: new requests, and where each stands."""
-    extra = WorkerAlignment(read=SPEC).to_extra_args()
+    extra = alignment.to_extra_args()
     return SimpleNamespace(
         scheduled_new_reqs=[
             SimpleNamespace(
@@ -42,9 +49,13 @@ def step_of(new: Sequence[str], computed: dict[str, int], scheduled: dict[str, i
 
 
 def run(
-    reader: Reader, new: Sequence[str], computed: dict[str, int], scheduled: dict[str, int]
+    reader: Reader,
+    new: Sequence[str],
+    computed: dict[str, int],
+    scheduled: dict[str, int],
+    alignment: WorkerAlignment = READ,
 ) -> None:
-    reader.schedule(step_of(new, computed, scheduled))
+    reader.schedule(step_of(new, computed, scheduled, alignment))
     if reader.is_busy:
         hidden = [STATES[n][computed[n] : computed[n] + count] for n, count in scheduled.items()]
         padding = torch.full((5, HIDDEN), torch.nan)  # as of a CUDA graph
@@ -113,3 +124,34 @@ def test_an_aborted_request_is_forgotten(reader: Reader) -> None:
     step.finished_req_ids = {"r0-01234567"}
     reader.schedule(step)
     assert not reader.is_busy
+
+
+def test_the_probes_scores(reader: Reader) -> None:
+    """r2 is not to be scored; r0 comes in parts, of which the first two end before its response, and is preempted."""
+    reader.probe = PROBE
+    for _ in range(2):
+        run(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14}, SCORE)
+        run(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 1}, SCORE)
+        run(reader, [], {"r0": 3}, {"r0": 5}, SCORE)
+    run(reader, [], {"r0": 8}, {"r0": 4}, SCORE)
+    assert not reader.is_busy
+    expected = {name: (STATES[name][START:].mean(0) @ PROBE).item() for name in ("r0", "r1")}
+    assert reader.take_scores(["r0", "r1", "r2", "never seen"]) == pytest.approx(
+        expected, rel=1e-4, abs=1e-5
+    )
+    assert reader.take_scores(["r0", "r1"]) == {} == reader.take(["r0", "r1"])
+
+
+def test_a_score_that_nobody_takes_is_forgotten(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_SCORES", 1)
+    reader.probe = PROBE
+    for name in ("r0", "r1"):
+        run(reader, [name], {name: 0}, {name: len(IDS[name])}, SCORE)
+    assert list(reader.take_scores(["r0", "r1"])) == ["r1"]
+
+
+def test_without_a_probe_nothing_is_scored(reader: Reader) -> None:
+    run(reader, ["r0"], {"r0": 0}, {"r0": 12}, SCORE)
+    assert not reader.is_busy and reader.take_scores(["r0"]) == {}

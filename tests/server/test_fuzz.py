@@ -38,7 +38,7 @@ FIELDS = {
 }
 JUDGE_FIELDS = {
     "principles": [["overall"], [], ["overall", "overall"], ["nobody"], None],
-    "kind": ["pairwise", "likelihood", "other"],
+    "kind": ["pairwise", "likelihood", "probe", "other"],
     "strategy": ["knock-out", "final-four", "round-robin", "other"],
     "seed": [0, 7, -1, 2**63],
     "more": [1],

@@ -1,4 +1,4 @@
-"""Judges that are LoRAs: what may be one, and what a real server makes of them, against transformers."""
+"""Judges that are LoRAs or a probe: what may be one, and what a real server makes of them, against transformers."""
 
 import json
 from argparse import Namespace
@@ -9,16 +9,23 @@ import httpx
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from judge.principles import Principle, write_principles
 from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
 from judge.tournament import replay
-from proxy.checkpoint import BaseModelId, identify
+from proxy.checkpoint import BaseModelId, CheckpointError, identify
+from proxy.probe import PROBE_FILE, save_weight
+from proxy.reward_file import ProbeInfo, RewardFile
 from server.judge_adapters import AdapterError, enable_adapters, read_adapters
 from tests.server.conftest import DEMO, WAIT_SECONDS, proxy_flags, serving
+from tests.training.models import frozen_of
+from training.reward_loading import load_reward
+from training.rewards import Sample
 
 BASE = identify(str(DEMO / "model"))
+CONFIG = AutoConfig.from_pretrained(DEMO / "model")
+HIDDEN_SIZE, LAYERS, END_IDS = CONFIG.hidden_size, CONFIG.num_hidden_layers, [CONFIG.eos_token_id]
 MANNERS = Principle(system="Choose the more polite.")
 
 
@@ -41,11 +48,22 @@ def make(directory: Path, kind: str, rank: int = 4, base: BaseModelId = BASE) ->
     return adapted.eval()
 
 
+def make_probe(directory: Path, layer: int = LAYERS) -> None:
+    """A random probe whose scores of the responses below are some units apart."""
+    directory.mkdir(exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_weight(directory, 0.3 * torch.randn(HIDDEN_SIZE))
+    info = ProbeInfo(layer=layer, num_layers=LAYERS, end_ids=END_IDS, training={})
+    RewardFile(kind="probe", base=BASE, probe=info).write(directory)
+
+
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("judges")
     for name, kind, rank in (("pairwise", "judge", 4), ("likelihood", "implicit", 8)):
         make(root / name, kind, rank)
+    make_probe(root / "probe")
     write_principles(root / "pairwise" / "principles.json", {"manners": MANNERS})
     return {path.name: path for path in root.iterdir()}
 
@@ -56,6 +74,8 @@ def test_what_a_directory_says(judges: dict[str, Path]) -> None:
     assert found["pairwise"].principles == {"manners": MANNERS}
     assert (found["likelihood"].beta, found["likelihood"].rank) == (3.0, 8)
     assert found["pairwise"].lora_id != found["likelihood"].lora_id
+    (probe,) = read_adapters([judges["probe"]], BASE).values()
+    assert (probe.kind, probe.rank, probe.end_ids) == ("probe", 0, END_IDS)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +89,27 @@ def test_what_a_directory_says(judges: dict[str, Path]) -> None:
 def test_room_for_the_judges(
     judges: dict[str, Path], theirs: Namespace, expected: tuple[bool, int, int]
 ) -> None:
-    enable_adapters(theirs, read_adapters([judges["pairwise"], judges["likelihood"]], BASE))
+    enable_adapters(theirs, read_adapters([*judges.values()], BASE))
     assert (theirs.enable_lora, theirs.max_loras, theirs.max_lora_rank) == expected
+
+
+def test_a_probe_needs_no_lora(judges: dict[str, Path]) -> None:
+    theirs = Namespace(enable_lora=False, max_loras=1, max_lora_rank=16)
+    enable_adapters(theirs, read_adapters([judges["probe"]], BASE))
+    assert not theirs.enable_lora
+
+
+def test_what_is_no_probe(judges: dict[str, Path], tmp_path: Path) -> None:
+    another = BASE.model_copy(update={"fingerprint": "0" * 64})
+    with pytest.raises(AdapterError, match="was trained on"):
+        read_adapters([judges["probe"]], another)
+    make_probe(tmp_path, layer=LAYERS - 1)
+    with pytest.raises(AdapterError, match=f"reads layer {LAYERS - 1}, and a server reads only"):
+        read_adapters([tmp_path], BASE)
+    make_probe(tmp_path)
+    (tmp_path / PROBE_FILE).unlink()
+    with pytest.raises(CheckpointError, match="is not the weights of a probe"):
+        read_adapters([tmp_path], BASE)
 
 
 def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
@@ -103,6 +142,7 @@ def http(
 ) -> Iterator[httpx.Client]:
     flags = ["--dtype", "float32", *proxy_flags()]
     flags += [f"--judge={judges['pairwise']}", "--judge", str(judges["likelihood"])]
+    flags += [f"--judge={judges['probe']}"]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with (
         serving(log, *flags) as running,
@@ -178,6 +218,44 @@ def test_ranking_by_likelihood(http: httpx.Client, scores: list[float]) -> None:
     assert replay(receipt) == receipt["ranking"]
 
 
+@pytest.fixture(scope="module")
+def probed(judges: dict[str, Path]) -> list[float]:
+    """What the probe makes of each response as a reward in training."""
+    frozen = frozen_of(DEMO / "model")
+    samples = [Sample([], "", *response_ids(frozen.tokenizer, TURNS, text)) for text in RESPONSES]
+    return load_reward(str(judges["probe"]), frozen)(samples).tolist()
+
+
+def test_a_probes_verdicts_are_those_of_the_trainings_reward(
+    http: httpx.Client, probed: list[float]
+) -> None:
+    assert max(probed) - min(probed) > 0.5
+    pairs = [(0, 1), (1, 0), (0, 2), (1, 2)]
+    body = {
+        "kind": "probe",
+        "pairs": [
+            {"messages": TURNS, "response_a": RESPONSES[a], "response_b": RESPONSES[b]}
+            for a, b in pairs
+        ],
+    }
+    for _ in range(2):  # the second time, the prefix cache has it all
+        answer = http.post("/judge", json=body).raise_for_status().json()
+        for (a, b), verdict in zip(pairs, answer["verdicts"], strict=True):
+            odds = torch.tensor(verdict["orders"], dtype=torch.float64).logit()
+            assert odds.tolist() == pytest.approx([probed[a] - probed[b]] * 2, rel=1e-3, abs=1e-3)
+            assert list(verdict["principles"]) == ["probe"]
+    assert answer["usage"]["completion_tokens"] == 3  # each response is read once
+    metrics = http.get("/metrics").text
+    assert 'assent_judge_flip_rate{judge="probe"} 0.0' in metrics
+
+
+def test_ranking_by_a_probe(http: httpx.Client, probed: list[float]) -> None:
+    body = {"messages": TURNS, "responses": RESPONSES, "kind": "probe", "strategy": "round-robin"}
+    receipt = http.post("/judge/rank", json=body).raise_for_status().json()
+    assert receipt["ranking"] == sorted(range(3), key=lambda i: -probed[i])
+    assert replay(receipt) == receipt["ranking"]
+
+
 def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Path]) -> None:
     """By its own principles; and the LLM that answers stays the frozen one."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
@@ -203,15 +281,16 @@ def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Pa
     assert found["orders"] == pytest.approx(expected, abs=2e-3)
 
 
-def test_best_of_by_likelihood_beside_plain_requests(http: httpx.Client) -> None:
+@pytest.mark.parametrize("kind", ["likelihood", "probe"])
+def test_best_of_by_scores_beside_plain_requests(http: httpx.Client, kind: str) -> None:
     def say(**options):
         body = {"model": "assent-demo", "messages": TURNS, "max_tokens": 24, "seed": 3} | options
         return http.post("/v1/chat/completions", json=body).raise_for_status().json()
 
     plain = say(n=4)
-    best = say(alignment={"best_of": 4, "judge": {"kind": "likelihood"}})
+    best = say(alignment={"best_of": 4, "judge": {"kind": kind}})
     receipt = best["alignment"]["judge"]
-    assert (receipt["kind"], receipt["principles"]) == ("likelihood", [])
+    assert (receipt["kind"], receipt["principles"]) == (kind, [])
     texts = [choice["message"]["content"] for choice in plain["choices"]]
     assert best["choices"][0]["message"]["content"] == texts[receipt["winner"]]
     assert say(n=4)["choices"] == plain["choices"]
@@ -222,6 +301,8 @@ def test_best_of_by_likelihood_beside_plain_requests(http: httpx.Client) -> None
     [
         ({"kind": "likelihood", "principles": ["manners"]}, "a likelihood judge has none"),
         ({"kind": "likelihood", "rationale": True}, "cannot say why"),
+        ({"kind": "probe", "principles": ["manners"]}, "a probe judge has none"),
+        ({"kind": "probe", "rationale": True}, "cannot say why"),
         ({"kind": "oracle"}, "kind"),
         ({"principles": ["overall"]}, "unknown principle 'overall'; known are: manners"),
     ],
