@@ -133,10 +133,11 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work: Path, tmp_path: 
         follower = Follower(tmp_path, stack, mine)
         for language, text in blocks(PAGE.read_text(encoding="utf-8")):
             printed.append(follower.do(language, text))
-    _, _, checked, direct, sampled, _, accuracies, _, _, _, dialled, said, loaded = printed
+    _, _, checked, direct, sampled, _, accuracies, probed, _, _, _, dialled, said, loaded = printed
     assert "121 pairs\n" in checked and "skipped" not in checked
     assert "outside the LLM's nucleus" in direct and "round 1: mean reward" in sampled
     assert accuracies.count("eval_rewards/accuracies") == 2
+    assert "pairs right in 5-fold cross-validation" in probed and "held-out pairs right" in probed
     figures = json.loads((tmp_path / "runs/mine/figures.json").read_text())
     assert set(figures["rewards"]) == {"runs/mine/reward", "runs/mine/second-opinion"}
     answers = re.findall(r'"proxy":"mine"', dialled.replace(" ", ""))
