@@ -22,7 +22,7 @@ from proxy.acceptance import (
     uniform_nucleus,
 )
 from proxy.exact import emission_probabilities, sharpened
-from proxy.network import ProxyConfig, ProxyNetwork, score_single
+from proxy.network import MAX_CANDIDATES, ProxyConfig, ProxyNetwork, score_single
 
 _MAX_TIES = 16  # candidates tied with the k-th one, all of which vLLM keeps
 
@@ -165,3 +165,20 @@ def default_config(model: PreTrainedModel, **settings: Any) -> ProxyConfig:
     """A proxy's configuration for this LLM."""
     vocab_size, hidden_size = model.get_input_embeddings().weight.shape
     return ProxyConfig(hidden_size=hidden_size, vocab_size=vocab_size, **settings)
+
+
+def accepting_network(model: PreTrainedModel, decoding: Decoding) -> ProxyNetwork | None:
+    """A proxy that accepts every candidate, so that its samples are the frozen LLM's.
+
+    None = it would need too many candidates, or the decoding is greedy.
+    """
+    max_candidates = decoding.top_k + _MAX_TIES
+    if not decoding.temperature or not decoding.top_k or max_candidates > MAX_CANDIDATES:
+        return None
+    decoded = {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
+    config = default_config(model, width=2, max_candidates=max_candidates, **decoded)
+    with torch.random.fork_rng():
+        network = ProxyNetwork(config)
+    torch.nn.init.zeros_(network.score.weight)
+    torch.nn.init.constant_(network.score.bias, 100.0)  # its sigmoid is 1
+    return network

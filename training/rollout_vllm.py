@@ -32,7 +32,7 @@ from proxy.request import (
     caller_id,
 )
 from training.console import TrainingError
-from training.policy import Decoding
+from training.policy import Decoding, accepting_network
 from training.positions import Response
 from training.rollout import Counts, Rollout, joined
 from training.sizes import cache_bytes, sizes_of
@@ -152,6 +152,9 @@ class VLLMBackend:
         seeds: Iterable[int],
     ) -> list[list[int]]:
         """The responses only, without decisions; network None = by the frozen LLM."""
+        if network is None:
+            # On a CPU it is several times as fast as vLLM's own sampler, which sorts the vocabulary.
+            network = accepting_network(self._frozen, decoding)
         if network is not None:
             self._publish(network)
         self._llm.reset_prefix_cache()

@@ -106,6 +106,16 @@ def test_a_rollout_is_that_of_transformers(
     assert ours.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
 
 
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_the_frozen_llm_answers_as_in_transformers(
+    engine: VLLMBackend, frozen: PreTrainedModel, top_k: int
+) -> None:
+    decoding = replace(DECODING, temperature=0.7, top_k=top_k, top_p=0.8)
+    theirs = generate(Policy(frozen), PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    ours = engine.responses(None, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    assert ours == theirs.responses
+
+
 def given_responses(model: PreTrainedModel, decoding: Decoding) -> list[Response]:
     """Its own, and some that it would not write, which share a prompt that a cache would skip."""
     own = generate(Policy(model), PROMPTS, decoding, end_ids=ENDS, seeds=count(0)).responses
