@@ -30,6 +30,8 @@ class Options(on_policy.Options):
     """A directory from `training.reward_model` or `training.jsft --lora-rank`, a proxy, a sequence-classification model
     (directory or hub id), `self-judge`, or `module:function`.
     """
+    fluency_weight: NonNegative = 0.0
+    """Adds to the reward this times the mean log-probability of a response's tokens under the frozen LLM, in nats."""
     episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
     epochs: PositiveInt = 4
@@ -59,7 +61,7 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
 
     def __init__(self, options: PPOOptionsT, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
-        self.reward: Reward = load_reward(options.reward, self.frozen())
+        self.reward: Reward = load_reward(options.reward, self.frozen(), options.fluency_weight)
 
     def other_bytes(self) -> float:
         return reward_bytes(self.options.reward, getattr(torch, self.options.dtype))

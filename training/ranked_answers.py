@@ -53,7 +53,7 @@ class RankedAnswers:
         """
         self._options, self._accelerator = options, accelerator
         self._prompts, self._frozen = prompts, frozen
-        self._reward = load_reward(options.reward, frozen)
+        self._reward = load_reward(options.reward, frozen, options.fluency_weight)
         self._backend = backend
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]

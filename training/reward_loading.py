@@ -25,6 +25,7 @@ from training.model_judge import ModelJudge
 from training.models import attention_of, context_of, load_model, loading
 from training.rewards import (
     SELF_JUDGE,
+    FluentReward,
     Frozen,
     FunctionReward,
     ImplicitReward,
@@ -38,13 +39,23 @@ from training.rewards import (
 ADAPTER_FILE = "adapter_config.json"  # peft's name
 
 
-def load_reward(name: str, frozen: Frozen) -> Reward:
+def load_reward(name: str, frozen: Frozen, fluency_weight: float = 0.0) -> Reward:
     """The reward with this name; `training.rewards` lists what it may be.
+
+    Args:
+        name: what `--reward` says.
+        frozen: the LLM that is aligned.
+        fluency_weight: as in FluentReward.
 
     Raises:
         TrainingError: there is no such reward, or it is damaged.
         FingerprintMismatch: an implicit reward, a probe or a judge that was trained from another LLM.
     """
+    reward = _load_named(name, frozen)
+    return FluentReward(reward, frozen, fluency_weight) if fluency_weight else reward
+
+
+def _load_named(name: str, frozen: Frozen) -> Reward:
     kind, _, principle = name.partition(":")
     if kind == SELF_JUDGE:
         directory = Path(frozen.model.name_or_path)

@@ -195,6 +195,24 @@ class JudgeReward:
         return self.judge.log_odds(questions).mean(-1)
 
 
+class FluentReward:
+    """A reward plus `weight` times the mean log-probability of a response's tokens under the frozen LLM.
+
+    A reward that sees one aspect only, such as a readability formula, is otherwise raised at the price of sense.
+    """
+
+    def __init__(self, reward: Reward, frozen: Frozen, weight: float) -> None:
+        self.reward, self.frozen, self.weight = reward, frozen, weight
+
+    def __call__(self, samples: Sequence[Sample]) -> Tensor:
+        responses = [sample.response_ids for sample in samples]
+        prompts = [sample.prompt_ids for sample in samples]
+        model, batch_size = self.frozen.without_adapter, self.frozen.batch_size
+        logprobs = sequence_logprobs(model, prompts, responses, batch_size).cpu()
+        lengths = torch.tensor([max(1, len(response)) for response in responses])
+        return self.reward(samples).cpu() + self.weight * logprobs / lengths
+
+
 class FunctionReward:
     """The scores that a user's function returns."""
 

@@ -170,6 +170,7 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
         ({"preferences": "x", "prompts": "y", "reward": E}, "one of the two"),
         ({"prompts": "x"}, "--prompts and --reward go together"),
         ({"preferences": "x", "reward": E}, "--prompts and --reward go together"),
+        ({"preferences": "x", "fluency_weight": 1.0}, "--fluency-weight is for --prompts"),
         ({"prompts": "PROMPTS", "reward": "e_reward:same", "max_rows": 4}, "the same score"),
         ({"prompts": "PROMPTS", "reward": "e_reward:broken", "max_rows": 4}, "24 of 24 .* finite"),
         ({"preferences": "PROMPTS"}, "neither a pair .* nor a completion with a label"),

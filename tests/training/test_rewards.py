@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,24 @@ def test_a_lora_rewards_as_the_merged_model_beside_the_frozen_one(
     assert found.std() > 0.05  # it was trained: 0 before
     preferred = found.view(3, 3).diagonal()
     assert preferred.mean() > found.mean()
+
+
+@torch.no_grad()
+def test_fluency_is_the_mean_log_probability_under_the_frozen_llm(
+    frozen: Frozen, samples: list[Sample]
+) -> None:
+    expected = []
+    for sample in samples:
+        ids, start = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.prompt_ids)
+        logprobs = frozen.model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+        mean = logprobs.gather(-1, ids[0, start:].unsqueeze(-1)).mean().item()
+        expected.append(len(sample.text) + 3 * mean)
+    reward = load_reward(f"{__name__}:lengths", frozen, fluency_weight=3)
+    assert reward(samples).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def lengths(prompts: list[Any], completions: list[str]) -> list[int]:
+    return [len(completion) for completion in completions]
 
 
 def test_a_lora_acts_in_the_reward_alone(work: Path, frozen: Frozen, samples: list[Sample]) -> None:
