@@ -15,16 +15,16 @@ import pytest
 # One thread for one engine: with more of them than free cores, vLLM's CPU build collapses at random. Before torch is
 # imported, and for all processes that tests start. The tests pass with any number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where a test has two threads, one that waits for the other leaves the core to whoever works.
+# A thread that waits for another gives up its core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts the tests in the background has all that they start ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# What is not on this machine is an error, and not a download.
+# A missing file is an error. It is not downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = {"tests/server", "tests/training"}
-# Of these directories, the files that take long and use none of it.
+# Files in these directories that take long and do not use what is shared.
 APART = {
     *(f"tests/server/test_{name}.py" for name in (
         "judge_adapters", "data_parallel", "features", "kill", "survival",
@@ -34,7 +34,7 @@ APART = {
         "rollout_vllm", "self_judge", "supervised",
     )),
 }  # fmt: skip
-# Of all others, the files that take long: one that began last would leave a worker waiting for it.
+# Other files that take long. They start early, or the other workers would wait for them at the end.
 LONG = {
     *("tests/deploy/test_balancer.py", "tests/deploy/test_monitoring.py"),
     *("tests/proxy/test_architectures.py", "tests/proxy/test_tensor_parallel.py"),
@@ -42,7 +42,7 @@ LONG = {
 
 
 def group_of(nodeid: str) -> str:
-    """What stays on one worker: a directory or a file."""
+    """The directory or file whose tests stay on one worker."""
     file = nodeid.partition("::")[0]
     directory = file.rpartition("/")[0]
     return directory if directory in SHARED and file not in APART else file
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures
 def pytest_runtest_setup() -> None:
-    """What a test draws does not depend on those before it."""
+    """Seed the generators, so that a test draws the same numbers whichever tests ran before it."""
     random.seed(0)
     for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
         if name in sys.modules:

@@ -1,4 +1,4 @@
-"""The import arrows of the design, and what packages say of their modules, read from the sources.
+"""The import arrows of the design, and the modules that the packages' docstrings list, read from the sources.
 
 `server` and `training` may import `proxy` and `judge`, and nothing points back or across. Only the
 files named below import vllm. Imports inside functions and under `if TYPE_CHECKING` count as well.
@@ -68,16 +68,16 @@ def imported_modules(source: str, file: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(source: str, file: str) -> list[str]:
-    """Say which imports of `file` (relative to the root, with slashes) go against the arrows."""
-    found = []
+    """List the imports of `file` (relative to the root, with slashes) that break the arrows."""
+    errors = []
     package = Path(file).parts[0]
     for line, module in imported_modules(source, file):
         top = module.split(".")[0]
         if top in FORBIDDEN[package]:
-            found.append(f"{file}:{line}: {package}/ must not import {module}")
+            errors.append(f"{file}:{line}: {package}/ must not import {module}")
         elif top == "vllm" and file not in VLLM_FILES:
-            found.append(f"{file}:{line}: imports {module}, but is not one of VLLM_FILES")
-    return found
+            errors.append(f"{file}:{line}: imports {module}, but is not one of VLLM_FILES")
+    return errors
 
 
 def source_files() -> list[str]:
@@ -91,9 +91,9 @@ def source_files() -> list[str]:
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_a_package_names_all_modules(package: str) -> None:
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    named = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
+    listed = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
     modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
-    assert sorted(named) == sorted(modules)
+    assert sorted(listed) == sorted(modules)
 
 
 def test_contributing_names_no_file_that_is_not_there() -> None:
@@ -107,9 +107,9 @@ def test_contributing_names_no_file_that_is_not_there() -> None:
 @pytest.mark.parametrize("package", ["proxy/cpu", "proxy/engine"])
 def test_a_part_of_a_package_names_all_modules(package: str) -> None:
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    named = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
+    listed = re.findall(r"^- `(\w+)` +- ", ast.get_docstring(tree) or "", re.MULTILINE)
     modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
-    assert sorted(named) == sorted(modules)
+    assert sorted(listed) == sorted(modules)
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -131,23 +131,23 @@ def test_every_package_is_read() -> None:
 
 
 def test_imports_follow_the_arrows() -> None:
-    found = [
+    errors = [
         violation
         for file in source_files()
         for violation in violations((ROOT / file).read_text(encoding="utf-8"), file)
     ]
-    assert not found, "\n".join(found)
+    assert not errors, "\n".join(errors)
 
 
 def test_the_list_of_vllm_files_is_not_stale() -> None:
     for file in sorted(VLLM_FILES):
         modules = imported_modules((ROOT / file).read_text(encoding="utf-8"), file)
-        tops = {module.split(".")[0] for _, module in modules}
-        assert "vllm" in tops, f"{file} imports no vllm: take it off VLLM_FILES"
+        packages = {module.split(".")[0] for _, module in modules}
+        assert "vllm" in packages, f"{file} imports no vllm: take it off VLLM_FILES"
 
 
 @pytest.mark.parametrize(
-    ("file", "source", "complaint"),
+    ("file", "source", "message"),
     [
         ("proxy/a.py", "import server.chat", "proxy/a.py:1: proxy/ must not import server.chat"),
         ("proxy/a.py", "from training import ppo", "proxy/a.py:1: proxy/ must not import training"),
@@ -177,8 +177,8 @@ def test_the_list_of_vllm_files_is_not_stale() -> None:
         ),
     ],
 )
-def test_a_bad_import_is_found(file: str, source: str, complaint: str) -> None:
-    assert violations(source, file) == [complaint]
+def test_a_bad_import_is_found(file: str, source: str, message: str) -> None:
+    assert violations(source, file) == [message]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Commands started from a process that has imported their libraries: each begins without 9 seconds of imports.
 
-`multiprocessing`'s fork server imports what others have written, once for all tests of a worker. Our own modules are
+`multiprocessing`'s fork server imports third-party libraries, once for all tests of a worker. Our own modules are
 imported by every command anew, in a process of its own, with an environment, streams, signals and an exit code.
-What a command would have `multiprocessing` spawn, as vLLM does with its engines and their workers, is forked from it.
+Processes that a command would spawn through `multiprocessing`, such as vLLM's engines and workers, are forked from it.
 """
 
 import atexit
@@ -54,7 +54,7 @@ class Command:
             environment: all of it.
             directory: where it runs; None = here.
             new_session: as in `subprocess.Popen`.
-            log: file that gets what it prints and says on stderr; None = `communicate` gives both.
+            log: file for its stdout and stderr; None = `communicate` returns both.
         """
         self._arguments = [*map(str, arguments)]
         self._outputs = (log, log) if log else (_empty_file(), _empty_file())
@@ -77,7 +77,7 @@ class Command:
         return self.poll()
 
     def poll(self) -> int | None:
-        """The exit code, as `subprocess` has it; None = it runs."""
+        """The exit code as in `subprocess`; None while it runs."""
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -91,7 +91,7 @@ class Command:
         return code
 
     def communicate(self) -> tuple[str, str]:
-        """Wait for its end; what it printed, to be asked for once."""
+        """Wait for its end and return its stdout and stderr. Call it once."""
         self.wait()
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._outputs)
         for path in self._outputs:
@@ -105,7 +105,7 @@ def _empty_file() -> Path:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A command, from its start to its end."""
+    """Run a command to its end."""
     command = Command(*arguments)
     out, err = command.communicate()
     return subprocess.CompletedProcess([*map(str, arguments)], command.wait(), out, err)
@@ -118,7 +118,7 @@ def _run(
     outputs: tuple[Path, Path],
     new_session: bool,
 ) -> None:
-    """What `python -m` does, in the forked process."""
+    """Do what `python -m` does, in the forked process."""
     if new_session:
         os.setsid()
     os.environ.clear()
@@ -127,25 +127,25 @@ def _run(
     for number, path in enumerate(outputs, start=1):
         with path.open("ab") as file:
             os.dup2(file.fileno(), number)
-    more = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    sys.path[:0] = [str(directory), *more]
+    extra_paths = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:0] = [str(directory), *extra_paths]
     sys.argv = ["-m", *arguments[1:]]
-    _heed_environment()
+    _apply_environment()
     setattr(SpawnProcess, "_Popen", staticmethod(popen_fork.Popen))  # noqa: B010
-    os.register_at_fork(after_in_child=_begin_as_if_spawned)
+    os.register_at_fork(after_in_child=_reset_after_fork)
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
-        atexit._run_exitfuncs()  # which `multiprocessing` leaves out
+        atexit._run_exitfuncs()  # `multiprocessing` does not call them
 
 
-def _begin_as_if_spawned() -> None:
+def _reset_after_fork() -> None:
     signal.set_wakeup_fd(-1)  # of the parent's event loop
-    _heed_environment()
+    _apply_environment()
 
 
-def _heed_environment() -> None:
-    """What torch asked of it when it was imported."""
+def _apply_environment() -> None:
+    """Apply the variable that torch reads only when it is imported."""
     import torch._dynamo
 
     torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"

@@ -1,4 +1,4 @@
-"""The capacity model against queues that textbooks know, and against its own simulation."""
+"""The capacity model against textbook queues, and against its own simulation."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_one_server() -> None:
 
 
 def test_as_many_servers_as_one_likes() -> None:
-    """M/G/∞: nobody waits for anybody."""
+    """M/G/∞: no request waits."""
     assert mean_seconds(SHARED, Work(0, 50), 20) == pytest.approx(0.5 + 0.005)
 
 
@@ -32,9 +32,9 @@ def test_reading_holds_up_the_rest() -> None:
     engine = Engine(base=0.01, row=0.0, prompt_token=0.001, max_rows=1)
     work = Work(prompt=100, answer=50, judged=100)
     assert highest_rate(engine, work) == pytest.approx(1 / (0.5 + 0.2))
-    # At one request a second a fifth of the time is left out: an answer takes 0.5 / 0.8, and so does reading.
-    alone = mean_seconds(engine, work, 1e-9)
-    assert alone == pytest.approx(0.5 + 0.2 + 0.005)
+    # At one request a second a fifth of the time goes to reading: an answer takes 0.5 / 0.8, and so does reading.
+    unloaded = mean_seconds(engine, work, 1e-9)
+    assert unloaded == pytest.approx(0.5 + 0.2 + 0.005)
     assert mean_seconds(engine, work, 1) == pytest.approx(1 / (1.6 - 1) + 0.25 + 0.005)
 
 
@@ -51,17 +51,17 @@ def test_engines() -> None:
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_the_simulation_agrees(samples: int) -> None:
-    """Seeded: by the standard error of its batches, 6 of it and 7 % for what the formula leaves out."""
+    """Seeded. The tolerance is 6 standard errors of the mean, and 7 % for what the formula leaves out."""
     work = Work(prompt=20, answer=40, samples=samples, judged=100 * (samples > 1))
     rate = 0.7 * highest_rate(BOTH, work)
-    mean, error, late = summarise(simulate(BOTH, work, rate, 4000, seed=0))
+    mean, error, percentile_95 = summarise(simulate(BOTH, work, rate, 4000, seed=0))
     expected = mean_seconds(BOTH, work, rate)
     assert abs(mean - expected) < 6 * error + 0.07 * expected
-    assert late > 1.5 * mean
+    assert percentile_95 > 1.5 * mean
 
 
 def test_a_simulated_request_alone() -> None:
-    """No longer than its tokens take: lengths are what they should be on average."""
-    taken = simulate(SHARED, Work(0, 50), 0.001, 4000, seed=1)
-    mean, error, _ = summarise(taken)
+    """It takes as long as its tokens take: the lengths have the right mean."""
+    seconds = simulate(SHARED, Work(0, 50), 0.001, 4000, seed=1)
+    mean, error, _ = summarise(seconds)
     assert abs(mean - 0.5) < 6 * error

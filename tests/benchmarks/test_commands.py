@@ -16,9 +16,9 @@ from training.policy import Decoding
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 def test_hook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,9 +44,9 @@ def test_the_plain_draw_keeps_to_top_k_and_top_p() -> None:
     torch.manual_seed(0)
     # softmax: 0.03, 0.64, 0.09, 0.24
     assert {*hook.plain_draw(logits, None, half, scratch).tolist()} == {1}
-    two = torch.full((200,), 2)
-    # All 200 alike has probability 0.73 ** 200 < 1e-27.
-    assert {*hook.plain_draw(logits, two, torch.ones(200), scratch).tolist()} == {1, 3}
+    top_k = torch.full((200,), 2)
+    # All 200 draws are equal with probability 0.73 ** 200 < 1e-27.
+    assert {*hook.plain_draw(logits, top_k, torch.ones(200), scratch).tolist()} == {1, 3}
 
 
 def test_literal_loop(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_literal_loop(tmp_path: Path) -> None:
     literal, one_pass = row["literal"], row["one_pass"]
     assert literal["rejected"] > 0
     assert one_pass["rejected"] > 0
-    # One forward for the prompt and one a candidate; the last token's serves nothing but the question about it.
+    # One forward for the prompt and one per candidate. The last token's forward serves only the decision about it.
     assert literal["forwards"] == 3 + literal["tokens"] + literal["rejected"]
     assert one_pass["forwards"] == one_pass["tokens"]
 
@@ -96,15 +96,15 @@ def test_rollout(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     figures = json.loads(output.read_text())
     assert len(figures["rounds"]) == 2
-    for one in figures["rounds"]:
-        assert one["same_responses"] == 1
-        assert 5 <= one["tokens"] <= 20
+    for round_figures in figures["rounds"]:
+        assert round_figures["same_responses"] == 1
+        assert 5 <= round_figures["tokens"] <= 20
     assert len(result.stdout.strip().splitlines()) == 3
 
 
 def test_ratios() -> None:
-    compared = throughput.compare([2.0, 3.0, 4.0], [1.0, 2.0, 4.0])
-    assert compared["ratio"] == 1.5  # of the medians
-    assert compared["paired_median"] == 1.5  # of 2, 1.5 and 1
-    assert (compared["paired_min"], compared["paired_max"]) == (1.0, 2.0)
-    assert (compared["paired_quartile_low"], compared["paired_quartile_high"]) == (1.25, 1.75)
+    ratios = throughput.compare([2.0, 3.0, 4.0], [1.0, 2.0, 4.0])
+    assert ratios["ratio"] == 1.5  # of the medians
+    assert ratios["paired_median"] == 1.5  # of 2, 1.5 and 1
+    assert (ratios["paired_min"], ratios["paired_max"]) == (1.0, 2.0)
+    assert (ratios["paired_quartile_low"], ratios["paired_quartile_high"]) == (1.25, 1.75)

@@ -55,8 +55,8 @@ def indifferent_proxy(model: torch.nn.Module, accept_logit: float, limit: int) -
 def test_the_literal_loop_samples_as_one_pass_sampling_does(
     evaluation: EvaluationSet, accept_logit: float, limit: int
 ) -> None:
-    """With the same answer to every candidate the two differ in nothing, in float32."""
-    one_pass = generate(
+    """With the same accept logit for every candidate the two give equal results in float32."""
+    one_pass_rollout = generate(
         Policy(evaluation.model, indifferent_proxy(evaluation.model, accept_logit, limit)),
         evaluation.prompts,
         Decoding(max_new_tokens=24),
@@ -65,7 +65,7 @@ def test_the_literal_loop_samples_as_one_pass_sampling_does(
     )
     network = literal.LiteralNetwork(256, 16, accept_logit)
     torch.nn.init.zeros_(network.policy[-1].weight)
-    looped = literal.generate(
+    literal_rollout = literal.generate(
         evaluation.model,
         network,
         evaluation.prompts,
@@ -75,14 +75,14 @@ def test_the_literal_loop_samples_as_one_pass_sampling_does(
         max_candidates=16,
         max_rejections=limit,
     )
-    assert looped.responses == one_pass.responses
-    assert looped.counts == one_pass.counts
-    assert looped.counts.rejected > 20
-    sets = [
+    assert literal_rollout.responses == one_pass_rollout.responses
+    assert literal_rollout.counts == one_pass_rollout.counts
+    assert literal_rollout.counts.rejected > 20
+    decisions = [
         sorted(zip(d.episodes.tolist(), d.token_ids.tolist(), d.accepted.tolist(), strict=True))
-        for d in (looped.decisions, one_pass.decisions)
+        for d in (literal_rollout.decisions, one_pass_rollout.decisions)
     ]
-    assert sets[0] == sets[1]
+    assert decisions[0] == decisions[1]
 
 
 def test_the_literal_proxy_reads_the_state_after_the_candidate(evaluation: EvaluationSet) -> None:
@@ -95,20 +95,23 @@ def test_the_literal_proxy_reads_the_state_after_the_candidate(evaluation: Evalu
     decisions = rollout.decisions
     with torch.no_grad():
         for episode, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True)):
-            body = evaluation.model.model(torch.tensor([prompt + response])).last_hidden_state[0]
-            said = set(response)
+            hidden = evaluation.model.model(torch.tensor([prompt + response])).last_hidden_state[0]
+            response_ids = set(response)
             rows = [
                 i
                 for i in range(len(decisions.token_ids))
                 if decisions.episodes[i] == episode and decisions.accepted[i]
             ]
-            assert rows and {int(decisions.token_ids[i]) for i in rows} <= said
+            assert rows and {int(decisions.token_ids[i]) for i in rows} <= response_ids
             for i in rows:
-                at = [p for p in range(len(response)) if response[p] == decisions.token_ids[i]]
-                nearest = min(
-                    (body[len(prompt) + p] - decisions.hidden[i]).abs().max().item() for p in at
+                positions = [
+                    p for p in range(len(response)) if response[p] == decisions.token_ids[i]
+                ]
+                smallest_error = min(
+                    (hidden[len(prompt) + p] - decisions.hidden[i]).abs().max().item()
+                    for p in positions
                 )
-                assert nearest < 1e-3
+                assert smallest_error < 1e-3
 
 
 def repeating_policy(
@@ -120,9 +123,9 @@ def repeating_policy(
 
 
 def test_sampling_with_repeats(evaluation: EvaluationSet) -> None:
-    """Each figure can be had by hand: p = 1/2, 1/2; a = 1/2, 1; at most 2 rejections.
+    """The figures are computed by hand: p = 1/2, 1/2; a = 1/2, 1; at most 2 rejections.
 
-    Frequencies of 40,000 draws lie within 5 standard errors of it: a false alarm in 1.2e-6 / 2 a side.
+    Frequencies of 40,000 draws lie within 5 standard errors: a false-alarm rate of 6e-7 a check.
     """
     logits = torch.tensor([[0.0, 80.0]])
     candidates = Candidates(torch.tensor([[7, 9]]), torch.tensor([[0.5, 0.5]]).log())
@@ -130,19 +133,19 @@ def test_sampling_with_repeats(evaluation: EvaluationSet) -> None:
     expected = torch.tensor([[6 / 16, 10 / 16]], dtype=torch.float64)
     torch.testing.assert_close(policy.emission(candidates, logits, Decoding()), expected)
     rows = 40_000
-    many = Candidates(*(column.expand(rows, -1) for column in candidates))
+    batch = Candidates(*(column.expand(rows, -1) for column in candidates))
     torch.manual_seed(0)
     decision, proposals = policy.decide(
-        many,
+        batch,
         logits.expand(rows, -1),
         lambda ids: torch.rand(ids.shape[0], 2, ids.shape[1]),
         Decoding(),
     )
     frequency = (decision.token_ids == 7).float().mean().item()
     assert abs(frequency - 6 / 16) < 5 * math.sqrt(6 / 16 * 10 / 16 / rows)
-    # Asked once with probability 3/4, else twice; forced with probability 1/16.
-    asked = decision.num_proposed.float().mean().item()
-    assert abs(asked - 1.25) < 5 * math.sqrt(3 / 16 / rows)
+    # One candidate is proposed with probability 3/4, else two; forced with probability 1/16.
+    mean_proposed = decision.num_proposed.float().mean().item()
+    assert abs(mean_proposed - 1.25) < 5 * math.sqrt(3 / 16 / rows)
     assert abs(decision.forced.float().mean().item() - 1 / 16) < 5 * math.sqrt(15 / 256 / rows)
     assert len(proposals.rows) == int(decision.num_proposed.sum())
     assert int(proposals.accepted.sum()) == rows - int(decision.forced.sum())
@@ -172,14 +175,14 @@ def test_divergence_is_nothing_without_a_cut_and_the_surprise_of_greedy_tokens(
             0, len(evaluation.prompts[0]) - 1 : -1
         ]
     surprise = -sum(logprobs[t, token].item() for t, token in enumerate(response))
-    alone = EvaluationSet(
+    single_prompt = EvaluationSet(
         evaluation.model,
         evaluation.tokenizer,
         evaluation.end_ids,
         evaluation.texts,
         evaluation.prompts[:1] * 2,
     )
-    measured, _ = divergence(alone, [response, response], Policy(evaluation.model), greedy)
+    measured, _ = divergence(single_prompt, [response, response], Policy(evaluation.model), greedy)
     assert measured == pytest.approx(surprise, rel=1e-4)
 
 
@@ -197,46 +200,48 @@ def test_divergence_of_a_proxy_that_accepts_everything_is_the_frozen_one_s(
 
 @pytest.mark.slow  # trains
 def test_a_job_leaves_the_figures_of_its_rows(tmp_path: Path) -> None:
-    """Three of them, at the smallest size."""
+    """Three jobs, at the smallest size."""
     setting = setting_of(DEMO / "model", tmp_path, scale=0.005)
     jobs = {job.name: job for job in all_jobs((0,))}
     assert {need for job in jobs.values() for need in job.needs} <= jobs.keys()
-    for i, won in enumerate((0.5, 0.7, 0.6)):
+    for i, win_rate in enumerate((0.5, 0.7, 0.6)):
         directory = setting.directory(f"proxy-search/{i}/0")
         directory.mkdir(parents=True)
-        (directory / "result.json").write_text(json.dumps({"row": {"win_rate": won}}))
+        (directory / "result.json").write_text(json.dumps({"row": {"win_rate": win_rate}}))
     scaled = replace(setting, scale=0.2)
     for name in ("world", "frozen/0", "proxy-self-judge/0"):
         run_job(scaled, jobs[name])
     result = setting.result("proxy-self-judge/0")
-    assert result["updates"] == len(result["curve"]) == 4  # a fifth of the 20 that won
+    assert result["updates"] == len(result["curve"]) == 4  # a fifth of the 20 of the best search
     row = result["row"]
     assert row["prompts"] == 8 and 0 <= row["win_rate"] <= 1 and row["kl"] > 0
     rows = setting.result("frozen/0")["rows"]
     assert set(rows) == {"frozen, again", "top-p 0.8", "top-p 0.6", "greedy"}
     for name in ("decoding-search/frozen-LLM/0", "decoding/frozen-LLM/0"):
         run_job(scaled, jobs[name])
-    tried = setting.result("decoding-search/frozen-LLM/0")["rows"]
-    assert [row["temperature"] for row in tried] == [decoding.temperature for decoding in GRID]
+    search_rows = setting.result("decoding-search/frozen-LLM/0")["rows"]
+    assert [row["temperature"] for row in search_rows] == [
+        decoding.temperature for decoding in GRID
+    ]
     chosen = setting.result("decoding/frozen-LLM/0")["decoding"]
-    best = max(tried, key=lambda row: row["win_rate"])
+    best = max(search_rows, key=lambda row: row["win_rate"])
     assert chosen == {name: best[name] for name in chosen}
 
 
 def test_a_job_that_was_killed_begins_again(tmp_path: Path) -> None:
-    """At whatever moment: while it trained, or when all was done but the result."""
+    """Whether it was killed while it trained, or after training and before it wrote its result."""
     setting = setting_of(DEMO / "model", tmp_path, 0.001)
     job = next(job for job in all_jobs((0,)) if job.name == "world")
     run_job(setting, job)
     result, marker = (setting.directory("world") / name for name in ("result.json", MARKER))
-    first = (setting.directory("world") / "preferences.jsonl").read_bytes()
+    preferences = (setting.directory("world") / "preferences.jsonl").read_bytes()
     for finished in ("true", "false"):
         result.unlink()
         marker.write_text(marker.read_text().replace('"finished": true', f'"finished": {finished}'))
         (setting.directory("world") / "preferences.jsonl").write_bytes(b"cut sh")
         run_job(setting, job)
         assert result.exists()
-        assert (setting.directory("world") / "preferences.jsonl").read_bytes() == first
+        assert (setting.directory("world") / "preferences.jsonl").read_bytes() == preferences
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -260,11 +265,11 @@ def test_the_report(tmp_path: Path) -> None:
             "greedy",
             *map("best of {}".format, BEST_OF),
         )
-        searched = [row | {"win_rate": 0.1 * (i == 3)} for i in range(len(GRID))]
+        search_rows = [row | {"win_rate": 0.1 * (i == 3)} for i in range(len(GRID))]
         is_search = job.name.startswith("decoding-search")
         result = {
             "row": row,
-            "rows": searched if is_search else dict.fromkeys(names, row),
+            "rows": search_rows if is_search else dict.fromkeys(names, row),
             "decoding": {"temperature": 0.3, "top_p": 0.8},
             "curve": curve,
             "parameters": 70_000,
@@ -280,17 +285,17 @@ def test_the_report(tmp_path: Path) -> None:
         "| **Proxy-RLHF, one-pass**, implicit reward | 65.0% ± 2.1% | 60.0 70.0 | 70,000 (0.99%) | 60 | 100 |  "
         "| 2.00 ± 0.10 | 12.5 | 25.0% | 50.0% |"
     ) in table
-    direct = 1 + len(DIRECT_PAIRS) + len(DIRECT_LOSSES) + len(DIRECT_ROUNDS) + 1
-    others = 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
-    assert table.count("65.0%") == direct + others
+    num_direct = 1 + len(DIRECT_PAIRS) + len(DIRECT_LOSSES) + len(DIRECT_ROUNDS) + 1
+    num_others = 5 + 3 * len(REWARDS) + 2 + len(SKAM) + len(BEST_OF) + 1
+    assert table.count("65.0%") == num_direct + num_others
     assert "| DPO | learning rate 3e-05, β 0.5 | 60.0% ± 3.0% | 2.00 | 100 |" in searches
     assert "| one-pass proxy | 10 updates | 65.0% ± 2.1% | 2.00 | 201 |" in searches
     assert len(json.loads((output / "proxy_rlhf.json").read_text())["by_seed"]) == table.count(
         "65.0%"
     )
-    best, _, tried = (output / "proxy_rlhf_decodings.md").read_text().partition("\n\n")
-    assert "| full RLHF | T 0.3, top-p 0.8 | 65.0% ± 2.1% | 60.0 70.0 | 2.00 |" in best
-    assert "| DPO | 0.0% | 0.0% | 0.0% | 10.0% | 0.0% |" in tried
+    best_table, _, search_table = (output / "proxy_rlhf_decodings.md").read_text().partition("\n\n")
+    assert "| full RLHF | T 0.3, top-p 0.8 | 65.0% ± 2.1% | 60.0 70.0 | 2.00 |" in best_table
+    assert "| DPO | 0.0% | 0.0% | 0.0% | 10.0% | 0.0% |" in search_table
     for plot in ("proxy_rlhf.png", "reward_hacking.png"):
         assert (output / plot).read_bytes().startswith(b"\x89PNG")
 

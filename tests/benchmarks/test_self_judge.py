@@ -22,13 +22,13 @@ from training.toy_data.files import assistant, user
 
 
 def longer_wins(questions: Sequence[Question]) -> list[PairResult]:
-    """A judge that prefers the longer response, and of like ones whichever is shown first."""
-    sizes = [(len(each.first), len(each.second)) for each in questions]
+    """A judge that prefers the longer response, and of equally long ones the first."""
+    lengths = [(len(question.first), len(question.second)) for question in questions]
     return [
         PairResult(
             {"length": Verdict((0.9, 0.9) if a > b else (0.1, 0.1) if a < b else (0.8, 0.2))}
         )
-        for a, b in sizes
+        for a, b in lengths
     ]
 
 
@@ -47,33 +47,33 @@ def test_agreement_by_hand() -> None:
         pair(prompt, good, rude),  # the judge is wrong, on the labels too
         pair(prompt, broken, good),  # right by the label, which is wrong; they differ clearly
         pair(prompt, broken, rude),  # the same, but not clearly
-        pair(prompt, good, good[:-4] + "dog."),  # as long: no order is preferred; relevance, 2
+        pair(prompt, good, good[:-4] + "dog."),  # equally long: a tie; relevance, 2
     ]
-    found = agreement(longer_wins, rows)
-    assert found["gold"][0] == 0.25  # of a tie the first goes on
-    assert found["labels"][0] == 0.75
-    assert found["consistency"][0] == 0.75
-    assert found["clear"] == 2 and found["gold_clear"][0] == 0.5
-    assert found["consistency_clear"] == (0.5, pytest.approx(0.125**0.5))
+    rates = agreement(longer_wins, rows)
+    assert rates["gold"][0] == 0.25  # in a tie the first advances
+    assert rates["labels"][0] == 0.75
+    assert rates["consistency"][0] == 0.75
+    assert rates["clear"] == 2 and rates["gold_clear"][0] == 0.5
+    assert rates["consistency_clear"] == (0.5, pytest.approx(0.125**0.5))
     assert agreement(longer_wins, rows[:1], "manners")["gold"][0] == 0
     assert agreement(longer_wins, rows[3:], "relevance")["gold"][0] == 1
 
 
 def test_neighbours_meet_until_one_is_left() -> None:
-    standing = [["a", "bb", "ccc", "dd"], ["aaaa", "b", "cc", "d"]]
-    standing = knock_out_round(longer_wins, ["p", "q"], standing)
-    assert standing == [["bb", "ccc"], ["aaaa", "cc"]]
-    assert knock_out_round(longer_wins, ["p", "q"], standing) == [["ccc"], ["aaaa"]]
+    remaining = [["a", "bb", "ccc", "dd"], ["aaaa", "b", "cc", "d"]]
+    remaining = knock_out_round(longer_wins, ["p", "q"], remaining)
+    assert remaining == [["bb", "ccc"], ["aaaa", "cc"]]
+    assert knock_out_round(longer_wins, ["p", "q"], remaining) == [["ccc"], ["aaaa"]]
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"), [("knock-out", 5), ("final-four", 8), ("round-robin", 15)]
+    ("name", "num_comparisons"), [("knock-out", 5), ("final-four", 8), ("round-robin", 15)]
 )
-def test_a_tournament_of_known_rulings(name: str, asked: int) -> None:
+def test_a_tournament_of_known_rulings(name: str, num_comparisons: int) -> None:
     answers = ["a" * n for n in (3, 1, 4, 1, 5, 2)]
-    receipt = play_known(name, 6, 7, all_results(longer_wins, "p", answers))
-    assert receipt.winner == 4 and sum(map(len, receipt.rounds)) == asked
-    assert replay(receipt.as_json()) == receipt.ranking
+    tournament = play_known(name, 6, 7, all_results(longer_wins, "p", answers))
+    assert tournament.winner == 4 and sum(map(len, tournament.rounds)) == num_comparisons
+    assert replay(tournament.as_json()) == tournament.ranking
 
 
 def test_the_ceiling_is_the_reference_scorers_own_choice() -> None:
@@ -81,21 +81,21 @@ def test_the_ceiling_is_the_reference_scorers_own_choice() -> None:
     good = "It was nice to talk about your pony."
     rude = f"Use your head. {good}"
     cut = f"{rude} Another thing is that"
-    found = ceiling([prompt] * 2, [[cut, rude], [rude, rude], [good, cut], [cut, good]], [rude] * 2)
-    assert {size: rate for size, (rate, _) in found.items()} == {1: 0.25, 2: 0.5, 4: 1.0}
+    rates = ceiling([prompt] * 2, [[cut, rude], [rude, rude], [good, cut], [cut, good]], [rude] * 2)
+    assert {size: rate for size, (rate, _) in rates.items()} == {1: 0.25, 2: 0.5, 4: 1.0}
 
 
 def test_identical_answers_tie() -> None:
-    (one, other) = all_results(longer_wins, "p", ["same", "same"]).values()
-    assert one.winner == other.winner == "tie"
+    (first, second) = all_results(longer_wins, "p", ["same", "same"]).values()
+    assert first.winner == second.winner == "tie"
 
 
 def test_the_plan_holds_what_its_jobs_need() -> None:
     jobs = all_jobs((0, 1))
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
-    for place, job in enumerate(jobs):
-        assert set(job.needs) <= set(names[:place]), job.name
+    for index, job in enumerate(jobs):
+        assert set(job.needs) <= set(names[:index]), job.name
 
 
 @pytest.mark.slow  # every judge is trained and asked
@@ -133,7 +133,7 @@ def test_the_report(tmp_path: Path) -> None:
     for job in all_jobs((0, 1)):
         rate = (0.7 if job.name.endswith("/1") else 0.6, 0.03)
         measures = ("gold", "labels", "gold_clear", "consistency", "consistency_clear")
-        found = dict.fromkeys(measures, rate)
+        rates = dict.fromkeys(measures, rate)
         strategy = {
             "gold": (-0.5, 0.04),
             "comparisons": 15.0,
@@ -141,8 +141,8 @@ def test_the_report(tmp_path: Path) -> None:
             "agrees_with_round_robin": rate,
         }
         result: dict[str, Any] = {
-            "judges": dict.fromkeys(JUDGES, found),
-            "principles": {"manners": found},
+            "judges": dict.fromkeys(JUDGES, rates),
+            "principles": {"manners": rates},
             "noise_ceiling": 0.9,
             "rows": {name: {"1": rate, "2": rate} for name in JUDGES},
             "strategies": {"knock-out": strategy},
@@ -156,11 +156,11 @@ def test_the_report(tmp_path: Path) -> None:
     report.write(setting, (0,), output)  # on another day
     text = (output / "self_judge_table.md").read_text()
     # 0.03 / sqrt(2) = 0.021
-    won = "65.0% ± 2.1%"
-    assert f"| self-judge, LoRA | {' | '.join([won] * 5)} |" in text
-    assert text.count(f"| self-judge, LoRA | {won} | {won} |\n") == len(SAMPLING_MODELS)
-    assert f"| knock-out | 15.0 | {won} | {won} | -0.500 ± 0.028 |" in text
-    assert f"| DPO, more data | {won} | 70.0% 60.0% | 100 | 2.00 |" in text
+    cell = "65.0% ± 2.1%"
+    assert f"| self-judge, LoRA | {' | '.join([cell] * 5)} |" in text
+    assert text.count(f"| self-judge, LoRA | {cell} | {cell} |\n") == len(SAMPLING_MODELS)
+    assert f"| knock-out | 15.0 | {cell} | {cell} | -0.500 ± 0.028 |" in text
+    assert f"| DPO, more data | {cell} | 70.0% 60.0% | 100 | 2.00 |" in text
     assert re.search(r"\| DPO \| 72\.\d% .* \| 73\.2% 72\.0% \|", text)  # as published
     assert (output / "self_judge.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "self_judge.json").read_text())["0"]["strategies"]["prompts"] == 300

@@ -29,7 +29,9 @@ CLIENTS = 8
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server, Server]]:
+def balanced_servers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, Server, Server]]:
     """The balancer's address, and the servers behind it."""
     program = shutil.which("haproxy")
     if program is None:
@@ -40,8 +42,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Server,
     flags = ["--proxy-root", root, *proxy_flags()]
     with serving(directory / "a.log", *flags) as a, serving(directory / "b.log", *flags) as b:
         address, text = f"127.0.0.1:{free_port()}", CONFIGURATION.read_text()
-        places = {"127.0.0.1:8080": address, "10.0.0.1:8000": a.url, "10.0.0.2:8000": b.url}
-        for old, new in places.items():
+        replacements = {"127.0.0.1:8080": address, "10.0.0.1:8000": a.url, "10.0.0.2:8000": b.url}
+        for old, new in replacements.items():
             assert text.count(old) == 1
             text = text.replace(old, new.removeprefix("http://"))
         file = directory / "haproxy.cfg"
@@ -62,7 +64,7 @@ def is_healthy(url: str) -> bool:
     return False
 
 
-def ask(url: str, proxy: str, seed: int) -> int:
+def status_of(url: str, proxy: str, seed: int) -> int:
     body = {
         "model": f"{MODEL}:{proxy}",
         "messages": [{"role": "user", "content": "How do I look after my freezer?"}],
@@ -75,46 +77,50 @@ def ask(url: str, proxy: str, seed: int) -> int:
 
 def proxies_of(server: Server) -> set[str]:
     answer = httpx.get(f"{server.url}/proxies", timeout=WAIT_SECONDS).json()
-    return {each["name"] for each in answer["data"]}
+    return {proxy["name"] for proxy in answer["data"]}
 
 
-def served(server: Server) -> int:
+def num_requests(server: Server) -> int:
     return server.log.read_text(errors="replace").count('"path": "/v1/chat/completions"')
 
 
-def test_a_load_through_the_balancer_reaches_both(two: tuple[str, Server, Server]) -> None:
-    url, a, b = two
-    loaded = httpx.post(
+def test_a_load_through_the_balancer_reaches_both(
+    balanced_servers: tuple[str, Server, Server],
+) -> None:
+    url, a, b = balanced_servers
+    response = httpx.post(
         f"{url}/proxies", json={"name": "new", "path": "polite"}, timeout=WAIT_SECONDS
     )
-    assert loaded.status_code == 201
-    wait_until(lambda: all("new" in proxies_of(each) for each in (a, b)))
+    assert response.status_code == 201
+    wait_until(lambda: all("new" in proxies_of(server) for server in (a, b)))
     with ThreadPoolExecutor(CLIENTS) as pool:
-        assert set(pool.map(lambda seed: ask(url, "new", seed), range(2 * CLIENTS))) == {200}
-    assert min(served(a), served(b)) > 0
+        assert set(pool.map(lambda seed: status_of(url, "new", seed), range(2 * CLIENTS))) == {200}
+    assert min(num_requests(a), num_requests(b)) > 0
 
 
-def test_a_server_that_stops_costs_nobody_an_answer(two: tuple[str, Server, Server]) -> None:
-    url, a, b = two
-    over = Event()
+def test_a_server_that_stops_costs_nobody_an_answer(
+    balanced_servers: tuple[str, Server, Server],
+) -> None:
+    url, a, b = balanced_servers
+    finished = Event()
 
     def client(number: int) -> Counter[int]:
-        found: Counter[int] = Counter()
-        while not over.is_set():
-            found[ask(url, "aligned", number)] += 1
-        return found
+        counts: Counter[int] = Counter()
+        while not finished.is_set():
+            counts[status_of(url, "aligned", number)] += 1
+        return counts
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [pool.submit(client, number) for number in range(CLIENTS)]
+        futures = [pool.submit(client, number) for number in range(CLIENTS)]
         try:
-            before = served(b)
-            wait_until(lambda: served(b) > before)
+            num_before = num_requests(b)
+            wait_until(lambda: num_requests(b) > num_before)
             b.process.send_signal(signal.SIGTERM)
-            ended = b.process.wait(WAIT_SECONDS)
-            before = served(a)
-            wait_until(lambda: served(a) > before + CLIENTS)
+            exit_code = b.process.wait(WAIT_SECONDS)
+            num_before = num_requests(a)
+            wait_until(lambda: num_requests(a) > num_before + CLIENTS)
         finally:
-            over.set()
-        statuses = sum((each.result(WAIT_SECONDS) for each in clients), Counter())
-    assert ended == 0
+            finished.set()
+        statuses = sum((future.result(WAIT_SECONDS) for future in futures), Counter())
+    assert exit_code == 0
     assert set(statuses) == {200}

@@ -51,25 +51,25 @@ def test_the_image(steps):
 
 def test_what_is_copied_is_there_and_sent_to_the_engine(steps):
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
-    sent = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    included = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     copied = {source for *sources, _ in words(steps, "COPY") for source in sources}
-    assert copied == sent
+    assert copied == included
     assert all((REPOSITORY / source).exists() for source in copied)
 
 
 def test_the_packages_are_installed_before_the_code_is_copied(steps):
-    """Else a change of the code installs them again."""
+    """Otherwise a change of the code would install them again."""
     order = [step.argument for step in steps if step.name in ("COPY", "RUN")]
-    (packages,) = (
+    (packages_index,) = (
         i for i, step in enumerate(order) if step.endswith('install.sh "$DEVICE" packages')
     )
-    before = {source for step in order[:packages] for source in step.split()}
-    assert "pyproject.toml" in before and "deploy/install" in before
-    assert not before & {"server", "proxy", "judge", "training", "deploy/demo"}
+    copied_before = {source for step in order[:packages_index] for source in step.split()}
+    assert "pyproject.toml" in copied_before and "deploy/install" in copied_before
+    assert not copied_before & {"server", "proxy", "judge", "training", "deploy/demo"}
 
 
 def test_all_commands_serve_alike(steps):
-    """The same flags, whatever starts the server; more of them where there are volumes."""
+    """The image, Compose and Kubernetes start the server with the same flags; those with volumes add `--proxy-root`."""
     parser = argparse.ArgumentParser()
     for flag in ("--host", "--port", "--model", "--served-model-name"):
         parser.add_argument(flag)
@@ -77,12 +77,15 @@ def test_all_commands_serve_alike(steps):
     image, _ = parser.parse_known_args(words(steps, "CMD")[0][3:])
     assert image.proxy
     container = POD["containers"][0]
-    commands = [container["command"] + container["args"], *(each["command"] for each in SERVERS)]
+    commands = [
+        container["command"] + container["args"],
+        *(service["command"] for service in SERVERS),
+    ]
     for command in commands:
         assert command[:3] == ["python", "-m", "server"]
-        found, more = parser.parse_known_args(command[3:])
-        assert found == image
-        assert "--proxy-root=/data/proxies" in more
+        options, other_flags = parser.parse_known_args(command[3:])
+        assert options == image
+        assert "--proxy-root=/data/proxies" in other_flags
 
 
 def test_ports():
@@ -98,9 +101,9 @@ def test_ports():
 
 
 def test_nobody_is_root_and_what_is_written_can_be(steps):
-    made = next(step.argument for step in steps if "mkdir" in step.argument)
+    mkdir_step = next(step.argument for step in steps if "mkdir" in step.argument)
     writable = {"/home/assent", "/tmp", "/data/proxies", "/data/feedback", "/dev/shm"}
-    assert f"--uid {UID} --gid {UID}" in made
+    assert f"--uid {UID} --gid {UID}" in mkdir_step
     security = POD["securityContext"]
     assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == UID
     container = POD["containers"][0]
@@ -108,14 +111,14 @@ def test_nobody_is_root_and_what_is_written_can_be(steps):
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts <= writable and {"/home/assent", "/tmp"} <= mounts
     assert {mount["name"] for mount in container["volumeMounts"]} == {
-        v["name"] for v in POD["volumes"]
+        volume["name"] for volume in POD["volumes"]
     }
     for service in SERVERS:
         assert service["read_only"]
         mounts = {volume.split("}")[-1].split(":")[1] for volume in service["volumes"]}
         assert mounts == {"/data/proxies", "/data/feedback", "/home/assent"}
         assert service["tmpfs"] == ["/tmp:exec"]
-    assert all(path in made for path in ("/data/proxies", "/data/feedback", "/home/assent"))
+    assert all(path in mkdir_step for path in ("/data/proxies", "/data/feedback", "/home/assent"))
 
 
 def test_a_rollout_leaves_time_for_what_is_under_way():
@@ -127,7 +130,7 @@ def test_a_rollout_leaves_time_for_what_is_under_way():
 
 
 def test_the_secrets_have_no_defaults():
-    """Whoever forgets one is told, and .env.example names all."""
+    """Compose reports a secret that is not set, and .env.example lists all of them."""
     text = (REPOSITORY / "docker-compose.yml").read_text()
     example = (REPOSITORY / ".env.example").read_text().splitlines()
     for name in ("ASSENT_API_KEYS", "ASSENT_ADMIN_KEYS", "METRICS_KEY", "GRAFANA_PASSWORD"):
@@ -136,5 +139,7 @@ def test_the_secrets_have_no_defaults():
     assert "COMPOSE_PROFILES=cpu" in example
     secret = yaml.safe_load((KUBERNETES / "base" / "secret.example.yaml").read_text())
     assert set(secret["stringData"].values()) == {""}
-    named = {e["valueFrom"]["secretKeyRef"]["key"] for e in POD["containers"][0]["env"]}
-    assert named < set(secret["stringData"])
+    referenced = {
+        variable["valueFrom"]["secretKeyRef"]["key"] for variable in POD["containers"][0]["env"]
+    }
+    assert referenced < set(secret["stringData"])

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts: what they ask for exists, and a Prometheus answers it."""
+"""The dashboard and the alerts: their metrics exist, and a Prometheus answers their queries."""
 
 import json
 import re
@@ -26,7 +26,7 @@ WAIT_SECONDS = 240  # five scrapes, on a machine that may be busy
 
 # Neither ours nor vLLM's: Prometheus's own, and vLLM's middleware.
 OTHERS = {"up", "http_requests_total"}
-# What PromQL itself has.
+# Words of PromQL itself.
 WORDS = {"sum", "rate", "increase", "by", "histogram_quantile"}
 
 
@@ -42,7 +42,7 @@ def alerts() -> list[dict[str, Any]]:
     return group["rules"]
 
 
-def names(query: str) -> set[str]:
+def metric_names(query: str) -> set[str]:
     """The metrics that a query names."""
     bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)", " ", query)
     return set(re.findall(r"[a-z_][\w:]*", bare)) - WORDS
@@ -50,19 +50,21 @@ def names(query: str) -> set[str]:
 
 def test_names():
     query = 'sum by (a, b) (rate(vllm:x_y_total{c="d"}[5m])) / histogram_quantile(0.5, up) > 10'
-    assert names(query) == {"vllm:x_y_total", "up"}
+    assert metric_names(query) == {"vllm:x_y_total", "up"}
 
 
 def test_every_metric_is_documented():
     text = (REPOSITORY / "docs" / "operations.md").read_text()
     documented = set(re.findall(r"^\| `(assent_\w+)` \|", text, re.MULTILINE))
-    asked = set().union(*map(names, [*dashboard_queries(), *(rule["expr"] for rule in alerts())]))
-    assert {name for name in asked if name.startswith("vllm:")}
-    ours = {
-        re.sub("_(bucket|sum|count)$", "", name) for name in asked if name.startswith("assent_")
+    queried = set().union(
+        *map(metric_names, [*dashboard_queries(), *(rule["expr"] for rule in alerts())])
+    )
+    assert {name for name in queried if name.startswith("vllm:")}
+    assent_metrics = {
+        re.sub("_(bucket|sum|count)$", "", name) for name in queried if name.startswith("assent_")
     }
-    assert ours <= documented
-    assert {name for name in asked if not name.startswith(("assent_", "vllm:"))} == OTHERS
+    assert assent_metrics <= documented
+    assert {name for name in queried if not name.startswith(("assent_", "vllm:"))} == OTHERS
 
 
 def test_the_dashboard():
@@ -83,7 +85,7 @@ def test_the_dashboard():
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Our configuration in a Prometheus of this machine, watching a server that has done all it can."""
+    """A local Prometheus with our configuration. It scrapes a server that has answered requests of every kind."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("there is no `prometheus` on the PATH (Debian: apt-get install prometheus)")
@@ -109,8 +111,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
         try:
             with httpx.Client(base_url=f"http://{address}", timeout=WAIT_SECONDS) as client:
                 _wait(lambda: _target(client).get("health") == "up", directory)
-                # Their counters start at 0 only now: a rate needs to see that, and then a rise.
-                _use(server.url)
+                # The counters are scraped at 0 first, then they rise: a rate needs both samples.
+                _send_requests(server.url)
                 yield client
         finally:
             process.terminate()
@@ -148,7 +150,7 @@ def test_every_alert_is_evaluated(prometheus):
 
 
 def _configure(directory: Path, target: str) -> Path:
-    """Our files, but for the target and the key's place."""
+    """Our files with another target and another path of the key."""
     shutil.copy(CONFIGURATION / "alerts.yml", directory)
     (directory / "key").write_text(KEY)
     text = (CONFIGURATION / "prometheus.yml").read_text()
@@ -160,7 +162,7 @@ def _configure(directory: Path, target: str) -> Path:
     return file
 
 
-def _use(url: str) -> None:
+def _send_requests(url: str) -> None:
     """One request of every kind that leaves a mark in a metric."""
     with httpx.Client(base_url=url, headers=HEADERS, timeout=WAIT_SECONDS) as client:
 
@@ -178,9 +180,9 @@ def _use(url: str) -> None:
         }
         post("/judge", prompt="How do I look after my freezer?", **pair)
         post("/feedback", prompt="Hi.", better="a", **pair)
-        endless = chat | {"max_tokens": 900, "ignore_eos": True, "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=endless) as answer:
-            next(answer.iter_lines())  # and away
+        stream_body = chat | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=stream_body) as answer:
+            next(answer.iter_lines())  # then disconnect
 
 
 def _query(client: httpx.Client, query: str) -> list[Any]:
@@ -192,14 +194,14 @@ def _query(client: httpx.Client, query: str) -> list[Any]:
 def _target(client: httpx.Client) -> dict[str, Any]:
     try:
         (target,) = client.get("/api/v1/targets").json()["data"]["activeTargets"]
-    except (httpx.TransportError, ValueError):  # it is not there yet
+    except (httpx.TransportError, ValueError):  # it has not started yet
         return {}
     return target
 
 
-def _wait(is_so, directory: Path | None) -> None:
+def _wait(condition, directory: Path | None) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
+    while not condition():
         log = (directory / "prometheus.log").read_text() if directory else ""
         assert time.monotonic() < deadline, f"it never came to be\n{log[-3000:]}"
         time.sleep(0.5)

@@ -15,10 +15,10 @@ MANIFESTS = sorted(path for path in BASE.glob("*.yaml") if path.name != "kustomi
 
 def test_compose():
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    ran = subprocess.run(
+    result = subprocess.run(
         [*command, REPOSITORY / "docker-compose.yml"], capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
@@ -36,32 +36,34 @@ def test_the_kustomization_has_all_but_the_secret():
 
 
 def test_what_refers_to_another_manifest_finds_it():
-    found = {}
+    resources = {}
     for manifest in MANIFESTS:
         resource = yaml.safe_load(manifest.read_text())
-        found[resource["kind"]] = resource
-    deployment, pod = found["Deployment"], found["Deployment"]["spec"]["template"]
+        resources[resource["kind"]] = resource
+    deployment, pod = resources["Deployment"], resources["Deployment"]["spec"]["template"]
     labels = pod["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert found["Service"]["spec"]["selector"] == labels
-    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
-    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
-    scaled = found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
-    assert (scaled["kind"], scaled["name"]) == ("Deployment", deployment["metadata"]["name"])
+    assert resources["Service"]["spec"]["selector"] == labels
+    assert resources["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    assert resources["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    target = resources["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
     claims = [
-        v["persistentVolumeClaim"]
-        for v in pod["spec"]["volumes"]
-        if len(v) > 1 and "persistentVolumeClaim" in v
+        volume["persistentVolumeClaim"]
+        for volume in pod["spec"]["volumes"]
+        if len(volume) > 1 and "persistentVolumeClaim" in volume
     ]
-    assert claims == [{"claimName": found["PersistentVolumeClaim"]["metadata"]["name"]}]
+    assert claims == [{"claimName": resources["PersistentVolumeClaim"]["metadata"]["name"]}]
     for variable in pod["spec"]["containers"][0]["env"]:
-        assert variable["valueFrom"]["secretKeyRef"]["name"] == found["Secret"]["metadata"]["name"]
+        assert (
+            variable["valueFrom"]["secretKeyRef"]["name"] == resources["Secret"]["metadata"]["name"]
+        )
     monitor = yaml.safe_load((KUBERNETES / "prometheus" / "pod-monitor.yaml").read_text())
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    assert endpoint["authorization"]["credentials"]["key"] in found["Secret"]["stringData"]
+    assert endpoint["authorization"]["credentials"]["key"] in resources["Secret"]["stringData"]
     assert monitor["spec"]["selector"]["matchLabels"] == labels
     adapter = yaml.safe_load((KUBERNETES / "prometheus" / "adapter-values.yaml").read_text())
-    (metric,) = found["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    (metric,) = resources["HorizontalPodAutoscaler"]["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == adapter["rules"]["custom"][0]["name"]["as"]
 
 
@@ -70,5 +72,7 @@ def test_the_gpu_patch_fits():
     patch = yaml.safe_load((KUBERNETES / "cuda" / "gpu.yaml").read_text())
     for key in ("apiVersion", "kind", "metadata"):
         assert patch[key] == base[key]
-    names = [each["spec"]["template"]["spec"]["containers"][0]["name"] for each in (base, patch)]
+    names = [
+        document["spec"]["template"]["spec"]["containers"][0]["name"] for document in (base, patch)
+    ]
     assert names[0] == names[1]

@@ -1,4 +1,4 @@
-"""A small tokenizer, trained on the spot."""
+"""A small tokenizer, trained when the tests start."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""Feedback in a real SQLite file: what is kept, what outlives a kill, and what a broken database says."""
+"""Feedback in a real SQLite file: what is stored, what survives a kill, and the errors of a broken database."""
 
 import json
 import signal
@@ -33,8 +33,8 @@ def test_what_is_kept_is_read_again(tmp_path):
 
 def test_answers_are_their_callers(tmp_path):
     feedback = Feedback(str(tmp_path / "feedback.db"))
-    called = Message(role="assistant", content="", tool_calls=CALLS)
-    responses = [Message(role="assistant", content="Four."), called]
+    tool_message = Message(role="assistant", content="", tool_calls=CALLS)
+    responses = [Message(role="assistant", content="Four."), tool_message]
     feedback.add_answer("chatcmpl-1", "alice", PROMPT, responses)
     assert feedback.answer("chatcmpl-1", "alice") == (PROMPT, responses)
     assert feedback.answer("chatcmpl-1", "bob") is None
@@ -49,7 +49,7 @@ def test_a_preference_as_data():
         "rejected": [{"role": "assistant", "content": "Go away."}],
         "principle": "manners",
     }
-    for unreadable in (
+    for preference in (
         Preference("person", PROMPT, "\ud83d", "a"),
         Preference("person", [{"role": "user", "content": "\ud83d"}], "a", "b"),
         Preference("person", PROMPT, "", "a"),
@@ -57,43 +57,45 @@ def test_a_preference_as_data():
         Preference("person", [*PROMPT, {"role": "robot", "content": "x"}], "a", "b"),
     ):
         with pytest.raises(Unusable):
-            unreadable.as_row()
+            preference.as_row()
     with pytest.raises(PrefersNothing):
         Preference("person", PROMPT, "a", "a").as_row()
 
 
 def test_a_database_of_an_earlier_version(tmp_path):
-    """It gets the columns that it has not, and what it holds is read."""
+    """Missing columns are added, and its rows can be read."""
     path = tmp_path / "feedback.db"
-    with sqlite3.connect(path) as old:
-        old.execute(
+    with sqlite3.connect(path) as connection:
+        connection.execute(
             "CREATE TABLE preferences (id INTEGER PRIMARY KEY, time FLOAT NOT NULL, source VARCHAR(16) NOT NULL, "
             "prompt JSON NOT NULL, chosen TEXT NOT NULL, rejected TEXT NOT NULL, principle VARCHAR(200), "
             "confidence FLOAT)"
         )
-        old.execute(
+        connection.execute(
             "CREATE TABLE answers (id INTEGER PRIMARY KEY, time FLOAT NOT NULL, request_id VARCHAR(200) NOT NULL, "
             "prompt JSON NOT NULL, responses JSON NOT NULL)"
         )
-        old.execute(
+        connection.execute(
             "INSERT INTO preferences VALUES (1, 0, 'person', ?, 'Four.', 'Five.', NULL, NULL)",
             [json.dumps(PROMPT)],
         )
-        old.execute("INSERT INTO answers VALUES (1, 0, 'chatcmpl-1', '[]', '[\"a\", \"b\"]')")
-    old.close()
+        connection.execute(
+            "INSERT INTO answers VALUES (1, 0, 'chatcmpl-1', '[]', '[\"a\", \"b\"]')"
+        )
+    connection.close()
     feedback = Feedback(str(path), create=False)
     by_tool = Preference("person", PROMPT, "", "a", chosen_calls=CALLS)
     feedback.add([by_tool])
     assert list(feedback.rows()) == [BY_PERSON, by_tool]
-    assert feedback.answer("chatcmpl-1", "anybody") is None  # whose it was is not known
+    assert feedback.answer("chatcmpl-1", "anybody") is None  # its caller was not stored
 
 
 def test_what_is_broken_is_said_when_it_is_read(tmp_path):
     feedback = Feedback(str(tmp_path / "feedback.db"))
     feedback.add([BY_PERSON])
-    with sqlite3.connect(tmp_path / "feedback.db") as other:
-        other.execute("UPDATE preferences SET prompt = 'x'")
-    other.close()
+    with sqlite3.connect(tmp_path / "feedback.db") as connection:
+        connection.execute("UPDATE preferences SET prompt = 'x'")
+    connection.close()
     with pytest.raises(FeedbackError, match="feedback could not be read: Expecting value"):
         list(feedback.rows())
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
@@ -111,8 +113,8 @@ for i in range(20):
     feedback.add([Preference("person", [], str(i), "no")])
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ended = subprocess.run([sys.executable, "-c", script], cwd=Path.cwd(), check=False)
-    assert ended.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path.cwd(), check=False)
+    assert result.returncode == -signal.SIGKILL
     assert [row.chosen for row in Feedback(str(path)).rows()] == [str(i) for i in range(20)]
 
 
@@ -137,11 +139,11 @@ def test_a_database_that_is_locked_says_so_and_loses_nothing(tmp_path):
     feedback.add([BY_PERSON])
     with feedback.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA busy_timeout=10")
-    other = sqlite3.connect(path)
-    other.execute("BEGIN EXCLUSIVE")
+    other_connection = sqlite3.connect(path)
+    other_connection.execute("BEGIN EXCLUSIVE")
     with pytest.raises(FeedbackError, match="feedback could not be kept: database is locked"):
         feedback.add([BY_JUDGE])
-    other.rollback()
+    other_connection.rollback()
     feedback.add([BY_JUDGE])
     assert list(feedback.rows()) == [BY_PERSON, BY_JUDGE]
 
@@ -158,9 +160,9 @@ def test_a_database_that_is_locked_says_so_and_loses_nothing(tmp_path):
     ],
 )
 def test_urls_that_cannot_be(url, message):
-    with pytest.raises(FeedbackError, match=message) as caught:
+    with pytest.raises(FeedbackError, match=message) as raised:
         Feedback(url)
-    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in str(raised.value)
 
 
 def test_a_file_that_is_no_database(tmp_path):
@@ -180,17 +182,19 @@ def test_fingerprints_do_not_see_the_order_of_the_responses():
 def test_a_callers_are_found_counted_and_forgotten(tmp_path):
     feedback = Feedback(str(tmp_path / "feedback.db"))
     assert (feedback.last_id(), feedback.counts()) == (0, {})
-    by = {name: replace(BY_PERSON, caller=name) for name in ("alice", "bob")}
-    feedback.add([by["alice"], by["bob"], BY_PERSON, replace(BY_JUDGE, caller="alice")])
+    by_caller = {name: replace(BY_PERSON, caller=name) for name in ("alice", "bob")}
+    feedback.add(
+        [by_caller["alice"], by_caller["bob"], BY_PERSON, replace(BY_JUDGE, caller="alice")]
+    )
     feedback.add_answer("chatcmpl-1", "alice", PROMPT, [])
     assert feedback.last_id() == 4
     assert feedback.counts() == {
         ("person", "alice"): 1, ("person", "bob"): 1, ("person", None): 1, ("judge", "alice"): 1,
     }  # fmt: skip
-    assert [number for number, _ in feedback.newest(2, ["person"])] == [3, 2]
-    assert feedback.newest(9, ["person"], "alice") == [(1, by["alice"])]
-    assert [number for number, _ in feedback.newest(9, ["person", "judge"], "alice")] == [4, 1]
+    assert [row_id for row_id, _ in feedback.newest(2, ["person"])] == [3, 2]
+    assert feedback.newest(9, ["person"], "alice") == [(1, by_caller["alice"])]
+    assert [row_id for row_id, _ in feedback.newest(9, ["person", "judge"], "alice")] == [4, 1]
     assert feedback.forget("alice") == {"preferences": 2, "answers": 1}
-    assert list(feedback.rows()) == [by["bob"], BY_PERSON]
+    assert list(feedback.rows()) == [by_caller["bob"], BY_PERSON]
     assert feedback.answer("chatcmpl-1", "alice") is None
     assert feedback.forget("alice") == {"preferences": 0, "answers": 0}

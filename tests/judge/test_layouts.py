@@ -92,8 +92,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_is_known_by_its_fields(layout: str) -> None:
     row, expected = LAYOUTS[layout]
-    (found,) = conversational(row, PAIR)
-    assert {field: found[field] for field in PAIR} == expected
+    (result,) = conversational(row, PAIR)
+    assert {field: result[field] for field in PAIR} == expected
     (prompt,) = conversational(row, ("prompt",))
     assert prompt["prompt"] == expected["prompt"]
 
@@ -108,8 +108,8 @@ def test_a_prompt_alone_may_be_a_dialogue_as_text(text: str) -> None:
 def test_a_text_that_only_speaks_of_humans_is_a_text() -> None:
     for text in ("Human: what is that?", "Who is it?\n\nHuman: me"):
         assert next(conversational({"prompt": text}, ("prompt",)))["prompt"] == [user(text)]
-    (found,) = conversational({**PLAIN, "chosen": "Human: me"}, PAIR)
-    assert found["chosen"] == [assistant("Human: me")]
+    (result,) = conversational({**PLAIN, "chosen": "Human: me"}, PAIR)
+    assert result["chosen"] == [assistant("Human: me")]
 
 
 def test_each_chosen_answer_is_better_than_each_rejected_one() -> None:
@@ -120,31 +120,35 @@ def test_each_chosen_answer_is_better_than_each_rejected_one() -> None:
         "rejected": ["3", "5", "6"],
         "subset": "Math",
     }
-    found = list(conversational(row, PAIR))
-    assert [(r["chosen"], r["rejected"]) for r in found] == [
+    pairs = list(conversational(row, PAIR))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
         ([assistant(better)], [assistant(worse)]) for better in ("4", "Four") for worse in "356"
     ]
-    assert all(r["prompt"] == [user("2 + 2?")] and r["subset"] == "Math" for r in found)
+    assert all(pair["prompt"] == [user("2 + 2?")] and pair["subset"] == "Math" for pair in pairs)
 
 
 def test_dialogues_are_split_where_they_first_differ() -> None:
     start = [user("Hi"), assistant("Hello!"), user("And?")]
-    one = [*start, assistant("A"), user("More"), assistant("B")]
-    other = [*start, assistant("C")]
-    (found,) = conversational({"chosen": one, "rejected": other}, PAIR)
-    assert (found["prompt"], found["chosen"], found["rejected"]) == (start, one[3:], other[3:])
-    (found,) = conversational(
-        {"prompt": start, "chosen": one[3:], "rejected": [*one[3:5], assistant("X")]}, PAIR
+    first = [*start, assistant("A"), user("More"), assistant("B")]
+    second = [*start, assistant("C")]
+    (result,) = conversational({"chosen": first, "rejected": second}, PAIR)
+    assert (result["prompt"], result["chosen"], result["rejected"]) == (
+        start,
+        first[3:],
+        second[3:],
     )
-    assert found["prompt"] == one[:5]  # what both answers begin with is no longer in question
-    assert (found["chosen"], found["rejected"]) == ([assistant("B")], [assistant("X")])
+    (result,) = conversational(
+        {"prompt": start, "chosen": first[3:], "rejected": [*first[3:5], assistant("X")]}, PAIR
+    )
+    assert result["prompt"] == first[:5]  # what both answers begin with belongs to the prompt
+    assert (result["chosen"], result["rejected"]) == ([assistant("B")], [assistant("X")])
 
 
 def test_where_scores_prefer_none_both_answers_are_the_same() -> None:
-    completions = [c | {"overall_score": 5} for c in ULTRAFEEDBACK["completions"]]
-    for some in (completions, completions[:1]):
-        (found,) = conversational(ULTRAFEEDBACK | {"completions": some}, PAIR)
-        assert found["chosen"] == found["rejected"]
+    completions = [completion | {"overall_score": 5} for completion in ULTRAFEEDBACK["completions"]]
+    for subset in (completions, completions[:1]):
+        (result,) = conversational(ULTRAFEEDBACK | {"completions": subset}, PAIR)
+        assert result["chosen"] == result["rejected"]
 
 
 @pytest.mark.parametrize(

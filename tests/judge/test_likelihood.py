@@ -1,4 +1,4 @@
-"""The likelihood-ratio judge before an engine that the tests make up."""
+"""The likelihood-ratio judge with a made-up engine."""
 
 import asyncio
 import math
@@ -46,7 +46,7 @@ def test_the_probability_is_bradley_terrys_and_knows_no_order(engine):
 
 
 def test_every_response_is_tokenized_once(engine):
-    class Counting:
+    class CountingTokenizer:
         def __init__(self, tokenizer):
             self.tokenizer, self.texts = tokenizer, []
 
@@ -57,23 +57,25 @@ def test_every_response_is_tokenized_once(engine):
             self.texts.append(text)
             return self.tokenizer.encode(text, **options)
 
-    engine.tokenizer = Counting(engine.tokenizer)
+    engine.tokenizer = CountingTokenizer(engine.tokenizer)
     compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "good")])
-    assert len(engine.tokenizer.texts) == 2 * 3  # of each the prompt, and the prompt with it
+    assert (
+        len(engine.tokenizer.texts) == 2 * 3
+    )  # for each response the prompt alone, and the prompt with it
 
 
 def test_every_response_is_read_once(engine):
     _, judge = compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "bad")])
     assert engine.batches == [["good<|end|>", "fair<|end|>", "bad<|end|>"]]
-    before = judge.usage.as_json()
+    usage = judge.usage.as_json()
     compare(engine, [("good", "bad")], judge)
-    assert len(engine.batches) == 1 and judge.usage.as_json() == before
+    assert len(engine.batches) == 1 and judge.usage.as_json() == usage
     lengths = [
         sum(map(len, response_ids(engine.tokenizer, PROMPT, text)))
         for text in ("good", "fair", "bad")
     ]
-    assert before["prompt_tokens"] == 2 * sum(lengths)  # by the LoRA and without it
-    assert before["completion_tokens"] == 6
+    assert usage["prompt_tokens"] == 2 * sum(lengths)  # by the LoRA and without it
+    assert usage["completion_tokens"] == 6
 
 
 def test_identical_responses_tie_and_cost_nothing(engine):
@@ -108,7 +110,7 @@ def test_a_response_is_what_follows_its_prompt(tokenizer):
 
 
 def test_a_template_that_writes_an_answered_chat_otherwise(tokenizer):
-    class Odd:
+    class OddTokenizer:
         def apply_chat_template(self, conversation, **options):
             return f"{len(conversation)} turns"
 
@@ -116,4 +118,4 @@ def test_a_template_that_writes_an_answered_chat_otherwise(tokenizer):
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     with pytest.raises(JudgePromptError, match="differently from one that awaits it"):
-        response_ids(Odd(), PROMPT, "x")
+        response_ids(OddTokenizer(), PROMPT, "x")

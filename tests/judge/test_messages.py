@@ -1,4 +1,4 @@
-"""Chat messages in all of OpenAI's forms, and what is none."""
+"""Chat messages in all of OpenAI's forms, and values that are no chat messages."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ NESTED = '{"x":' * 100 + "1" + "}" * 100
 READ_CALL = {**CALL, "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 
 
-def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
+def message(role: str, content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
 
 
 @pytest.mark.parametrize(
-    ("given", "read"),
+    ("original", "expected"),
     [
         (message("developer", "Be brief."), message("developer", "Be brief.")),
         (message("user", [{"type": "text", "text": "a"}, "b"]), message("user", "a\nb")),
@@ -44,13 +44,13 @@ def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_all_forms_are_read(given: dict[str, Any], read: dict[str, Any]) -> None:
-    assert read_messages([given]) == [read]
-    assert read_messages(read_messages([given])) == [read]
+def test_all_forms_are_read(original: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert read_messages([original]) == [expected]
+    assert read_messages(read_messages([original])) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "error"),
     [
         ("hello", "expected a list of chat messages"),
         (None, "expected a list"),
@@ -93,14 +93,16 @@ def test_all_forms_are_read(given: dict[str, Any], read: dict[str, Any]) -> None
         ),
     ],
 )
-def test_what_is_no_conversation(messages: Any, said: str) -> None:
-    with pytest.raises(Unusable, match=said):
+def test_what_is_no_conversation(messages: Any, error: str) -> None:
+    with pytest.raises(Unusable, match=error):
         read_messages(messages)
 
 
 def test_calls_are_read_as_lines_of_json() -> None:
-    (called,) = read_messages([message("assistant", "Let me see.", tool_calls=[CALL])])
-    assert text_of(called) == 'Let me see.\n{"name": "weather", "arguments": {"city": "Rome"}}'
+    (tool_message,) = read_messages([message("assistant", "Let me see.", tool_calls=[CALL])])
+    assert (
+        text_of(tool_message) == 'Let me see.\n{"name": "weather", "arguments": {"city": "Rome"}}'
+    )
     assert text_of({"role": "user", "content": "Hello"}) == "Hello"
 
 
@@ -110,7 +112,7 @@ def test_a_prompt_is_known_again_whatever_its_form() -> None:
         [{"content": " Is it hot?", "role": "user", "name": None}],
         [message("user", [{"type": "text", "text": "Is it"}, {"type": "text", "text": "hot?"}])],
     ]
-    called: list[list[dict[str, Any]]] = [
+    call_forms: list[list[dict[str, Any]]] = [
         [message("assistant", "", tool_calls=[{"name": "f", "arguments": arguments}])]
         for arguments in (
             '{"at": "Rome  now", "in": 1}',
@@ -118,8 +120,8 @@ def test_a_prompt_is_known_again_whatever_its_form() -> None:
             {"in": 1, "at": "Rome now", "of": None},
         )
     ]
-    instructed = [[message(role, "Be brief.")] for role in ("system", "developer")]
-    for alike in (forms, called, instructed):
-        assert len({prompt_key(read_messages(form)) for form in alike}) == 1
+    instruction_forms = [[message(role, "Be brief.")] for role in ("system", "developer")]
+    for equal_forms in (forms, call_forms, instruction_forms):
+        assert len({prompt_key(read_messages(form)) for form in equal_forms}) == 1
     others = [[message("system", "Is it hot?")], [message("user", "Is it hot? Or cold?")]]
     assert len({prompt_key(read_messages(form)) for form in [*forms, *others]}) == 3

@@ -22,9 +22,9 @@ from training.policy import Decoding
 def commands() -> list[ModuleType]:
     """All modules that a user runs with `python -m`."""
     names = [
-        f"{package.__name__}.{each.name}"
+        f"{package.__name__}.{info.name}"
         for package in (training, judge)
-        for each in pkgutil.iter_modules(package.__path__)
+        for info in pkgutil.iter_modules(package.__path__)
     ]
     modules = [importlib.import_module(name) for name in (*names, "training.world.__main__")]
     return [
@@ -40,15 +40,15 @@ def test_every_number_has_bounds(command: ModuleType) -> None:
     """At the least, none may be NaN or infinite, and no count may be negative."""
     for options in (command.Options, Decoding):
         for name, hint in get_type_hints(options, include_extras=True).items():
-            plain = get_type_hints(options)[name]
-            if plain in (float, float | None):
-                bad: Any = math.nan
-            elif plain in (int, int | None):
-                bad = -1
+            base_type = get_type_hints(options)[name]
+            if base_type in (float, float | None):
+                invalid: Any = math.nan
+            elif base_type in (int, int | None):
+                invalid = -1
             else:
                 continue
             with pytest.raises(ValidationError):
-                TypeAdapter(hint).validate_python(bad)
+                TypeAdapter(hint).validate_python(invalid)
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda module: module.__name__)
@@ -114,10 +114,10 @@ def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     arguments = ["--name=~/model", "--several", "~/a", "b~", "--inner.file=~/c"]
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    found = read_options(Paths, None)
+    options = read_options(Paths, None)
     home = "/home/somebody"
-    assert found == Paths(f"{home}/model", (Path(f"{home}/a"), Path("b~")), Inner(f"{home}/c"))
-    assert all(is_dataclass(value) is (name == "inner") for name, value in _values(found))
+    assert options == Paths(f"{home}/model", (Path(f"{home}/a"), Path("b~")), Inner(f"{home}/c"))
+    assert all(is_dataclass(value) is (name == "inner") for name, value in _values(options))
 
 
 def _values(options: Any) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The judge before engines that the tests make up."""
+"""The pairwise judge with made-up engines."""
 
 import asyncio
 import math
@@ -30,12 +30,12 @@ class Engine:
         texts = [self.tokenizer.decode(ids) for ids in prompts]
         self.batches.append(texts)
         self.labels.append(labels)
-        found = []
+        logprobs = []
         for text in texts:
             a, b = text.split("[Response A]\n")[1].split("<|end|>")[0].split("\n[Response B]\n")
             p = self.probability_of_a(a, b)
-            found.append((math.log(p), math.log(1 - p)))
-        return found
+            logprobs.append((math.log(p), math.log(1 - p)))
+        return logprobs
 
     async def write(self, prompt, max_tokens):
         """Three pieces, of a token each; the first ends the label's sentence."""
@@ -74,8 +74,8 @@ def test_position_bias_is_a_tie(tokenizer):
 def test_both_orders_of_all_pairs_go_in_one_batch(tokenizer):
     _, judge, engine = compare(tokenizer, lambda a, b: 0.6, [("x", "y"), ("u", "v")])
     (batch,) = engine.batches
-    shown = [text.split("[Response A]\n")[1].split("<|end|>")[0] for text in batch]
-    assert shown == [f"{a}\n[Response B]\n{b}" for a, b in ("xy", "yx", "uv", "vu")]
+    responses = [text.split("[Response A]\n")[1].split("<|end|>")[0] for text in batch]
+    assert responses == [f"{a}\n[Response B]\n{b}" for a, b in ("xy", "yx", "uv", "vu")]
     assert judge.usage.prompt_tokens == sum(
         len(tokenizer.encode(text, add_special_tokens=False)) for text in batch
     )
@@ -93,7 +93,7 @@ def test_the_engine_is_asked_for_the_labels_of_this_tokenizer(tokenizer):
 def test_identical_responses_are_a_tie_without_a_call(tokenizer):
     results, judge, engine = compare(tokenizer, lambda a, b: 0.9, [("x", "x"), ("y", "y")])
     assert [result.winner for result in results] == ["tie", "tie"]
-    assert engine.batches == []  # nobody was asked
+    assert engine.batches == []  # the engine was not called
     assert judge.usage.as_json() == {
         "prompt_tokens": 0,
         "completion_tokens": 0,
@@ -132,8 +132,11 @@ def test_all_principles_in_one_batch_with_labels_of_their_own(tokenizer):
     questions = [Question(PROMPT, "x", "y"), Question(PROMPT, "z", "z"), Question(PROMPT, "u", "v")]
     results = asyncio.run(judge.compare(questions))
     (batch,) = engine.batches
-    asked = [text.split("<|end|>")[0].removeprefix("<|system|>") for text in batch]
-    assert asked == ["Choose the shorter."] * 2 + ["Choose the louder."] * 2 + asked[:4]
+    system_prompts = [text.split("<|end|>")[0].removeprefix("<|system|>") for text in batch]
+    assert (
+        system_prompts
+        == ["Choose the shorter."] * 2 + ["Choose the louder."] * 2 + system_prompts[:4]
+    )
     assert [list(result.by_principle) for result in results] == [["short", "loud"]] * 3
     assert results[0].by_principle["loud"].tie_band == 0.125
 
@@ -150,9 +153,9 @@ def test_what_is_too_long_is_shortened_and_flagged(tokenizer):
     )
     assert [result.truncated for result in results] == [True, False]
     (batch,) = engine.batches
-    sizes = [len(tokenizer.encode(text, add_special_tokens=False)) for text in batch]
-    assert max(sizes[:2]) == 200  # all the room there is
-    assert judge.usage.prompt_tokens == sum(sizes)
+    prompt_lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in batch]
+    assert max(prompt_lengths[:2]) == 200  # the limit
+    assert judge.usage.prompt_tokens == sum(prompt_lengths)
     # Both orders show the same.
     assert lengths[0] == lengths[1][::-1]
 
@@ -162,30 +165,30 @@ def explain(tokenizer, question, orders, max_tokens=9):
     judge = PairwiseJudge(tokenizer, DEFAULT, engine, engine.write, max_tokens=1000)
 
     async def pieces():
-        found = judge.rationale(question, "overall", Verdict(orders), max_tokens)
-        return [piece async for piece in found]
+        stream = judge.rationale(question, "overall", Verdict(orders), max_tokens)
+        return [piece async for piece in stream]
 
     return asyncio.run(pieces()), judge, engine
 
 
 @pytest.mark.parametrize(("orders", "label"), [((0.9, 0.6), " A"), ((0.4, 0.3), " B")])
 def test_a_rationale_goes_on_after_the_verdicts_label(tokenizer, orders, label):
-    found, judge, engine = explain(tokenizer, Question(PROMPT, "x", "y"), orders)
-    assert found == ["A: so", " it is."]
-    ((asked,),) = engine.batches
-    assert asked.endswith(
+    pieces, judge, engine = explain(tokenizer, Question(PROMPT, "x", "y"), orders)
+    assert pieces == ["A: so", " it is."]
+    ((prompt,),) = engine.batches
+    assert prompt.endswith(
         f"[Response A]\nx\n[Response B]\ny<|end|><|assistant|>The better response is{label}"
     )
     assert judge.usage.as_json() == {
-        "prompt_tokens": len(tokenizer.encode(asked, add_special_tokens=False)),
+        "prompt_tokens": len(tokenizer.encode(prompt, add_special_tokens=False)),
         "completion_tokens": 3,
         "total_tokens": judge.usage.prompt_tokens + 3,
     }
 
 
 def test_a_rationale_of_identical_responses(tokenizer):
-    found, judge, engine = explain(tokenizer, Question(PROMPT, "x", "x"), (0.5, 0.5))
-    assert found == [] and engine.batches == [] and judge.usage.completion_tokens == 0
+    pieces, judge, engine = explain(tokenizer, Question(PROMPT, "x", "x"), (0.5, 0.5))
+    assert pieces == [] and engine.batches == [] and judge.usage.completion_tokens == 0
 
 
 class BlockingTokenizer:

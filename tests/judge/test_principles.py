@@ -1,4 +1,4 @@
-"""Files of principles: what they may say, and that a mistake is named."""
+"""Files of principles: their fields, and errors that name the mistake."""
 
 import pytest
 
@@ -33,16 +33,16 @@ brevity:
 @pytest.mark.parametrize(("name", "text"), [("p.toml", TOML), ("p.yaml", YAML), ("p.yml", YAML)])
 def test_read(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    found = read_principles(tmp_path / name)
-    assert list(found) == ["honesty", "brevity"]
-    assert found["honesty"].answer == "The better response is"
-    assert found["brevity"] == Principle(
+    principles = read_principles(tmp_path / name)
+    assert list(principles) == ["honesty", "brevity"]
+    assert principles["honesty"].answer == "The better response is"
+    assert principles["brevity"] == Principle(
         system="Choose the shorter response.",
         question="{conversation}|{response_a}|{response_b}",
         answer="Shorter is",
     )
-    write_principles(tmp_path / "principles.json", found)
-    assert principles_of(tmp_path) == found
+    write_principles(tmp_path / "principles.json", principles)
+    assert principles_of(tmp_path) == principles
 
 
 def test_a_model_without_a_file(tmp_path):

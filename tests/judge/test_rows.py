@@ -1,4 +1,4 @@
-"""Which rows can be used, and what becomes of the others."""
+"""Which rows can be used, and how the others are reported."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ HUMAN = "\n\nHuman: "
 ASSISTANT = "\n\nAssistant: "
 GOOD = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
 DIALOGUE = f"{HUMAN}Hi{ASSISTANT}Hello!{HUMAN}A pun?"
-# As in HH-RLHF's real files: one side has the assistant speak twice, or ends with silence.
+# As in HH-RLHF's real files: one side has two assistant turns, or ends with an empty one.
 SEVERAL_TURNS = {
     "chosen": f"{DIALOGUE}{ASSISTANT}Lettuce begin.{ASSISTANT}Ha.",
     "rejected": f"{DIALOGUE}{ASSISTANT}No.",
@@ -33,8 +33,8 @@ def read(
     """The lines of the file whose rows can be used."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_text("\n".join(lines) + "\n")
-    found = read_rows(str(file), fields, RowOptions(**options), lambda row: row, limit)
-    return [where.removeprefix(f"{file}, line ") for where, _ in found]
+    usable = read_rows(str(file), fields, RowOptions(**options), lambda row: row, limit)
+    return [location.removeprefix(f"{file}, line ") for location, _ in usable]
 
 
 @pytest.fixture
@@ -107,12 +107,12 @@ def test_what_a_caller_cannot_use_is_skipped_alike(
             raise ValueError("b is not for us")
         return text
 
-    found = read_rows(str(file), PAIR, RowOptions(max_skipped=0.5), use)
-    assert [text for _, text in found] == ["a"] * 10
+    result = read_rows(str(file), PAIR, RowOptions(max_skipped=0.5), use)
+    assert [text for _, text in result] == ["a"] * 10
     assert "10 like line 2: b is not for us" in capsys.readouterr().out
 
 
-USER, SAYS = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [{"name": "now", "arguments": "{}"}]}
 TOOL = {"role": "tool", "content": "12:00"}
 MESSAGES = ("messages",)
@@ -122,22 +122,22 @@ PROMPT = ("prompt",)
 @pytest.mark.parametrize(
     ("fields", "row"),
     [
-        (PAIR, GOOD | {"rejected": ""}),  # nothing said is worse than something
+        (PAIR, GOOD | {"rejected": ""}),  # an empty answer may be the worse one
         (PAIR, GOOD | {"principle": "manners", "rationale_chosen": "a", "rationale_rejected": "b"}),
         (PAIR, GOOD | {"principle": None, "rationale_chosen": None}),
-        (PAIR, {"prompt": [USER], "chosen": [CALLS], "rejected": [SAYS]}),
-        (PAIR, {"prompt": [USER, CALLS, TOOL], "chosen": [SAYS], "rejected": "No."}),
+        (PAIR, {"prompt": [USER], "chosen": [CALLS], "rejected": [REPLY]}),
+        (PAIR, {"prompt": [USER, CALLS, TOOL], "chosen": [REPLY], "rejected": "No."}),
         (PAIR, {"prompt": [{**USER, "role": "developer"}, USER], "chosen": "a", "rejected": "b"}),
-        (MESSAGES, {"messages": [USER, SAYS, USER, CALLS, TOOL, SAYS]}),
+        (MESSAGES, {"messages": [USER, REPLY, USER, CALLS, TOOL, REPLY]}),
         (MESSAGES, {"messages": [USER, CALLS]}),
         (PROMPT, {"prompt": [USER, CALLS, {**TOOL, "content": ""}]}),
-        (PROMPT, SEVERAL_TURNS),  # its prompt is as good as any
+        (PROMPT, SEVERAL_TURNS),  # its prompt can be used
         (PROMPT, SILENT),
-        ((), {"messages": [USER, SAYS], "chosen": 5}),
+        ((), {"messages": [USER, REPLY], "chosen": 5}),
         ((), GOOD),
         (VERDICT, {"prompt": "Hi", "completion": "Hello!", "label": True}),
-        ((), {"prompt": "Hi", "completion": "Hello!"}),  # a prompt, whatever stands beside it
-        ((), {"prompt": [USER], "completion": [{**SAYS, "content": ""}], "label": False}),
+        ((), {"prompt": "Hi", "completion": "Hello!"}),  # a prompt; the other fields do not matter
+        ((), {"prompt": [USER], "completion": [{**REPLY, "content": ""}], "label": False}),
         ((), {"prompt": "Hi", "messages": None}),
     ],
 )
@@ -146,22 +146,34 @@ def test_what_can_be_used(file: Path, fields: tuple[str, ...], row: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("fields", "row", "said"),
+    ("fields", "row", "message"),
     [
-        (PAIR, {"prompt": [USER], "chosen": [CALLS, TOOL, SAYS], "rejected": [SAYS]}, "several tu"),
-        (PAIR, {"chosen": [USER, SAYS], "rejected": [{**USER, "content": "x"}, SAYS]}, "no prompt"),
-        (PAIR, GOOD | {"prompt": [USER, SAYS]}, "prompt ends with the assistant's turn"),
+        (
+            PAIR,
+            {"prompt": [USER], "chosen": [CALLS, TOOL, REPLY], "rejected": [REPLY]},
+            "several tu",
+        ),
+        (
+            PAIR,
+            {"chosen": [USER, REPLY], "rejected": [{**USER, "content": "x"}, REPLY]},
+            "no prompt",
+        ),
+        (PAIR, GOOD | {"prompt": [USER, REPLY]}, "prompt ends with the assistant's turn"),
         (PAIR, GOOD | {"prompt": " "}, "the prompt is empty"),
         (PAIR, GOOD | {"chosen": " \n"}, "the chosen answer is empty"),
-        (PAIR, {"prompt": [USER], "chosen": [USER], "rejected": [SAYS]}, "chosen ends with 'user'"),
-        (PAIR, {"prompt": [USER], "chosen": [SAYS], "rejected": [USER]}, "rejected ends with 'us"),
+        (
+            PAIR,
+            {"prompt": [USER], "chosen": [USER], "rejected": [REPLY]},
+            "chosen ends with 'user'",
+        ),
+        (PAIR, {"prompt": [USER], "chosen": [REPLY], "rejected": [USER]}, "rejected ends with 'us"),
         (PAIR, GOOD | {"chosen": "\ud83d"}, "chosen: a text is not Unicode"),
         (PAIR, GOOD | {"principle": "\ud83d"}, "a text is not Unicode"),
         (PAIR, GOOD | {"principle": 5}, "principle must be texts"),
         (PAIR, GOOD | {"rationale_chosen": "a"}, "a rationale is two texts"),
         (PAIR, GOOD | {"rationale_chosen": "a", "rationale_rejected": 5}, "must be texts"),
         (MESSAGES, {"messages": [USER]}, "messages ends with 'user', not an assistant"),
-        (MESSAGES, {"messages": [USER, {**SAYS, "content": ""}]}, "the answer is empty"),
+        (MESSAGES, {"messages": [USER, {**REPLY, "content": ""}]}, "the answer is empty"),
         (MESSAGES, {"messages": "Hi"}, "messages: expected a list of chat messages"),
         (VERDICT, {"prompt": "Hi", "completion": "Hello!", "label": "yes"}, "not true or false"),
         (VERDICT, {"prompt": "Hi", "completion": " ", "label": True}, "completion answer is empty"),
@@ -170,10 +182,12 @@ def test_what_can_be_used(file: Path, fields: tuple[str, ...], row: dict[str, An
             {"prompt": "Hi", "completion": [CALLS, TOOL], "label": True},
             "not a single turn",
         ),
-        (PROMPT, {"prompt": [USER, SAYS]}, "prompt ends with the assistant's turn"),
+        (PROMPT, {"prompt": [USER, REPLY]}, "prompt ends with the assistant's turn"),
         (PROMPT, {"text": "Hi"}, r"the field 'prompt' is missing \(found text\)"),
     ],
 )
-def test_what_cannot(file: Path, fields: tuple[str, ...], row: dict[str, Any], said: str) -> None:
-    with pytest.raises(SourceError, match=f"line 1: .*{said}"):
+def test_what_cannot(
+    file: Path, fields: tuple[str, ...], row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SourceError, match=f"line 1: .*{message}"):
         read(file, [row], fields, strict=True)

@@ -1,4 +1,4 @@
-"""Files in every encoding and form, and what is broken."""
+"""Files in every encoding and form, and broken files."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ def test_parquet_has_no_nulls_that_nobody_wrote(tmp_path: Path) -> None:
         ("prompt", pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))), ("subset", pa.string()),
     ])), tmp_path / "rows.parquet")  # fmt: skip
     assert rows_of(tmp_path / "rows.parquet") == rows
-    assert [where for where, _ in raw_rows(f"{tmp_path}/rows.parquet")] == [
+    assert [location for location, _ in raw_rows(f"{tmp_path}/rows.parquet")] == [
         f"{tmp_path}/rows.parquet, row {number}" for number in (1, 2)
     ]
 
@@ -70,7 +70,7 @@ def test_a_path_may_begin_at_home_and_be_a_pipe(
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"prompt": [', r"not JSON \(Expecting value, column 13\)"),
         ("[" * 100_000, "not JSON"),
@@ -78,13 +78,13 @@ def test_a_path_may_begin_at_home_and_be_a_pipe(
         ("[1, 2]", "expected a JSON object, got list"),
     ],
 )
-def test_a_line_that_is_no_row(tmp_path: Path, line: str, said: str) -> None:
+def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(f"{LINES}{line}\n{LINES}")
-    found = list(raw_rows(f"{tmp_path}/rows.jsonl"))
-    assert [parse(found[i][1]) for i in (0, 1, 3, 4)] == ROWS + ROWS
-    assert found[2][0].endswith("rows.jsonl, line 3")
-    with pytest.raises(Unusable, match=said):
-        parse(found[2][1])
+    rows = list(raw_rows(f"{tmp_path}/rows.jsonl"))
+    assert [parse(rows[i][1]) for i in (0, 1, 3, 4)] == ROWS + ROWS
+    assert rows[2][0].endswith("rows.jsonl, line 3")
+    with pytest.raises(Unusable, match=message):
+        parse(rows[2][1])
 
 
 def test_a_line_in_latin_1_is_named(tmp_path: Path) -> None:
@@ -98,17 +98,17 @@ def test_lines_that_are_arrays_are_no_array(tmp_path: Path) -> None:
     assert [parse(row) for _, row in list(raw_rows(f"{tmp_path}/rows.jsonl"))[1:]] == ROWS
 
 
-def broken(directory: Path) -> dict[str, str]:
-    """What cannot be read, and what is said of it."""
+def write_broken_files(directory: Path) -> dict[str, str]:
+    """Write files that cannot be read. Returns each file's name with its error message."""
     (directory / "dir.jsonl").mkdir()
     (directory / "text.parquet").write_text(LINES)
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, directory / "cut.parquet")
-    whole = (directory / "cut.parquet").read_bytes()
-    (directory / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    packed = gzip.compress(LINES.encode() * 100)
-    (directory / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    (directory / "bad.jsonl.gz").write_bytes(packed[:20] + b"xxxxxxxx" + packed[28:])
+    content = (directory / "cut.parquet").read_bytes()
+    (directory / "cut.parquet").write_bytes(content[: len(content) // 2])
+    compressed = gzip.compress(LINES.encode() * 100)
+    (directory / "cut.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
+    (directory / "bad.jsonl.gz").write_bytes(compressed[:20] + b"xxxxxxxx" + compressed[28:])
     (directory / "utf16.jsonl").write_bytes(LINES.encode("utf-16") + b"\x00\xd8\x41")
     return {
         "dir.jsonl": "is a directory",
@@ -123,10 +123,10 @@ def broken(directory: Path) -> dict[str, str]:
 
 
 def test_what_is_broken_is_said_in_one_line(tmp_path: Path) -> None:
-    for name, said in broken(tmp_path).items():
+    for name, message in write_broken_files(tmp_path).items():
         with pytest.raises(SourceError) as error:
             rows_of(tmp_path / name)
-        assert str(error.value).startswith(f"{tmp_path}/{name}: {said}")
+        assert str(error.value).startswith(f"{tmp_path}/{name}: {message}")
         assert "\n" not in str(error.value)
 
 

@@ -17,49 +17,49 @@ def result(*orders: tuple[float, float]) -> PairResult:
 def rank(
     num: int, strengths: list[float], seed: int, strategy: str = "knock-out"
 ) -> tuple[TournamentRecord, list[list[tuple[int, int]]]]:
-    """A tournament before a judge that is sure that the higher strength wins."""
-    asked: list[list[tuple[int, int]]] = []
+    """A tournament with a judge that is sure that the higher strength wins."""
+    rounds: list[list[tuple[int, int]]] = []
 
     async def compare_round(pairs):
-        asked.append(pairs)
+        rounds.append(pairs)
         return [
             result((0.9, 0.8)) if strengths[a] > strengths[b] else result((0.2, 0.1))
             for a, b in pairs
         ]
 
-    return asyncio.run(play(strategy, num, compare_round, seed)), asked
+    return asyncio.run(play(strategy, num, compare_round, seed)), rounds
 
 
 @pytest.mark.parametrize("num", range(1, 18))
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_the_best_by_a_consistent_judge_wins(num, seed):
     strengths = [float((7 * i + seed) % 101) for i in range(num)]
-    record, asked = rank(num, strengths, seed)
+    record, rounds = rank(num, strengths, seed)
     assert record.winner == strengths.index(max(strengths))
     # N - 1 comparisons in ceil(log2 N) rounds, one batch each.
-    assert sum(map(len, asked)) == num - 1
-    assert len(asked) == len(record.rounds) == (num - 1).bit_length()
+    assert sum(map(len, rounds)) == num - 1
+    assert len(rounds) == len(record.rounds) == (num - 1).bit_length()
 
 
 def test_every_loser_is_out_and_everybody_plays():
-    record, asked = rank(11, [float(i) for i in range(11)], seed=3)
+    record, rounds = rank(11, [float(i) for i in range(11)], seed=3)
     losers = [
         index
-        for played in record.rounds
-        for comparison in played
+        for comparisons in record.rounds
+        for comparison in comparisons
         for index in comparison.pair
         if index != comparison.winner
     ]
     assert sorted([*losers, record.winner]) == list(range(11))
-    assert {index for pairs in asked for pair in pairs for index in pair} == set(range(11))
+    assert {index for pairs in rounds for pair in pairs for index in pair} == set(range(11))
 
 
 def test_a_bye_plays_in_the_next_round():
     # 5 samples: two pairs and a bye; then the bye's pair and a bye; then the final.
-    _, asked = rank(5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=0)
-    (bye,) = set(range(5)) - {i for pair in asked[0] for i in pair}
-    assert [len(pairs) for pairs in asked] == [2, 1, 1]
-    assert bye in asked[1][0]
+    _, rounds = rank(5, [1.0, 2.0, 3.0, 4.0, 5.0], seed=0)
+    (bye,) = set(range(5)) - {i for pair in rounds[0] for i in pair}
+    assert [len(pairs) for pairs in rounds] == [2, 1, 1]
+    assert bye in rounds[1][0]
 
 
 def test_the_seed_draws_the_bracket():
@@ -74,7 +74,7 @@ def test_an_undecided_pair_sends_its_first_on():
         return [result((0.5, 0.5)) for _ in pairs]
 
     record = asyncio.run(play("knock-out", 6, undecided, seed=7))
-    assert [c.winner for c in record.rounds[0]] == [3, 0, 4]
+    assert [comparison.winner for comparison in record.rounds[0]] == [3, 0, 4]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -89,7 +89,7 @@ def test_a_receipt_replays_to_its_ranking_from_json(num, strategy):
 
 def test_several_principles_replay_to_the_majority():
     async def compare_round(pairs):
-        # Two principles are a little for the first, the third is much against it.
+        # Two principles slightly prefer the first, the third strongly prefers the second.
         return [result((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
 
     record = asyncio.run(play("knock-out", 2, compare_round, seed=0))
@@ -102,34 +102,45 @@ def test_several_principles_replay_to_the_majority():
 @pytest.mark.parametrize("num", [2, 3, 7, 16])
 def test_a_round_robin_asks_for_all_pairs_once_and_ranks_all(num):
     strengths = [float((7 * i) % 17) for i in range(num)]
-    record, asked = rank(num, strengths, seed=5, strategy="round-robin")
-    assert len(asked) == 1
-    assert len({frozenset(pair) for pair in asked[0]}) == len(asked[0]) == num * (num - 1) // 2
+    record, rounds = rank(num, strengths, seed=5, strategy="round-robin")
+    assert len(rounds) == 1
+    assert len({frozenset(pair) for pair in rounds[0]}) == len(rounds[0]) == num * (num - 1) // 2
     assert record.ranking == sorted(range(num), key=lambda i: -strengths[i])
 
 
 @pytest.mark.parametrize("num", [2, 4, 5, 6, 11, 16])
 def test_the_last_four_of_a_final_four_all_meet(num):
     strengths = [float((7 * i) % 17) for i in range(num)]
-    record, asked = rank(num, strengths, seed=5, strategy="final-four")
-    *before, last = asked
-    four = {index for pair in last for index in pair}
-    assert len({frozenset(pair) for pair in last}) == len(last) == len(four) * (len(four) - 1) // 2
-    assert len(four) == min(num, 4)
-    assert sum(map(len, before)) == num - len(four)
-    assert {i for pairs in asked for pair in pairs for i in pair} == set(range(num))
-    assert record.ranking[:4] == sorted(four, key=lambda i: -strengths[i])
+    record, rounds = rank(num, strengths, seed=5, strategy="final-four")
+    *earlier, last = rounds
+    finalists = {index for pair in last for index in pair}
+    assert (
+        len({frozenset(pair) for pair in last})
+        == len(last)
+        == len(finalists) * (len(finalists) - 1) // 2
+    )
+    assert len(finalists) == min(num, 4)
+    assert sum(map(len, earlier)) == num - len(finalists)
+    assert {i for pairs in rounds for pair in pairs for i in pair} == set(range(num))
+    assert record.ranking[:4] == sorted(finalists, key=lambda i: -strengths[i])
     assert record.winner == strengths.index(max(strengths))
 
 
 def test_a_final_four_counts_all_its_games():
-    """Who beats one by a hair and loses clearly to the others is not the best, whatever the bracket says."""
-    # With 4 samples no bracket is played: 2 beats 0 by a hair, 0 beats 1 and 3 clearly, 2 does not.
-    sure = {(2, 0): 0.55, (0, 1): 0.95, (0, 3): 0.95, (2, 1): 0.52, (2, 3): 0.52, (1, 3): 0.5}
+    """A sample that wins all its games narrowly is not the best, whatever the bracket says."""
+    # With 4 samples no bracket is played: 2 beats all others narrowly, 0 beats 1 and 3 clearly.
+    probabilities = {
+        (2, 0): 0.55,
+        (0, 1): 0.95,
+        (0, 3): 0.95,
+        (2, 1): 0.52,
+        (2, 3): 0.52,
+        (1, 3): 0.5,
+    }
 
     async def compare_round(pairs):
-        won = sure | {(b, a): 1 - p for (a, b), p in sure.items()}
-        return [result((won[pair], won[pair])) for pair in pairs]
+        both_orders = probabilities | {(b, a): 1 - p for (a, b), p in probabilities.items()}
+        return [result((both_orders[pair], both_orders[pair])) for pair in pairs]
 
     record = asyncio.run(play("final-four", 4, compare_round, seed=0))
     assert record.winner == 0
@@ -137,14 +148,16 @@ def test_a_final_four_counts_all_its_games():
 
 def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
     # The pairs with seed 7 and 6 samples, as below, are (3, 1), (0, 5), (4, 2); the first wins.
-    sure = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
+    probabilities = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
 
     async def compare_round(pairs):
-        return [result((sure.get(pair, 0.7),) * 2) for pair in pairs]
+        return [result((probabilities.get(pair, 0.7),) * 2) for pair in pairs]
 
     record = asyncio.run(play("knock-out", 6, compare_round, seed=7))
     # Then (3, 0) with a bye for 4, then (4, 3): the bye plays first.
-    assert [[c.pair for c in games] for games in record.rounds[1:]] == [[(3, 0)], [(4, 3)]]
+    assert [
+        [comparison.pair for comparison in comparisons] for comparisons in record.rounds[1:]
+    ] == [[(3, 0)], [(4, 3)]]
     assert record.ranking == [4, 3, 0, 5, 2, 1]
 
 

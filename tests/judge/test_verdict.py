@@ -30,16 +30,16 @@ def test_label_probability_at_the_extremes(logprob_a, logprob_b, expected):
 
 def test_both_orders_are_averaged():
     # Shown first: p(A) = 0.8. Shown second, the first response is B: p(B) = 0.4.
-    found = Verdict(orders((math.log(0.8), math.log(0.2)), (math.log(0.6), math.log(0.4))))
-    assert found.orders == pytest.approx((0.8, 0.4))
-    assert found.probability == pytest.approx(0.6)
-    assert not found.consistent
-    assert found.winner == "tie"
-    assert PairResult({"x": found}).first_advances
+    verdict = Verdict(orders((math.log(0.8), math.log(0.2)), (math.log(0.6), math.log(0.4))))
+    assert verdict.orders == pytest.approx((0.8, 0.4))
+    assert verdict.probability == pytest.approx(0.6)
+    assert not verdict.consistent
+    assert verdict.winner == "tie"
+    assert PairResult({"x": verdict}).first_advances
 
 
 @pytest.mark.parametrize(
-    ("read", "winner", "consistent", "first_advances"),
+    ("probabilities", "winner", "consistent", "first_advances"),
     [
         ((0.9, 0.6), "a", True, True),
         ((0.4, 0.1), "b", True, False),
@@ -49,18 +49,18 @@ def test_both_orders_are_averaged():
         ((0.5, 0.7), "tie", False, True),
     ],
 )
-def test_winner(read, winner, consistent, first_advances):
-    found = Verdict(read)
-    assert (found.winner, found.consistent) == (winner, consistent)
-    assert PairResult({"x": found}).first_advances is first_advances
-    assert PairResult({"x": found}).winner == winner
+def test_winner(probabilities, winner, consistent, first_advances):
+    verdict = Verdict(probabilities)
+    assert (verdict.winner, verdict.consistent) == (winner, consistent)
+    assert PairResult({"x": verdict}).first_advances is first_advances
+    assert PairResult({"x": verdict}).winner == winner
 
 
 def test_a_purely_position_biased_judge_finds_a_tie():
     always_a = (math.log(0.97), math.log(0.03))
-    found = Verdict(orders(always_a, always_a))
-    assert found.winner == "tie"
-    assert found.probability == pytest.approx(0.5)
+    verdict = Verdict(orders(always_a, always_a))
+    assert verdict.winner == "tie"
+    assert verdict.probability == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ A, B, TIED = Verdict((0.6, 0.55)), Verdict((0.1, 0.05)), Verdict((0.9, 0.2))
     [
         ((A, A, B), "a", True),  # the majority, though the mean is 0.41
         ((A, B, B), "b", False),
-        ((A, B), "b", False),  # as many for either: the mean, 0.325
+        ((A, B), "b", False),  # one vote each: the mean, 0.325
         ((B, A), "b", False),
-        ((A, TIED), "a", True),  # who finds a tie does not vote
+        ((A, TIED), "a", True),  # a tie does not vote
         (
             (B, TIED),
             "b",
             False,
-        ),  # nor goes on by it: 0.55 and 0.075 are one for either, mean 0.3125
+        ),  # the first does not advance: 0.55 and 0.075 are one for each, mean 0.3125
         ((TIED, TIED), "tie", True),
     ],
 )

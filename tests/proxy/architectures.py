@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures in the real engine: what the hook sees, against transformers.
+"""Tiny random models of many architectures in the real engine: the hook's inputs, against transformers.
 
 test_architectures.py runs it. By hand, from the repository's root:
 
@@ -93,16 +93,16 @@ ARCHITECTURES = {
 
 
 class Step(NamedTuple):
-    """What the sampler got in one step, R rows."""
+    """The sampler's inputs in one step, R rows."""
 
     logits: Tensor  # [R, V]
-    hidden: Tensor | None  # [R, H]; None: no row was to have a proxy
+    hidden: Tensor | None  # [R, H]; None: no row had a proxy
     req_ids: list[str]
-    is_unfinished: list[bool]  # rows of prefills that go on, whose token is thrown away
+    is_unfinished: list[bool]  # rows of unfinished prefills, whose token is discarded
 
 
 def examine(architecture: Architecture, directory: Path) -> dict[str, Any]:
-    """Serve some requests and compare all that the sampler saw.
+    """Serve requests and check the sampler's inputs.
 
     Returns:
         steps: number of sampling steps, and among them
@@ -130,22 +130,22 @@ def examine(architecture: Architecture, directory: Path) -> dict[str, Any]:
         steps, outputs = serve(llm, vocab_size=network.config.vocab_size)
 
     tapped = [(step.hidden, step) for step in steps if step.hidden is not None]
-    several = [(hidden, step) for hidden, step in tapped if len(hidden) > 1]
+    multi_row = [(hidden, step) for hidden, step in tapped if len(hidden) > 1]
     with torch.inference_mode():
-        answer = {
+        result = {
             "steps": len(steps),
             "tapped_steps": len(tapped),
             "mixed_steps": sum(0 < sum(s.is_unfinished) < len(s.logits) for s in steps),
             "head_error": max(_error(logits_of(h), s.logits) for h, s in tapped),
-            "rolled_error": min(_error(logits_of(h.roll(1, 0)), s.logits) for h, s in several),
+            "rolled_error": min(_error(logits_of(h.roll(1, 0)), s.logits) for h, s in multi_row),
             "bare_error": min(_error(h @ head.weight.T, s.logits) for h, s in tapped),
             "table_error": _error(
                 torch.cat(tables), network.candidate_table(model.get_input_embeddings().weight)
             ),
         }
         errors = [compare_text(model, steps, output) for output in outputs]
-    answer["hidden_error"], answer["logits_error"] = map(max, zip(*errors, strict=True))
-    return answer
+    result["hidden_error"], result["logits_error"] = map(max, zip(*errors, strict=True))
+    return result
 
 
 def make_model(architecture: Architecture, directory: Path) -> Any:
@@ -154,7 +154,7 @@ def make_model(architecture: Architecture, directory: Path) -> Any:
 
     torch.manual_seed(0)
     config = getattr(transformers, architecture.config)(**architecture.settings)
-    # "eager" is the only implementation that knows all of them, Gemma2's capped scores for one.
+    # "eager" is the only implementation that supports all of them, for example Gemma2's capped scores.
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
@@ -181,7 +181,7 @@ def make_proxy(model: Any, directory: Path) -> Any:
 
 @contextmanager
 def engine(directory: Path) -> Iterator[Any]:
-    """An engine in this process, gone afterwards."""
+    """An engine in this process, shut down afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -206,7 +206,7 @@ def engine(directory: Path) -> Iterator[Any]:
 
 
 def serve(llm: Any, vocab_size: int) -> tuple[list[Step], list[Any]]:
-    """Requests of all kinds at once, half of them long; what the sampler got, and vLLM's outputs."""
+    """Serve requests of all kinds at once, half of them long. Returns the sampler's inputs and vLLM's outputs."""
     from vllm import SamplingParams
 
     from proxy.engine.sampler_v1 import ProxySampler
@@ -261,29 +261,29 @@ def compare_text(model: Any, steps: list[Step], output: Any) -> tuple[float, flo
         if step.hidden is not None
     ]
     assert len(rows) == len(tokens) == MAX_NEW_TOKENS
-    taps: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, inputs: taps.append(inputs[0][0])
+        lambda module, inputs: head_inputs.append(inputs[0][0])
     )
     expected = model(torch.tensor([[*output.prompt_token_ids, *tokens]])).logits[0]
     handle.remove()
     first = len(output.prompt_token_ids) - 1
     positions = slice(first, first + len(tokens))
     hidden, logits = (torch.stack(column) for column in zip(*rows, strict=True))
-    return _error(hidden, taps[0][positions]), _error(logits, expected[positions])
+    return _error(hidden, head_inputs[0][positions]), _error(logits, expected[positions])
 
 
 @contextmanager
 def recorded_calls(owner: type, method: str) -> Iterator[list[Any]]:
-    """What a method returns, call by call."""
-    original, returned = getattr(owner, method), []
+    """Record the result of each call of a method."""
+    original, results = getattr(owner, method), []
 
     def call(*args: Any) -> Any:
-        returned.append(original(*args))
-        return returned[-1]
+        results.append(original(*args))
+        return results[-1]
 
     with patch.object(owner, method, call):
-        yield returned
+        yield results
 
 
 def _error(a: Tensor, b: Tensor) -> float:
@@ -291,16 +291,18 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 
 def main(results: str, *names: str) -> None:
-    # vLLM looks at each model's class in a process of its own, lest it should start CUDA.
-    with patch("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look()):
+    # vLLM inspects each model's class in a process of its own, so that CUDA does not start in this one.
+    with patch(
+        "vllm.model_executor.models.registry._run_in_subprocess", lambda function: function()
+    ):
         for name in names or ARCHITECTURES:
             try:
                 with tempfile.TemporaryDirectory() as directory:
-                    answer = examine(ARCHITECTURES[name], Path(directory))
-            except Exception:  # the others shall have their turn
-                answer = {"error": traceback.format_exc()}
+                    result = examine(ARCHITECTURES[name], Path(directory))
+            except Exception:  # go on with the others
+                result = {"error": traceback.format_exc()}
             with Path(results).open("a") as file:
-                print(json.dumps({"architecture": name} | answer), file=file)
+                print(json.dumps({"architecture": name} | result), file=file)
 
 
 if __name__ == "__main__":

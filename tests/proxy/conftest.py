@@ -59,16 +59,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_llm(model_dir: Path) -> Iterator[Callable[..., Any]]:
     """The engine with these keyword arguments for `vllm.LLM`, and small buffers otherwise.
 
-    Engines live as long as the module: they share vLLM's process-wide groups, and
-    the first to go would take those away from the others. What vLLM does to the process is undone
-    afterwards, as far as that goes.
+    Engines live as long as the module: they share vLLM's process-wide groups, and the first to stop would destroy them.
+    Afterwards vLLM's changes to the process are undone as far as possible.
     """
     import torch._dynamo
 
     environment = dict(os.environ)
     no_compilation = torch._dynamo.config.patch(disable=True)  # logprobs would compile a kernel
     with pytest.MonkeyPatch.context() as patch, no_compilation:
-        # In-process engines start in seconds and can be looked into.
+        # In-process engines start in seconds and can be inspected.
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # the worker disables it
@@ -95,7 +94,7 @@ def make_llm(model_dir: Path) -> Iterator[Callable[..., Any]]:
             return engines[key]
 
         yield make
-        # vLLM collects garbage twice for each engine, half a second each time; once for all will do.
+        # vLLM collects garbage twice for each engine, half a second each time. Once for all engines is enough.
         patch.setattr(gc, "collect", lambda generation=2: 0)
         engines.clear()
         cleanup_dist_env_and_memory()
