@@ -5,7 +5,7 @@ for it. By hand, from the repository's root, in an environment that also has tri
 
     python -m tests.proxy.model_runner_v2
 
-It prints a line for each statement that held, and ends with an error at the first that did not.
+It prints a line for each check that passed, and ends with an error at the first that failed.
 Of MRV2 it leaves out what needs a GPU: compiled kernels and CUDA graphs, flashinfer, and the Triton
 kernel for top-k and top-p, which the interpreter cannot run (vLLM's fallback in PyTorch does).
 """
@@ -22,12 +22,12 @@ from unittest.mock import patch
 import torch
 
 from tests.proxy.architectures import ARCHITECTURES, make_model, make_proxy
-from tests.proxy.proxies import opinionated
+from tests.proxy.proxies import random_network
 
 PROMPT_LENGTHS = [7, 60, 3, 90, 33, 1, 50, 20]
 NUM_TOKENS = 40
 
-# (proxy, how the request samples): every other has none
+# (proxy, sampling parameters): every other request has no proxy
 REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
     ("one", {"seed": 1}),
     (None, {"seed": 2, "top_p": 0.8}),
@@ -39,20 +39,20 @@ REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
     (None, {"seed": 6, "temperature": 0.7, "logit_bias": {5: 3.0}}),
 ]
 WITH_PROXY = [row for row, (proxy, _) in enumerate(REQUESTS) if proxy is not None]
-PLAIN = [row for row, (proxy, _) in enumerate(REQUESTS) if proxy is None]
+WITHOUT_PROXY = [row for row, (proxy, _) in enumerate(REQUESTS) if proxy is None]
 
-ENGINES: list[Any] = []  # they share vLLM's groups, and the first to go would take those along
+ENGINES: list[Any] = []  # they share vLLM's groups, and the first to stop would destroy them
 
 
 def use_interpreter() -> None:
-    """Before anything of vLLM's or Triton's is imported."""
+    """Call it before vLLM or Triton is imported."""
     os.environ |= {
         "TRITON_INTERPRET": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    triton = import_module("triton.backends")  # which the type checker has not got
+    triton = import_module("triton.backends")  # not installed for the type checker
 
     class NoDriver:
         @staticmethod
@@ -72,9 +72,9 @@ def make_engine(directory: Path, *, v2: bool = True, proxies: bool = True, **set
     from vllm import LLM
     from vllm.envs import disable_envs_cache
 
-    disable_envs_cache()  # the engine before has fixed its environment
+    disable_envs_cache()  # the previous engine has cached its environment
 
-    usual = {
+    defaults = {
         "skip_tokenizer_init": True,
         "dtype": "float32",
         "max_model_len": 256,
@@ -87,8 +87,8 @@ def make_engine(directory: Path, *, v2: bool = True, proxies: bool = True, **set
         "seed": 0,
     }
     if proxies:
-        usual["worker_cls"] = "proxy.worker.ProxyCPUWorker"
-    llm = LLM(str(directory), **(usual | settings))
+        defaults["worker_cls"] = "proxy.worker.ProxyCPUWorker"
+    llm = LLM(str(directory), **(defaults | settings))
     ENGINES.append(llm)
     if proxies:
         llm.collective_rpc("load_proxy", args=("one", str(directory / "proxy")))
@@ -112,15 +112,15 @@ def params(proxy: str | None, *, trace: bool = False, **kwargs: Any) -> Any:
     from vllm import SamplingParams
 
     alignment_args = None if proxy is None else {"alignment": {"proxy": proxy, "trace": trace}}
-    usual = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
-    return SamplingParams(extra_args=alignment_args, **(usual | kwargs))
+    defaults = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(extra_args=alignment_args, **(defaults | kwargs))
 
 
 def generate(llm: Any, vocab_size: int, sampling: list[Any], rows: Any = ...) -> list[Any]:
-    chosen = prompts(vocab_size)
+    selected = prompts(vocab_size)
     if rows is not ...:
-        chosen = [chosen[row] for row in rows]
-    return llm.generate(chosen, sampling, use_tqdm=False)
+        selected = [selected[row] for row in rows]
+    return llm.generate(selected, sampling, use_tqdm=False)
 
 
 def texts(outputs: list[Any]) -> list[list[int]]:
@@ -128,7 +128,7 @@ def texts(outputs: list[Any]) -> list[list[int]]:
 
 
 def counts_of(llm: Any, outputs: list[Any]) -> list[dict[str, Any]]:
-    """Of each request, without its id; requests without a proxy have none."""
+    """The counts of each request, in the order of the ids. Requests without a proxy have none."""
     (counts,) = llm.collective_rpc(
         "take_alignment_counts", args=([output.request_id for output in outputs],)
     )
@@ -137,7 +137,7 @@ def counts_of(llm: Any, outputs: list[Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def recorded_steps() -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """(hidden rows, the logits as the head gave them) of every step with a proxy."""
+    """(hidden rows, the head's logits) of every step with a proxy."""
     from proxy.engine.sampler_v2 import ProxySamplerV2
 
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -157,7 +157,7 @@ def report(statement: str) -> None:
 
 
 def compare_with_v1(directory: Path, vocab_size: int) -> tuple[list[list[int]], list[Any]]:
-    """The texts and counts that all other engines must give."""
+    """Returns the texts and counts that all other engines must give."""
     sampling = [params(proxy, **kwargs) for proxy, kwargs in REQUESTS]
     v1 = make_engine(directory, v2=False)
     outputs = generate(v1, vocab_size, sampling)
@@ -174,14 +174,19 @@ def compare_with_v1(directory: Path, vocab_size: int) -> tuple[list[list[int]], 
     for row in [*WITH_PROXY, 3]:  # 3 is greedy; seeds without a proxy are not those of V1
         assert tokens[row] == expected[row], row
     assert counts_of(v2, outputs) == counts
-    assert all(c["accepted"] + c["forced"] == NUM_TOKENS for c in counts)
-    assert sum(c["rejected"] for c in counts) > NUM_TOKENS
+    assert all(
+        request_counts["accepted"] + request_counts["forced"] == NUM_TOKENS
+        for request_counts in counts
+    )
+    assert sum(request_counts["rejected"] for request_counts in counts) > NUM_TOKENS
     report("rows with a proxy emit the same tokens as on V1, with the same counts")
 
     stock = make_engine(directory, proxies=False)
-    plain = texts(generate(stock, vocab_size, [params(None, **kwargs) for _, kwargs in REQUESTS]))
-    assert [tokens[row] for row in PLAIN] == [plain[row] for row in PLAIN]
-    assert all(tokens[row] != plain[row] for row in WITH_PROXY)
+    stock_texts = texts(
+        generate(stock, vocab_size, [params(None, **kwargs) for _, kwargs in REQUESTS])
+    )
+    assert [tokens[row] for row in WITHOUT_PROXY] == [stock_texts[row] for row in WITHOUT_PROXY]
+    assert all(tokens[row] != stock_texts[row] for row in WITH_PROXY)
     report("rows without a proxy emit in a mixed batch the same tokens as in vLLM's own MRV2")
 
     for row in WITH_PROXY:
@@ -195,11 +200,11 @@ def check_hidden_rows(directory: Path, vocab_size: int) -> None:
     with recorded_steps() as steps:
         generate(llm, vocab_size, [params("one" if i % 2 else None, seed=i) for i in range(8)])
     head = worker_of(llm).model_runner.get_model().compute_logits
-    several = [(hidden, logits) for hidden, logits in steps if len(logits) > 2]
-    assert len(several) > 20
+    multi_row = [(hidden, logits) for hidden, logits in steps if len(logits) > 2]
+    assert len(multi_row) > 20
     for hidden, logits in steps:
         torch.testing.assert_close(head(hidden), logits, rtol=1e-4, atol=1e-4)
-    for hidden, logits in several:
+    for hidden, logits in multi_row:
         assert not torch.allclose(head(hidden.roll(1, 0)), logits, rtol=1e-2, atol=1e-2)
     report(f"the head gives the logits of {len(steps)} steps, chunked prefills among them")
 
@@ -207,7 +212,7 @@ def check_hidden_rows(directory: Path, vocab_size: int) -> None:
 def check_engines(
     directory: Path, vocab_size: int, expected: list[list[int]], counts: list[Any]
 ) -> None:
-    """Settings that must not change a word."""
+    """Settings that must not change the output."""
     sampling = [params(proxy, **kwargs) for proxy, kwargs in REQUESTS]
     for statement, settings in {
         "chunked prefill": {"max_num_batched_tokens": 32},
@@ -220,8 +225,10 @@ def check_engines(
         runner = worker_of(llm).model_runner
         original = runner.finish_requests
 
-        def finish(scheduled: Any, original: Any = original, seen: set[str] = preempted) -> None:
-            seen.update(scheduled.preempted_req_ids or ())
+        def finish(
+            scheduled: Any, original: Any = original, preempted_ids: set[str] = preempted
+        ) -> None:
+            preempted_ids.update(scheduled.preempted_req_ids or ())
             original(scheduled)
 
         runner.finish_requests = finish
@@ -233,7 +240,7 @@ def check_engines(
 
 
 def check_unloading(directory: Path, vocab_size: int) -> None:
-    """A request keeps its proxy to the end, also if it is preempted when that is unloaded."""
+    """A request keeps its proxy to the end, even if it is preempted while the proxy is unloaded."""
     llm = make_engine(directory, num_gpu_blocks_override=9, block_size=32)
     worker = worker_of(llm)
     runner = worker.model_runner
@@ -269,23 +276,23 @@ def check_features(directory: Path, vocab_size: int) -> None:
         params("one", n=2, seed=6),
     ]
     outputs = generate(llm, vocab_size, sampling, range(6))
-    words = texts(outputs)
-    assert {*words[0]} <= {*allowed} and len({*words[0]}) > 1
-    assert {*words[1]} <= {*allowed} and len({*words[1]}) > 1
-    for token, entry in zip(words[2], outputs[2].outputs[0].logprobs, strict=True):
+    tokens = texts(outputs)
+    assert {*tokens[0]} <= {*allowed} and len({*tokens[0]}) > 1
+    assert {*tokens[1]} <= {*allowed} and len({*tokens[1]}) > 1
+    for token, entry in zip(tokens[2], outputs[2].outputs[0].logprobs, strict=True):
         finite = {t: e.logprob for t, e in entry.items() if e.logprob > -1e30}
         assert token in finite and len(finite) == 3
         assert abs(sum(torch.tensor([*finite.values()]).exp()) - 1) < 1e-4
     (traces,) = llm.collective_rpc("take_traces", args=([outputs[3].request_id],))
     (trace,) = traces.values()
-    assert [entry["token_id"] for entry in trace] == words[3]
+    assert [entry["token_id"] for entry in trace] == tokens[3]
     assert any(entry["rejected"] for entry in trace)
     (counts,) = llm.collective_rpc("take_alignment_counts", args=([outputs[4].request_id],))
-    ((_, stopped),) = counts.items()
-    assert stopped["accepted"] + stopped["forced"] == len(words[4]) < NUM_TOKENS
+    ((_, stopped_counts),) = counts.items()
+    assert stopped_counts["accepted"] + stopped_counts["forced"] == len(tokens[4]) < NUM_TOKENS
     samples = [list(sample.token_ids) for sample in outputs[5].outputs]
-    alone = generate(llm, vocab_size, [params("one", seed=6), params("one", seed=7)], [5, 5])
-    assert samples == texts(alone) and samples[0] != samples[1]
+    separate = generate(llm, vocab_size, [params("one", seed=6), params("one", seed=7)], [5, 5])
+    assert samples == texts(separate) and samples[0] != samples[1]
     report("allowed ids, logit_bias, processed logprobs, traces, stop tokens and n > 1")
 
 
@@ -298,8 +305,8 @@ def main() -> None:
         model = make_model(ARCHITECTURES["llama"], directory)
         config = make_proxy(model, directory).config
         sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
-        other = opinionated(2, width=10, max_candidates=6, max_rejections=2, **sizes)
-        save(directory / "two", other, base=identify(str(directory)), training={})
+        second_proxy = random_network(2, width=10, max_candidates=6, max_rejections=2, **sizes)
+        save(directory / "two", second_proxy, base=identify(str(directory)), training={})
         vocab_size = config.vocab_size
         expected, counts = compare_with_v1(directory, vocab_size)
         check_hidden_rows(directory, vocab_size)

@@ -23,8 +23,8 @@ class Proxy(NamedTuple):
         return self.network(hidden, self.network.candidate_table(EMBEDDINGS)[token_ids], logprobs)
 
 
-def opinionated(seed: int, *, width: int = 6, **config: Any) -> ProxyNetwork:
-    """A network that rejects about half of what it is asked."""
+def random_network(seed: int, *, width: int = 6, **config: Any) -> ProxyNetwork:
+    """A network with random weights that rejects about half of the candidates."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": H, "vocab_size": V, "width": width, "accept_bias": 0.0}
     network = ProxyNetwork(ProxyConfig(**(sizes | config)))
@@ -32,35 +32,37 @@ def opinionated(seed: int, *, width: int = 6, **config: Any) -> ProxyNetwork:
     return network.requires_grad_(False)
 
 
-def biased(accept_bias: float, **config: Any) -> ProxyNetwork:
+def constant_network(accept_bias: float, **config: Any) -> ProxyNetwork:
     """A network whose accept logit is the same for every candidate."""
-    network = opinionated(0, **config)
+    network = random_network(0, **config)
     network.score.weight.zero_()
     network.score.bias.fill_(accept_bias)
     return network
 
 
-def put_into(pool: ProxyPool, name: str, network: ProxyNetwork, version: str = "v1") -> Proxy:
+def add_proxy(pool: ProxyPool, name: str, network: ProxyNetwork, version: str = "v1") -> Proxy:
     served = ServedProxy(name, version, network.config)
     pool.add(served, network.weights(), network.candidate_table(EMBEDDINGS))
     return Proxy(served, network)
 
 
-def unlike_proxies(pool: ProxyPool) -> list[Proxy]:
+def different_proxies(pool: ProxyPool) -> list[Proxy]:
     """Four proxies that differ in everything that may differ."""
     return [
-        put_into(pool, "a", opinionated(1, width=6, max_candidates=5, max_rejections=3)),
-        put_into(
+        add_proxy(pool, "a", random_network(1, width=6, max_candidates=5, max_rejections=3)),
+        add_proxy(
             pool,
             "b",
-            opinionated(
+            random_network(
                 2, width=16, max_candidates=12, max_rejections=1, temperature=0.7, top_p=0.9
             ),
         ),
-        put_into(
+        add_proxy(
             pool,
             "c",
-            opinionated(3, width=2, max_candidates=9, use_logprob=False, temperature=1.3, top_k=4),
+            random_network(
+                3, width=2, max_candidates=9, use_logprob=False, temperature=1.3, top_k=4
+            ),
         ),
-        put_into(pool, "d", opinionated(4, width=9, max_candidates=64)),  # more than V
+        add_proxy(pool, "d", random_network(4, width=9, max_candidates=64)),  # more than V
     ]

@@ -1,4 +1,4 @@
-"""References that share nothing with the code under test: nucleus, network and distribution in plain double precision.
+"""References that share no code with what they test: nucleus, network and distribution in plain double precision.
 
 Counts are compared with a distribution outcome by outcome: an exact binomial test each, Bonferroni-corrected over
 all comparisons of a test, so that a whole test raises a false alarm with probability below 1e-6.
@@ -22,7 +22,7 @@ Outcome = tuple[int, int, bool]  # emitted slot (or token id), number proposed, 
 
 
 class AmbiguousError(Exception):
-    """Ties, or a number on the edge: more than one outcome would be right."""
+    """Ties, or a number on the edge: more than one outcome would be correct."""
 
 
 class Setting(NamedTuple):
@@ -46,34 +46,34 @@ def enumerate_outcomes(
 ) -> dict[Outcome, float]:
     """The probability of every outcome, over all orders and acceptances. p, a: [K] probabilities.
 
-    Round by round; orders that have rejected the same candidates go on as one. Up to about 16
-    candidates: what is rejected may be any subset of them.
+    Round by round; orders that have rejected the same candidates are merged. For up to about 16
+    candidates: the rejected ones may be any subset of them.
     """
-    inside = frozenset(slot for slot, prob in enumerate(p) if prob > 0)
-    if len(inside) == 1 and max_rejections > 0:
-        return {(min(inside), 1, False): 1.0}
+    nucleus = frozenset(slot for slot, prob in enumerate(p) if prob > 0)
+    if len(nucleus) == 1 and max_rejections > 0:
+        return {(min(nucleus), 1, False): 1.0}
     distribution: dict[Outcome, float] = defaultdict(float)
-    reached = {inside: 1.0}  # what is left -> probability
+    pending = {nucleus: 1.0}  # remaining candidates -> probability
     for proposed in range(max_rejections):
         rejected: dict[frozenset[int], float] = defaultdict(float)
-        for left, reach in reached.items():
-            total = sum(p[slot] for slot in left)
-            for slot in left:
-                here = reach * p[slot] / total
-                distribution[slot, proposed + 1, False] += here * a[slot]
+        for remaining, weight in pending.items():
+            total = sum(p[slot] for slot in remaining)
+            for slot in remaining:
+                probability = weight * p[slot] / total
+                distribution[slot, proposed + 1, False] += probability * a[slot]
                 if a[slot] < 1:
-                    rejected[left - {slot}] += here * (1 - a[slot])
+                    rejected[remaining - {slot}] += probability * (1 - a[slot])
         exhausted = rejected.pop(frozenset(), None)
         if exhausted is not None:
             distribution[0, proposed + 1, True] += exhausted
-        reached = rejected
-    for reach in reached.values():
-        distribution[0, max_rejections, True] += reach
+        pending = rejected
+    for weight in pending.values():
+        distribution[0, max_rejections, True] += weight
     return dict(distribution)
 
 
 def greedy_outcome(p: Sequence[float], a: Sequence[float], max_rejections: int) -> Outcome:
-    """What a greedy row does: of the first `max_rejections` candidates that of the largest p a."""
+    """The outcome of a greedy row: the candidate of the largest p a among the first `max_rejections`."""
     if max_rejections == 0:
         return 0, 0, True
     scores = [x * y for x, y in zip(p, a, strict=True)][:max_rejections] if len(p) > 1 else [1.0]
@@ -83,21 +83,21 @@ def greedy_outcome(p: Sequence[float], a: Sequence[float], max_rejections: int) 
     return best, best + 1, False
 
 
-def loop_law(
+def sample_by_loop(
     p: Sequence[float], a: Sequence[float], max_rejections: int, rng: np.random.Generator
 ) -> Outcome:
-    """The paper's loop: draw from what is left of the nucleus, ask the proxy, remove, again."""
-    left = {slot: prob for slot, prob in enumerate(p) if prob > 0}
-    if len(left) == 1 and max_rejections > 0:
-        return next(iter(left)), 1, False
+    """The paper's loop: draw from the rest of the nucleus, ask the proxy, remove what it rejects, repeat."""
+    remaining = {slot: prob for slot, prob in enumerate(p) if prob > 0}
+    if len(remaining) == 1 and max_rejections > 0:
+        return next(iter(remaining)), 1, False
     proposed = 0
-    while left and proposed < max_rejections:
-        weights = np.array(list(left.values()))
-        slot = int(rng.choice(list(left), p=weights / weights.sum()))
+    while remaining and proposed < max_rejections:
+        weights = np.array(list(remaining.values()))
+        slot = int(rng.choice(list(remaining), p=weights / weights.sum()))
         proposed += 1
         if rng.random() < a[slot]:
             return slot, proposed, False
-        del left[slot]
+        del remaining[slot]
     return 0, proposed, True
 
 
@@ -108,7 +108,7 @@ def sorted_nucleus(logits: np.ndarray, setting: Setting) -> tuple[list[int], lis
     kept, and with K < top_k the mass is counted over all tokens.
 
     Raises:
-        AmbiguousError: which of several tied tokens is inside is up to the sort, a greedy row has
+        AmbiguousError: the sort decides which of several tied tokens is inside, a greedy row has
             ties, or a token is on the edge of min-p or top-p.
     """
     is_greedy = setting.temperature == 0
@@ -128,14 +128,14 @@ def sorted_nucleus(logits: np.ndarray, setting: Setting) -> tuple[list[int], lis
     order = order[probs[order] >= setting.min_p]
     mass = probs[order].sum()
     if 0 < setting.top_k <= setting.max_candidates:
-        last = scaled[order[: setting.top_k]][-1]
-        order = _cut(order[scaled[order] >= last], setting.max_candidates, scaled)
+        kth_logit = scaled[order[: setting.top_k]][-1]
+        order = _cut(order[scaled[order] >= kth_logit], setting.max_candidates, scaled)
         mass = probs[order].sum()
     if setting.top_p < 1:
-        before = (np.cumsum(probs[order]) - probs[order]) / mass
-        if np.isclose(before[1:], setting.top_p, atol=1e-4).any():
+        mass_before = (np.cumsum(probs[order]) - probs[order]) / mass
+        if np.isclose(mass_before[1:], setting.top_p, atol=1e-4).any():
             raise AmbiguousError
-        order = _cut(order, max(1, int((before < setting.top_p).sum())), scaled)
+        order = _cut(order, max(1, int((mass_before < setting.top_p).sum())), scaled)
     order = _cut(order, setting.max_candidates, scaled)
     if is_greedy and len({*scaled[order]}) < len(order):
         raise AmbiguousError
@@ -179,7 +179,7 @@ def _softplus(x: float) -> float:
 
 
 def canonical(outcome: Outcome, logits: np.ndarray) -> Outcome:
-    """Of several most probable tokens any may be forced: all become the first."""
+    """Any of several most probable tokens may be forced: it is replaced by the first."""
     token_id, proposed, forced = outcome
     best = int(logits.argmax())
     if forced and logits[token_id] == logits[best]:
@@ -187,10 +187,10 @@ def canonical(outcome: Outcome, logits: np.ndarray) -> Outcome:
     return token_id, proposed, forced
 
 
-def tied(logits: Tensor) -> Tensor:
+def with_ties(logits: Tensor) -> Tensor:
     """Logits [R, V] with the second made equal to the best and the fourth to the third, in every row.
 
-    Ties of a model's own bf16 logits are up to the processor's rounding.
+    Ties of a model's own bf16 logits depend on the processor's rounding.
     """
     order = logits.topk(4).indices
     return logits.scatter(-1, order[:, 1::2], logits.gather(-1, order[:, ::2]))
@@ -203,7 +203,7 @@ def accept_logits_of(
     token_ids: list[int],
     logprobs: list[float],
 ) -> list[float]:
-    """The network's formula in double precision, as its module's docstring has it, without a table."""
+    """The network's formula in double precision, as in its module's docstring, without a table."""
     w = {name: p.detach().double() for name, p in network.named_parameters()}
 
     def rms(x: Tensor) -> Tensor:
@@ -224,14 +224,14 @@ def assert_follows(
     counts: Counter[Outcome], distribution: dict[Outcome, float], tests: int = 1
 ) -> None:
     """`counts` are draws from `distribution`; `tests` = how many such comparisons the test makes."""
-    worst = least_p_value(counts, distribution)
-    assert worst > FALSE_ALARM / tests, (worst, counts, distribution)
+    p_value = least_p_value(counts, distribution)
+    assert p_value > FALSE_ALARM / tests, (p_value, counts, distribution)
 
 
 def least_p_value(counts: Counter[Outcome], distribution: dict[Outcome, float]) -> float:
     """Below x with probability at most x if the counts are draws from this distribution.
 
-    Each outcome is tested, and each token whatever came before it.
+    Each outcome is tested, and each token over all its outcomes.
     """
     if any(distribution.get(outcome, 0.0) < 1e-30 for outcome in counts):
         return 0.0

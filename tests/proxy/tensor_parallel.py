@@ -1,4 +1,4 @@
-"""An engine over two tensor-parallel ranks on the CPU, and what each of them drew and answered.
+"""An engine over two tensor-parallel ranks on the CPU, with each rank's tokens and answers.
 
 test_tensor_parallel.py runs it in a process group of its own. By hand, from the repository's root:
 
@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 24
 PROMPT_LENGTHS = [5, 40, 3, 120, 17, 9, 64]
 ONE, TWO = {"proxy": "one"}, {"proxy": "two"}
 
-# (what the request asks of its proxy, how it samples)
+# (the request's alignment fields, its sampling parameters)
 REQUESTS: list[tuple[dict[str, Any] | None, dict[str, Any]]] = [
     (None, {}),
     (None, {"seed": 1, "top_p": 0.9}),
@@ -47,15 +47,15 @@ _NETWORK = "proxy.network.ProxyNetwork"
 
 
 class RecordingWorker(ProxyCPUWorker):
-    """Remembers what its rank drew; with calls that let ranks differ."""
+    """Records the tokens that its rank samples. Its calls make the ranks differ."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self._drawn: list[tuple[list[str], list[bool], list[int]]] = []
         original = ProxySampler.forward
 
-        def forward(sampler: ProxySampler, logits: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            output = original(sampler, logits, *rest, **named)
+        def forward(sampler: ProxySampler, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = original(sampler, logits, *args, **kwargs)
             sampled = output.sampled_token_ids.squeeze(-1)
             runner = self.model_runner
             unfinished = runner.discard_request_mask.np[: len(logits)].tolist()
@@ -65,18 +65,18 @@ class RecordingWorker(ProxyCPUWorker):
         patch.object(ProxySampler, "forward", forward).start()
 
     def take_drawn(self) -> list[tuple[list[str], list[bool], list[int]]]:
-        """(request ids, prefill goes on, token) of the rows of each step since the last call."""
+        """(request ids, is the prefill unfinished, token) of the rows of each step since the last call."""
         drawn, self._drawn = self._drawn, []
         return drawn
 
-    def table_error(self, name: str, directory: str, trainers: list[list[float]]) -> float:
-        """Load a proxy; the largest difference of its table on this rank from the trainer's."""
+    def table_error(self, name: str, directory: str, trainer_table: list[list[float]]) -> float:
+        """Load a proxy. Returns the largest difference of this rank's table from the trainer's."""
         with recorded_calls(ProxyNetwork, "candidate_table") as chunks:
             self.load_proxy(name, directory)
-        return (torch.cat(chunks) - torch.tensor(trainers)).abs().max().item()
+        return (torch.cat(chunks) - torch.tensor(trainer_table)).abs().max().item()
 
     def enter(self, rank: int, directory: str) -> None:
-        """Relative paths of this rank now start there."""
+        """Change the working directory of that rank."""
         if self.rank == rank:
             os.chdir(directory)
 
@@ -88,12 +88,12 @@ class RecordingWorker(ProxyCPUWorker):
             return self.load_proxy(name, directory)
 
     def reseed(self) -> None:
-        """Let the ranks' random numbers differ."""
+        """Make the ranks' random numbers differ."""
         torch.manual_seed(self.rank)
 
 
 def generate(llm: Any, vocab_size: int) -> dict[str, Any]:
-    """All requests at once; what each rank drew for them, and what came out."""
+    """Serve all requests at once. Returns each rank's tokens and the outputs."""
     from vllm import SamplingParams
 
     rng = torch.Generator().manual_seed(1)
@@ -111,7 +111,9 @@ def generate(llm: Any, vocab_size: int) -> dict[str, Any]:
         )
         for alignment, kwargs in REQUESTS
     ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+    )
     ids = [output.request_id for output in outputs]
     return {
         "ids": ids,
@@ -139,7 +141,7 @@ def attempt(llm: Any, method: str, *args: Any) -> Any:
 
 
 def observe(directory: Path) -> dict[str, Any]:
-    """Everything the tests look at."""
+    """All values that the tests check."""
     from vllm import LLM
 
     # An odd vocabulary: the ranks' halves are padded.

@@ -29,7 +29,7 @@ from tests.proxy.references import (
     Outcome,
     assert_follows,
     enumerate_outcomes,
-    loop_law,
+    sample_by_loop,
 )
 
 
@@ -40,7 +40,7 @@ def candidates_of(logits: list[float] | torch.Tensor) -> Candidates:
 
 
 def repeat(candidates: Candidates, rows: int) -> Candidates:
-    return Candidates(*(x.expand(rows, -1) for x in candidates))
+    return Candidates(*(column.expand(rows, -1) for column in candidates))
 
 
 def decide_often(
@@ -135,7 +135,7 @@ def test_the_references_agree():
     rng = np.random.default_rng(1)
     for logits, accept_logits, strength, max_rejections in CASES[:10]:
         p, a = probabilities(logits, accept_logits, strength)
-        counts = Counter(loop_law(p, a, max_rejections, rng) for _ in range(2000))
+        counts = Counter(sample_by_loop(p, a, max_rejections, rng) for _ in range(2000))
         assert_follows(counts, enumerate_outcomes(p, a, max_rejections), tests=10)
 
 
@@ -145,8 +145,8 @@ def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
     logits = [float(x) for x in sorted(rng.normal(0, 2, 16), reverse=True)]
     accept_logits = [float(x) for x in rng.normal(-1, 2, 16)]
     p, a = probabilities(logits, accept_logits, 1.5)
-    loop = Counter(loop_law(p, a, 5, rng) for _ in range(15_000))
-    vectorised = outcomes(
+    loop_counts = Counter(sample_by_loop(p, a, 5, rng) for _ in range(15_000))
+    vectorised_counts = outcomes(
         decide_often(
             candidates_of(logits),
             torch.tensor(accept_logits),
@@ -156,14 +156,14 @@ def test_decide_follows_the_sequential_loop_for_sixteen_candidates():
             seed=3,
         )
     )
-    seen = sorted(loop | vectorised)
-    assert any(forced for _, _, forced in seen)
-    for outcome in seen:
+    observed = sorted(loop_counts | vectorised_counts)
+    assert any(forced for _, _, forced in observed)
+    for outcome in observed:
         table = [
-            [loop[outcome], 15_000 - loop[outcome]],
-            [vectorised[outcome], 15_000 - vectorised[outcome]],
+            [loop_counts[outcome], 15_000 - loop_counts[outcome]],
+            [vectorised_counts[outcome], 15_000 - vectorised_counts[outcome]],
         ]
-        assert fisher_exact(table).pvalue > FALSE_ALARM / len(seen), (outcome, table)
+        assert fisher_exact(table).pvalue > FALSE_ALARM / len(observed), (outcome, table)
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1 / 0.7, 10.0])
@@ -190,8 +190,8 @@ def test_the_temperature_of_the_training_changes_no_bit():
     candidates = nucleus(torch.randn(300, 50) * 2, 8, top_p=torch.rand(300))
     args = candidates, torch.randn(300, 8), draw_noise(300, 8, "cpu")
     settings = {"strength": None, "max_rejections": torch.full((300,), 4)}
-    at_one = decide(*args, **settings, sharpness=torch.ones(300))
-    assert torch.equal(at_one.columns, decide(*args, **settings).columns)
+    with_sharpness_one = decide(*args, **settings, sharpness=torch.ones(300))
+    assert torch.equal(with_sharpness_one.columns, decide(*args, **settings).columns)
 
 
 def test_strength_zero_is_the_frozen_llm():
@@ -206,12 +206,12 @@ def test_strength_zero_is_the_frozen_llm():
 @pytest.mark.parametrize(
     ("accept_logits", "strength", "max_rejections", "expected"),
     [
-        # log p less the first's: 0, -1, -2; log a: -0.31 at 1, -1.31 at -1, -0.05 at 3
+        # log p minus the first's: 0, -1, -2; log a: -0.31 at 1, -1.31 at -1, -0.05 at 3
         ([1.0, 1.0, 1.0], 1.0, 8, (0, 1, False)),
         ([-0.5, 1.0, 1.0], 1.0, 8, (0, 1, False)),  # -0.97 > -1.31
         ([-1.5, 1.0, 1.0], 1.0, 8, (1, 2, False)),  # -1.70 < -1.31
         ([-4.0, -4.0, 3.0], 1.0, 8, (2, 3, False)),  # -4.02, -5.02, -2.05
-        ([-4.0, -4.0, 3.0], 1.0, 2, (0, 1, False)),  # only two are asked about
+        ([-4.0, -4.0, 3.0], 1.0, 2, (0, 1, False)),  # only two are considered
         ([-9.0, -9.0, -9.0], 1.0, 8, (0, 1, False)),
         ([-4.0, 3.0, 3.0], 1.0, 1, (0, 1, False)),
         ([-4.0, 3.0, 3.0], 1.0, 0, (0, 0, True)),
@@ -237,7 +237,7 @@ def test_greedy_rows_take_the_best_of_probability_and_acceptance(
 
 
 def test_rows_are_independent_of_their_neighbours():
-    """A batch of unlike rows is decided as each row alone, given the same noise."""
+    """Rows of a mixed batch are decided as they are alone, given the same noise."""
     torch.manual_seed(4)
     logits = torch.randn(32, 50) * 2
     top_k = torch.randint(1, 17, (32,))
@@ -250,16 +250,16 @@ def test_rows_are_independent_of_their_neighbours():
         "max_rejections": torch.randint(0, 9, (32,)),
         "greedy": torch.rand(32) < 0.3,
     }
-    together = decide(candidates, accept_logits, noise, **settings)
+    batch = decide(candidates, accept_logits, noise, **settings)
     for row in range(32):
-        one = slice(row, row + 1)
-        alone = decide(
-            Candidates(*(x[one] for x in candidates)),
-            accept_logits[one],
-            noise[one],
-            **{name: value[one] for name, value in settings.items()},
+        row_slice = slice(row, row + 1)
+        single = decide(
+            Candidates(*(x[row_slice] for x in candidates)),
+            accept_logits[row_slice],
+            noise[row_slice],
+            **{name: value[row_slice] for name, value in settings.items()},
         )
-        assert torch.equal(together.columns[:, one], alone.columns)
+        assert torch.equal(batch.columns[:, row_slice], single.columns)
 
 
 def test_proposed_mask_marks_what_the_counts_count():
@@ -270,11 +270,11 @@ def test_proposed_mask_marks_what_the_counts_count():
     greedy = torch.rand(500) < 0.3
     strength, sharpness = torch.ones(500), torch.rand(500) * 3
     limits = torch.randint(0, 6, (500,))
-    answers = {"strength": strength, "max_rejections": limits, "greedy": greedy}
-    decision = decide(candidates, accept_logits, noise, sharpness=sharpness, **answers)
+    settings = {"strength": strength, "max_rejections": limits, "greedy": greedy}
+    decision = decide(candidates, accept_logits, noise, sharpness=sharpness, **settings)
     times = arrival_times(candidates, noise[:, 0], sharpness=sharpness, greedy=greedy)
     mask = proposed_mask(times, decision)
-    accepts = accept_mask(candidates, accept_logits, noise[:, 1], **answers)
+    accepts = accept_mask(candidates, accept_logits, noise[:, 1], **settings)
     emitted = torch.nn.functional.one_hot(decision.slots, 8).bool()
     assert torch.equal(mask.sum(-1), decision.num_proposed)
     assert not (mask & (candidates.logprobs == -math.inf)).any()
@@ -327,37 +327,37 @@ def test_seeded_noise_is_exponential_and_uncorrelated():
     token_ids = torch.arange(16).expand(12_000, -1)
     noise = seeded_noise(keys, torch.arange(40).repeat(300), token_ids).double()
     flat = noise.flatten(1)  # [12000, 32]
-    columns = [kstest(flat[:, column].numpy(), "expon").pvalue for column in range(32)]
-    assert min(columns) > FALSE_ALARM / 32
+    p_values = [kstest(flat[:, column].numpy(), "expon").pvalue for column in range(32)]
+    assert min(p_values) > FALSE_ALARM / 32
     series = [
         (flat[:, 0], flat[:, 1]),  # race and race of the next token
         (noise[:, 0, 0], noise[:, 1, 0]),  # race and acceptance
         (flat[:-1, 5], flat[1:, 5]),  # position and the next
         (flat[:-40, 5], flat[40:, 5]),  # seed and the next
     ]
-    for one, other in series:
-        assert pearsonr(one.numpy(), other.numpy()).pvalue > FALSE_ALARM / len(series)
+    for first, second in series:
+        assert pearsonr(first.numpy(), second.numpy()).pvalue > FALSE_ALARM / len(series)
 
 
 def test_nucleus_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()[:, [2, 0, 3, 1]]
-    everything = nucleus(logits, 16)
-    assert everything.token_ids.tolist() == [[1, 3, 0, 2]]
-    assert everything.logprobs.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05])
-    two = nucleus(logits, 16, top_k=torch.tensor([2]))
-    assert two.logprobs.exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    unlimited = nucleus(logits, 16)
+    assert unlimited.token_ids.tolist() == [[1, 3, 0, 2]]
+    assert unlimited.logprobs.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    by_top_k = nucleus(logits, 16, top_k=torch.tensor([2]))
+    assert by_top_k.logprobs.exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
     # 0.5 + 0.3 < 0.85, so the third stays; after top-k 2 the mass before the second is 0.625.
-    three = nucleus(logits, 16, top_p=torch.tensor([0.85]))
-    assert three.logprobs.exp()[0].tolist() == pytest.approx([10 / 19, 6 / 19, 3 / 19, 0])
-    one = nucleus(logits, 16, top_k=torch.tensor([2]), top_p=torch.tensor([0.6]))
-    assert one.logprobs.exp()[0].tolist() == pytest.approx([1, 0, 0, 0])
+    by_top_p = nucleus(logits, 16, top_p=torch.tensor([0.85]))
+    assert by_top_p.logprobs.exp()[0].tolist() == pytest.approx([10 / 19, 6 / 19, 3 / 19, 0])
+    by_both = nucleus(logits, 16, top_k=torch.tensor([2]), top_p=torch.tensor([0.6]))
+    assert by_both.logprobs.exp()[0].tolist() == pytest.approx([1, 0, 0, 0])
     # Without top-k, p = 0.6 keeps two: the order of top-k and top-p matters.
     assert (nucleus(logits, 16, top_p=torch.tensor([0.6])).logprobs > -math.inf).sum() == 2
     # p = 0 still leaves the most probable token; a constraint's -inf is never a candidate.
     assert (nucleus(logits, 16, top_p=torch.tensor([0.0])).logprobs > -math.inf).sum() == 1
     logits[0, 1] = -math.inf
     assert nucleus(logits, 2).logprobs.exp()[0].tolist() == pytest.approx([2 / 3, 1 / 3])
-    # What is banned by a bias of -100 stays out even if nothing else is left.
+    # A token banned by a bias of -100 stays out even if no other is left.
     banned = nucleus(torch.tensor([[3.0, -97.0, -98.0, 2.0]]), 16).logprobs[0]
     assert (banned > -math.inf).tolist() == [True, True, False, False]
 
@@ -390,20 +390,20 @@ def test_nucleus_is_vllms(tied):
     top_p = torch.rand(rows)
     top_p[::3] = 1.0  # off
     settings = [(top_k, None), (None, top_p), (top_k, top_p)]
-    if tied:  # which of several tied tokens top-p keeps is an accident of the sort
+    if tied:  # which of several tied tokens top-p keeps depends on the sort
         logits = logits.round()
         top_k.clamp_(max=8)
         settings = [(top_k, None)]
     for k, p in settings:
         expected = apply_top_k_top_p_pytorch(logits.clone(), k, p, allow_cpu_sync=True)
         sizes = (expected > -math.inf).sum(-1)
-        small = sizes <= max_candidates
-        assert small.sum() > rows // 2
+        fits = sizes <= max_candidates
+        assert fits.sum() > rows // 2
         actual = nucleus(logits, max_candidates, top_k=k, top_p=p)
-        spread = torch.full_like(logits, -math.inf).scatter(-1, actual.token_ids, actual.logprobs)
-        torch.testing.assert_close(spread[small], expected.log_softmax(-1)[small])
-        # Where vLLM keeps more than K, ours are the K most probable of them.
-        assert ((actual.logprobs > -math.inf).sum(-1)[~small] == max_candidates).all()
+        dense = torch.full_like(logits, -math.inf).scatter(-1, actual.token_ids, actual.logprobs)
+        torch.testing.assert_close(dense[fits], expected.log_softmax(-1)[fits])
+        # Where vLLM keeps more than K, `nucleus` keeps the K most probable of them.
+        assert ((actual.logprobs > -math.inf).sum(-1)[~fits] == max_candidates).all()
 
 
 def test_small_vocabulary_and_fewer_candidates_than_asked_for():
@@ -421,7 +421,7 @@ def test_small_vocabulary_and_fewer_candidates_than_asked_for():
 
 
 def test_nothing_reads_a_tensor_on_the_host():
-    """Meta tensors hold no values: whatever looked at one, as a device sync does, would raise."""
+    """Meta tensors hold no values: any read of one, such as a device sync, would raise."""
     with torch.device("meta"):
         candidates = nucleus(
             torch.empty(4, 100),

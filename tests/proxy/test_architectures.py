@@ -24,9 +24,9 @@ BIASED, SCALED, CAPPED = {"gptj", "phi"}, {"granite", "cohere"}, {"gemma2"}
 
 
 # One of every sort of head; the others are slow.
-USUAL = {"llama", "llama, tied", "gemma2", "phi", "granite"}
-EACH = [
-    pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in ARCHITECTURES
+FAST = {"llama", "llama, tied", "gemma2", "phi", "granite"}
+PARAMETERS = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ARCHITECTURES
 ]
 
 
@@ -34,9 +34,9 @@ EACH = [
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """By architecture that is to be tested, what `examine` found."""
+    """The result of `examine` for each architecture that is to be tested."""
     items: list[Any] = request.session.items
-    chosen = {item.callspec.params["seen"] for item in items if is_mine(item)}
+    chosen = {item.callspec.params["result"] for item in items if uses_result(item)}
     names = [name for name in ARCHITECTURES if name in chosen]
     directory = tmp_path_factory.mktemp("architectures")
     results_file, log = directory / "results.jsonl", directory / "log"
@@ -59,29 +59,29 @@ def results(
     return {name: answers.get(name, missing) for name in names}
 
 
-def is_mine(item: Any) -> bool:
-    return "seen" in item.fixturenames and item.path == Path(__file__)
+def uses_result(item: Any) -> bool:
+    return "result" in item.fixturenames and item.path == Path(__file__)
 
 
-@pytest.fixture(params=EACH)
-def seen(request: pytest.FixtureRequest, results: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(params=PARAMETERS)
+def result(request: pytest.FixtureRequest, results: dict[str, Any]) -> dict[str, Any]:
     answer = results[request.param] | {"name": request.param}
     assert "error" not in answer, answer["error"]
     return answer
 
 
-def test_the_head_makes_the_logits_of_the_rows_that_the_hook_sees(seen):
-    assert seen["tapped_steps"] == seen["steps"] > 40
-    assert seen["mixed_steps"] >= 3
-    assert seen["head_error"] < TOLERANCE
+def test_the_head_makes_the_logits_of_the_rows_that_the_hook_sees(result):
+    assert result["tapped_steps"] == result["steps"] > 40
+    assert result["mixed_steps"] >= 3
+    assert result["head_error"] < TOLERANCE
     # The control: with every row replaced by its neighbour, no step passes.
-    assert seen["rolled_error"] > WRONG
+    assert result["rolled_error"] > WRONG
     # Nor does the test pass without the bias, scale or cap, where the head has one.
-    assert (seen["bare_error"] > WRONG) == (seen["name"] in BIASED | SCALED | CAPPED)
+    assert (result["bare_error"] > WRONG) == (result["name"] in BIASED | SCALED | CAPPED)
 
 
-def test_server_and_trainer_see_the_same(seen):
+def test_server_and_trainer_see_the_same(result):
     """The trainer reads transformers: its lm_head's input and its embedding's weights."""
-    assert seen["hidden_error"] < TOLERANCE
-    assert seen["logits_error"] < TOLERANCE
-    assert seen["table_error"] < TOLERANCE
+    assert result["hidden_error"] < TOLERANCE
+    assert result["logits_error"] < TOLERANCE
+    assert result["table_error"] < TOLERANCE

@@ -1,4 +1,4 @@
-"""How the rows of a batch are sorted: who is decided by a proxy, who is not, whom shadows score."""
+"""How the rows of a batch are sorted: which rows a proxy decides, which it does not, which shadows score."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from proxy.engine.assignment import Assignment
 from proxy.engine.batch_plan import BatchPlan, make_plan
 from proxy.engine.pool import ProxyPool, ServedProxy
-from tests.proxy.proxies import Proxy, unlike_proxies
+from tests.proxy.proxies import Proxy, different_proxies
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def pool() -> ProxyPool:
 
 @pytest.fixture
 def proxies(pool: ProxyPool) -> dict[str, Proxy]:
-    return {proxy.served.name: proxy for proxy in unlike_proxies(pool)}
+    return {proxy.served.name: proxy for proxy in different_proxies(pool)}
 
 
 def assign(proxies: dict[str, Proxy], name: str | None, **settings: Any) -> Assignment:
@@ -46,18 +46,18 @@ def test_rows_with_a_proxy_among_plain_ones(pool, proxies):
 
 
 def test_a_batch_of_one_kind(pool, proxies):
-    everyone = plan_of(pool, [assign(proxies, name) for name in "ab"])
-    assert everyone.proxied is not None and everyone.proxied.index is None
-    assert everyone.unproxied_rows == everyone.unproxied_index.tolist() == []
+    all_proxied = plan_of(pool, [assign(proxies, name) for name in "ab"])
+    assert all_proxied.proxied is not None and all_proxied.proxied.index is None
+    assert all_proxied.unproxied_rows == all_proxied.unproxied_index.tolist() == []
     x = torch.zeros(2, 3)
-    assert everyone.proxied.select_rows(x) is x
-    nobody = plan_of(pool, [assign(proxies, None)] * 2)
-    assert nobody.proxied is None and len(nobody.req_ids) == 2
+    assert all_proxied.proxied.select_rows(x) is x
+    none_proxied = plan_of(pool, [assign(proxies, None)] * 2)
+    assert none_proxied.proxied is None and len(none_proxied.req_ids) == 2
     assert plan_of(pool, []).proxied is None
 
 
 def test_what_shadows_may_score(pool, proxies):
-    """As they would decide: at strength 1, within their own limits, traced by nobody."""
+    """They score as they would decide: at strength 1, with their own limits, without traces."""
     assignments = [
         assign(proxies, "a", temperature=0.0, strength=2.0, max_rejections=7, traced=True),
         assign(proxies, None, shadowed=False),
@@ -78,7 +78,7 @@ def test_what_shadows_may_score(pool, proxies):
 
 
 def test_what_the_logits_of_a_row_are_divided_by(pool, proxies):
-    """A proxy's by the temperature of its training, others by their own; nothing where all are 1."""
+    """Proxied rows by the temperature of the training, others by their own; no divisors where all are 1."""
     plan = plan_of(
         pool,
         [

@@ -32,54 +32,59 @@ def network() -> ProxyNetwork:
 
 
 @pytest.fixture
-def saved(network: ProxyNetwork, tmp_path: Path) -> Path:
+def checkpoint_dir(network: ProxyNetwork, tmp_path: Path) -> Path:
     save(tmp_path / "proxy", network, base=BASE, training={"steps": 60, "win_rate": 0.78})
     return tmp_path / "proxy"
 
 
-def test_round_trip(network, saved):
-    loaded = load(saved, base=BASE)
+def test_round_trip(network, checkpoint_dir):
+    loaded = load(checkpoint_dir, base=BASE)
     assert loaded.config == network.config
     assert loaded.training == {"steps": 60, "win_rate": 0.78}
     assert loaded.base == BASE
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, loaded.network.state_dict()[name]), name
-    assert not any(p.requires_grad for p in loaded.network.parameters())
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "proxy.safetensors"]
+    assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+    assert sorted(path.name for path in checkpoint_dir.iterdir()) == [
+        "config.json",
+        "proxy.safetensors",
+    ]
 
 
-def test_version_is_the_content(network, saved, tmp_path):
-    version = load(saved, base=None).version
+def test_version_is_the_content(network, checkpoint_dir, tmp_path):
+    version = load(checkpoint_dir, base=None).version
     assert len(version) == 12 and int(version, 16) >= 0
-    again = save(tmp_path / "again", network, base=BASE, training={"steps": 60, "win_rate": 0.78})
-    assert version == again
+    second_version = save(
+        tmp_path / "again", network, base=BASE, training={"steps": 60, "win_rate": 0.78}
+    )
+    assert version == second_version
     with torch.no_grad():
         network.score.bias.add_(1)
-    assert save(saved, network, base=BASE, training={}) != version
-    assert load(saved, base=BASE).version != version
+    assert save(checkpoint_dir, network, base=BASE, training={}) != version
+    assert load(checkpoint_dir, base=BASE).version != version
 
 
-def test_saving_keeps_what_else_is_in_the_directory(network, saved):
-    (saved / "README.md").write_text("a card")
-    save(saved, network, base=BASE, training={})
-    assert (saved / "README.md").read_text() == "a card"
+def test_saving_keeps_what_else_is_in_the_directory(network, checkpoint_dir):
+    (checkpoint_dir / "README.md").write_text("a card")
+    save(checkpoint_dir, network, base=BASE, training={})
+    assert (checkpoint_dir / "README.md").read_text() == "a card"
 
 
-def test_another_llm_is_refused_and_both_are_named(saved):
+def test_another_llm_is_refused_and_both_are_named(checkpoint_dir):
     other = BaseModelId(name="other-llm", fingerprint="0" * 64)
     with pytest.raises(FingerprintMismatch) as error:
-        load(saved, base=other)
+        load(checkpoint_dir, base=other)
     for part in ("some-llm", "f" * 64, "other-llm", "0" * 64):
         assert part in str(error.value)
     # The name is for people: the same LLM under another name is the same LLM.
-    load(saved, base=BaseModelId(name="renamed", fingerprint=BASE.fingerprint))
+    load(checkpoint_dir, base=BaseModelId(name="renamed", fingerprint=BASE.fingerprint))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "proxy.safetensors"])
-def test_missing_file_is_named(saved, missing):
-    (saved / missing).unlink()
+def test_missing_file_is_named(checkpoint_dir, missing):
+    (checkpoint_dir / missing).unlink()
     with pytest.raises(CheckpointError, match=missing):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 def test_missing_directory(tmp_path):
@@ -88,8 +93,8 @@ def test_missing_directory(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "replace"])
-def test_damaged_weights(saved, damage):
-    path = saved / "proxy.safetensors"
+def test_damaged_weights(checkpoint_dir, damage):
+    path = checkpoint_dir / "proxy.safetensors"
     content = path.read_bytes()
     if damage == "truncate":
         path.write_bytes(content[:-10])
@@ -98,7 +103,7 @@ def test_damaged_weights(saved, damage):
     else:
         path.write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="proxy.safetensors"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 @pytest.mark.parametrize(
@@ -111,26 +116,26 @@ def test_damaged_weights(saved, damage):
         {"network": {"hidden_size": 8, "vocab_size": 20, "surprise": 1}},
     ],
 )
-def test_config_of_another_schema(saved, change):
-    path = saved / "config.json"
+def test_config_of_another_schema(checkpoint_dir, change):
+    path = checkpoint_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match="config.json"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
-def test_config_that_is_no_json(saved):
-    (saved / "config.json").write_text("{")
+def test_config_that_is_no_json(checkpoint_dir):
+    (checkpoint_dir / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
-def test_tensors_that_the_config_does_not_describe(saved):
-    path = saved / "config.json"
+def test_tensors_that_the_config_does_not_describe(checkpoint_dir):
+    path = checkpoint_dir / "config.json"
     config = json.loads(path.read_text())
     config["network"]["width"] = 6
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="state_half.weight"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +152,13 @@ def test_tensors_that_the_config_does_not_describe(saved):
     ],
     ids=str,
 )
-def test_numbers_beyond_all_measure_are_refused(saved, change):
-    path = saved / "config.json"
+def test_numbers_beyond_all_measure_are_refused(checkpoint_dir, change):
+    path = checkpoint_dir / "config.json"
     config = json.loads(path.read_text())
     config["network"] |= change
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
@@ -168,30 +173,30 @@ def test_weights_must_be_finite(network, tmp_path, value):
 @pytest.mark.parametrize(
     "notes", ['{"a": NaN}', '{"a": 1e999}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"]
 )
-def test_notes_that_are_no_json_are_refused(saved, notes):
-    path = saved / "config.json"
+def test_notes_that_are_no_json_are_refused(checkpoint_dir, notes):
+    path = checkpoint_dir / "config.json"
     text = path.read_text()
     start = text.index('"training": ') + len('"training": ')
     path.write_text(text[:start] + notes + text[text.index("}", start) + 1 :])
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 @pytest.mark.parametrize("name", ["config.json", "proxy.safetensors"])
-def test_a_file_that_is_no_regular_one_is_not_waited_for(saved, name):
-    (saved / name).unlink()
-    os.mkfifo(saved / name)
+def test_a_file_that_is_no_regular_one_is_not_waited_for(checkpoint_dir, name):
+    (checkpoint_dir / name).unlink()
+    os.mkfifo(checkpoint_dir / name)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is no regular file"):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 @pytest.mark.parametrize("name", ["config.json", "proxy.safetensors"])
-def test_a_file_larger_than_it_can_be_is_not_read(saved, name):
-    os.truncate(saved / name, 2**40)  # sparse: it takes no room on the disk
+def test_a_file_larger_than_it_can_be_is_not_read(checkpoint_dir, name):
+    os.truncate(checkpoint_dir / name, 2**40)  # sparse: it takes no room on the disk
     with pytest.raises(
         CheckpointError, match=f"{name} cannot be read: it has 1,099,511,627,776 bytes"
     ):
-        load(saved, base=None)
+        load(checkpoint_dir, base=None)
 
 
 def test_training_notes_must_be_json(network, tmp_path):
@@ -224,31 +229,31 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_fingerprint_does_not_depend_on_sharding(tensors, tmp_path):
-    whole = write_model(tmp_path / "whole", tensors)
+    unsharded = write_model(tmp_path / "whole", tensors)
     sharded = write_model(tmp_path / "sharded", tensors, shards=3)
-    assert fingerprint(whole) == fingerprint(sharded)
-    assert len(fingerprint(whole)) == 64
+    assert fingerprint(unsharded) == fingerprint(sharded)
+    assert len(fingerprint(unsharded)) == 64
     # Other files of a repository do not belong to the model.
-    shutil.copy(whole / "model.safetensors", whole / "consolidated.safetensors")
-    assert fingerprint(whole) == fingerprint(sharded)
+    shutil.copy(unsharded / "model.safetensors", unsharded / "consolidated.safetensors")
+    assert fingerprint(unsharded) == fingerprint(sharded)
 
 
 def test_fingerprint_tells_models_apart(tensors, tmp_path):
-    def of(name: str, changed: dict[str, torch.Tensor]) -> str:
-        return fingerprint(write_model(tmp_path / name, changed))
+    def fingerprint_of(name: str, weights: dict[str, torch.Tensor]) -> str:
+        return fingerprint(write_model(tmp_path / name, weights))
 
-    value = {name: tensor.clone() for name, tensor in tensors.items()}
-    value["layer.3"][0, 0] += 1
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    changed["layer.3"][0, 0] += 1
     renamed = {name.replace("3", "5"): tensor for name, tensor in tensors.items()}
-    seen = {
-        of("same", tensors),
-        of("value", value),
-        of("name", renamed),
-        of("shape", {name: tensor.reshape(40, 50) for name, tensor in tensors.items()}),
-        of("dtype", {name: tensor.bfloat16() for name, tensor in tensors.items()}),
-        of("fewer", dict(list(tensors.items())[:3])),
+    fingerprints = {
+        fingerprint_of("same", tensors),
+        fingerprint_of("value", changed),
+        fingerprint_of("name", renamed),
+        fingerprint_of("shape", {name: tensor.reshape(40, 50) for name, tensor in tensors.items()}),
+        fingerprint_of("dtype", {name: tensor.bfloat16() for name, tensor in tensors.items()}),
+        fingerprint_of("fewer", dict(list(tensors.items())[:3])),
     }
-    assert len(seen) == 6
+    assert len(fingerprints) == 6
 
 
 def test_fingerprint_of_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Counts that are added up later equal those of a loop that adds them up at once; traces."""
+"""Counts that are aggregated later equal those of a loop that counts every step at once; traces."""
 
 import math
 import random
@@ -20,30 +20,30 @@ from proxy.engine.hook import Step, sample_proxied_rows
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.engine.request_tracker import Batch, RequestTracker
 from proxy.engine.rows import ProxiedRows
-from tests.proxy.proxies import H, V, opinionated, put_into, unlike_proxies
+from tests.proxy.proxies import H, V, add_proxy, different_proxies, random_network
 
 CPU = torch.device("cpu")
 EOS = 1
 
 
 class Requests:
-    """A worker's requests, a tracker, and the counts as a loop would keep them."""
+    """A worker's requests, a tracker, and the counts of a simple loop."""
 
     def __init__(self, seed: int, **kwargs: Any) -> None:
         self.random = random.Random(seed)
         self.pool = ProxyPool()
-        self.proxies = {p.served.name: p.served for p in unlike_proxies(self.pool)}
+        self.proxies = {p.served.name: p.served for p in different_proxies(self.pool)}
         self.tracker = RequestTracker(CPU, **kwargs)
         self.params: dict[str, Any] = {}  # of every live request
         self.preempted: dict[str, Any] = {}  # which the runner has dropped for now
         self.counts: dict[str, list[int]] = {}  # tokens, proposed, forced
         self.totals = {name: [0, 0, 0] for name in self.proxies}
         self.ended: set[str] = set()
-        self.num_seen = 0
+        self.num_arrived = 0
 
     def arrive(self) -> None:
-        req_id = f"r{self.num_seen}"
-        self.num_seen += 1
+        req_id = f"r{self.num_arrived}"
+        self.num_arrived += 1
         name = self.random.choice([*self.proxies, None])
         self.params[req_id] = SimpleNamespace(
             extra_args={"alignment": {"proxy": name}},
@@ -63,11 +63,11 @@ class Requests:
             params_of=self.params.__getitem__,
             live=self.params.keys(),
         )
-        find = {(name, None): proxy for name, proxy in self.proxies.items()}
+        proxy_by_key = {(name, None): proxy for name, proxy in self.proxies.items()}
         return self.tracker.plan_of(req_ids) or self.tracker.plan(
             batch,
             self.pool,
-            lambda *key: find.get(key),
+            lambda *key: proxy_by_key.get(key),
             shadows=[*self.proxies.values()][: self.random.random() < 0.5],
         )
 
@@ -104,12 +104,12 @@ class Requests:
             self.ended.add(req_id)
 
     def expect(self, req_ids: list[str]) -> dict[str, dict[str, Any]]:
-        """What `take` has to answer; afterwards nothing of them counts any more."""
-        taken = [r for r in req_ids if r in self.counts]
-        return {r: as_answer(*self.counts.pop(r)) for r in taken}
+        """What `take` must return for these requests. Their later tokens do not count."""
+        known = [req_id for req_id in req_ids if req_id in self.counts]
+        return {req_id: as_counts(*self.counts.pop(req_id)) for req_id in known}
 
 
-def as_answer(tokens: int, proposed: int, forced: int) -> dict[str, int]:
+def as_counts(tokens: int, proposed: int, forced: int) -> dict[str, int]:
     accepted = tokens - forced
     return {
         "proposed": proposed,
@@ -121,7 +121,10 @@ def as_answer(tokens: int, proposed: int, forced: int) -> dict[str, int]:
 
 def without_names(answer: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
     names = ("proxy", "version")
-    return {r: {k: v for k, v in c.items() if k not in names} for r, c in answer.items()}
+    return {
+        req_id: {k: v for k, v in counts.items() if k not in names}
+        for req_id, counts in answer.items()
+    }
 
 
 def value_of(name: str, **labels: str) -> float:
@@ -135,49 +138,57 @@ METRICS = ["tokens_aligned", "candidates_proposed", "candidates_rejected", "cand
 def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
     """Requests come, stop, are preempted (dropped by the runner or not), and go, in any order."""
     monkeypatch.setattr(proxy.engine.decision_stats, "_AGGREGATE_STEPS", aggregate_steps)
-    before = {(m, p): value_of(m, proxy=p, version="v1") for m in METRICS for p in "abcd"}
-    world = Requests(seed, capacity=40)
-    rng = world.random
+    initial = {(m, p): value_of(m, proxy=p, version="v1") for m in METRICS for p in "abcd"}
+    requests = Requests(seed, capacity=40)
+    rng = requests.random
     num_answers = 0
     for _ in range(300):
-        if len(world.params) < 12 and rng.random() < 0.4:
-            world.arrive()
-        running = [req_id for req_id in world.params if req_id in world.counts]
+        if len(requests.params) < 12 and rng.random() < 0.4:
+            requests.arrive()
+        running = [req_id for req_id in requests.params if req_id in requests.counts]
         if rng.random() < 0.1 and running:  # the runner drops one for now
             req_id = rng.choice(running)
-            world.preempted[req_id] = world.params.pop(req_id)
-        if rng.random() < 0.2 and world.preempted:
-            req_id = rng.choice(list(world.preempted))
-            world.params[req_id] = world.preempted.pop(req_id)
-        scheduled = [req_id for req_id in world.params if rng.random() < 0.9]
+            requests.preempted[req_id] = requests.params.pop(req_id)
+        if rng.random() < 0.2 and requests.preempted:
+            req_id = rng.choice(list(requests.preempted))
+            requests.params[req_id] = requests.preempted.pop(req_id)
+        scheduled = [req_id for req_id in requests.params if rng.random() < 0.9]
         rng.shuffle(scheduled)
         for _ in range(rng.choice([1, 1, 4, 20])):
             if scheduled:
-                world.step(scheduled)
+                requests.step(scheduled)
         request_ids = []
-        for req_id in list(world.params):
-            if rng.random() < 0.05:  # it has finished, or is asked for while it runs
+        for req_id in list(requests.params):
+            if rng.random() < 0.05:  # it has finished, or its counts are taken while it runs
                 request_ids.append(req_id)
                 if rng.random() < 0.5:
-                    del world.params[req_id]
+                    del requests.params[req_id]
         if request_ids:
-            answer = world.tracker.take(request_ids)
-            # Whoever has never been scheduled is not known.
-            assert all(not any(world.counts.get(r, [])) for r in request_ids if r not in answer)
-            assert without_names(answer) == world.expect(list(answer))
+            answer = requests.tracker.take(request_ids)
+            # A request that was never scheduled is not known.
+            assert all(
+                not any(requests.counts.get(req_id, []))
+                for req_id in request_ids
+                if req_id not in answer
+            )
+            assert without_names(answer) == requests.expect(list(answer))
             num_answers += len(answer)
     assert num_answers > 30
-    rest = list(world.counts)
-    expected = {r: c for r, c in world.expect(rest).items() if any(c.values())}
-    actual = without_names(world.tracker.take(rest))
-    assert {r: c for r, c in actual.items() if any(c.values())} == expected
-    world.tracker.stats.flush_metrics()
-    for name, counts in world.totals.items():
-        total = as_answer(*counts)
+    remaining = list(requests.counts)
+    expected = {
+        req_id: counts
+        for req_id, counts in requests.expect(remaining).items()
+        if any(counts.values())
+    }
+    actual = without_names(requests.tracker.take(remaining))
+    assert {req_id: counts for req_id, counts in actual.items() if any(counts.values())} == expected
+    requests.tracker.stats.flush_metrics()
+    for name, counts in requests.totals.items():
+        total = as_counts(*counts)
         values = [counts[0], total["proposed"], total["rejected"], total["forced"]]
         for metric, value in zip(METRICS, values, strict=True):
-            change = value_of(metric, proxy=name, version="v1") - before[metric, name]
-            assert change == value
+            increase = value_of(metric, proxy=name, version="v1") - initial[metric, name]
+            assert increase == value
 
 
 def decided(token_ids: list[int], proposed: int = 3, forced: bool = False) -> Decision:
@@ -186,7 +197,7 @@ def decided(token_ids: list[int], proposed: int = 3, forced: bool = False) -> De
 
 
 class Clock:
-    """`time.monotonic`, in seconds, as far as a test says."""
+    """A `time.monotonic`, in seconds, that the test sets."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -204,17 +215,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def rows_of(name: str, *, version: str = "v1") -> ProxiedRows:
     pool = ProxyPool()
-    served = put_into(pool, name, opinionated(1), version).served
+    served = add_proxy(pool, name, random_network(1), version).served
     assignments = [Assignment(f"r{row}", served, stop_ids=(EOS,)) for row in range(2)]
-    rows = make_plan([a.req_id for a in assignments], assignments, pool, CPU, shadows=())
+    rows = make_plan(
+        [assignment.req_id for assignment in assignments], assignments, pool, CPU, shadows=()
+    )
     assert rows.proxied is not None
     return rows.proxied
 
 
-def numbers(rows: ProxiedRows) -> list[list[int]]:
+def counts_of(rows: ProxiedRows) -> list[list[int]]:
     """Tokens, proposed and forced of each request."""
     counts = [assignment.counts for assignment in rows.assignments]
-    return [[c.tokens, c.proposed, c.forced] for c in counts]
+    return [[count.tokens, count.proposed, count.forced] for count in counts]
 
 
 def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
@@ -243,7 +256,7 @@ def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
 
 def test_metrics_of_shadows(clock):
     stats = DecisionStats(CPU, reports=True)
-    shadow = ServedProxy("ghost", "v7", opinionated(1).config)
+    shadow = ServedProxy("ghost", "v7", random_network(1).config)
     for _ in range(3):
         scored = torch.tensor([True, True, False])
         stats.record_shadow(shadow, scored, torch.tensor([True, False, True]))
@@ -276,33 +289,33 @@ def test_a_history_that_does_not_report_keeps_nothing():
     stats.record(rows, decided([7, 7]), None)
     stats.record_shadow(rows.assignments[0].proxy, torch.tensor([True]), torch.tensor([True]))
     stats.aggregate()
-    assert numbers(rows) == [[0, 0, 0]] * 2
+    assert counts_of(rows) == [[0, 0, 0]] * 2
     stats.flush_metrics()
     assert value_of("tokens_aligned", proxy="silent", version="v1") == 0
     assert value_of("shadow_tokens", proxy="silent", version="v1") == 0
 
 
 def test_counts_are_those_of_each_request_up_to_its_end():
-    """Whether its end is seen now or was seen before; and a closed one gets nothing more."""
+    """Whether the end is in this aggregation or in an earlier one. A closed request gets no more counts."""
     stats = DecisionStats(CPU, reports=True)
     rows = rows_of("closed")
     first, second = rows.assignments
     stats.record(rows, decided([7, EOS]), None)
     stats.record(rows, decided([7, 7]), None)
     stats.aggregate()
-    assert numbers(rows) == [[2, 6, 0], [1, 3, 0]]
+    assert counts_of(rows) == [[2, 6, 0], [1, 3, 0]]
     assert (first.counts.closed, second.counts.closed) == (False, True)
     stats.record(rows, decided([7, 7]), None)
     stats.aggregate()
-    assert numbers(rows) == [[3, 9, 0], [1, 3, 0]]
+    assert counts_of(rows) == [[3, 9, 0], [1, 3, 0]]
     first.counts.closed = True
     stats.record(rows, decided([7, 7]), None)
     stats.aggregate()
-    assert numbers(rows) == [[3, 9, 0], [1, 3, 0]]
+    assert counts_of(rows) == [[3, 9, 0], [1, 3, 0]]
 
 
 class SlowCopy:
-    """Stands in for a copy from an accelerator, which arrives when the test says so."""
+    """Stands in for a copy from an accelerator. It arrives when the test says so."""
 
     waited: ClassVar[list["SlowCopy"]]
 
@@ -334,7 +347,7 @@ def slow_copies(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopy]:
 
 
 def test_an_accelerators_steps_are_waited_for_only_where_needed(slow_copies):
-    """Steps that have arrived are added up; of the others those up to the last one of the requests."""
+    """Steps that have arrived are aggregated; of the others only those up to the last step of the given requests."""
     stats = DecisionStats(torch.device("cuda"), reports=True)
     old, new = rows_of("old"), rows_of("new")
     for _ in range(3):
@@ -343,27 +356,27 @@ def test_an_accelerators_steps_are_waited_for_only_where_needed(slow_copies):
     stats.record(new, decided([7, 7]), None)
     slow_copies[0].arrived = True
     stats.aggregate([])
-    assert (numbers(old), numbers(new)) == ([[1, 3, 0]] * 2, [[0, 0, 0]] * 2)
+    assert (counts_of(old), counts_of(new)) == ([[1, 3, 0]] * 2, [[0, 0, 0]] * 2)
     assert SlowCopy.waited == []
     stats.aggregate([old.assignments[1].counts])
-    assert (numbers(old), numbers(new)) == ([[3, 9, 0]] * 2, [[0, 0, 0]] * 2)
+    assert (counts_of(old), counts_of(new)) == ([[3, 9, 0]] * 2, [[0, 0, 0]] * 2)
     assert SlowCopy.waited == slow_copies[1:3]
     stats.aggregate()
-    assert numbers(new) == [[1, 3, 0], [2, 6, 0]]
+    assert counts_of(new) == [[1, 3, 0], [2, 6, 0]]
     assert SlowCopy.waited == slow_copies[1:]
 
 
 def test_a_step_waits_for_no_copy(slow_copies, monkeypatch):
-    """Not even where it adds up: it leaves the steps that have not arrived."""
+    """Not even when it aggregates: it leaves the steps that have not arrived."""
     monkeypatch.setattr(proxy.engine.decision_stats, "_AGGREGATE_STEPS", 3)
     stats = DecisionStats(torch.device("cuda"), reports=True)
     rows = rows_of("waiting")
     for arrived in (True, True, False, False, True):
         stats.record(rows, decided([7, 7]), None)
         slow_copies[-1].arrived = arrived
-    assert SlowCopy.waited == [] and numbers(rows) == [[2, 6, 0]] * 2
+    assert SlowCopy.waited == [] and counts_of(rows) == [[2, 6, 0]] * 2
     stats.aggregate()
-    assert numbers(rows) == [[5, 15, 0]] * 2
+    assert counts_of(rows) == [[5, 15, 0]] * 2
 
 
 def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
@@ -373,20 +386,22 @@ def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
     stats.record(rows, decided([7, 7]), None)
     slow_copies[0].arrived = True
     stats.aggregate([rows.assignments[0].counts])
-    assert SlowCopy.waited == [] and numbers(rows)[0] == [1, 3, 0]
+    assert SlowCopy.waited == [] and counts_of(rows)[0] == [1, 3, 0]
     stats.aggregate([rows.assignments[1].counts])
-    assert SlowCopy.waited == slow_copies[1:] and numbers(rows) == [[1, 3, 0], [2, 6, 0]]
+    assert SlowCopy.waited == slow_copies[1:] and counts_of(rows) == [[1, 3, 0], [2, 6, 0]]
 
 
 # --- traces ---
 
 
-class Traced:
+class TracedBatch:
     """Steps of one batch with the real sampling, and the traces that they should leave."""
 
     def __init__(self, assignments: list[Assignment], pool: ProxyPool) -> None:
         self.pool = pool
-        self.plan = make_plan([a.req_id for a in assignments], assignments, pool, CPU, shadows=())
+        self.plan = make_plan(
+            [assignment.req_id for assignment in assignments], assignments, pool, CPU, shadows=()
+        )
         self.stats = DecisionStats(CPU, reports=True)
 
     def step(self, num: int = 1, discarded: list[bool] | None = None) -> list[list[dict[str, Any]]]:
@@ -396,9 +411,9 @@ class Traced:
         assert rows is not None and rows.any_traced
         for _ in range(num):
             logits, hidden = torch.randn(len(rows.rows), V) * 3, torch.randn(len(rows.rows), H)
-            seen: list[Any] = []
+            recorded: list[Any] = []
             recorder = SimpleNamespace(
-                record=lambda *step: seen.append(step),  # noqa: B023
+                record=lambda *step: recorded.append(step),  # noqa: B023
                 record_seconds=self.stats.record_seconds,
             )
             mask = None if discarded is None else torch.tensor(discarded)
@@ -408,25 +423,31 @@ class Traced:
                 logits,
                 temperature_applied=False,
             )
-            self.stats.record(*seen[0])
-            _, _, _, (candidates, accept_logits, noise) = seen[0]
+            self.stats.record(*recorded[0])
+            _, _, _, (candidates, accept_logits, noise) = recorded[0]
             expected.append(
                 [
-                    self.entry(a, *(x[row] for x in (*candidates, accept_logits, noise)))
-                    for row, a in enumerate(rows.assignments)
+                    self.entry(
+                        assignment, *(tensor[row] for tensor in (*candidates, accept_logits, noise))
+                    )
+                    for row, assignment in enumerate(rows.assignments)
                 ]
             )
         return expected
 
-    def entry(self, a: Assignment, token_ids: Any, logprobs: Any, scores: Any, noise: Any) -> Any:
+    def entry(
+        self, assignment: Assignment, token_ids: Any, logprobs: Any, scores: Any, noise: Any
+    ) -> Any:
         """One position by the paper's loop."""
         p = [math.exp(x) for x in logprobs.tolist()]
-        accept = [(1 + math.exp(-x)) ** -a.strength for x in scores.tolist()]
+        accept = [(1 + math.exp(-x)) ** -assignment.strength for x in scores.tolist()]
         race_noise, accept_noise = noise.double().tolist()
         order = [slot for slot in range(len(p)) if p[slot] > 0]
-        best = max(order[: a.max_rejections] or [0], key=lambda slot: p[slot] * accept[slot])
-        if not a.is_greedy:
-            order.sort(key=lambda slot: race_noise[slot] / p[slot] ** a.sharpness)
+        best = max(
+            order[: assignment.max_rejections] or [0], key=lambda slot: p[slot] * accept[slot]
+        )
+        if not assignment.is_greedy:
+            order.sort(key=lambda slot: race_noise[slot] / p[slot] ** assignment.sharpness)
 
         def candidate(slot: int, *, is_scored: bool = True) -> dict[str, Any]:
             return {
@@ -436,9 +457,11 @@ class Traced:
             }
 
         rejected: list[int] = []
-        for slot in order[: a.max_rejections]:
+        for slot in order[: assignment.max_rejections]:
             is_accepted = (
-                slot == best if a.is_greedy else math.exp(-accept_noise[slot]) <= accept[slot]
+                slot == best
+                if assignment.is_greedy
+                else math.exp(-accept_noise[slot]) <= accept[slot]
             )
             if is_accepted or len(order) == 1:
                 emitted, forced = slot, False
@@ -451,8 +474,8 @@ class Traced:
         return entry | {"forced": forced, "rejected": [candidate(slot) for slot in rejected]}
 
 
-def traced(pool: ProxyPool, **settings: Any) -> list[Assignment]:
-    a, b, c, _ = unlike_proxies(pool)
+def traced_assignments(pool: ProxyPool, **settings: Any) -> list[Assignment]:
+    a, b, c, _ = different_proxies(pool)
     settings = {"top_k": 4} | settings
     return [
         Assignment("t0", a.served, 1.0, 3, traced=True, **settings),
@@ -463,18 +486,18 @@ def traced(pool: ProxyPool, **settings: Any) -> list[Assignment]:
     ]
 
 
-def take(stats: DecisionStats, req_id: str) -> list[dict[str, Any]]:
+def take_trace(stats: DecisionStats, req_id: str) -> list[dict[str, Any]]:
     stats.aggregate()
     return stats.traces.take(req_id)
 
 
 def test_a_trace_says_what_the_loop_would_have_done():
-    """Order of proposal, probabilities, accept probabilities with the strength, and who was forced."""
+    """Order of proposal, probabilities, accept probabilities with the strength, and which tokens were forced."""
     torch.manual_seed(3)
     pool = ProxyPool()
-    world = Traced(traced(pool), pool)
-    first = world.step(300)
-    actual = {name: take(world.stats, name) for name in ("t0", "t1", "t2", "t3", "quiet")}
+    batch = TracedBatch(traced_assignments(pool), pool)
+    first = batch.step(300)
+    actual = {name: take_trace(batch.stats, name) for name in ("t0", "t1", "t2", "t3", "quiet")}
     for row, name in ((0, "t0"), (1, "t1"), (3, "t2"), (4, "t3")):
         assert actual[name] == [step[row] for step in first]
     assert actual["quiet"] == []
@@ -483,25 +506,27 @@ def test_a_trace_says_what_the_loop_would_have_done():
     assert not any(entry["forced"] for entry in actual["t3"])  # greedy: the best is taken
     assert all(entry["forced"] and not entry["rejected"] for entry in actual["t2"])
     assert {entry["accept_probability"] for entry in actual["t2"]} == {None}
-    # Forced although it was rejected itself; forced without having been asked about.
-    was_scored = {e["accept_probability"] is not None for e in actual["t0"] if e["forced"]}
+    # Forced although it was rejected; forced without having been scored.
+    was_scored = {
+        entry["accept_probability"] is not None for entry in actual["t0"] if entry["forced"]
+    }
     assert was_scored == {True, False}
     assert {len(entry["rejected"]) for entry in actual["t3"]} >= {0, 1}
-    # What has been taken is gone, and what comes next is what came since.
-    assert take(world.stats, "t0") == []
-    second = world.step(3)
-    assert take(world.stats, "t0") == [step[0] for step in second]
+    # Entries that were taken are gone. The next call returns the later ones.
+    assert take_trace(batch.stats, "t0") == []
+    second = batch.step(3)
+    assert take_trace(batch.stats, "t0") == [step[0] for step in second]
 
 
 def test_a_trace_adds_up_to_the_counts():
     torch.manual_seed(1)
     pool = ProxyPool()
-    assignments = traced(pool)
-    world = Traced(assignments, pool)
-    world.step(50)
+    assignments = traced_assignments(pool)
+    batch = TracedBatch(assignments, pool)
+    batch.step(50)
     for assignment in assignments:
         if assignment.traced:
-            entries = take(world.stats, assignment.req_id)
+            entries = take_trace(batch.stats, assignment.req_id)
             counts = assignment.counts
             assert counts.tokens == len(entries) == 50
             assert counts.forced == sum(entry["forced"] for entry in entries)
@@ -514,14 +539,14 @@ def test_unfinished_prefills_and_what_comes_after_the_end_are_not_traced():
     torch.manual_seed(2)
     pool = ProxyPool()
     # Every token ends the request.
-    assignments = traced(pool, stop_ids=tuple(range(V)))
-    world = Traced(assignments, pool)
-    world.step(2, discarded=[True, False, False, False, False])
-    expected = world.step(2)
-    assert take(world.stats, "t0") == [expected[0][0]]
-    world.step(2)
-    assert take(world.stats, "t0") == []
-    assert len(take(world.stats, "t1")) == 1
+    assignments = traced_assignments(pool, stop_ids=tuple(range(V)))
+    batch = TracedBatch(assignments, pool)
+    batch.step(2, discarded=[True, False, False, False, False])
+    expected = batch.step(2)
+    assert take_trace(batch.stats, "t0") == [expected[0][0]]
+    batch.step(2)
+    assert take_trace(batch.stats, "t0") == []
+    assert len(take_trace(batch.stats, "t1")) == 1
 
 
 def test_a_trace_ends_at_its_limit(monkeypatch):
@@ -530,35 +555,35 @@ def test_a_trace_ends_at_its_limit(monkeypatch):
     monkeypatch.setattr(proxy.engine.traces, "TRACE_TOKENS", 20)
     torch.manual_seed(3)
     pool = ProxyPool()
-    world = Traced(traced(pool), pool)
-    expected = world.step(10)
-    assert take(world.stats, "t0") == [step[0] for step in expected]
-    expected += (second := world.step(9))
-    assert take(world.stats, "t0") == [step[0] for step in second]
-    expected += (third := world.step(5))
-    assert take(world.stats, "t0") == [third[0][0]]
-    assert take(world.stats, "t1") == [step[1] for step in expected[:20]]
-    world.step(5)
-    assert take(world.stats, "t0") == take(world.stats, "t1") == []
-    world.stats.traces.forget("t1")
-    world.step(5)  # as if its name had come again
-    assert len(take(world.stats, "t1")) == 5
+    batch = TracedBatch(traced_assignments(pool), pool)
+    expected = batch.step(10)
+    assert take_trace(batch.stats, "t0") == [step[0] for step in expected]
+    expected += (second := batch.step(9))
+    assert take_trace(batch.stats, "t0") == [step[0] for step in second]
+    expected += (third := batch.step(5))
+    assert take_trace(batch.stats, "t0") == [third[0][0]]
+    assert take_trace(batch.stats, "t1") == [step[1] for step in expected[:20]]
+    batch.step(5)
+    assert take_trace(batch.stats, "t0") == take_trace(batch.stats, "t1") == []
+    batch.stats.traces.forget("t1")
+    batch.step(5)  # as if its id had come again
+    assert len(take_trace(batch.stats, "t1")) == 5
 
 
 def test_traces_that_nobody_takes_are_bounded(monkeypatch):
-    """The one that has waited longest is cut off: a trace has no holes."""
+    """The oldest trace is dropped, with its later entries: a trace has no holes."""
     monkeypatch.setattr(proxy.engine.traces, "TRACED_REQUESTS", 2)
     torch.manual_seed(4)
     pool = ProxyPool()
-    a, *_ = unlike_proxies(pool)
-    three = [
+    a, *_ = different_proxies(pool)
+    assignments = [
         Assignment(f"t{number}", a.served, max_rejections=8, traced=True) for number in (1, 2, 3)
     ]
-    world = Traced(three, pool)
-    world.step(4)
-    assert take(world.stats, "t1") == []
-    assert [len(take(world.stats, name)) for name in ("t2", "t3")] == [4, 4]
-    two = Traced(three[:2], pool)
-    two.stats = world.stats
-    two.step(4)
-    assert [len(take(world.stats, name)) for name in ("t1", "t2")] == [0, 4]
+    batch = TracedBatch(assignments, pool)
+    batch.step(4)
+    assert take_trace(batch.stats, "t1") == []
+    assert [len(take_trace(batch.stats, name)) for name in ("t2", "t3")] == [4, 4]
+    later_batch = TracedBatch(assignments[:2], pool)
+    later_batch.stats = batch.stats
+    later_batch.step(4)
+    assert [len(take_trace(batch.stats, name)) for name in ("t1", "t2")] == [0, 4]

@@ -1,4 +1,4 @@
-"""The closed form against the sequential loop's probabilities, computed by recursion over its every branch."""
+"""The closed form against the sequential loop's probabilities, computed by recursion over all its branches."""
 
 from itertools import product
 
@@ -9,22 +9,22 @@ from proxy.exact import EXACT, TRAINING, Grid, divergence, emission_probabilitie
 
 
 def by_recursion(p: list[float], accept: list[float], max_rejections: int) -> list[float]:
-    """Propose from what is left, renormalised; accept, or remove and go on: every branch, weighted."""
+    """Propose from the remaining candidates, renormalised; accept, or remove and go on: every branch, weighted."""
     result = [0.0] * len(p)
 
-    def go(left: frozenset[int], weight: float, rejections: int) -> None:
-        if not left or rejections == max_rejections:
+    def visit(remaining: frozenset[int], weight: float, rejections: int) -> None:
+        if not remaining or rejections == max_rejections:
             result[0] += weight
             return
-        mass = sum(p[i] for i in left)
-        for i in left:
+        mass = sum(p[i] for i in remaining)
+        for i in remaining:
             proposed = weight * p[i] / mass
             result[i] += proposed * accept[i]
-            go(left - {i}, proposed * (1 - accept[i]), rejections + 1)
+            visit(remaining - {i}, proposed * (1 - accept[i]), rejections + 1)
 
     if len(p) == 1:
         return [1.0]
-    go(frozenset(range(len(p))), 1.0, 0)
+    visit(frozenset(range(len(p))), 1.0, 0)
     return result
 
 
@@ -34,14 +34,14 @@ def test_matches_the_recursion_for_every_limit_and_strength() -> None:
         p = torch.rand(size, generator=generator).double().sort(descending=True).values
         p /= p.sum()
         logits = 2 * torch.randn(1, size + 1, generator=generator)
-        # one slot outside the nucleus rides along
+        # with one slot outside the nucleus
         candidates = Candidates(
             torch.arange(size + 1)[None], torch.cat([p.log(), p.new_tensor([-torch.inf])])[None]
         )
         for strength, sharpness in product((0.0, 0.5, 1.0, 3.0), (1.0, 0.4, 10.0)):
             accept = (torch.sigmoid(logits[0].double()) ** strength).tolist()
             for max_rejections in range(7):
-                got = emission_probabilities(
+                actual = emission_probabilities(
                     candidates,
                     logits,
                     strength=strength,
@@ -51,7 +51,7 @@ def test_matches_the_recursion_for_every_limit_and_strength() -> None:
                 powers = (p**sharpness).tolist()
                 expected = by_recursion(powers, accept[:size], max_rejections)
                 torch.testing.assert_close(
-                    got[0], torch.tensor([*expected, 0.0]).double(), atol=1e-6, rtol=0
+                    actual[0], torch.tensor([*expected, 0.0]).double(), atol=1e-6, rtol=0
                 )
 
 
@@ -61,43 +61,43 @@ def test_candidates_of_any_distance() -> None:
     accept_logits = torch.tensor([[-2.0, 0.0, 1.0]])
     for sharpness in (100.0, 1e4):
         candidates = Candidates(torch.arange(3)[None], logprobs)
-        got = emission_probabilities(
+        actual = emission_probabilities(
             candidates, accept_logits, strength=1.0, max_rejections=8, sharpness=sharpness
         )
         first, second, third = accept_logits[0].double().sigmoid().tolist()
-        after = (1 - first) * second, (1 - first) * (1 - second) * third
-        expected = torch.tensor([[1 - sum(after), *after]]).double()
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        later = (1 - first) * second, (1 - first) * (1 - second) * third
+        expected = torch.tensor([[1 - sum(later), *later]]).double()
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
 def test_greedy_is_certain() -> None:
     candidates = Candidates(torch.arange(3)[None], torch.tensor([[0.6, 0.3, 0.1]]).log())
     accept_logits = torch.tensor([[-3.0, 0.0, 3.0]])  # p a: 0.028, 0.15, 0.095
     for max_rejections, expected in ((8, 1), (1, 0), (0, 0)):
-        got = emission_probabilities(
+        actual = emission_probabilities(
             candidates,
             accept_logits,
             strength=1.0,
             max_rejections=max_rejections,
             sharpness=torch.inf,
         )
-        assert got.tolist() == [[float(slot == expected) for slot in range(3)]]
+        assert actual.tolist() == [[float(slot == expected) for slot in range(3)]]
 
 
 def test_the_llm_alone_at_half_the_temperature() -> None:
     candidates = Candidates(torch.arange(3)[None], torch.tensor([[0.6, 0.3, 0.1]]).log())
-    at_half = sharpened(candidates, 2.0).logprobs.exp()  # 0.36, 0.09, 0.01 of 0.46
-    torch.testing.assert_close(at_half, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
+    probabilities = sharpened(candidates, 2.0).logprobs.exp()  # 0.36, 0.09, 0.01 of 0.46
+    torch.testing.assert_close(probabilities, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
 
 
 def test_two_candidates_by_hand() -> None:
     candidates = Candidates(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]).log())
     logits = torch.tensor([[0.0, 0.0]])  # a = 1/2 each
     # first .75·½ + after the second's rejection .25·½·½ + forced .25 of all; second .25·½ + .75·½·½
-    got = emission_probabilities(candidates, logits, strength=1.0, max_rejections=8)
-    torch.testing.assert_close(got, torch.tensor([[0.6875, 0.3125]]).double(), atol=2e-6, rtol=0)
+    actual = emission_probabilities(candidates, logits, strength=1.0, max_rejections=8)
+    torch.testing.assert_close(actual, torch.tensor([[0.6875, 0.3125]]).double(), atol=2e-6, rtol=0)
     kl = 0.6875 * torch.tensor(0.6875 / 0.75).log() + 0.3125 * torch.tensor(0.3125 / 0.25).log()
-    torch.testing.assert_close(divergence(got, candidates).float(), kl[None], atol=1e-5, rtol=0)
+    torch.testing.assert_close(divergence(actual, candidates).float(), kl[None], atol=1e-5, rtol=0)
 
 
 def test_its_gradient_and_the_coarse_grid_of_training() -> None:

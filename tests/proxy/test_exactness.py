@@ -1,7 +1,7 @@
 """Accept/reject sampling has the enumerated distribution, on tensors and in the real engine, for all settings.
 
 Each test raises a false alarm with probability below 1e-6 (`tests.proxy.references`), and seeds are fixed. The controls
-show that distributions of other settings are told apart by the same counts.
+show that the same counts reject the distributions of other settings.
 """
 
 import itertools
@@ -27,16 +27,16 @@ from tests.proxy.references import (
     assert_follows,
     canonical,
     least_p_value,
-    tied,
     token_distribution,
+    with_ties,
 )
 
 Distribution = dict[Outcome, float]
 
 
 def random_setting(rng: np.random.Generator) -> Setting:
-    """Everything at once; an option that is off here is on there."""
-    chosen = {
+    """All options at random, some of them off."""
+    options = {
         "temperature": rng.choice([0.3, 0.7, 1.0, 1.0, 1.4, 2.0]),
         "top_k": rng.choice([0, 0, 0, 0, 1, 4, 6, 40]),
         "top_p": rng.choice([1.0, 1.0, 0.95, 0.8, 0.5]),
@@ -44,7 +44,7 @@ def random_setting(rng: np.random.Generator) -> Setting:
         "strength": rng.choice([0.5, 1.0, 1.0, 3.0]),
         "max_rejections": rng.choice([0, 1, 2, 2, 3, 8, 8, 8]),
     }
-    return Setting(**{name: value.item() for name, value in chosen.items()})
+    return Setting(**{name: value.item() for name, value in options.items()})
 
 
 # --- the tensor functions ---
@@ -104,13 +104,13 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
         return torch.tensor([getattr(kind.setting, name) for kind in by_row])
 
     greedy = column("temperature") == 0
-    off = logits.shape[1]
+    top_k_off = logits.shape[1]
     top_k, top_p = column("top_k"), column("top_p")
     sizes = column("max_candidates")
     candidates = nucleus(
         logits,
         int(sizes.max()),
-        torch.where((top_k == 0) | greedy, off, top_k),
+        torch.where((top_k == 0) | greedy, top_k_off, top_k),
         top_p.masked_fill(greedy, 1.0),
         temperature=column("trained_temperature"),
         sizes=sizes,
@@ -141,7 +141,7 @@ def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
     kinds = random_kinds(72)
     assert sum(len(kind.distribution) == 1 for kind in kinds) > 5
     assert any(
-        prob > 0.5 and forced for k in kinds for (*_, forced), prob in k.distribution.items()
+        prob > 0.5 and forced for kind in kinds for (*_, forced), prob in kind.distribution.items()
     )
     for kind, counts in zip(kinds, decide_mixed(kinds, repeats=4000), strict=True):
         assert_follows(counts, kind.distribution, tests=len(kinds))
@@ -161,14 +161,14 @@ PROXIES: dict[str, dict[str, Any]] = {
 
 
 def trained_with(name: str) -> dict[str, Any]:
-    """What a `Setting` has to know of a proxy."""
+    """The fields of a `Setting` that depend on the proxy."""
     config = PROXIES[name]
     decoding = {f"trained_{x}": config[x] for x in ("temperature", "top_k", "top_p") if x in config}
     return decoding | {"max_candidates": config["max_candidates"]}
 
 
-class Asked(NamedTuple):
-    """One sort of request, for one token."""
+class Request(NamedTuple):
+    """One kind of request, for one token."""
 
     prompt: tuple[int, ...]
     proxy: str | None
@@ -181,7 +181,7 @@ class Asked(NamedTuple):
 
     @property
     def num_repeats(self) -> int:
-        """Few where noise decides nothing."""
+        """Few where the result does not depend on noise."""
         setting = self.setting
         is_certain = 0 in (setting.temperature, setting.max_rejections) or setting.top_k == 1
         return 40 if is_certain else 1000
@@ -211,8 +211,8 @@ class Asked(NamedTuple):
         )
 
 
-class Seen(NamedTuple):
-    """What the engine did with a request, and what the hook had seen if that is recorded."""
+class Observation(NamedTuple):
+    """The outcome of a request in the engine, and the hook's inputs if they are recorded."""
 
     outcome: Outcome
     logits: Tensor  # [V], or [0]
@@ -221,13 +221,13 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, ProxyNetwork]:
-    made = {}
+    by_name = {}
     for seed, (name, config) in enumerate(PROXIES.items()):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 64, "vocab_size": VOCAB_SIZE, "accept_bias": 0.0}
-        made[name] = ProxyNetwork(ProxyConfig(**sizes | config))
-        torch.nn.init.normal_(made[name].score.weight, std=1.5)
-    return made
+        by_name[name] = ProxyNetwork(ProxyConfig(**sizes | config))
+        torch.nn.init.normal_(by_name[name].score.weight, std=1.5)
+    return by_name
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +260,10 @@ def frozen(model_dir) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
 
 
-def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Asked]:
-    """Of every sort. `mixed`: some without a proxy, some with a min-p; these take another path."""
+def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Request]:
+    """Requests of every kind. `mixed`: some without a proxy, some with a min-p; these take another path."""
     rng = np.random.default_rng(75)
-    asked = []
+    requests = []
     for i in range(28):
         name = ("wide", "narrow", "wide", "narrow", "never")[i % 5]
         setting = random_setting(rng)._replace(**trained_with(name))
@@ -280,23 +280,23 @@ def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Asked]:
                 trained_temperature=setting.temperature or 1.0,
             )
             proxy = None if i % 2 else proxy
-        asked.append(Asked(PROMPTS[i % len(PROMPTS)], proxy, setting, trace))
-    return asked
+        requests.append(Request(PROMPTS[i % len(PROMPTS)], proxy, setting, trace))
+    return requests
 
 
-def ask_often(
-    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, tie: bool = False
-) -> list[list[Seen]]:
-    """Every request many times, shuffled into common batches; every other one has a seed.
+def generate_often(
+    llm: Any, requests: list[Request], monkeypatch: pytest.MonkeyPatch, *, tie: bool = False
+) -> list[list[Observation]]:
+    """Send every request many times, shuffled into common batches; every other one has a seed.
 
-    `tie`: logits are tied before the sampler has them, and recorded.
+    `tie`: the logits are tied before the sampler gets them, and recorded.
     """
     recorded: dict[str, tuple[Tensor, Tensor]] = {}
     original = ProxySampler.forward
 
     def forward(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         if tie and self.step is not None:
-            logits = tied(logits)
+            logits = with_ties(logits)
             rows = zip(logits.float().clone(), self.step.hidden.clone(), strict=True)
             ids = [req_id.rsplit("-", 1)[0] for req_id in self.step.plan.req_ids]
             recorded.update(zip(ids, rows, strict=True))
@@ -304,58 +304,60 @@ def ask_often(
 
     monkeypatch.setattr(ProxySampler, "forward", forward)
     torch.manual_seed(15)  # the engine, in this process, draws from it
-    repeats = [one.num_repeats for one in asked]
-    order = np.random.default_rng(14).permutation(np.repeat(np.arange(len(asked)), repeats))
-    nothing = torch.empty(0), torch.empty(0)
-    seen: list[list[Seen]] = [[] for _ in asked]
+    repeats = [request.num_repeats for request in requests]
+    order = np.random.default_rng(14).permutation(np.repeat(np.arange(len(requests)), repeats))
+    not_recorded = torch.empty(0), torch.empty(0)
+    observations: list[list[Observation]] = [[] for _ in requests]
     for start in range(0, len(order), REQUESTS_AT_ONCE):
         batch = order[start : start + REQUESTS_AT_ONCE].tolist()
-        prompts = [{"prompt_token_ids": list(asked[i].prompt)} for i in batch]
-        params = [asked[i].params(n if n % 2 else None) for n, i in enumerate(batch, start)]
+        prompts = [{"prompt_token_ids": list(requests[i].prompt)} for i in batch]
+        params = [requests[i].params(n if n % 2 else None) for n, i in enumerate(batch, start)]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         ids = [output.request_id for output in outputs]
         (counts,) = llm.collective_rpc("take_alignment_counts", args=(ids,))
         by_id = {req_id.rsplit("-", 1)[0]: count for req_id, count in counts.items()}
         for i, output in zip(batch, outputs, strict=True):
             (token_id,) = output.outputs[0].token_ids
-            plain = {"proposed": 1, "forced": 0}  # no proxy: the first proposal stands
-            count = by_id.pop(output.request_id) if asked[i].is_aligned else plain
+            unproxied_count = {"proposed": 1, "forced": 0}  # no proxy: the first proposal stands
+            count = by_id.pop(output.request_id) if requests[i].is_aligned else unproxied_count
             outcome = (token_id, count["proposed"], bool(count["forced"]))
-            seen[i].append(Seen(outcome, *recorded.get(output.request_id, nothing)))
+            observations[i].append(
+                Observation(outcome, *recorded.get(output.request_id, not_recorded))
+            )
         assert not by_id
         recorded.clear()
-    return seen
+    return observations
 
 
 def distribution_of(
-    asked: Asked,
+    request: Request,
     logits: Tensor,  # [V]
     hidden: Tensor,  # [H]
     embeddings: Tensor,  # [V, H]
     networks: dict[str, ProxyNetwork],
 ) -> Distribution:
     def accept_logits(token_ids: list[int], logprobs: list[float]) -> list[float]:
-        if asked.proxy is None:
+        if request.proxy is None:
             return [0.0] * len(token_ids)
-        network = networks[asked.proxy]
+        network = networks[request.proxy]
         return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
 
-    return token_distribution(logits.double().numpy(), asked.setting, accept_logits)
+    return token_distribution(logits.double().numpy(), request.setting, accept_logits)
 
 
 @torch.no_grad()
 def expected_distributions(
-    asked: list[Asked], frozen: Any, networks: Any
+    requests: list[Request], frozen: Any, networks: Any
 ) -> list[Distribution | None]:
-    """From transformers' logits and hidden states; None where more than one distribution would be right."""
+    """From transformers' logits and hidden states; None where more than one distribution would be correct."""
     distributions: list[Distribution | None] = []
     embeddings = frozen.get_input_embeddings().weight
-    for one in asked:
-        output = frozen(torch.tensor([one.prompt]), output_hidden_states=True)
+    for request in requests:
+        output = frozen(torch.tensor([request.prompt]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0, -1]
         try:
             distributions.append(
-                distribution_of(one, output.logits[0, -1], hidden, embeddings, networks)
+                distribution_of(request, output.logits[0, -1], hidden, embeddings, networks)
             )
         except AmbiguousError:
             distributions.append(None)
@@ -370,17 +372,17 @@ def expected_distributions(
 def test_the_engine_follows_the_enumerated_law(
     make_aligned, frozen, networks, monkeypatch, path: dict[str, bool]
 ):
-    """Tokens and counts of requests of all sorts in common batches, seeded and not."""
-    asked = random_requests(**path)
-    distributions = expected_distributions(asked, frozen, networks)
+    """Tokens and counts of requests of all kinds in common batches, seeded and not."""
+    requests = random_requests(**path)
+    distributions = expected_distributions(requests, frozen, networks)
     assert None not in distributions
     counts = [
-        Counter(one.outcome for one in same)
-        for same in ask_often(make_aligned("float32"), asked, monkeypatch)
+        Counter(observation.outcome for observation in observations)
+        for observations in generate_often(make_aligned("float32"), requests, monkeypatch)
     ]
     for count, distribution in zip(counts, distributions, strict=True):
-        assert_follows(count, distribution, tests=len(asked))
-    # The control: every option has requests whose counts could not have come about without it.
+        assert_follows(count, distribution, tests=len(requests))
+    # The control: for every option, the counts of some request reject the distribution with another value of it.
     changes: dict[str, Callable[[Any], Any]] = {
         "temperature": lambda x: x * 2,
         "top_k": lambda x: 3,
@@ -394,11 +396,11 @@ def test_the_engine_follows_the_enumerated_law(
     }
     for option, change in changes.items():
         values = []
-        for one, count in zip(asked, counts, strict=True):
-            if one.is_aligned:
-                changed = {option: change(getattr(one.setting, option))}
-                other = one._replace(setting=one.setting._replace(**changed))
-                (distribution,) = expected_distributions([other], frozen, networks)
+        for request, count in zip(requests, counts, strict=True):
+            if request.is_aligned:
+                changed = {option: change(getattr(request.setting, option))}
+                changed_request = request._replace(setting=request.setting._replace(**changed))
+                (distribution,) = expected_distributions([changed_request], frozen, networks)
                 values += [] if distribution is None else [least_p_value(count, distribution)]
         assert min(values) < 1e-12, option
 
@@ -406,26 +408,32 @@ def test_the_engine_follows_the_enumerated_law(
 def test_the_engine_follows_the_law_of_tied_bf16_logits(
     make_aligned, networks, model_dir, monkeypatch
 ):
-    """Of the very logits and hidden states that the hook saw."""
+    """The expected distributions use the hook's own logits and hidden states."""
     from safetensors.torch import load_file
 
     embeddings = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
-    asked = random_requests(mixed=True)
-    groups: dict[tuple[int, bytes], list[Seen]] = defaultdict(list)
-    for i, same in enumerate(ask_often(make_aligned("bfloat16"), asked, monkeypatch, tie=True)):
-        for one in same:
-            groups[i, one.logits.numpy().tobytes()].append(one)
+    requests = random_requests(mixed=True)
+    groups: dict[tuple[int, bytes], list[Observation]] = defaultdict(list)
+    for i, observations in enumerate(
+        generate_often(make_aligned("bfloat16"), requests, monkeypatch, tie=True)
+    ):
+        for observation in observations:
+            groups[i, observation.logits.numpy().tobytes()].append(observation)
     num_tied, num_followed = 0, 0
-    for (i, _), same in groups.items():
-        logits = same[0].logits
+    for (i, _), observations in groups.items():
+        logits = observations[0].logits
         try:
-            distribution = distribution_of(asked[i], logits, same[0].hidden, embeddings, networks)
+            distribution = distribution_of(
+                requests[i], logits, observations[0].hidden, embeddings, networks
+            )
         except AmbiguousError:
             continue
         values = [logits[token].item() for token in {token for token, _, _ in distribution}]
         num_tied += len({*values}) < len(values)
-        num_followed += len(same)
-        counts = Counter(canonical(one.outcome, logits.numpy()) for one in same)
+        num_followed += len(observations)
+        counts = Counter(
+            canonical(observation.outcome, logits.numpy()) for observation in observations
+        )
         assert_follows(counts, distribution, tests=len(groups))
     assert num_tied >= 3
     assert num_followed > sum(map(len, groups.values())) / 2

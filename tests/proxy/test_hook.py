@@ -21,7 +21,15 @@ from proxy.engine.decision_stats import DecisionStats
 from proxy.engine.hook import Step, sample_proxied_rows, score_shadows
 from proxy.engine.pool import ProxyPool
 from proxy.noise import noise_key, seeded_noise
-from tests.proxy.proxies import EMBEDDINGS, H, Proxy, V, biased, put_into, unlike_proxies
+from tests.proxy.proxies import (
+    EMBEDDINGS,
+    H,
+    Proxy,
+    V,
+    add_proxy,
+    constant_network,
+    different_proxies,
+)
 from tests.proxy.references import (
     Outcome,
     Setting,
@@ -110,18 +118,18 @@ def random_setting(rng: np.random.Generator, proxy: Proxy) -> Setting:
 @pytest.mark.parametrize("temperature_applied", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(temperature_applied, traced):
-    """Random settings, proxies and rows without a proxy; the very tokens, counts and forced flags.
+    """Random settings, proxies and rows without a proxy; equal tokens, counts and forced flags.
 
     Without a trace a CPU runs the compiled loop, with one the tensor functions.
     """
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     pool = ProxyPool()
-    proxies = unlike_proxies(pool)
-    seen: list[Outcome] = []
+    proxies = different_proxies(pool)
+    outcomes: list[Outcome] = []
     for _ in range(12):
-        chosen = [proxies[i] if i < 4 else None for i in rng.integers(5, size=17)]
-        settings = [random_setting(rng, proxy or proxies[0]) for proxy in chosen]
+        row_proxies = [proxies[i] if i < 4 else None for i in rng.integers(5, size=17)]
+        settings = [random_setting(rng, proxy or proxies[0]) for proxy in row_proxies]
         assignments = [
             Assignment(
                 f"r{row}",
@@ -136,32 +144,32 @@ def test_a_mixed_batch_decides_row_by_row_as_the_loop_does(temperature_applied, 
                 is_seeded=True,
                 traced=traced,
             )
-            for row, (proxy, setting) in enumerate(zip(chosen, settings, strict=True))
+            for row, (proxy, setting) in enumerate(zip(row_proxies, settings, strict=True))
         ]
         stats = Recorder()
         positions = torch.from_numpy(rng.integers(1, 500, size=17, dtype=np.int32))
         step = step_of(pool, assignments, stats, positions=positions)
         logits = torch.randn(17, V) * 2
-        scale = torch.tensor([a.divisor for a in assignments])
+        scale = torch.tensor([assignment.divisor for assignment in assignments])
         scaled = logits / scale.unsqueeze(-1) if temperature_applied else logits
         sample_proxied_rows(step, scaled, temperature_applied=temperature_applied)
         ((rows, decision, _, _),) = stats.steps
         actual = zip(*decision.columns[1:].tolist(), strict=True)
         for row, outcome in zip(rows.rows, actual, strict=True):
-            proxy = chosen[row]
+            proxy = row_proxies[row]
             assert proxy is not None
             key = torch.tensor([noise_key(100 + row)])
             noise = seeded_noise(key, positions[row : row + 1].long(), torch.arange(V)[None])[0]
             args = settings[row], logits[row].numpy(), step.hidden[row], noise
             assert outcome == replay(proxy, *args), settings[row]
-            seen.append(outcome)
-    forced = [outcome for outcome in seen if outcome[2]]
-    assert len(seen) > 100 and 20 < len(forced) < len(seen) - 20
+            outcomes.append(outcome)
+    forced = [outcome for outcome in outcomes if outcome[2]]
+    assert len(outcomes) > 100 and 20 < len(forced) < len(outcomes) - 20
 
 
 def test_the_answer_is_what_is_recorded():
     pool = ProxyPool()
-    a, b, *_ = unlike_proxies(pool)
+    a, b, *_ = different_proxies(pool)
     assignments = [
         Assignment("r0", a.served, max_rejections=3),
         Assignment("r1"),
@@ -179,7 +187,7 @@ def test_the_answer_is_what_is_recorded():
 
 def test_a_trace_is_kept_only_where_one_is_wanted():
     pool = ProxyPool()
-    a, *_ = unlike_proxies(pool)
+    a, *_ = different_proxies(pool)
     assignments = [Assignment("r0", a.served), Assignment("r1", a.served, traced=True)]
     stats = Recorder()
     sample_proxied_rows(
@@ -197,11 +205,11 @@ def test_a_trace_is_kept_only_where_one_is_wanted():
 def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
     """However many rows and proxies there are: one pass over the hidden states, and one over candidates.
 
-    The compiled loop asks the network about single candidates, as they are proposed.
+    The compiled loop scores single candidates, as they are proposed.
     """
     calls: Counter[str] = Counter()
 
-    def spy(name: str) -> None:
+    def count_calls(name: str) -> None:
         original = getattr(proxy.network, name)
 
         def counted(*args: Any) -> torch.Tensor:
@@ -211,8 +219,8 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
         for module in (proxy.network, proxy.engine.scoring):
             monkeypatch.setattr(module, name, counted)
 
-    spy("state_features")
-    spy("accept_logits")
+    count_calls("state_features")
+    count_calls("accept_logits")
     project = proxy.engine.scoring.ProxyScorer.project
     monkeypatch.setattr(
         proxy.engine.scoring.ProxyScorer,
@@ -220,7 +228,7 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
         lambda *args: calls.update(["project"]) or project(*args),
     )
     pool = ProxyPool()
-    proxies = unlike_proxies(pool)
+    proxies = different_proxies(pool)
     assignments = [
         Assignment("r", proxies[row % 4].served, traced=traced) for row in range(num_rows)
     ]
@@ -230,7 +238,7 @@ def test_one_evaluation_a_step(num_rows, traced, monkeypatch):
 
 
 def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
-    """Meta tensors hold no values: whatever looked at one, as a device sync does, would raise."""
+    """Meta tensors hold no values: any read of one, such as a device sync, would raise."""
     meta = torch.device("meta")
 
     def without_values(data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -241,8 +249,8 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
     monkeypatch.setattr(proxy.engine.decision_stats, "HostCopy", lambda columns: columns)
     monkeypatch.setattr(proxy.engine.decision_stats, "time", SimpleNamespace(monotonic=lambda: 0.0))
     pool = ProxyPool()
-    a, b, c, d = unlike_proxies(pool)
-    pool.weights = type(pool.weights)(*(x.to(meta) for x in pool.weights or ()))  # type: ignore[misc]
+    a, b, c, d = different_proxies(pool)
+    pool.weights = type(pool.weights)(*(tensor.to(meta) for tensor in pool.weights or ()))  # type: ignore[misc]
     pool.tables = pool.tables.to(meta) if pool.tables is not None else None
     assignments = [
         Assignment("r0", a.served, 0.5, temperature=0.7, top_k=3, is_seeded=True, traced=True),
@@ -251,10 +259,12 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
         Assignment("r3", c.served),
     ]
     stats = DecisionStats(meta, reports=True)
-    for chosen in (assignments, assignments[:1], assignments[2:3] * 4):
-        rows = len(chosen)
+    for batch in (assignments, assignments[:1], assignments[2:3] * 4):
+        rows = len(batch)
         step = Step(
-            plan=make_plan([a.req_id for a in chosen], chosen, pool, meta, shadows=[d.served]),
+            plan=make_plan(
+                [assignment.req_id for assignment in batch], batch, pool, meta, shadows=[d.served]
+            ),
             hidden=torch.empty(rows, H, device=meta),
             positions=torch.empty(rows, dtype=torch.int32, device=meta),
             discarded=torch.empty(rows, dtype=torch.bool, device=meta),
@@ -262,7 +272,7 @@ def test_nothing_reads_a_tensor_on_the_host(monkeypatch):
         )
         logits = torch.empty(rows, V, device=meta)
         token_ids = sample_proxied_rows(step, logits, temperature_applied=False)
-        assert token_ids.shape == (sum(a.proxy is not None for a in chosen),)
+        assert token_ids.shape == (sum(assignment.proxy is not None for assignment in batch),)
         sampled = torch.empty(rows, dtype=torch.int64, device=meta)
         score_shadows(step, logits, sampled, temperature_applied=True)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the control
@@ -286,7 +296,7 @@ def score(
 ) -> tuple[list[bool], list[bool]]:
     """(scored, changed) of rows without a proxy with these logits and tokens, and a shadow with this accept bias."""
     pool = ProxyPool()
-    shadow = put_into(pool, "shadow", biased(shadow_bias, **config))
+    shadow = add_proxy(pool, "shadow", constant_network(shadow_bias, **config))
     if assignments is None:
         assignments = [Assignment(f"r{row}") for row in range(len(sampled))]
     stats = Recorder()
@@ -311,7 +321,7 @@ def test_a_shadow_without_rejections_would_emit_the_most_probable():
 
 
 def test_a_shadow_scores_the_emitted_token_first():
-    """One rejection is all there may be, and it is used for the emitted token."""
+    """The only rejection that is allowed is used for the emitted token."""
     assert score(-1e4, [1] * 50, max_rejections=1) == ([True] * 50, [True] * 50)
     assert score(1e4, [1] * 50, max_rejections=1) == ([True] * 50, [False] * 50)
 
@@ -322,7 +332,7 @@ def test_a_single_candidate_is_nobodys_choice():
 
 @pytest.mark.parametrize(("emitted", "changed"), [(0, False), (EMITTED, True)])
 def test_a_shadow_of_a_greedy_row_uses_no_noise(emitted, changed):
-    """It accepts all alike, so that the most probable one is the best."""
+    """It accepts all candidates equally, so that the most probable one is the best."""
     greedy = [Assignment(f"r{row}", temperature=0.0) for row in range(60)]
     assert score(-0.01, [emitted] * 60, greedy) == ([True] * 60, [changed] * 60)
 
@@ -346,17 +356,17 @@ def test_a_shadow_of_other_rows_uses_noise():
 
 
 def test_rows_that_no_shadow_scores():
-    """Unfinished prefills, requests that are exempt, and tokens that it does not know as candidates."""
+    """Unfinished prefills, requests that are exempt, and tokens that are none of its candidates."""
     assignments = [Assignment("r0"), Assignment("r1", shadowed=False), Assignment("r2")]
     scored, _ = score(-1e4, [1, 1, 1], assignments, discarded=[True, False, False])
-    assert scored == [False, True]  # of the first and the last
+    assert scored == [False, True]  # r0 and r2
     scored, _ = score(-1e4, [0, 1, 2, 30], max_candidates=2)
     assert scored == [True, True, False, False]
 
 
 def test_no_shadow_is_asked_where_all_rows_are_exempt():
     pool = ProxyPool()
-    shadow = put_into(pool, "shadow", biased(0.0))
+    shadow = add_proxy(pool, "shadow", constant_network(0.0))
     stats = Recorder()
     step = step_of(pool, [Assignment("r0", shadowed=False)], stats, shadows=[shadow])
     score_shadows(step, LOGITS[None], torch.tensor([0]), temperature_applied=True)
@@ -365,8 +375,11 @@ def test_no_shadow_is_asked_where_all_rows_are_exempt():
 
 def test_every_shadow_scores_every_row():
     pool = ProxyPool()
-    shadows = [put_into(pool, "yes", biased(1e4)), put_into(pool, "no", biased(-1e4, width=3))]
-    acting = put_into(pool, "acting", biased(0.0, width=9))
+    shadows = [
+        add_proxy(pool, "yes", constant_network(1e4)),
+        add_proxy(pool, "no", constant_network(-1e4, width=3)),
+    ]
+    acting = add_proxy(pool, "acting", constant_network(0.0, width=9))
     stats = Recorder()
     assignments = [Assignment("r0"), Assignment("r1", acting.served, max_rejections=4)]
     step = step_of(pool, assignments, stats, shadows=shadows)

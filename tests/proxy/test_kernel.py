@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def threads():
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
@@ -69,7 +69,7 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
         torch.nn.init.normal_(network.score.weight, std=1.5)
         table = network.candidate_table(torch.randn(V, H))
         pool.add(ServedProxy(f"p{number}", "v", config), network.weights(), table)
-    loop, tensors = (rows_of(pool, count, traced=traced) for traced in (False, True))
+    compiled_rows, tensor_rows = (rows_of(pool, count, traced=traced) for traced in (False, True))
     forced, differing = 0, 0
     for step in range(2000 // count):
         padded = (torch.randn(count, V + 12) * 3).to(dtype)  # as some heads give them
@@ -78,25 +78,25 @@ def test_both_decide_alike(count, num_proxies, dtype, num_threads, threads):
         logits[step % count] = -torch.inf  # nothing is allowed
         positions = torch.full((count,), step, dtype=torch.int32)
         args: tuple[Any, ...] = logits, hidden, positions
-        one, none = loop.decide(*args, temperature_applied=False)
-        other, tracing = tensors.decide(*args, temperature_applied=False)
-        assert none is None and tracing is not None
-        differing += int((one.columns != other.columns).any(0).sum())
-        forced += int(one.forced.sum())
+        compiled, no_tracing = compiled_rows.decide(*args, temperature_applied=False)
+        reference, tracing = tensor_rows.decide(*args, temperature_applied=False)
+        assert no_tracing is None and tracing is not None
+        differing += int((compiled.columns != reference.columns).any(0).sum())
+        forced += int(compiled.forced.sum())
     assert differing <= 2
     assert (100 if count > 1 else -1) < forced < 1900
 
 
 def test_the_kernels_constants_are_those_of_the_definition():
-    """It has its own, because its cache on disk would not notice that an imported one has changed."""
+    """The kernel has its own, because its cache on disk would not notice that an imported one has changed."""
     from proxy import acceptance, network, noise
     from proxy.cpu import kernel
 
     def unsigned(*numbers: int) -> list[int]:
         return [number % 2**64 for number in numbers]
 
-    mine = [kernel.GOLDEN_GAMMA, kernel.POSITION_STEP, kernel.MIX_1, kernel.MIX_2]
-    assert mine == unsigned(noise.GOLDEN_GAMMA, noise.POSITION_STEP, *noise.MIX)
+    constants = [kernel.GOLDEN_GAMMA, kernel.POSITION_STEP, kernel.MIX_1, kernel.MIX_2]
+    assert constants == unsigned(noise.GOLDEN_GAMMA, noise.POSITION_STEP, *noise.MIX)
     assert pytest.approx(acceptance.UNDERFLOW, rel=1e-7) == kernel.UNDERFLOW
     assert float(kernel.MIN_LOGPROB) == network.MIN_LOGPROB
     assert kernel.NORM_FLOOR == network.NORM_FLOOR

@@ -76,18 +76,18 @@ def test_several_proxies_side_by_side_are_each_itself():
 
 def test_scale_of_the_llm_does_not_matter(network):
     hidden, embeddings, logprobs = torch.randn(R, H), torch.randn(R, K, H), torch.zeros(R, K)
-    once = network(hidden, network.candidate_table(embeddings), logprobs)
+    unscaled = network(hidden, network.candidate_table(embeddings), logprobs)
     scaled = network(hidden * 50, network.candidate_table(embeddings * 50), logprobs)
-    torch.testing.assert_close(once, scaled, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(unscaled, scaled, rtol=1e-3, atol=1e-3)
 
 
 def test_half_precision_inputs_are_computed_in_float32(network):
     hidden, embeddings = torch.randn(R, H).bfloat16(), torch.randn(R, K, H).bfloat16()
     logprobs = torch.zeros(R, K)
     actual = network(hidden, network.candidate_table(embeddings), logprobs)
-    wide = network(hidden.float(), network.candidate_table(embeddings.float()), logprobs)
+    in_float32 = network(hidden.float(), network.candidate_table(embeddings.float()), logprobs)
     assert actual.dtype == network.value(hidden).dtype == torch.float32
-    assert torch.equal(actual, wide)
+    assert torch.equal(actual, in_float32)
 
 
 def test_every_parameter_learns(network):
@@ -107,7 +107,7 @@ def test_every_parameter_learns(network):
 
 def test_value_has_a_head_of_its_own(network):
     network.value(torch.randn(R, H)).sum().backward()
-    touched = {n for n, p in network.named_parameters() if p.grad is not None}
+    touched = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert touched == {
         "value_hidden.weight",
         "value_hidden.bias",
@@ -129,9 +129,9 @@ def test_starts_near_the_frozen_llm():
 def test_without_the_logprob_feature():
     network = ProxyNetwork(ProxyConfig(hidden_size=H, vocab_size=V, use_logprob=False))
     hidden, candidates = torch.randn(R, H), network.candidate_table(torch.randn(R, K, H))
-    one = network(hidden, candidates, torch.zeros(R, K))
-    other = network(hidden, candidates, torch.full((R, K), -9.0))
-    assert torch.equal(one, other)
+    first = network(hidden, candidates, torch.zeros(R, K))
+    second = network(hidden, candidates, torch.full((R, K), -9.0))
+    assert torch.equal(first, second)
 
 
 def test_size_of_the_demo():
@@ -141,8 +141,8 @@ def test_size_of_the_demo():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"width": 0}, {"max_candidates": 0}, {"accept_bias": math.nan}, {"widht": 64}]
+    "invalid", [{"width": 0}, {"max_candidates": 0}, {"accept_bias": math.nan}, {"widht": 64}]
 )
-def test_config_refuses_what_it_does_not_know(wrong):
+def test_config_refuses_what_it_does_not_know(invalid):
     with pytest.raises(ValidationError):
-        ProxyConfig(hidden_size=H, vocab_size=V, **wrong)
+        ProxyConfig(hidden_size=H, vocab_size=V, **invalid)

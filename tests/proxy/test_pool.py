@@ -1,17 +1,17 @@
-"""Stacked proxies: each stays what it was, and what goes leaves nothing behind."""
+"""Stacked proxies: each keeps its values, and the memory of an unloaded one is freed."""
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from proxy.engine.pool import ProxyPool
 from proxy.network import score_single
-from tests.proxy.proxies import H, Proxy, V, opinionated, put_into, unlike_proxies
+from tests.proxy.proxies import H, Proxy, V, add_proxy, different_proxies, random_network
 
 R, K = 3, 7
 
 
-def assert_each_is_itself(pool: ProxyPool, proxies: list[Proxy]) -> None:
-    """Whatever its slot and however it was padded: the very numbers of its own network."""
+def assert_unchanged(pool: ProxyPool, proxies: list[Proxy]) -> None:
+    """Each proxy's scores are those of its own network, whatever its slot and its padding."""
     rng = torch.Generator().manual_seed(5)
     hidden = torch.randn(R, H, generator=rng) * 20
     token_ids = torch.randint(V, (R, K), generator=rng)
@@ -26,41 +26,41 @@ def assert_each_is_itself(pool: ProxyPool, proxies: list[Proxy]) -> None:
 
 
 def num_bytes(pool: ProxyPool) -> int:
-    """What the pool's tensors keep from being freed, views' backing included."""
+    """Bytes of the storages that the pool's tensors keep alive."""
     assert pool.weights is not None and pool.tables is not None
-    return sum(t.untyped_storage().nbytes() for t in (*pool.weights, pool.tables))
+    return sum(tensor.untyped_storage().nbytes() for tensor in (*pool.weights, pool.tables))
 
 
 def test_slots_follow_what_comes_and_goes():
     pool = ProxyPool()
-    a, b, c, d = unlike_proxies(pool)
-    assert_each_is_itself(pool, [a, b, c, d])
+    a, b, c, d = different_proxies(pool)
+    assert_unchanged(pool, [a, b, c, d])
     pool.retain({a.served, c.served, d.served})
-    assert_each_is_itself(pool, [a, c, d])
-    e = put_into(pool, "e", opinionated(5, width=3))
-    assert_each_is_itself(pool, [a, c, d, e])
+    assert_unchanged(pool, [a, c, d])
+    e = add_proxy(pool, "e", random_network(5, width=3))
+    assert_unchanged(pool, [a, c, d, e])
     pool.retain([e.served])
-    assert_each_is_itself(pool, [e])
+    assert_unchanged(pool, [e])
     pool.retain([])
     assert (pool.proxies, pool.weights, pool.tables) == ([], None, None)
-    put_into(pool, "a", a.network)
+    add_proxy(pool, "a", a.network)
     assert pool.proxies[0].slot == 0
 
 
 def test_retaining_all_changes_nothing():
     pool = ProxyPool()
-    a, b, c, d = unlike_proxies(pool)
+    a, b, c, d = different_proxies(pool)
     weights, tables = pool.weights, pool.tables
-    pool.retain([p.served for p in (d, c, b, a)])
+    pool.retain([proxy.served for proxy in (d, c, b, a)])
     assert pool.weights is weights and pool.tables is tables
 
 
 def test_bytes_of_a_proxy():
     """H 12, V 40, W 6: state 12 x 12, product 6 x 6, logprob 6, score 6, bias 1, table 40 x 12."""
     pool = ProxyPool()
-    a = put_into(pool, "a", opinionated(1, width=6))
+    a = add_proxy(pool, "a", random_network(1, width=6))
     assert pool.num_bytes(a.served) == num_bytes(pool) == 4 * (144 + 36 + 6 + 6 + 1 + 480)
-    b = put_into(pool, "b", opinionated(2, width=8))
+    b = add_proxy(pool, "b", random_network(2, width=8))
     # Beside a wider one it is padded to that one's width.
     assert pool.num_bytes(a.served) == pool.num_bytes(b.served) == num_bytes(pool) // 2
     assert num_bytes(pool) == 2 * 4 * (12 * 16 + 8 * 8 + 8 + 8 + 1 + 40 * 16)
@@ -68,28 +68,28 @@ def test_bytes_of_a_proxy():
 
 def test_what_is_unloaded_is_freed():
     pool = ProxyPool()
-    a = put_into(pool, "a", opinionated(1, width=6))
-    before = num_bytes(pool)
-    put_into(pool, "b", opinionated(2, width=64))
-    assert num_bytes(pool) > 2 * before
+    a = add_proxy(pool, "a", random_network(1, width=6))
+    size_before = num_bytes(pool)
+    add_proxy(pool, "b", random_network(2, width=64))
+    assert num_bytes(pool) > 2 * size_before
     assert pool.weights is not None and pool.tables is not None
-    old = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*pool.weights, pool.tables)]
-    assert not any(ref.expired() for ref in old)
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*pool.weights, pool.tables)]
+    assert not any(ref.expired() for ref in storages)
     pool.retain([a.served])
-    assert all(ref.expired() for ref in old)
-    assert num_bytes(pool) == before  # padding for the wide one has gone with it
-    assert_each_is_itself(pool, [a])
-    assert pool.num_bytes(a.served) == before
+    assert all(ref.expired() for ref in storages)
+    assert num_bytes(pool) == size_before  # the padding for the wide one is gone
+    assert_unchanged(pool, [a])
+    assert pool.num_bytes(a.served) == size_before
 
 
 def test_tensors_in_use_are_left_alone():
     """A step may still be reading them when the next proxy comes."""
     pool = ProxyPool()
-    a = put_into(pool, "a", opinionated(1, width=6))
+    a = add_proxy(pool, "a", random_network(1, width=6))
     weights, tables = pool.weights, pool.tables
     assert weights is not None and tables is not None
     copies = [tensor.clone() for tensor in (*weights, tables)]
-    put_into(pool, "b", opinionated(2, width=16))
+    add_proxy(pool, "b", random_network(2, width=16))
     pool.retain([a.served])
     for tensor, copy in zip((*weights, tables), copies, strict=True):
         assert torch.equal(tensor, copy)

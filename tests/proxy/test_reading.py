@@ -1,4 +1,4 @@
-"""Reading given responses from an engine's prefills, whatever parts these come in."""
+"""Reading given responses from an engine's prefills, however they are split."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def step_of(
     )
 
 
-def run(
+def run_step(
     reader: Reader,
     new: Sequence[str],
     computed: dict[str, int],
@@ -57,7 +57,10 @@ def run(
 ) -> None:
     reader.schedule(step_of(new, computed, scheduled, alignment))
     if reader.is_busy:
-        hidden = [STATES[n][computed[n] : computed[n] + count] for n, count in scheduled.items()]
+        hidden = [
+            STATES[name][computed[name] : computed[name] + count]
+            for name, count in scheduled.items()
+        ]
         padding = torch.full((5, HIDDEN), torch.nan)  # as of a CUDA graph
         ids = [f"{name}-01234567" for name in scheduled]
         reader.read(ids, list(scheduled.values()), torch.cat([*hidden, padding]))
@@ -70,8 +73,8 @@ def read_whole(name: str) -> Positions:
 
 
 def assert_read(reader: Reader, name: str) -> None:
-    taken = reader.take([name])[name]
-    for actual, expected in zip(taken, read_whole(name), strict=True):
+    positions = reader.take([name])[name]
+    for actual, expected in zip(positions, read_whole(name), strict=True):
         torch.testing.assert_close(actual, expected)
     assert reader.take([name]) == {}  # once
 
@@ -83,28 +86,28 @@ def reader() -> Reader:
 
 def test_whole_and_in_parts_beside_others(reader: Reader) -> None:
     """r2 is not to be read; r0 comes in parts, one of which ends before its response."""
-    run(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14})
-    run(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 6})
-    run(reader, [], {"r0": 8}, {"r0": 4})
+    run_step(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14})
+    run_step(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 6})
+    run_step(reader, [], {"r0": 8}, {"r0": 4})
     assert not reader.is_busy
     assert_read(reader, "r0")
     assert_read(reader, "r1")
     assert reader.take(["r2", "never seen"]) == {}
 
 
-@pytest.mark.parametrize("comes_anew", [False, True])  # the second model runner shows it as new
-def test_a_preempted_request_is_read_once(reader: Reader, comes_anew: bool) -> None:
-    run(reader, ["r0"], {"r0": 0}, {"r0": 9})
-    run(reader, [], {}, {})
-    run(reader, ["r0"] if comes_anew else [], {"r0": 0}, {"r0": 7})
-    run(reader, [], {"r0": 7}, {"r0": 5})
+@pytest.mark.parametrize("is_new", [False, True])  # the second model runner shows it as new
+def test_a_preempted_request_is_read_once(reader: Reader, is_new: bool) -> None:
+    run_step(reader, ["r0"], {"r0": 0}, {"r0": 9})
+    run_step(reader, [], {}, {})
+    run_step(reader, ["r0"] if is_new else [], {"r0": 0}, {"r0": 7})
+    run_step(reader, [], {"r0": 7}, {"r0": 5})
     assert_read(reader, "r0")
 
 
 def test_a_rank_that_does_not_report_takes_part_and_keeps_nothing() -> None:
     num_rows = []
     reader = Reader(lambda hidden: num_rows.append(len(hidden)), reports=False)
-    run(reader, ["r0"], {"r0": 0}, {"r0": 12})
+    run_step(reader, ["r0"], {"r0": 0}, {"r0": 12})
     assert num_rows == [12 - START] and not reader.is_busy
     assert reader.take(["r0"]) == {}
 
@@ -113,13 +116,13 @@ def test_what_nobody_asks_for_is_forgotten(reader: Reader, monkeypatch: pytest.M
     size = sum(tensor.nbytes for tensor in read_whole("r1"))
     monkeypatch.setattr(reading, "MAX_BYTES", size)
     for name in ("r0", "r1"):
-        run(reader, [name], {name: 0}, {name: len(IDS[name])})
+        run_step(reader, [name], {name: 0}, {name: len(IDS[name])})
     assert reader.take(["r0"]) == {}
     assert_read(reader, "r1")
 
 
 def test_an_aborted_request_is_forgotten(reader: Reader) -> None:
-    run(reader, ["r0"], {"r0": 0}, {"r0": 4})
+    run_step(reader, ["r0"], {"r0": 0}, {"r0": 4})
     step = step_of([], {}, {})
     step.finished_req_ids = {"r0-01234567"}
     reader.schedule(step)

@@ -36,7 +36,7 @@ def test_what_a_request_leaves_out():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"strength": -0.1},
         {"strength": 16.1},
@@ -49,19 +49,19 @@ def test_what_a_request_leaves_out():
         {"strenght": 1.0},
     ],
 )
-def test_admission_refuses(wrong: dict[str, Any]):
+def test_admission_refuses(invalid: dict[str, Any]):
     with pytest.raises(ValidationError):
-        Alignment(**({"proxy": "polite"} | wrong))
+        Alignment(**({"proxy": "polite"} | invalid))
     with pytest.raises(ValidationError):
-        WorkerAlignment(**({"proxy": "polite"} | wrong))
-    assert alignment_of({"alignment": {"proxy": "polite"} | wrong}) == WorkerAlignment()
+        WorkerAlignment(**({"proxy": "polite"} | invalid))
+    assert alignment_of({"alignment": {"proxy": "polite"} | invalid}) == WorkerAlignment()
 
 
-@pytest.mark.parametrize("own", [{"version": "0123456789ab"}, {"shadow": False}])
-def test_what_the_server_adds_is_not_a_clients_to_say(own: dict[str, Any]):
+@pytest.mark.parametrize("server_fields", [{"version": "0123456789ab"}, {"shadow": False}])
+def test_what_the_server_adds_is_not_a_clients_to_say(server_fields: dict[str, Any]):
     with pytest.raises(ValidationError):
-        Alignment(proxy="polite", **own)
-    WorkerAlignment(proxy="polite", **own)
+        Alignment(proxy="polite", **server_fields)
+    WorkerAlignment(proxy="polite", **server_fields)
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def nested(depth: int) -> dict[str, Any]:
 def test_plain_sampling_where_there_is_nothing_to_apply(extra_args: Any):
     parsed = alignment_of(extra_args)
     assert not parsed.acts
-    assert parsed.shadow  # whoever is let in without the server is scored like anybody else
+    assert parsed.shadow  # a request that did not come through the server is scored like any other
 
 
 def test_a_request_may_be_exempt_from_shadows():

@@ -14,26 +14,26 @@ from proxy.engine.batch_plan import BatchPlan
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.engine.request_tracker import Batch, RequestTracker
 from proxy.noise import noise_key
-from tests.proxy.proxies import opinionated, put_into
+from tests.proxy.proxies import add_proxy, random_network
 
 EOS = 1
 
 
 def params(proxy: str | None, **alignment: Any) -> Any:
-    """vLLM's SamplingParams, as far as they matter here."""
-    own = {
+    """The fields of vLLM's SamplingParams that the tracker reads."""
+    fields = {
         "stop_token_ids": [],
         "eos_token_id": EOS,
         "seed": None,
         "temperature": 1.0,
     }
-    own |= {key: alignment.pop(key) for key in tuple(alignment) if key in own}
+    fields |= {key: alignment.pop(key) for key in tuple(alignment) if key in fields}
     alignment_args = {"alignment": alignment | {"proxy": proxy}} if proxy or alignment else None
-    return SimpleNamespace(extra_args=alignment_args, **own)
+    return SimpleNamespace(extra_args=alignment_args, **fields)
 
 
 class Worker:
-    """The requests that a worker has in hand, its proxies, and its tracker."""
+    """A worker's current requests, its proxies, and its tracker."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.tracker = RequestTracker(torch.device("cpu"), **kwargs)
@@ -44,25 +44,25 @@ class Worker:
             self.load(name)
 
     def load(self, name: str, version: str = "v1") -> ServedProxy:
-        proxy = put_into(self.pool, name, opinionated(1, max_rejections=5), version).served
+        proxy = add_proxy(self.pool, name, random_network(1, max_rejections=5), version).served
         self.proxies[name, None] = self.proxies[name, version] = proxy
         return proxy
 
     def plan(
         self, batch: list[str] | None = None, *, shadows: Sequence[ServedProxy] = ()
     ) -> BatchPlan:
-        chosen = Batch(
+        engine_batch = Batch(
             req_ids=list(self.requests) if batch is None else batch,
             params_of=self.requests.__getitem__,
             live=self.requests.keys(),
         )
-        find = self.proxies.get
-        return self.tracker.plan_of(chosen.req_ids) or self.tracker.plan(
-            chosen, self.pool, lambda *key: find(key), shadows=shadows
+        get_proxy = self.proxies.get
+        return self.tracker.plan_of(engine_batch.req_ids) or self.tracker.plan(
+            engine_batch, self.pool, lambda *key: get_proxy(key), shadows=shadows
         )
 
     def assignments(self) -> list[Assignment]:
-        """Those of all requests that a proxy decides."""
+        """The assignments of all requests that a proxy decides."""
         rows = self.plan().proxied
         return [] if rows is None else rows.assignments
 
@@ -74,11 +74,11 @@ class Worker:
         discarded: set[str] = frozenset(),  # type: ignore[assignment]
         plan: BatchPlan | None = None,
     ) -> None:
-        """Decide for every row alike; token 7 unless told otherwise."""
+        """Record the same decision for every row; token 7 by default."""
         rows = (plan or self.plan()).proxied
         if rows is None:
             return
-        ids = [a.req_id for a in rows.assignments]
+        ids = [assignment.req_id for assignment in rows.assignments]
         token_ids = [(tokens or {}).get(req_id, 7) for req_id in ids]
         count = len(ids)
         decision = Decision(
@@ -104,17 +104,22 @@ def test_what_each_request_gets():
     assert plan.proxied is not None
     assert plan.unproxied_rows == [1, 4, 5, 7]
     assert plan.shadows[0].rows == [0, 1, 2, 4, 5, 6, 7]
-    assert [a.temperature for a in plan.shadows[0].assignments[:2]] == [0.0, 1.0]
+    assert [assignment.temperature for assignment in plan.shadows[0].assignments[:2]] == [0.0, 1.0]
     r0, r2, r3, r6 = plan.proxied.assignments
     assert [proxy.name for proxy in plan.proxied.proxies] == ["a", "b", "a", "a"]
-    assert [a.strength for a in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]
-    assert [a.max_rejections for a in (r0, r2, r3, r6)] == [5, 0, 5, 5]  # the proxy's own number
-    assert [a.is_greedy for a in (r0, r2, r3, r6)] == [True, False, False, False]
-    assert [a.traced for a in (r0, r2, r3, r6)] == [False, True, False, False]
+    assert [assignment.strength for assignment in (r0, r2, r3, r6)] == [2.0, 1.0, 1.0, 1.0]
+    assert [assignment.max_rejections for assignment in (r0, r2, r3, r6)] == [
+        5,
+        0,
+        5,
+        5,
+    ]  # the proxy's own number
+    assert [assignment.is_greedy for assignment in (r0, r2, r3, r6)] == [True, False, False, False]
+    assert [assignment.traced for assignment in (r0, r2, r3, r6)] == [False, True, False, False]
     assert (r3.key, r3.is_seeded) == (noise_key(-5), True)
-    assert not r0.is_seeded and len({a.key for a in (r0, r2, r3, r6)}) == 4
+    assert not r0.is_seeded and len({assignment.key for assignment in (r0, r2, r3, r6)}) == 4
     assert set(r2.stop_ids) == {8, 9, EOS}
-    assert len({id(a.counts) for a in (r0, r2, r3, r6)}) == 4
+    assert len({id(assignment.counts) for assignment in (r0, r2, r3, r6)}) == 4
 
 
 def test_an_unknown_proxy_is_said_once_and_sampled_without(caplog):
@@ -138,12 +143,12 @@ def test_plan_is_cached_while_the_batch_is_the_same():
     worker = Worker()
     worker.requests = {"r0": params("a"), "r1": params("b")}
     first = worker.plan(["r0", "r1"])
-    before = worker.assignments()
+    assignments = worker.assignments()
     assert worker.plan(["r0", "r1"]) is first
     swapped = worker.plan(["r1", "r0"])
     assert swapped is not first
     assert swapped.proxied is not None
-    assert swapped.proxied.assignments == before[::-1]
+    assert swapped.proxied.assignments == assignments[::-1]
     worker.tracker.forget_plan()
     assert worker.plan(["r1", "r0"]) is not swapped
 
@@ -192,7 +197,7 @@ def test_unfinished_prefills_do_not_count():
     worker.step(discarded={"y"})
     worker.step()
     counts = worker.tracker.take(["x", "y"])
-    assert [counts[r]["accepted"] for r in "xy"] == [2, 1]
+    assert [counts[req_id]["accepted"] for req_id in "xy"] == [2, 1]
 
 
 def test_rows_after_the_end_do_not_count():
@@ -204,7 +209,7 @@ def test_rows_after_the_end_do_not_count():
     worker.step(tokens={"y": 9})
     worker.step()
     counts = worker.tracker.take(["x", "y"])
-    assert [counts[r]["accepted"] for r in "xy"] == [1, 2]
+    assert [counts[req_id]["accepted"] for req_id in "xy"] == [1, 2]
 
 
 def test_a_request_keeps_the_version_it_began_with():
@@ -217,9 +222,9 @@ def test_a_request_keeps_the_version_it_began_with():
     worker.requests |= {"z": params("a"), "old": params("a", version="v1"), "b": params("b")}
     worker.step()
     counts = worker.tracker.take(["x", "y", "z", "old", "early", "b"])
-    versions = {r: c["version"] for r, c in counts.items()}
+    versions = {req_id: entry["version"] for req_id, entry in counts.items()}
     assert versions == {"x": "v1", "y": "v1", "z": "v2", "old": "v1"}
-    assert [counts[r]["accepted"] for r in ("x", "y", "z", "old")] == [2, 2, 1, 1]
+    assert [counts[req_id]["accepted"] for req_id in ("x", "y", "z", "old")] == [2, 2, 1, 1]
 
 
 def test_a_preempted_request_keeps_its_counts():
@@ -229,7 +234,7 @@ def test_a_preempted_request_keeps_its_counts():
     worker.step(plan=worker.plan(["y"]))
     worker.step()
     counts = worker.tracker.take(["x", "y"])
-    assert [counts[r]["accepted"] for r in "xy"] == [2, 3]
+    assert [counts[req_id]["accepted"] for req_id in "xy"] == [2, 3]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -238,14 +243,14 @@ def test_a_request_that_the_runner_dropped_goes_on_where_it_was(seed):
     worker = Worker()
     worker.requests = {"x": params("a", seed=seed), "y": params("b")}
     worker.step()
-    (before, _) = worker.assignments()
+    (assignment, _) = worker.assignments()
     dropped = worker.requests.pop("x")
     worker.step()
     assert worker.tracker.proxies_in_use(worker.requests) == {worker.proxies["b", None]}
     worker.load("a", "v2")
     worker.requests["x"] = dropped
     worker.step()
-    assert worker.assignments()[1] == before
+    assert worker.assignments()[1] == assignment
     counts = worker.tracker.take(["x", "y"])
     assert (counts["x"]["accepted"], counts["y"]["accepted"]) == (2, 3)
     assert counts["x"]["version"] == "v1"
@@ -258,7 +263,7 @@ def test_proxies_in_use():
     assert worker.tracker.proxies_in_use(worker.requests) == set()  # none has begun
     worker.step()
     assert worker.tracker.proxies_in_use(worker.requests) == {a, b}
-    worker.tracker.take(["y"])  # asked for while it runs: it goes on
+    worker.tracker.take(["y"])  # taken while it runs: it goes on
     assert worker.tracker.proxies_in_use(worker.requests) == {a, b}
     del worker.requests["x"]
     assert worker.tracker.proxies_in_use(worker.requests) == {b}
@@ -268,7 +273,7 @@ def test_proxies_in_use():
 
 
 def test_forgetting_the_plan_counts_what_was_decided():
-    """What is not counted yet would keep the tensors of a pool that is no more."""
+    """Records that are not aggregated would keep the tensors of a replaced pool."""
     worker = Worker()
     worker.requests = {"x": params("a")}
     for _ in range(3):
@@ -280,19 +285,19 @@ def test_forgetting_the_plan_counts_what_was_decided():
 
 
 def test_unseeded_requests_draw_alike_on_all_ranks():
-    """vLLM seeds torch's generator alike on all of them; two requests never share a key."""
+    """vLLM gives torch's generator the same seed on all ranks; two requests never share a key."""
     keys = []
     for _rank in range(2):
         torch.manual_seed(11)
         worker = Worker()
         torch.manual_seed(12)
         worker.requests = {f"r{i}": params("a") for i in range(5)}
-        keys.append([a.key for a in worker.assignments()])
+        keys.append([assignment.key for assignment in worker.assignments()])
     assert keys[0] == keys[1] and len(set(keys[0])) == 5
 
 
 def test_memory_is_bounded():
-    """Nobody asks for what was aborted: the oldest is forgotten first, the live never."""
+    """The counts of aborted requests are never taken: the oldest are dropped first, those of live requests never."""
     worker = Worker(capacity=4)
     worker.requests = {"live": params("a")}
     worker.step()
@@ -303,7 +308,7 @@ def test_memory_is_bounded():
     worker.requests = {}
     worker.plan([])
     counts = worker.tracker.take(["live", *(f"r{i}" for i in range(50))])
-    assert {r: c["accepted"] for r, c in counts.items()} == {
+    assert {req_id: entry["accepted"] for req_id, entry in counts.items()} == {
         "live": 51,
         "r47": 1,
         "r48": 1,
@@ -319,7 +324,7 @@ def test_more_live_requests_than_foreseen():
     worker.step()
     worker.step()
     counts = worker.tracker.take(worker.requests)
-    assert [c["accepted"] for c in counts.values()] == [2] * 9
+    assert [entry["accepted"] for entry in counts.values()] == [2] * 9
 
 
 def test_the_counts_of_a_forgotten_request_go_to_nobody():
@@ -340,7 +345,7 @@ def test_ranks_that_do_not_report_count_nothing():
 
 
 def test_traces_by_the_callers_id():
-    """Whatever is new of those that are traced, and nothing once the counts have been taken."""
+    """The new entries of the traced requests, and nothing once the counts have been taken."""
     worker = Worker()
     worker.requests = {
         "0_abc-0000000a": params("a", trace=True, eos_token_id=None),
@@ -357,8 +362,8 @@ def test_traces_by_the_callers_id():
         worker.tracker.stats.record(plan.proxied, decision, None, tracing)
 
     def lengths(request_ids: list[str]) -> dict[str, int]:
-        taken = worker.tracker.take_traces(request_ids)
-        return {req_id: len(entries) for req_id, entries in taken.items()}
+        traces = worker.tracker.take_traces(request_ids)
+        return {req_id: len(entries) for req_id, entries in traces.items()}
 
     step()
     step()

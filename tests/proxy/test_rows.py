@@ -16,7 +16,7 @@ from proxy.engine.rows import ProxiedRows
 from proxy.engine.scoring import ProxyScorer
 from proxy.network import ProxyConfig
 from proxy.noise import noise_key, seeded_noise
-from tests.proxy.proxies import H, Proxy, V, unlike_proxies
+from tests.proxy.proxies import H, Proxy, V, different_proxies
 from training.policy import Decoding, Policy
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def pool() -> ProxyPool:
 
 @pytest.fixture
 def proxies(pool: ProxyPool) -> dict[str, Proxy]:
-    return {proxy.served.name: proxy for proxy in unlike_proxies(pool)}
+    return {proxy.served.name: proxy for proxy in different_proxies(pool)}
 
 
 def assign(proxies: dict[str, Proxy], name: str, **settings: Any) -> Assignment:
@@ -44,14 +44,14 @@ def proxied_rows_of(pool: ProxyPool, assignments: list[Assignment]) -> ProxiedRo
     return ProxiedRows([*range(len(assignments))], assignments, pool, CPU, covers_batch=True)
 
 
-def some_candidates(rows: int) -> Candidates:
+def random_candidates(rows: int) -> Candidates:
     token_ids = torch.stack([torch.randperm(V)[:K] for _ in range(rows)])
     logprobs = torch.randn(rows, K).sort(descending=True).values.log_softmax(-1)
     return Candidates(token_ids, logprobs.masked_fill(torch.rand(rows, K) < 0.1, -torch.inf))
 
 
 @pytest.mark.parametrize(
-    "shares",
+    "proxy_names",
     [
         "a",
         "bbbbb",
@@ -63,46 +63,48 @@ def some_candidates(rows: int) -> Candidates:
         *("".join(Random(n).choices("abcd", k=n)) for n in (3, 11, 64)),
     ],
 )
-def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, shares, monkeypatch):
-    """Against each row's network, alone; and it takes one evaluation, of fewer than 2 A places."""
+def test_every_row_is_scored_by_its_own_proxy_at_once(pool, proxies, proxy_names, monkeypatch):
+    """Compared with each row's own network. It takes one evaluation, of fewer than two places a row."""
     evaluations = []
 
-    def spy(name: str) -> None:
+    def count_calls(name: str) -> None:
         original = getattr(proxy.engine.scoring, name)
 
-        def counted(weights: Any, first: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def counted(weights: Any, first: torch.Tensor, *args: Any) -> torch.Tensor:
             evaluations.append(first[..., 0].numel())
-            return original(weights, first, *rest)
+            return original(weights, first, *args)
 
         monkeypatch.setattr(proxy.engine.scoring, name, counted)
 
-    spy("accept_logits")
-    spy("score_single")
+    count_calls("accept_logits")
+    count_calls("score_single")
     torch.manual_seed(0)
-    mixture = ProxyScorer([proxies[name].served for name in shares], pool, CPU)
-    hidden, candidates = torch.randn(len(shares), H), some_candidates(len(shares))
-    actual = mixture.accept_logits(hidden, candidates)
-    features = mixture.project(hidden) / hidden.norm(dim=-1, keepdim=True)
-    assert actual.shape == (len(shares), K) and features.shape == (len(shares), 32)
-    for row, name in enumerate(shares):
-        one = slice(row, row + 1)
-        expected = proxies[name].score_single(hidden[one], *(x[one] for x in candidates))
-        torch.testing.assert_close(actual[one], expected, rtol=1e-4, atol=1e-5)
+    scorer = ProxyScorer([proxies[name].served for name in proxy_names], pool, CPU)
+    hidden, candidates = torch.randn(len(proxy_names), H), random_candidates(len(proxy_names))
+    actual = scorer.accept_logits(hidden, candidates)
+    features = scorer.project(hidden) / hidden.norm(dim=-1, keepdim=True)
+    assert actual.shape == (len(proxy_names), K) and features.shape == (len(proxy_names), 32)
+    for row, name in enumerate(proxy_names):
+        row_slice = slice(row, row + 1)
+        expected = proxies[name].score_single(
+            hidden[row_slice], *(tensor[row_slice] for tensor in candidates)
+        )
+        torch.testing.assert_close(actual[row_slice], expected, rtol=1e-4, atol=1e-5)
         network = proxies[name].network
         rms = hidden[row].square().mean().sqrt()
         u = network.state_half.weight @ hidden[row] / rms
         torch.testing.assert_close(features[row, : len(u)], u, rtol=1e-4, atol=1e-5)
     assert len(evaluations) == 1
-    assert evaluations[0] == len(shares) or evaluations[0] < 2 * len(shares)
+    assert evaluations[0] == len(proxy_names) or evaluations[0] < 2 * len(proxy_names)
 
 
 def test_rows_outlive_a_change_of_the_pool(pool, proxies):
     """They keep the tensors that they were made with: a step may be under way."""
-    mixture = ProxyScorer([proxies[name].served for name in "cab"], pool, CPU)
-    hidden, candidates = torch.randn(3, H), some_candidates(3)
-    before = mixture.accept_logits(hidden, candidates)
+    scorer = ProxyScorer([proxies[name].served for name in "cab"], pool, CPU)
+    hidden, candidates = torch.randn(3, H), random_candidates(3)
+    expected = scorer.accept_logits(hidden, candidates)
     pool.retain([proxies["b"].served])
-    assert torch.equal(mixture.accept_logits(hidden, candidates), before)
+    assert torch.equal(scorer.accept_logits(hidden, candidates), expected)
 
 
 def test_settings_of_each_row(pool, proxies):
@@ -178,27 +180,33 @@ def test_a_request_narrows_its_proxys_nucleus_and_never_widens_it(
 
 
 def test_seeded_rows_draw_from_their_seeds_alone(pool, proxies):
-    """Whatever is beside them, and whatever the type of the positions; vLLM has int32."""
+    """Whatever the other rows are, and whatever the type of the positions; vLLM's is int32."""
     seeds = [11, 12, -(2**70), 11]
     positions = torch.tensor([40, 40, 3, 41], dtype=torch.int32)
-    assignments = [assign(proxies, n, seed=seed) for n, seed in zip("abda", seeds, strict=True)]
+    assignments = [
+        assign(proxies, name, seed=seed) for name, seed in zip("abda", seeds, strict=True)
+    ]
     token_ids = torch.randperm(V)[:40].expand(4, -1)
     noise = proxied_rows_of(pool, assignments).noise(positions, token_ids)
     assert noise.shape == (4, 2, 40) and noise.dtype == torch.float32
     assert len(noise.unique()) == noise.numel()
     for row, assignment in enumerate(assignments):
-        one = slice(row, row + 1)
+        row_slice = slice(row, row + 1)
         key = torch.tensor([noise_key(seeds[row])])
-        assert torch.equal(noise[one], seeded_noise(key, positions[one].long(), token_ids[one]))
-        alone = proxied_rows_of(pool, [assignment]).noise(positions[one], token_ids[one, :5])
-        assert torch.equal(noise[one, :, :5], alone)
+        assert torch.equal(
+            noise[row_slice], seeded_noise(key, positions[row_slice].long(), token_ids[row_slice])
+        )
+        single = proxied_rows_of(pool, [assignment]).noise(
+            positions[row_slice], token_ids[row_slice, :5]
+        )
+        assert torch.equal(noise[row_slice, :, :5], single)
 
 
 def test_an_accelerator_draws_afresh_for_rows_without_a_seed(pool, proxies, monkeypatch):
-    """As on any device but a CPU: in one kernel, for all; seeded rows are left alone."""
+    """On all devices but a CPU one kernel draws for all rows. Seeded rows keep their noise."""
     seeds = [11, None, 11]
     rows = proxied_rows_of(pool, [assign(proxies, "a", seed=seed) for seed in seeds])
-    assert rows.settings.keys.device == CPU  # made before the device is another
+    assert rows.settings.keys.device == CPU  # made before the device is replaced
     monkeypatch.setattr(rows, "_device", torch.device("meta"))
     positions = torch.tensor([40, 40, 41])
     monkeypatch.setattr(proxy.engine.rows, "draw_noise", lambda *_: torch.full((3, 2, 5), 0.5))
@@ -225,13 +233,15 @@ def test_neighbours_change_nothing(pool, proxies, traced):
         )
         for seed, name in enumerate("abca")
     ]
-    together = proxied_rows_of(pool, assignments)
-    alone = [proxied_rows_of(pool, [assignment]) for assignment in assignments]
+    batch_rows = proxied_rows_of(pool, assignments)
+    single_rows = [proxied_rows_of(pool, [assignment]) for assignment in assignments]
     for position in range(100):
         logits, hidden = torch.randn(4, V), torch.randn(4, H)
         positions = torch.full((4,), position, dtype=torch.int32)
         args = logits, hidden, positions
-        decision, _ = together.decide(*args, temperature_applied=False)
-        for row, rows in enumerate(alone):
-            one, _ = rows.decide(*(x[row : row + 1] for x in args), temperature_applied=False)
-            assert torch.equal(decision.columns[:, [row]], one.columns)
+        decision, _ = batch_rows.decide(*args, temperature_applied=False)
+        for row, rows in enumerate(single_rows):
+            single, _ = rows.decide(
+                *(tensor[row : row + 1] for tensor in args), temperature_applied=False
+            )
+            assert torch.equal(decision.columns[:, [row]], single.columns)

@@ -1,10 +1,10 @@
 """The sampler of Model Runner V2 (MRV2) on a CPU: vLLM's own classes, given constructed steps.
 
-MRV2 needs Triton, which a CPU has not. Real here: the worker, vLLM's sampler with all its states,
+MRV2 needs Triton, which is not there on a CPU. Real here: the worker, vLLM's sampler with all its states,
 its request states and batches, and the runner's method that goes from hidden states to tokens.
 Replaced, by plain torch: the Triton kernels on that way (`kernels`). Not here: the forward pass,
 CUDA graphs, and `GPUModelRunner`'s making of the batch, which `Runner` stands in for.
-`tests/proxy/model_runner_v2.py` runs all of it where Triton can be had.
+`tests/proxy/model_runner_v2.py` runs all of it where Triton is installed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from torch import Tensor
 from proxy.acceptance import Decision, decide, nucleus
 from proxy.checkpoint import BaseModelId, ProxyError, save
 from proxy.noise import noise_key, seeded_noise
-from tests.proxy.proxies import EMBEDDINGS, H, V, opinionated
+from tests.proxy.proxies import EMBEDDINGS, H, V, random_network
 
 # vLLM is imported inside the tests: it changes torch for the whole process.
 
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 SLOTS, MAX_TOKENS = 14, 96
 HEAD = torch.randn(V, H, generator=torch.Generator().manual_seed(1)) * 0.7  # logits like an LLM's
 NETWORKS = {
-    "one": opinionated(1, max_candidates=7, max_rejections=3),
-    "two": opinionated(2, width=10, max_candidates=12, temperature=0.8, top_p=0.9),
+    "one": random_network(1, max_candidates=7, max_rejections=3),
+    "two": random_network(2, width=10, max_candidates=12, temperature=0.8, top_p=0.9),
 }
 BASE = BaseModelId(name="constructed", fingerprint="0")
 
@@ -54,8 +54,8 @@ def apply_temperature(logits: Tensor, slots: Tensor, temperature: Tensor) -> Non
 
 
 def apply_min_p(logits: Tensor, slots: Tensor, min_p: Tensor) -> None:
-    least = logits.max(-1, keepdim=True).values + min_p[slots].log().unsqueeze(-1)
-    logits.masked_fill_(logits < least, float("-inf"))
+    threshold = logits.max(-1, keepdim=True).values + min_p[slots].log().unsqueeze(-1)
+    logits.masked_fill_(logits < threshold, float("-inf"))
 
 
 def num_sampled_and_rejected(
@@ -78,7 +78,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Model(torch.nn.Module):
-    """An LLM of which nothing but the embedding and the head is needed."""
+    """An LLM that has nothing but its embedding and its head."""
 
     def embed_input_ids(self, token_ids: Tensor) -> Tensor:
         return EMBEDDINGS[token_ids]
@@ -88,7 +88,7 @@ class Model(torch.nn.Module):
 
 
 class Runner:
-    """What of vLLM's GPUModelRunner a step of sampling meets, and the making of that step.
+    """The part of vLLM's GPUModelRunner that sampling uses, and the making of its steps.
 
     Rows are padded as for a CUDA graph, and slots differ from rows.
     """
@@ -122,7 +122,7 @@ class Runner:
         del self.computed[req_id]
 
     def schedule(self, **num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Run the "model" on so many tokens of these requests: hidden states and logits of the rows."""
+        """Run the "model" on this many tokens of each request. Returns hidden states and logits of the rows."""
         from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
         from vllm.v1.worker.gpu.model_runner import ExecuteModelState
 
@@ -133,7 +133,8 @@ class Runner:
         ends = np.cumsum(scheduled)
         total, padding = int(ends[-1]), 4
         positions = [
-            np.arange(c, c + n) for c, n in zip(computed.tolist(), scheduled.tolist(), strict=True)
+            np.arange(start, start + count)
+            for start, count in zip(computed.tolist(), scheduled.tolist(), strict=True)
         ]
         dummy = InputBatch.make_dummy(
             len(req_ids), total + padding, InputBuffers(SLOTS, MAX_TOKENS, CPU)
@@ -158,19 +159,19 @@ class Runner:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(total + padding, H, generator=generator)
         for req_id, end in zip(req_ids, ends.tolist(), strict=True):
-            # One position of a request has one hidden state, in whatever batch.
+            # A position of a request has the same hidden state in every batch.
             self.computed[req_id] += num_tokens[req_id]
             generator.manual_seed(zlib.crc32(req_id.encode()) + self.computed[req_id])
             hidden[end - 1] = torch.randn(H, generator=generator)
-        nothing = dict.fromkeys(ExecuteModelState._fields)
+        empty_fields = dict.fromkeys(ExecuteModelState._fields)
         self.execute_model_state = ExecuteModelState(
-            **(nothing | {"input_batch": batch, "hidden_states": hidden})
+            **(empty_fields | {"input_batch": batch, "hidden_states": hidden})
         )
         rows = hidden[torch.from_numpy(ends - 1)]
         return rows, self.model.compute_logits(rows)
 
     def sample_tokens(self, grammar_output: None) -> Any:
-        """As vLLM's, as far as the tokens."""
+        """As in vLLM, up to the tokens."""
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
         state, self.execute_model_state = self.execute_model_state, None
@@ -226,7 +227,9 @@ def make_worker(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
 def params(proxy: str | None = None, **kwargs: Any) -> Any:
     from vllm import SamplingParams
 
-    alignment = {k: kwargs.pop(k) for k in ("strength", "max_rejections", "trace") if k in kwargs}
+    alignment = {
+        key: kwargs.pop(key) for key in ("strength", "max_rejections", "trace") if key in kwargs
+    }
     if proxy is not None:
         kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
     return SamplingParams(**kwargs)
@@ -237,7 +240,7 @@ def step(worker: Any, **num_tokens: int) -> list[int]:
     return worker.sample_tokens(None).sampled_token_ids.view(-1).tolist()
 
 
-# name -> what each request asks for, in the order of the rows
+# name -> (proxy, sampling parameters) of each request, in the order of the rows
 MIXED: dict[str, Any] = {
     "a": ("one", {"seed": 1}),
     "b": (None, {"seed": 2, "top_p": 0.7}),
@@ -251,8 +254,8 @@ MIXED: dict[str, Any] = {
     "j": ("two", {"temperature": 0.0}),
     "k": ("one", {"seed": 8, "temperature": 0.3, "min_p": 0.02}),
 }
-PROMPT_LEN = {name: 3 + row for row, name in enumerate(MIXED)}  # of each its own
-ALIGNED = [name for name, (proxy, _) in MIXED.items() if proxy is not None]
+PROMPT_LEN = {name: 3 + row for row, name in enumerate(MIXED)}  # all different
+PROXIED = [name for name, (proxy, _) in MIXED.items() if proxy is not None]
 
 
 def add_all(worker: Any, requests: dict[str, Any]) -> None:
@@ -260,15 +263,15 @@ def add_all(worker: Any, requests: dict[str, Any]) -> None:
         worker.model_runner.add(name, params(proxy, **kwargs), PROMPT_LEN[name])
 
 
-def by_definition(
+def expected_decision(
     proxy: str, kwargs: dict[str, Any], hidden: Tensor, logits: Tensor, seq_len: int
 ) -> Decision:
-    """What one row gets, alone: the tensor functions, without plan, pool and sampler."""
+    """The decision of one row alone, by the tensor functions, without plan, pool and sampler."""
     network, config = NETWORKS[proxy], NETWORKS[proxy].config
     temperature = kwargs.get("temperature", 1.0)
     is_greedy = temperature == 0
-    asked = 1.0 if is_greedy else kwargs.get("top_p", 1.0)
-    kwargs = kwargs | {"top_p": min(asked, config.top_p)}
+    top_p = 1.0 if is_greedy else kwargs.get("top_p", 1.0)
+    kwargs = kwargs | {"top_p": min(top_p, config.top_p)}
     logits = logits.unsqueeze(0) / config.temperature
     if min_p := kwargs.get("min_p"):
         logits = logits.masked_fill(logits.softmax(-1) < min_p * logits.softmax(-1).max(), -np.inf)
@@ -291,10 +294,10 @@ def by_definition(
     )
 
 
-def by_v1(
+def tokens_of_v1(
     worker: Any, names: list[str], hidden: Tensor, logits: Tensor, positions: Tensor
 ) -> list[int]:
-    """What the V1 sampler gives the same rows, with the worker's plan for the step before."""
+    """The V1 sampler's tokens for the same rows, with the worker's last plan."""
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
@@ -303,19 +306,19 @@ def by_v1(
     from proxy.engine.hook import Step
     from proxy.engine.sampler_v1 import ProxySampler
 
-    asked = [MIXED[name][1] for name in names]
-    temperature = torch.tensor([kwargs.get("temperature", 1.0) for kwargs in asked])
-    nothing = {field.name: None for field in dataclasses.fields(SamplingMetadata)}
+    sampling = [MIXED[name][1] for name in names]
+    temperature = torch.tensor([kwargs.get("temperature", 1.0) for kwargs in sampling])
+    empty_fields = {field.name: None for field in dataclasses.fields(SamplingMetadata)}
     metadata = SamplingMetadata(
         **(
-            nothing
+            empty_fields
             | {
                 "temperature": temperature,
                 "all_greedy": False,
                 "all_random": False,
                 "generators": {},
-                "top_k": torch.tensor([kwargs.get("top_k", V) for kwargs in asked]).int(),
-                "top_p": torch.tensor([kwargs.get("top_p", 1.0) for kwargs in asked]),
+                "top_k": torch.tensor([kwargs.get("top_k", V) for kwargs in sampling]).int(),
+                "top_p": torch.tensor([kwargs.get("top_p", 1.0) for kwargs in sampling]),
                 "logitsprocs": LogitsProcessors(),
             }
         )
@@ -331,65 +334,74 @@ def test_rows_with_a_proxy_follow_the_definition(make_worker):
     worker = make_worker()
     add_all(worker, MIXED)
     names, position = list(MIXED), dict(PROMPT_LEN)
-    seen, forced = set(), 0
+    agreements, forced = set(), 0
     for _ in range(30):
-        begins = position == PROMPT_LEN
-        sizes = {name: (PROMPT_LEN[name] if begins else 1) for name in names}
-        hidden, logits = worker.model_runner.schedule(**sizes)
+        is_first_step = position == PROMPT_LEN
+        num_tokens = {name: (PROMPT_LEN[name] if is_first_step else 1) for name in names}
+        hidden, logits = worker.model_runner.schedule(**num_tokens)
         output = worker.sample_tokens(None)
         assert output.num_sampled.tolist() == [1] * len(names)
         tokens = output.sampled_token_ids.view(-1).tolist()
         for row, name in enumerate(names):
-            if name in ALIGNED:
-                proxy, asked = MIXED[name]
-                expected = by_definition(proxy, asked, hidden[row], logits[row], position[name])
+            if name in PROXIED:
+                proxy, kwargs = MIXED[name]
+                expected = expected_decision(
+                    proxy, kwargs, hidden[row], logits[row], position[name]
+                )
                 assert tokens[row] == expected.token_ids.item(), name
                 forced += int(expected.forced)
-                seen.add(tokens[row] == logits[row].argmax().item())
+                agreements.add(tokens[row] == logits[row].argmax().item())
             position[name] += 1
         names = names[1:] + names[:1]  # V2 orders its rows anew in every step
-    assert seen == {True, False} and forced > 0
+    assert agreements == {True, False} and forced > 0
 
 
 def test_the_v1_sampler_gives_the_same_tokens(make_worker):
     worker = make_worker()
-    names = [name for name in ALIGNED if "min_p" not in MIXED[name][1]]  # V1 has it in a plug-in
+    names = [name for name in PROXIED if "min_p" not in MIXED[name][1]]  # V1 has it in a plug-in
     add_all(worker, {name: MIXED[name] for name in names})
-    for turn in range(20):
-        sizes = {name: 1 if turn else PROMPT_LEN[name] for name in names}
-        hidden, logits = worker.model_runner.schedule(**sizes)
+    for index in range(20):
+        num_tokens = {name: 1 if index else PROMPT_LEN[name] for name in names}
+        hidden, logits = worker.model_runner.schedule(**num_tokens)
         tokens = worker.sample_tokens(None).sampled_token_ids.view(-1).tolist()
-        positions = torch.tensor([PROMPT_LEN[name] + turn for name in names], dtype=torch.int32)
-        assert by_v1(worker, names, hidden, logits, positions) == tokens
+        positions = torch.tensor([PROMPT_LEN[name] + index for name in names], dtype=torch.int32)
+        assert tokens_of_v1(worker, names, hidden, logits, positions) == tokens
 
 
 def test_rows_without_a_proxy_get_what_vllm_would_draw(make_worker):
     """In a mixed batch, beside strength 0 and an unknown proxy, and with no proxy loaded at all."""
-    ours, stock = make_worker(), make_worker(load=False)
+    worker, stock = make_worker(), make_worker(load=False)
     stock_requests = {
-        name: (None, {k: v for k, v in kwargs.items() if k not in ("strength", "max_rejections")})
+        name: (
+            None,
+            {
+                key: value
+                for key, value in kwargs.items()
+                if key not in ("strength", "max_rejections")
+            },
+        )
         for name, (_, kwargs) in MIXED.items()
     }
     requests = MIXED | {
         "b": ("nobody", MIXED["b"][1]),
         "g": ("one", MIXED["g"][1] | {"strength": 0}),
     }
-    add_all(ours, requests)
+    add_all(worker, requests)
     add_all(stock, stock_requests)
-    parted = 0
-    for turn in range(20):
-        sizes = dict.fromkeys(MIXED, 1) if turn else PROMPT_LEN
-        tokens, expected = step(ours, **sizes), step(stock, **sizes)
+    num_different = 0
+    for index in range(20):
+        num_tokens = dict.fromkeys(MIXED, 1) if index else PROMPT_LEN
+        tokens, expected = step(worker, **num_tokens), step(stock, **num_tokens)
         for row, name in enumerate(MIXED):
-            if name not in ALIGNED:
+            if name not in PROXIED:
                 assert tokens[row] == expected[row], name
-            parted += tokens[row] != expected[row]
-    assert parted > 20
+            num_different += tokens[row] != expected[row]
+    assert num_different > 20
     assert stock.model_runner.sampler.step is None
 
 
 def test_only_rows_of_the_batch_are_counted(make_worker):
-    """A prompt in chunks draws in every step, and says something in the last; padding never does."""
+    """A prompt in chunks is sampled in every step and emits a token in the last; padding never does."""
     worker = make_worker()
     runner = worker.model_runner
     runner.add("chatcmpl-a-00000000", params("one", seed=1), prompt_len=9)
@@ -402,17 +414,19 @@ def test_only_rows_of_the_batch_are_counted(make_worker):
         assert unfinished == [not is_emitted for is_emitted in emitted]
         assert worker.sample_tokens(None).num_sampled.tolist() == emitted
     counts = worker.take_alignment_counts(["chatcmpl-a", "chatcmpl-b"])
-    lengths = {req_id: c["accepted"] + c["forced"] for req_id, c in counts.items()}
+    lengths = {req_id: entry["accepted"] + entry["forced"] for req_id, entry in counts.items()}
     assert lengths == {"chatcmpl-a-00000000": 2, "chatcmpl-b-00000000": 4}
-    assert all(c["proposed"] == c["accepted"] + c["rejected"] for c in counts.values())
+    assert all(
+        entry["proposed"] == entry["accepted"] + entry["rejected"] for entry in counts.values()
+    )
 
 
 def test_chunks_and_preemption_do_not_change_what_a_seed_gives(make_worker):
-    """The token at a position is the same in one go, in chunks, and after starting anew."""
-    whole, chunked = make_worker(), make_worker()
-    for worker in (whole, chunked):
+    """The token at a position is the same with a whole prompt, with chunks, and after a preemption."""
+    unchunked, chunked = make_worker(), make_worker()
+    for worker in (unchunked, chunked):
         worker.model_runner.add("a", params("one", seed=1), prompt_len=6)
-    expected = [step(whole, a=n)[0] for n in (6, 1, 1, 1, 1)]
+    expected = [step(unchunked, a=n)[0] for n in (6, 1, 1, 1, 1)]
     assert len({*expected}) > 2
     runner = chunked.model_runner
     step(chunked, a=2)
@@ -434,8 +448,8 @@ def test_a_slot_is_given_on_without_its_proxy(make_worker):
     for size in (3, 1):
         step(worker, a=size)
     runner.remove("a")
-    for other in (worker, stock):
-        other.model_runner.add("b", params(seed=9))
+    for target in (worker, stock):
+        target.model_runner.add("b", params(seed=9))
     assert runner.req_states.req_id_to_index["b"] == slot
     assert [step(worker, b=n) for n in (3, 1, 1)] == [step(stock, b=n) for n in (3, 1, 1)]
     assert worker.take_alignment_counts(["b"]) == {}
@@ -443,22 +457,22 @@ def test_a_slot_is_given_on_without_its_proxy(make_worker):
     runner.add("c", params("two", seed=1))
     hidden, logits = runner.schedule(c=3)
     token = worker.sample_tokens(None).sampled_token_ids.item()
-    assert token == by_definition("two", {"seed": 1}, hidden[0], logits[0], 3).token_ids.item()
+    assert token == expected_decision("two", {"seed": 1}, hidden[0], logits[0], 3).token_ids.item()
 
 
 def test_a_shadow_scores_and_changes_nothing(make_worker, tmp_path):
     worker, stock = make_worker(load=False), make_worker(load=False)
     save(tmp_path / "shadow", NETWORKS["one"], base=BASE, training={})
     worker.load_proxy("shadow", str(tmp_path / "shadow"), True)
-    # Among seven candidates, which the shadow scores, is every emitted token.
+    # Every emitted token is among the seven candidates that the shadow scores.
     requests = {"a": (None, {"seed": 1, "top_k": 5}), "b": (None, {"temperature": 0.0})}
     torch.manual_seed(0)  # the shadow's own noise
     scored: list[tuple[int, int]] = []
     worker._tracker.stats.record_shadow = lambda _, scores, changes: scored.append(
         (int(scores.sum()), int((scores & changes).sum()))
     )
-    for other in (worker, stock):
-        add_all(other, requests)
+    for target in (worker, stock):
+        add_all(target, requests)
     for size in (3, *[1] * 9):
         assert step(worker, a=size, b=size) == step(stock, a=size, b=size)
     # The prompt of b is one token longer than its first chunk, so its first draw is discarded.
@@ -473,27 +487,27 @@ def test_what_is_shown_of_the_nucleus_is_vllms(make_worker, monkeypatch, setting
     """Processed logits and sampling masks are of the LLM's nucleus: a proxy's at its own temperature."""
     from vllm.v1.worker.gpu.sample import sampler
 
-    shown: list[Tensor] = []
+    shown_logits: list[Tensor] = []
 
     def compute_topk_scores(logits: Tensor, *args: Any, **kwargs: Any) -> None:
-        shown.append(logits.clone())
+        shown_logits.append(logits.clone())
 
     class Masks:
         from_logits = staticmethod(compute_topk_scores)
 
     monkeypatch.setattr(sampler, "compute_topk_scores", compute_topk_scores)
     monkeypatch.setattr(sampler, "SamplingMaskTensors", Masks)
-    ours, stock = make_worker(**settings), make_worker(load=False, **settings)
+    proxied, stock = make_worker(**settings), make_worker(load=False, **settings)
     logprobs = {} if "return_sampling_mask" in settings else {"logprobs": 2}
-    for worker in (ours, stock):
+    for worker in (proxied, stock):
         for name in ("a", "b", "c", "f"):
             proxy, kwargs = MIXED[name]
             if worker is stock and proxy is not None:
                 kwargs = kwargs | {"temperature": NETWORKS[proxy].config.temperature}
             worker.model_runner.add(name, params(proxy, **kwargs, **logprobs))
         step(worker, a=3, b=3, c=3, f=3)
-    assert torch.equal(shown[0], shown[1])
-    assert shown[0].isfinite().sum(-1).tolist()[::3] == [V, 5]
+    assert torch.equal(shown_logits[0], shown_logits[1])
+    assert shown_logits[0].isfinite().sum(-1).tolist()[::3] == [V, 5]
 
 
 def test_a_step_that_the_plan_is_not_for_is_vllms(make_worker):
@@ -506,7 +520,7 @@ def test_a_step_that_the_plan_is_not_for_is_vllms(make_worker):
     logits = torch.randn(5, V, generator=torch.Generator().manual_seed(3))
     assert sampler.step is None
     tokens = sampler(logits.clone(), dummy).sampled_token_ids.view(-1)
-    assert torch.equal(tokens, logits.argmax(-1))  # slots that nobody has taken are greedy
+    assert torch.equal(tokens, logits.argmax(-1))  # unused slots are greedy
 
 
 def test_the_worker_picks_by_the_model_runner(make_worker):
@@ -536,7 +550,7 @@ def test_other_samplers_are_refused(make_worker):
 
 
 def parameters(function: Any) -> list[str]:
-    """Names in their order; `*` stands before those that are by keyword only."""
+    """Parameter names in order; `*` stands before those that are by keyword only."""
     names = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in names:
@@ -555,7 +569,7 @@ WORKER = [
 
 
 def test_vllms_methods_are_those_that_we_override_and_call():
-    """Whoever upgrades vLLM reads here what proxy/engine/sampler_v2.py and proxy/worker.py rely on."""
+    """The parts of vLLM that proxy/engine/sampler_v2.py and proxy/worker.py rely on, for whoever upgrades vLLM."""
     from vllm.v1.sample import sampler as v1
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -585,20 +599,20 @@ def test_vllms_methods_are_those_that_we_override_and_call():
         GPUModelRunner.sample: ["self", "hidden_states", "input_batch", "grammar_output"],
         GPUModelRunner.sample_tokens: ["self", "grammar_output"],
     }
-    assert {f: parameters(f) for f in expected} == expected
+    assert {function: parameters(function) for function in expected} == expected
     assert CPUWorker.load_model is Worker.load_model
     assert CPUWorker.sample_tokens is Worker.sample_tokens
-    for ours, theirs in (
+    for override, original in (
         (ProxySamplerV2.add_request, Sampler.add_request),
         (ProxySamplerV2._sample_random, Sampler._sample_random),
         (ProxySampler.forward, v1.Sampler.forward),
         (ProxySampler.sample, v1.Sampler.sample),
     ):
-        assert parameters(ours) == parameters(theirs)
+        assert parameters(override) == parameters(original)
 
 
 def test_nothing_has_joined_what_may_change_logits_before_the_draw():
-    """`ProxySampler.forward` leaves vLLM's stages out where it knows that none has anything to do."""
+    """`ProxySampler.forward` skips vLLM's stages where it knows that none has work to do."""
     from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
     from vllm.v1.sample.metadata import SamplingMetadata
 
@@ -673,14 +687,14 @@ def test_what_a_step_is_read_from_is_there():
         "num_computed_prefill_tokens_np", "prefill_len_np",
     }  # fmt: skip
     assert {"input_batch", "hidden_states"} <= {*ExecuteModelState._fields}
-    made = inspect.getsource(GPUModelRunner.__init__)
+    init_source = inspect.getsource(GPUModelRunner.__init__)
     for attribute in ("req_states", "sampler", "execute_model_state"):
-        assert f"self.{attribute}" in made
+        assert f"self.{attribute}" in init_source
     # The rows of the logits are those that we take, and the batch is the one that we read.
-    sample = inspect.getsource(GPUModelRunner.sample)
-    assert "sample_hidden_states = hidden_states[input_batch.logits_indices]" in sample
-    assert "self.model.compute_logits(sample_hidden_states)" in sample
-    assert "self.sampler(logits, input_batch)" in sample
+    sample_source = inspect.getsource(GPUModelRunner.sample)
+    assert "sample_hidden_states = hidden_states[input_batch.logits_indices]" in sample_source
+    assert "self.model.compute_logits(sample_hidden_states)" in sample_source
+    assert "self.sampler(logits, input_batch)" in sample_source
 
 
 def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypatch):
@@ -693,7 +707,7 @@ def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypat
     runner, scheduled = worker.model_runner, SchedulerOutput.make_empty()
     for name, proxy in (("a", "one"), ("b", None)):
         runner.add(name, params(proxy, seed=1))
-    before = step(worker, a=3, b=3)[0]
+    token = step(worker, a=3, b=3)[0]
     worker.execute_model(dataclasses.replace(scheduled, preempted_req_ids={"a"}))
     runner.remove("a")
     for name in NETWORKS:
@@ -706,7 +720,7 @@ def test_preempted_requests_keep_a_proxy_that_is_unloaded(make_worker, monkeypat
         )
     )
     runner.add("a", params("one", seed=1))
-    assert step(worker, a=3, b=1)[0] == before
+    assert step(worker, a=3, b=1)[0] == token
     runner.remove("a")
     worker.execute_model(dataclasses.replace(scheduled, finished_req_ids={"a"}))
     step(worker, b=1)

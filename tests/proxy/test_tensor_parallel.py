@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks on the CPU: each draws for itself, and all must draw the same.
+"""Two tensor-parallel ranks on the CPU: each samples by itself, and all must sample the same tokens.
 
 The engine runs in a process group of its own (tests/proxy/tensor_parallel.py); here are the expectations.
 """
@@ -16,7 +16,7 @@ from tests.warm import Command
 
 TIMEOUT_SECONDS = 1500  # a busy machine; an idle one takes 25
 NUM_TOKENS = 24
-PLAIN, WITH_PROXY = range(4), range(4, 12)  # requests, in their order
+WITHOUT_PROXY, WITH_PROXY = range(4), range(4, 12)  # requests, in their order
 UNSEEDED = [0, 3, 4, 5, 8]  # and random
 MAX_REJECTIONS_0 = 10
 
@@ -28,7 +28,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     environment |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by itself vLLM wants a NUMA node for each rank
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default vLLM needs a NUMA node for each rank
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
     }
@@ -52,7 +52,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def drawn_texts(run: dict[str, Any], rank: int) -> list[list[int]]:
-    """What a rank drew for each request, unfinished prefills left out."""
+    """A rank's tokens for each request, without those of unfinished prefills."""
     texts: dict[str, list[int]] = {}
     for req_ids, is_unfinished, tokens in run["drawn"][rank]:
         for req_id, unfinished, token in zip(req_ids, is_unfinished, tokens, strict=True):
@@ -73,7 +73,7 @@ def test_all_ranks_draw_the_same(observed, run):
 
 
 def test_ranks_whose_dice_differ_would_be_noticed(observed):
-    """The control: with other generators, the unseeded rows and no others part."""
+    """The control: with different generators the unseeded rows differ, and no others."""
     run = observed["apart"]
     pairs = zip(drawn_texts(run, 0), drawn_texts(run, 1), strict=True)
     assert [i for i, (first, second) in enumerate(pairs) if first != second] == UNSEEDED
@@ -88,7 +88,7 @@ def test_only_the_first_rank_counts(observed, run):
     for counts in first.values():
         assert counts["accepted"] + counts["forced"] == NUM_TOKENS
     rejected = [counts["rejected"] for counts in first.values()]
-    assert rejected.pop(MAX_REJECTIONS_0 - len(PLAIN)) == 0 < min(rejected)
+    assert rejected.pop(MAX_REJECTIONS_0 - len(WITHOUT_PROXY)) == 0 < min(rejected)
 
 
 def test_every_rank_has_the_whole_candidate_table(observed):
@@ -99,17 +99,17 @@ def test_every_rank_has_the_whole_candidate_table(observed):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("case", "message"),
     [
         ("finds no checkpoint", "proxy/config.json cannot be read"),
         ("has no room: read", "no room"),
         ("has no room: table", "no room"),
     ],
 )
-def test_a_load_that_fails_on_one_rank_fails_on_all(observed, rank, what, says):
-    """And the ranks' answers to the calls after it are their own."""
-    failure = observed["failures"][f"rank {rank} {what}"]
-    assert says in failure["load"] and f"tensor-parallel rank {rank}" in failure["load"]
+def test_a_load_that_fails_on_one_rank_fails_on_all(observed, rank, case, message):
+    """The answers to later calls belong to those calls."""
+    failure = observed["failures"][f"rank {rank} {case}"]
+    assert message in failure["load"] and f"tensor-parallel rank {rank}" in failure["load"]
     names = [[entry["name"] for entry in entries] for entries in failure["list"]]
     assert names == [["one", "two"], ["one", "two"]]
     assert "No proxy 'half' is loaded" in failure["unload"]

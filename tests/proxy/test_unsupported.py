@@ -1,4 +1,4 @@
-"""What proxies do not work with: every feature by its flag, and in vLLM's own configuration."""
+"""Features that proxies do not support: each by its flag, and in vLLM's own configuration."""
 
 from argparse import Namespace
 

@@ -12,15 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from proxy.checkpoint import BaseModelId, ProxyError, identify, save
 from proxy.network import ProxyConfig, ProxyNetwork
 
-# vLLM and what it imports warn at will.
-
 EOS = 1
 PROMPTS = ["the cat", "a dog sat on the mat", "hat", "on that mat lay", "cat cat", "x"]
 WORKER = "proxy.worker.ProxyCPUWorker"
 
 
 def make_proxy(directory: Any, base: BaseModelId, seed: int, **config: Any) -> str:
-    """A proxy with strong opinions: it rejects about half of what it is asked."""
+    """A random proxy that rejects about half of the candidates."""
     torch.manual_seed(seed)
     network = ProxyNetwork(ProxyConfig(hidden_size=64, vocab_size=288, accept_bias=0.0, **config))
     torch.nn.init.normal_(network.score.weight, std=1.5)
@@ -72,11 +70,11 @@ def worker_of(llm: Any) -> Any:
 
 
 def params(proxy: str | None = None, **kwargs: Any) -> Any:
-    """Sampling parameters; what is the worker's goes to the worker."""
+    """Sampling parameters, with the worker's fields among the extra arguments."""
     from vllm import SamplingParams
 
-    own = ("strength", "max_rejections", "version", "trace", "shadow")
-    alignment = {k: kwargs.pop(k) for k in own if k in kwargs}
+    fields = ("strength", "max_rejections", "version", "trace", "shadow")
+    alignment = {key: kwargs.pop(key) for key in fields if key in kwargs}
     if proxy is not None or alignment:
         kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
     return SamplingParams(**({"max_tokens": 16, "ignore_eos": True} | kwargs))
@@ -101,7 +99,7 @@ def counts_of(llm: Any, output: Any) -> dict[str, Any]:
     return counts
 
 
-PLAIN = [
+WITHOUT_PROXY = [
     {"seed": 1},
     {"seed": 2, "top_p": 0.8},
     {"seed": 3, "top_k": 5, "temperature": 0.7},
@@ -112,51 +110,59 @@ PLAIN = [
 
 
 def test_without_a_proxy_the_tokens_are_vllms(stock, proxied):
-    sampling = [params(**kwargs) for kwargs in PLAIN]
+    sampling = [params(**kwargs) for kwargs in WITHOUT_PROXY]
     assert tokens(generate(proxied, PROMPTS, sampling)) == tokens(
         generate(stock, PROMPTS, sampling)
     )
 
 
 def test_strength_zero_is_vllm(stock, proxied):
-    expected = generate(stock, PROMPTS, [params(**kwargs) for kwargs in PLAIN])
-    sampling = [params("one", strength=0.0, **kwargs) for kwargs in PLAIN]
+    expected = generate(stock, PROMPTS, [params(**kwargs) for kwargs in WITHOUT_PROXY])
+    sampling = [params("one", strength=0.0, **kwargs) for kwargs in WITHOUT_PROXY]
     outputs = generate(proxied, PROMPTS, sampling)
     assert tokens(outputs) == tokens(expected)
-    assert rpc(proxied, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+    assert rpc(proxied, "take_alignment_counts", [output.request_id for output in outputs]) == {}
 
 
 @pytest.mark.parametrize("greedy_neighbours", [False, True])
 def test_plain_rows_of_a_mixed_batch_are_vllms(stock, proxied, greedy_neighbours):
-    """Rows with proxies between them change nothing, in whatever mix."""
+    """Proxied rows between them change nothing, in any mix."""
     temperature = 0.0 if greedy_neighbours else 1.0
-    mixed_prompts = [p for prompt in PROMPTS for p in (prompt, "the dog")]
+    mixed_prompts = [text for prompt in PROMPTS for text in (prompt, "the dog")]
     neighbours = [
         params(
             ("one", "two")[i % 2], temperature=temperature, top_p=1.0 if greedy_neighbours else 0.9
         )
         for i in range(len(PROMPTS))
     ]
-    mixed = [p for i, kw in enumerate(PLAIN) for p in (params(**kw), neighbours[i])]
-    plain = [p for kw in PLAIN for p in (params(**kw), params(seed=9))]
-    expected = tokens(generate(stock, mixed_prompts, plain))[::2]
+    mixed = [
+        request
+        for i, kwargs in enumerate(WITHOUT_PROXY)
+        for request in (params(**kwargs), neighbours[i])
+    ]
+    unproxied = [
+        request for kwargs in WITHOUT_PROXY for request in (params(**kwargs), params(seed=9))
+    ]
+    expected = tokens(generate(stock, mixed_prompts, unproxied))[::2]
     assert tokens(generate(proxied, mixed_prompts, mixed))[::2] == expected
 
 
-@pytest.mark.parametrize("only", [{"temperature": 0.0}, {"seed": 6}])
-def test_mixed_batches_of_one_kind(stock, proxied, only):
+@pytest.mark.parametrize("kwargs", [{"temperature": 0.0}, {"seed": 6}])
+def test_mixed_batches_of_one_kind(stock, proxied, kwargs):
     """All-greedy and all-random batches take other paths through vLLM's sampler."""
-    sampling = [params("one", **only), *(params(**only) for _ in PROMPTS[1:])]
-    expected = tokens(generate(stock, PROMPTS, [params(**only) for _ in PROMPTS]))
+    sampling = [params("one", **kwargs), *(params(**kwargs) for _ in PROMPTS[1:])]
+    expected = tokens(generate(stock, PROMPTS, [params(**kwargs) for _ in PROMPTS]))
     assert tokens(generate(proxied, PROMPTS, sampling))[1:] == expected[1:]
 
 
 def test_a_proxy_changes_the_text_and_the_counts_add_up(stock, proxied):
     kinds = [{"seed": i, "top_p": 0.95} for i in range(3)] + [{"temperature": 0.0}] * 3
     outputs = generate(proxied, PROMPTS, [params("one", **kind) for kind in kinds])
-    plain = generate(stock, PROMPTS, [params(**kind) for kind in kinds])
-    version = next(e["version"] for e in rpc(proxied, "list_proxies") if e["name"] == "one")
-    for output, reference in zip(outputs, plain, strict=True):
+    references = generate(stock, PROMPTS, [params(**kind) for kind in kinds])
+    version = next(
+        entry["version"] for entry in rpc(proxied, "list_proxies") if entry["name"] == "one"
+    )
+    for output, reference in zip(outputs, references, strict=True):
         counts = counts_of(proxied, output)
         assert tokens([output]) != tokens([reference])
         assert (counts["proxy"], counts["version"]) == ("one", version)
@@ -170,7 +176,7 @@ def test_counts_stop_with_the_text(proxied):
     sampling = [params("one", seed=i, ignore_eos=False, max_tokens=60, logit_bias={EOS: 4.0})
                 for i in range(len(PROMPTS))]  # fmt: skip
     outputs = generate(proxied, PROMPTS, sampling)
-    lengths = [len(t) for t in tokens(outputs)]
+    lengths = [len(text) for text in tokens(outputs)]
     assert len(set(lengths)) > 1 and max(lengths) < 60
     for output, length in zip(outputs, lengths, strict=True):
         counts = counts_of(proxied, output)
@@ -180,9 +186,12 @@ def test_counts_stop_with_the_text(proxied):
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(proxied):
     kinds = [{"proxy": ("one", "two")[i % 2], "seed": 20 + i, "top_p": 0.9} for i in range(5)]
     sampling = [params(**kind) for kind in kinds] + [params(seed=3)]
-    together = tokens(generate(proxied, PROMPTS, sampling))
-    alone = [tokens(generate(proxied, [p], [s]))[0] for p, s in zip(PROMPTS, sampling, strict=True)]
-    assert together == alone
+    batch_texts = tokens(generate(proxied, PROMPTS, sampling))
+    single_texts = [
+        tokens(generate(proxied, [prompt], [request]))[0]
+        for prompt, request in zip(PROMPTS, sampling, strict=True)
+    ]
+    assert batch_texts == single_texts
     greedy = [params("one", temperature=0.0), params(seed=1)]
     assert (
         tokens(generate(proxied, PROMPTS[:2], greedy))[0]
@@ -195,13 +204,13 @@ def test_several_samples_of_a_request(proxied):
     texts = [list(sample.token_ids) for sample in output.outputs]
     assert len({tuple(text) for text in texts}) == 3
     # vLLM gives sample i the seed 5 + i.
-    alone = [
+    single_texts = [
         tokens(generate(proxied, PROMPTS[:1], [params("one", seed=5 + i)]))[0] for i in range(3)
     ]
-    assert texts == alone
+    assert texts == single_texts
     counts = rpc(proxied, "take_alignment_counts", [output.request_id])
     assert sorted(req_id.split("_")[0] for req_id in counts) == ["0", "1", "2"]
-    assert all(c["accepted"] + c["forced"] == 16 for c in counts.values())
+    assert all(entry["accepted"] + entry["forced"] == 16 for entry in counts.values())
 
 
 def test_logprobs_are_the_frozen_llms(proxied, model_dir):
@@ -224,7 +233,7 @@ def test_logprobs_are_the_frozen_llms(proxied, model_dir):
 
 @pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits"])
 def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
-    """At the first position, before texts part: what vLLM reports, for every row."""
+    """At the first position, before the texts differ, every row has the values that vLLM reports."""
     sampling = [
         {"seed": 1, "top_p": 0.9, "logprobs": 4},
         {"seed": 2, "top_k": 7, "temperature": 0.6, "logprobs": 4},
@@ -235,57 +244,71 @@ def test_processed_logprobs_of_a_mixed_batch(make_llm, checkpoints, mode):
     rpc(llm, "load_proxy", "one", checkpoints["one"])
     reference = make_llm(logprobs_mode=mode)
     for kinds in (sampling, [sampling[2]] * 4):
-        plain = generate(reference, PROMPTS[:4], [params(max_tokens=1, **kw) for kw in kinds])
+        references = generate(
+            reference, PROMPTS[:4], [params(max_tokens=1, **kwargs) for kwargs in kinds]
+        )
         proxies = ["one", None, "one", None]
         mixed = generate(
             llm,
             PROMPTS[:4],
-            [params(p, max_tokens=1, **kw) for p, kw in zip(proxies, kinds, strict=True)],
+            [
+                params(proxy, max_tokens=1, **kwargs)
+                for proxy, kwargs in zip(proxies, kinds, strict=True)
+            ],
         )
-        for actual, expected_output in zip(mixed, plain, strict=True):
-            (a,), (b,) = actual.outputs[0].logprobs, expected_output.outputs[0].logprobs
-            top = {t: e.logprob for t, e in b.items() if e.rank <= 4 and math.isfinite(e.logprob)}
-            assert {t: a[t].logprob for t in top} == pytest.approx(top, rel=1e-5, abs=1e-5)
+        for actual, expected_output in zip(mixed, references, strict=True):
+            (actual_logprobs,), (expected_logprobs,) = (
+                actual.outputs[0].logprobs,
+                expected_output.outputs[0].logprobs,
+            )
+            top = {
+                token: entry.logprob
+                for token, entry in expected_logprobs.items()
+                if entry.rank <= 4 and math.isfinite(entry.logprob)
+            }
+            assert {token: actual_logprobs[token].logprob for token in top} == pytest.approx(
+                top, rel=1e-5, abs=1e-5
+            )
 
 
 def test_constraints_bind_the_proxy_too(proxied):
     rng = torch.Generator().manual_seed(0)
-    few = torch.randperm(288, generator=rng)[:12].tolist()
-    biased = {t: -100.0 for t in range(288) if t not in few[:8]}
+    token_ids = torch.randperm(288, generator=rng)[:12].tolist()
+    logit_bias = {token: -100.0 for token in range(288) if token not in token_ids[:8]}
     sampling = [
-        params("one", seed=1, allowed_token_ids=few[:5]),
-        params("one", seed=2, logit_bias=biased, top_p=0.999),
+        params("one", seed=1, allowed_token_ids=token_ids[:5]),
+        params("one", seed=2, logit_bias=logit_bias, top_p=0.999),
         # All logits negative, and a huge penalty: no token comes twice.
         params(
             "one",
             seed=3,
             max_tokens=12,
-            allowed_token_ids=few,
-            logit_bias=dict.fromkeys(few, -50.0),
+            allowed_token_ids=token_ids,
+            logit_bias=dict.fromkeys(token_ids, -50.0),
             repetition_penalty=1e6,
         ),
         params("one", seed=4, max_tokens=30, logit_bias={EOS: 100.0}, min_tokens=7,
                ignore_eos=False, top_p=0.5),
-        params("one", temperature=0.0, allowed_token_ids=few[5:6]),
+        params("one", temperature=0.0, allowed_token_ids=token_ids[5:6]),
         params("one", seed=5, min_p=1.0),
     ]  # fmt: skip
     outputs = generate(proxied, ["a b c d"] * 6, sampling)
     allowed, bias, penalty, min_tokens, single, _ = tokens(outputs)
-    assert set(allowed) <= set(few[:5]) and len(set(allowed)) > 1
-    assert set(bias) <= set(few[:8]) and len(set(bias)) > 1
-    assert sorted(penalty) == sorted(few)
+    assert set(allowed) <= set(token_ids[:5]) and len(set(allowed)) > 1
+    assert set(bias) <= set(token_ids[:8]) and len(set(bias)) > 1
+    assert sorted(penalty) == sorted(token_ids)
     assert len(min_tokens) == 8 and min_tokens[-1] == EOS
-    assert single == few[5:6] * 16
-    # min_p 1 leaves one candidate, which nobody needs to be asked about: nothing is rejected.
+    assert single == token_ids[5:6] * 16
+    # min_p 1 leaves one candidate, which is not scored: nothing is rejected.
     counts = counts_of(proxied, outputs[5])
     assert (counts["proposed"], counts["rejected"], counts["forced"]) == (16, 0, 0)
 
 
 def test_stop_strings(proxied):
-    free = generate(proxied, PROMPTS[:1], [params("one", seed=1)])[0].outputs[0].text
-    stop = free[5:7]
+    full_text = generate(proxied, PROMPTS[:1], [params("one", seed=1)])[0].outputs[0].text
+    stop = full_text[5:7]
     (output,) = generate(proxied, PROMPTS[:1], [params("one", seed=1, stop=[stop])])
-    assert output.outputs[0].text == free[: free.index(stop)]
+    assert output.outputs[0].text == full_text[: full_text.index(stop)]
     assert output.outputs[0].finish_reason == "stop"
 
 
@@ -307,9 +330,11 @@ def test_two_proxies_in_one_batch_give_what_each_gives_alone(proxied):
     sampling = [params(name, seed=i) for i, name in enumerate(names)]
     mixed = tokens(generate(proxied, PROMPTS, sampling))
     for name in ("one", "two"):
-        rows = [i for i, n in enumerate(names) if n == name]
-        alone = tokens(generate(proxied, [PROMPTS[i] for i in rows], [sampling[i] for i in rows]))
-        assert alone == [mixed[i] for i in rows]
+        rows = [i for i, proxy in enumerate(names) if proxy == name]
+        single_texts = tokens(
+            generate(proxied, [PROMPTS[i] for i in rows], [sampling[i] for i in rows])
+        )
+        assert single_texts == [mixed[i] for i in rows]
 
 
 def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
@@ -331,7 +356,7 @@ def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, 
 def test_hidden_rows_belong_to_their_logits(make_llm, checkpoints, monkeypatch):
     """The head applied to the rows that the proxy sees gives the logits that it judges.
 
-    Prompts of unlike lengths in chunks of at most 24 tokens, so that steps mix prefills that
+    Prompts of different lengths in chunks of at most 24 tokens, so that steps mix prefills that
     have ended, prefills that have not, and decoding. Rolled rows are the control.
     """
     llm = make_llm(worker_cls=WORKER, max_num_batched_tokens=24)
@@ -340,28 +365,28 @@ def test_hidden_rows_belong_to_their_logits(make_llm, checkpoints, monkeypatch):
     prompts = [prompt * (1 + 3 * i) for i, prompt in enumerate(PROMPTS)]
     generate(llm, prompts, [params("one" if i % 2 else None, seed=i) for i in range(6)])
     head = worker_of(llm).model_runner.get_model().compute_logits
-    several = [(hidden, logits) for hidden, logits in steps if len(logits) > 1]
-    assert len(several) > 10
+    multi_row = [(hidden, logits) for hidden, logits in steps if len(logits) > 1]
+    assert len(multi_row) > 10
     for hidden, logits in steps:
         torch.testing.assert_close(head(hidden).float(), logits, rtol=1e-4, atol=1e-4)
-    for hidden, logits in several:
+    for hidden, logits in multi_row:
         assert not torch.allclose(head(hidden.roll(1, 0)).float(), logits, rtol=1e-2, atol=1e-2)
 
 
 def test_seeded_requests_survive_chunked_prefill(make_llm, stock, checkpoints):
-    """vLLM's own CPU worker dies of a seed on a chunked prefill. Chunks are not counted either."""
+    """vLLM's own CPU worker crashes on a seeded request with a chunked prefill. Chunks are not counted either."""
     llm = make_llm(worker_cls=WORKER, max_num_batched_tokens=24)
     rpc(llm, "load_proxy", "one", checkpoints["one"])
     prompts = ["the cat sat on the mat with 123 others " * 3, "a dog", "more of the cats " * 5]
-    plain = [params(seed=i, top_p=0.9) for i in range(3)]
-    assert tokens(generate(llm, prompts, plain)) == tokens(generate(stock, prompts, plain))
+    unproxied = [params(seed=i, top_p=0.9) for i in range(3)]
+    assert tokens(generate(llm, prompts, unproxied)) == tokens(generate(stock, prompts, unproxied))
     outputs = generate(llm, prompts, [params("one", seed=i) for i in range(3)])
     for output in outputs:
         counts = counts_of(llm, output)
         assert counts["accepted"] + counts["forced"] == 16
 
 
-def rejects_only(llm: Any, name: str, token: int) -> None:
+def reject_only(llm: Any, name: str, token: int) -> None:
     """Turn a loaded proxy into one that rejects this token always and no other ever."""
     worker = worker_of(llm)
     weights, table = worker._registry.pool.single(worker._registry._bound[name])
@@ -375,9 +400,9 @@ def rejects_only(llm: Any, name: str, token: int) -> None:
 
 def test_a_rejected_token_appears_only_when_forced(proxied):
     token, other = 60, 61
-    rejects_only(proxied, "one", token)
-    free = params("one", seed=1, max_tokens=200)
-    # The rejected token is always the likelier of two, and one rejection is all there may be.
+    reject_only(proxied, "one", token)
+    unconstrained = params("one", seed=1, max_tokens=200)
+    # The rejected token is always the likelier of two, and only one rejection is allowed.
     forced = params(
         "one",
         seed=2,
@@ -389,10 +414,10 @@ def test_a_rejected_token_appears_only_when_forced(proxied):
     )
     unforced = params("one", seed=3, max_tokens=200, allowed_token_ids=[token, other])
     single = params("one", seed=4, max_tokens=20, allowed_token_ids=[token])
-    never_asked = params("one", seed=5, max_tokens=20, max_rejections=0)
+    without_rejections = params("one", seed=5, max_tokens=20, max_rejections=0)
     greedy = params("one", temperature=0.0, max_tokens=20, allowed_token_ids=[token, other],
                     logit_bias={token: 20.0})  # fmt: skip
-    sampling = [free, forced, unforced, single, never_asked, greedy]
+    sampling = [unconstrained, forced, unforced, single, without_rejections, greedy]
     outputs = generate(proxied, PROMPTS, sampling)
     texts = tokens(outputs)
     counts = [counts_of(proxied, output) for output in outputs]
@@ -478,7 +503,7 @@ def test_loading_describes_the_proxy(proxied, checkpoints, base):
 def test_requests_in_flight_keep_the_version_they_began_with(proxied, checkpoints):
     engine = proxied.llm_engine
     expected = tokens(generate(proxied, PROMPTS[:1], [params("one", seed=1)]))[0]
-    versions = {e["name"]: e["version"] for e in rpc(proxied, "list_proxies")}
+    versions = {entry["name"]: entry["version"] for entry in rpc(proxied, "list_proxies")}
     engine.add_request("early", PROMPTS[0], params("one", seed=1))
     for _ in range(5):
         engine.step()
@@ -487,7 +512,7 @@ def test_requests_in_flight_keep_the_version_they_began_with(proxied, checkpoint
     engine.add_request("late", PROMPTS[0], params("one", seed=1))
     finished = {}
     while engine.has_unfinished_requests():
-        finished |= {o.request_id: o for o in engine.step() if o.finished}
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
     assert tokens([finished["early"]])[0] == expected
     assert tokens([finished["late"]])[0] != expected
     assert counts_of(proxied, finished["early"])["version"] == versions["one"]
@@ -495,7 +520,7 @@ def test_requests_in_flight_keep_the_version_they_began_with(proxied, checkpoint
 
 
 def versions_of(llm: Any) -> dict[str, list[str]]:
-    """Of each name, in the order of loading."""
+    """The versions of each name, in the order of loading."""
     versions_by_name: dict[str, list[str]] = {}
     for entry in rpc(llm, "list_proxies"):
         versions_by_name.setdefault(entry["name"], []).append(entry["version"])
@@ -503,25 +528,33 @@ def versions_of(llm: Any) -> dict[str, list[str]]:
 
 
 def test_several_versions_under_a_name(stock, proxied, checkpoints):
-    """A request may ask for any; without, it gets the one that was loaded last: also a rollback."""
+    """A request may name any version; otherwise it gets the one that was loaded last, also after a rollback."""
 
     def texts(name: str = "one", version: str | None = None) -> list[list[int]]:
         sampling = [params(name, version=version, seed=i) for i in range(3)]
         return tokens(generate(proxied, PROMPTS[:3], sampling))
 
-    old, new = texts("one"), texts("two")
-    plain = tokens(generate(stock, PROMPTS[:3], [params(seed=i) for i in range(3)]))
+    old_texts, new_texts = texts("one"), texts("two")
+    unproxied_texts = tokens(generate(stock, PROMPTS[:3], [params(seed=i) for i in range(3)]))
     first = rpc(proxied, "load_proxy", "one", checkpoints["one"])["version"]
     second = rpc(proxied, "load_proxy", "one", checkpoints["two"])["version"]
     assert versions_of(proxied) == {"one": [first, second], "two": [second]}
-    assert (texts(), texts(version=first), texts(version=second)) == (new, old, new)
+    assert (texts(), texts(version=first), texts(version=second)) == (
+        new_texts,
+        old_texts,
+        new_texts,
+    )
     rpc(proxied, "load_proxy", "one", checkpoints["one"])
     assert versions_of(proxied) == {"one": [first, second], "two": [second]}
-    assert (texts(), texts(version=first), texts(version=second)) == (old, old, new)
+    assert (texts(), texts(version=first), texts(version=second)) == (
+        old_texts,
+        old_texts,
+        new_texts,
+    )
     assert rpc(proxied, "unload_proxy", "one")["version"] == first
-    # The server lets no such request in; the worker must not fall over it.
-    assert texts() == texts(version=first) == plain
-    assert texts(version=second) == new
+    # The server refuses such requests; the worker must not crash on them.
+    assert texts() == texts(version=first) == unproxied_texts
+    assert texts(version=second) == new_texts
     # Without a version: the only one there is.
     assert rpc(proxied, "unload_proxy", "one")["version"] == second
     assert versions_of(proxied) == {"two": [second]}
@@ -556,34 +589,34 @@ def test_a_load_that_fails_half_way_leaves_nothing_behind(proxied, checkpoints, 
 
 
 def test_an_unloaded_proxy_is_freed_when_its_last_request_has_ended(proxied):
-    """And not before: the request goes on as if nothing had happened."""
+    """Not before: the request goes on unchanged."""
     engine, pool = proxied.llm_engine, worker_of(proxied)._registry.pool
     expected = tokens(generate(proxied, PROMPTS[:1], [params("one", seed=1)]))[0]
-    before = [proxy.name for proxy in pool.proxies if proxy.name == "one"]
+    names_before = [proxy.name for proxy in pool.proxies if proxy.name == "one"]
     engine.add_request("long", PROMPTS[0], params("one", seed=1))
     for _ in range(4):
         engine.step()
     rpc(proxied, "unload_proxy", "one")
     assert [entry["name"] for entry in rpc(proxied, "list_proxies")] == ["two"]
     engine.add_request("short", PROMPTS[1], params("two", seed=1, max_tokens=3))
-    for _ in range(6):  # "short" comes and goes
+    for _ in range(6):  # "short" begins and ends
         engine.step()
-        assert sorted(proxy.name for proxy in pool.proxies) == [*before, "two"]
+        assert sorted(proxy.name for proxy in pool.proxies) == [*names_before, "two"]
     finished = {}
     while engine.has_unfinished_requests():
-        finished |= {o.request_id: o for o in engine.step() if o.finished}
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
     assert tokens([finished["long"]])[0] == expected
-    old = [StorageWeakRef(part.untyped_storage()) for part in (*pool.weights, pool.tables)]
+    storages = [StorageWeakRef(part.untyped_storage()) for part in (*pool.weights, pool.tables)]
     generate(proxied, PROMPTS[:1], [params(seed=1, max_tokens=1)])
     assert [proxy.name for proxy in pool.proxies] == ["two"]
     assert pool.tables.shape[0] == pool.weights.state.shape[0] == 1
-    assert all(ref.expired() for ref in old)
+    assert all(ref.expired() for ref in storages)
     rpc(proxied, "unload_proxy", "two")
     assert (pool.proxies, pool.weights, pool.tables) == ([], None, None)
     assert counts_of(proxied, finished["long"])["proxy"] == "one"
 
 
-def counter(llm: Any, name: str, **labels: str) -> float:
+def counter_value(llm: Any, name: str, **labels: str) -> float:
     rpc(llm, "flush_metrics")
     return REGISTRY.get_sample_value(f"assent_{name}_total", labels) or 0.0
 
@@ -592,7 +625,7 @@ SHADOWED = [{"seed": 1, "top_k": 5}, {"temperature": 0.0}, {"seed": 2, "top_k": 
 
 
 def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(proxied, checkpoints):
-    """Of rows without a proxy and proxied ones, greedy and sampled; a request may be exempt."""
+    """It scores rows with and without a proxy, greedy and sampled; a request may be exempt."""
     sampling = [params(name, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
     expected = generate(proxied, PROMPTS, sampling)
     counts = [counts_of(proxied, output) for output in expected[3:]]
@@ -602,24 +635,24 @@ def test_a_shadow_changes_no_text_and_counts_what_it_would_have_changed(proxied,
     outputs = generate(proxied, PROMPTS, sampling)
     assert tokens(outputs) == tokens(expected)
     assert [counts_of(proxied, output) for output in outputs[3:]] == counts
-    rpc(proxied, "list_proxies")  # brings the metrics up to date
+    rpc(proxied, "list_proxies")  # updates the metrics
     # All tokens are among its 6 candidates but for some of "one", which has 16 where greedy.
-    scored = counter(proxied, "shadow_tokens", **labels)
-    changed = counter(proxied, "shadow_changed", **labels)
+    scored = counter_value(proxied, "shadow_tokens", **labels)
+    changed = counter_value(proxied, "shadow_changed", **labels)
     assert 5 * 16 <= scored <= 6 * 16
     assert 0 < changed < scored
     exempt = [params(name, shadow=False, **kwargs) for name in (None, "one") for kwargs in SHADOWED]
     assert tokens(generate(proxied, PROMPTS, exempt)) == tokens(expected)
     rpc(proxied, "list_proxies")
-    assert counter(proxied, "shadow_tokens", **labels) == scored
+    assert counter_value(proxied, "shadow_tokens", **labels) == scored
     mixed = [params(shadow=False, seed=1), params(seed=1, top_k=2, max_tokens=5)]
     generate(proxied, PROMPTS[:2], mixed)
     rpc(proxied, "unload_proxy", "ghost")
     rpc(proxied, "list_proxies")
-    assert counter(proxied, "shadow_tokens", **labels) == scored + 5
+    assert counter_value(proxied, "shadow_tokens", **labels) == scored + 5
     generate(proxied, PROMPTS, sampling)
     rpc(proxied, "list_proxies")
-    assert counter(proxied, "shadow_tokens", **labels) == scored + 5
+    assert counter_value(proxied, "shadow_tokens", **labels) == scored + 5
 
 
 def test_a_shadow_cannot_be_asked_for(stock, proxied, checkpoints):
@@ -627,40 +660,46 @@ def test_a_shadow_cannot_be_asked_for(stock, proxied, checkpoints):
     sampling = [params("ghost", seed=1), params("ghost", version=entry["version"], seed=1)]
     outputs = generate(proxied, PROMPTS[:2], sampling)
     assert tokens(outputs) == tokens(generate(stock, PROMPTS[:2], [params(seed=1)] * 2))
-    assert rpc(proxied, "take_alignment_counts", [o.request_id for o in outputs]) == {}
+    assert rpc(proxied, "take_alignment_counts", [output.request_id for output in outputs]) == {}
     with pytest.raises(ProxyError, match="as a shadow: unload it first"):
         rpc(proxied, "load_proxy", "ghost", checkpoints["two"])
     with pytest.raises(ProxyError, match="to act: unload it first"):
         rpc(proxied, "load_proxy", "two", checkpoints["two"], True)
-    # A shadow of a name that acts does not stand in for it.
+    # A shadow does not replace an acting proxy of the same name.
     rpc(proxied, "load_proxy", "one", checkpoints["two"], True)
-    again = [params("one", seed=1)] * 2
-    acting = tokens(generate(proxied, PROMPTS[:2], again))
+    acting_params = [params("one", seed=1)] * 2
+    acting_texts = tokens(generate(proxied, PROMPTS[:2], acting_params))
     rpc(proxied, "unload_proxy", "one", entry["version"])
-    assert acting == tokens(generate(proxied, PROMPTS[:2], again))
-    assert acting != tokens(outputs)
+    assert acting_texts == tokens(generate(proxied, PROMPTS[:2], acting_params))
+    assert acting_texts != tokens(outputs)
 
 
 def test_metrics_of_the_worker_have_name_and_version(proxied):
-    versions = {e["name"]: e["version"] for e in rpc(proxied, "list_proxies")}
+    versions = {entry["name"]: entry["version"] for entry in rpc(proxied, "list_proxies")}
     metrics = ("tokens_aligned", "candidates_proposed", "candidates_rejected", "candidates_forced")
 
-    def read() -> dict[str, list[float]]:
+    def read_counters() -> dict[str, list[float]]:
         rpc(proxied, "list_proxies")
         return {
-            n: [counter(proxied, m, proxy=n, version=v) for m in metrics]
-            for n, v in versions.items()
+            name: [
+                counter_value(proxied, metric, proxy=name, version=version) for metric in metrics
+            ]
+            for name, version in versions.items()
         }
 
-    before = read()
-    outputs = generate(proxied, PROMPTS, [params(n, seed=1) for n in ("one", "two", "one") * 2])
+    before = read_counters()
+    outputs = generate(
+        proxied, PROMPTS, [params(name, seed=1) for name in ("one", "two", "one") * 2]
+    )
     counts = [counts_of(proxied, output) for output in outputs]
-    after = read()
+    after = read_counters()
     for name, rows in (("one", 4), ("two", 2)):
-        mine = [c for c in counts if c["proxy"] == name]
-        expected = [sum(c[k] for c in mine) for k in ("proposed", "rejected", "forced")]
-        change = [b - a for a, b in zip(before[name], after[name], strict=True)]
-        assert change == [rows * 16, *expected]
+        proxy_counts = [entry for entry in counts if entry["proxy"] == name]
+        expected = [
+            sum(entry[key] for entry in proxy_counts) for key in ("proposed", "rejected", "forced")
+        ]
+        increase = [b - a for a, b in zip(before[name], after[name], strict=True)]
+        assert increase == [rows * 16, *expected]
 
 
 def assert_adds_up(trace: list[dict[str, Any]], counts: dict[str, Any], text: list[int]) -> None:
@@ -669,20 +708,20 @@ def assert_adds_up(trace: list[dict[str, Any]], counts: dict[str, Any], text: li
     assert sum(entry["forced"] for entry in trace) == counts["forced"]
     assert len(trace) == counts["accepted"] + counts["forced"]
     for entry in trace:
-        ids = [each["token_id"] for each in entry["rejected"]]
+        ids = [candidate["token_id"] for candidate in entry["rejected"]]
         assert len(set(ids)) == len(ids)
         assert entry["forced"] or entry["token_id"] not in ids
         total = sum(
-            each["probability"]
-            for each in entry["rejected"]
-            if each["token_id"] != entry["token_id"]
+            candidate["probability"]
+            for candidate in entry["rejected"]
+            if candidate["token_id"] != entry["token_id"]
         )
         assert 0 < entry["probability"] + total < 1 + 1e-5
-        assert all(0 <= each["accept_probability"] <= 1 for each in entry["rejected"])
+        assert all(0 <= candidate["accept_probability"] <= 1 for candidate in entry["rejected"])
 
 
 def test_traces_while_requests_run_and_afterwards(proxied):
-    """Piece by piece, in the order of emission; what they say adds up to text and counts."""
+    """Piece by piece, in the order of emission. They add up to the text and the counts."""
     engine = proxied.llm_engine
     # Every third request is not traced, and one is plain.
     sampling = [
@@ -692,8 +731,8 @@ def test_traces_while_requests_run_and_afterwards(proxied):
     untraced = [params(("one", "two")[i % 2], seed=i, strength=1.0 + i % 2) for i in range(5)]
     expected = tokens(generate(proxied, PROMPTS, [*untraced, params(seed=1)]))
     ids = [f"t{i}" for i in range(6)]
-    for req_id, prompt, one in zip(ids, PROMPTS, sampling, strict=True):
-        engine.add_request(req_id, prompt, one)
+    for req_id, prompt, request in zip(ids, PROMPTS, sampling, strict=True):
+        engine.add_request(req_id, prompt, request)
     traces: dict[str, list[dict[str, Any]]] = {}
     finished: dict[str, Any] = {}
     lengths = set()
@@ -706,7 +745,7 @@ def test_traces_while_requests_run_and_afterwards(proxied):
     for step in range(10**6):
         if not engine.has_unfinished_requests():
             break
-        finished |= {o.request_id: o for o in engine.step() if o.finished}
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
         if step in (2, 3, 9):
             take(ids)
             lengths.add(len(traces["t0"]))
@@ -739,7 +778,9 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, proxied, 
         counts = counts_of(llm, output)
         assert counts["accepted"] + counts["forced"] == 200
         if i < 4:
-            ((_, trace),) = [t for t in traces.items() if t[0].startswith(f"{output.request_id}-")]
+            ((_, trace),) = [
+                item for item in traces.items() if item[0].startswith(f"{output.request_id}-")
+            ]
             assert_adds_up(trace, counts, expected[i])
 
 
@@ -750,7 +791,9 @@ def test_a_trace_ends_with_the_text(proxied):
     traces = rpc(proxied, "take_traces", [output.request_id for output in outputs])
     assert len(traces) == 6
     for output in outputs:
-        ((_, trace),) = [t for t in traces.items() if t[0].startswith(f"{output.request_id}-")]
+        ((_, trace),) = [
+            item for item in traces.items() if item[0].startswith(f"{output.request_id}-")
+        ]
         assert trace[-1]["token_id"] == EOS
         assert_adds_up(trace, counts_of(proxied, output), tokens([output])[0])
 
@@ -793,7 +836,7 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
 
 
 @pytest.mark.parametrize(
-    ("feature", "named"),
+    ("feature", "message"),
     [
         ({"speculative_config": object()}, "speculative decoding"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
@@ -802,7 +845,7 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
         ({"enable_trace_replay": True}, "trace replay"),
     ],
 )
-def test_what_is_not_supported_is_refused_at_start(feature, named):
+def test_what_is_not_supported_is_refused_at_start(feature, message):
     from proxy.engine.unsupported import refuse_unsupported
 
     settings = {
@@ -818,7 +861,7 @@ def test_what_is_not_supported_is_refused_at_start(feature, named):
         return SimpleNamespace(**settings, parallel_config=part, model_config=part)
 
     refuse_unsupported(config(settings))
-    with pytest.raises(ProxyError, match=named):
+    with pytest.raises(ProxyError, match=message):
         refuse_unsupported(config(settings | feature))
 
 

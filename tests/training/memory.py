@@ -14,25 +14,25 @@ class TensorBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}  # storages, by id
+        self._storages: dict[int, weakref.ref[Any]] = {}  # storages, by id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), is_new=False)
+        self._record((args, kwargs), is_new=False)
         result = func(*args, **(kwargs or {}))
-        self._note(result, is_new=True)
+        self._record(result, is_new=True)
         return result
 
-    def _note(self, tree: Any, is_new: bool) -> None:
+    def _record(self, tree: Any, is_new: bool) -> None:
         for leaf in tree_leaves(tree):
-            if not isinstance(leaf, torch.Tensor) or id(leaf.untyped_storage()) in self._seen:
+            if not isinstance(leaf, torch.Tensor) or id(leaf.untyped_storage()) in self._storages:
                 continue
             storage = leaf.untyped_storage()
             key, size = id(storage), storage.nbytes() if is_new else 0
 
             def forget(_: Any, key: int = key, size: int = size) -> None:
                 self.live -= size
-                del self._seen[key]
+                del self._storages[key]
 
-            self._seen[key] = weakref.ref(storage, forget)
+            self._storages[key] = weakref.ref(storage, forget)
             self.live += size
             self.peak = max(self.peak, self.live)

@@ -52,7 +52,7 @@ ARCHITECTURES = {
     "gemma": Architecture("GemmaConfig", _GEMMA | {"vocab_size": 281}, NO_SYSTEM),
     "gemma2": Architecture(
         "Gemma2Config",
-        # Caps and window low enough to be felt.
+        # Caps and window are low enough to matter.
         _GEMMA
         | {
             "vocab_size": 289,
@@ -110,8 +110,8 @@ def random_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast)
 
 def chat(text: str, answer: str | None = None) -> list[Message]:
     """A conversation of one turn, or of two."""
-    asked = Message(role="user", content=text)
-    return [asked] if answer is None else [asked, Message(role="assistant", content=answer)]
+    question = Message(role="user", content=text)
+    return [question] if answer is None else [question, Message(role="assistant", content=answer)]
 
 
 def data_rows(kind: str, count: int = 6) -> Sequence[dict[str, Any]]:

@@ -28,22 +28,24 @@ TINY = {
     "training.evaluate": "--num-prompts 5",
 }
 # Prints the arguments of each call: how many, and which.
-NOTE_CALLS = """python() { printf '%s\\0' "$#" "$@"; }\n"""
+PRINT_CALLS = """python() { printf '%s\\0' "$#" "$@"; }\n"""
 
 
-class Follower:
+class PageRunner:
     """Runs the page in its own directory."""
 
-    def __init__(self, directory: Path, stack: ExitStack, mine: dict[str, str | Path]) -> None:
-        self.directory, self.stack, self.mine = directory, stack, mine
+    def __init__(self, directory: Path, stack: ExitStack, variables: dict[str, str | Path]) -> None:
+        self.directory, self.stack, self.variables = directory, stack, variables
         self.port = free_port()
         # Other tests set vLLM's variables for engines in this process; the server finds its own.
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+        self.environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("VLLM_")
+        }
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment["PYTHONPATH"] = str(REPOSITORY)
 
-    def do(self, language: str, text: str) -> str:
-        """What a block prints."""
+    def run_block(self, language: str, text: str) -> str:
+        """Run a block and return its output."""
         text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         if language == "json":
             return self.write_preferences(text)
@@ -67,7 +69,7 @@ class Follower:
 
     def calls(self, text: str) -> list[list[str]]:
         """The module and the arguments of each `python -m` in a block, as the shell hands them over."""
-        words = self.run(["bash", "-euo", "pipefail", "-c", NOTE_CALLS + text]).split("\0")[:-1]
+        words = self.run(["bash", "-euo", "pipefail", "-c", PRINT_CALLS + text]).split("\0")[:-1]
         calls = []
         while words:
             end = 1 + int(words[0])
@@ -89,15 +91,15 @@ class Follower:
 
     def export(self, text: str) -> str:
         names = re.findall(r"^export (\w+)=\S+$", text, re.MULTILINE)
-        assert set(names) == set(self.mine) and len(names) == len(text.splitlines())
-        self.environment |= {name: str(self.mine[name]) for name in names}
+        assert set(names) == set(self.variables) and len(names) == len(text.splitlines())
+        self.environment |= {name: str(self.variables[name]) for name in names}
         return ""
 
     def write_preferences(self, example: str) -> str:
         """The page's own example, and pairs of the toy data."""
         row = json.loads(example)
         assert example.count("\n") == 1, "JSON lines: an object is one line"
-        with Path(self.mine["PREFERENCES"]).open("a", encoding="utf-8") as file:
+        with Path(self.variables["PREFERENCES"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return ""
 
@@ -118,22 +120,24 @@ class Follower:
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of every fenced block."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert page.count("```") == 2 * len(found), "a fence that no block begins or ends with"
-    return found
+    matches = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert page.count("```") == 2 * len(matches), "a fence that no block begins or ends with"
+    return matches
 
 
-def test_a_person_who_follows_the_page_has_a_served_proxy(work: Path, tmp_path: Path) -> None:
+def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_path: Path) -> None:
     preferences = tmp_path / "my_preferences.jsonl"
-    with (work / "world/preferences.jsonl").open(encoding="utf-8") as file:
+    with (work_dir / "world/preferences.jsonl").open(encoding="utf-8") as file:
         preferences.write_text("".join(islice(file, 120)), encoding="utf-8")
     printed = []
     with ExitStack() as stack:
-        mine = {"MODEL": work / "base", "PREFERENCES": preferences}
-        follower = Follower(tmp_path, stack, mine)
+        variables = {"MODEL": work_dir / "base", "PREFERENCES": preferences}
+        runner = PageRunner(tmp_path, stack, variables)
         for language, text in blocks(PAGE.read_text(encoding="utf-8")):
-            printed.append(follower.do(language, text))
-    _, _, checked, direct, sampled, _, accuracies, probed, _, _, _, dialled, said, loaded = printed
+            printed.append(runner.run_block(language, text))
+    _, _, checked, direct, sampled, _, accuracies, probed, _, _, _, dialled, chat_output, loaded = (
+        printed
+    )
     assert "121 pairs\n" in checked and "skipped" not in checked
     assert "outside the LLM's nucleus" in direct and "round 1: mean reward" in sampled
     assert accuracies.count("eval_rewards/accuracies") == 2
@@ -142,7 +146,7 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work: Path, tmp_path: 
     assert set(figures["rewards"]) == {"runs/mine/reward", "runs/mine/second-opinion"}
     answers = re.findall(r'"proxy":"mine"', dialled.replace(" ", ""))
     assert len(answers) == 3
-    assert said.strip()
+    assert chat_output.strip()
     names = {proxy["name"] for proxy in json.loads(loaded.splitlines()[-1])["data"]}
     assert names == {"mine", "mine-too"}
 

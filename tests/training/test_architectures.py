@@ -1,4 +1,4 @@
-"""The training path on small random models of many architectures, against transformers used plainly."""
+"""The training path on small random models of many architectures, against plain transformers."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def reference(model_dir: Path) -> Any:
     ).eval()
 
 
-def scrambled_proxy(model: Any) -> ProxyNetwork:
+def random_proxy(model: Any) -> ProxyNetwork:
     torch.manual_seed(1)
     config = default_config(model, width=8, accept_bias=0.0, max_rejections=MAX_REJECTIONS)
     network = ProxyNetwork(config)
@@ -83,52 +83,52 @@ def test_what_a_padded_batch_records_is_what_each_prompt_gives_alone(model_dir: 
     chats = Conversations(tokenizer)
     prompts = [chats.prompt_ids(chat(text)) for text in PROMPTS]
     assert len(set(map(len, prompts))) == 3
-    policy = Policy(model.eval(), scrambled_proxy(model))
+    policy = Policy(model.eval(), random_proxy(model))
     rollout = generate(policy, prompts, DECODING, end_ids=(), seeds=count(0))
-    plain, asked = reference(model_dir), 0
+    reference_model, num_decisions = reference(model_dir), 0
     for episode, prompt in enumerate(prompts):
-        asked += follow(plain, prompt, rollout, episode)
-    assert asked == len(rollout.decisions.token_ids) > 60
+        num_decisions += check_response(reference_model, prompt, rollout, episode)
+    assert num_decisions == len(rollout.decisions.token_ids) > 60
     assert rollout.counts.rejected > 10
 
 
 @torch.no_grad()
-def follow(model: Any, prompt: list[int], rollout: Rollout, episode: int) -> int:
+def check_response(model: Any, prompt: list[int], rollout: Rollout, episode: int) -> int:
     """Walk through a response, position by position, and return how many decisions it took."""
-    response, columns = rollout.responses[episode], rollout.decisions
-    mine = torch.nonzero(columns.episodes == episode).flatten().tolist()
-    tapped: list[Tensor] = []
+    response, decisions = rollout.responses[episode], rollout.decisions
+    rows = torch.nonzero(decisions.episodes == episode).flatten().tolist()
+    head_inputs: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: tapped.append(inputs[0][0])
+        lambda _, inputs: head_inputs.append(inputs[0][0])
     )
     logits = model(torch.tensor([prompt + response])).logits[0]
     handle.remove()
-    asked = 0
+    num_decisions = 0
     for position, token_id in enumerate(response, start=len(prompt) - 1):
-        candidates, seen, accepted = nucleus_logprobs(logits[position]), [], []
-        while asked < len(mine) and torch.allclose(
-            columns.hidden[mine[asked]], tapped[0][position], atol=TOLERANCE
+        candidates, proposed, accepted = nucleus_logprobs(logits[position]), [], []
+        while num_decisions < len(rows) and torch.allclose(
+            decisions.hidden[rows[num_decisions]], head_inputs[0][position], atol=TOLERANCE
         ):
-            row = mine[asked]
-            candidate = int(columns.token_ids[row])
-            assert columns.logprobs[row].item() == pytest.approx(
+            row = rows[num_decisions]
+            candidate = int(decisions.token_ids[row])
+            assert decisions.logprobs[row].item() == pytest.approx(
                 candidates[candidate], abs=TOLERANCE
             )
-            seen.append(candidate)
-            accepted += [candidate] if columns.accepted[row] else []
-            asked += 1
-        assert len(set(seen)) == len(seen) <= MAX_REJECTIONS
+            proposed.append(candidate)
+            accepted += [candidate] if decisions.accepted[row] else []
+            num_decisions += 1
+        assert len(set(proposed)) == len(proposed) <= MAX_REJECTIONS
         if accepted:
             assert accepted == [token_id]
         else:
-            most = min(MAX_REJECTIONS, len(candidates)) if len(candidates) > 1 else 0
-            assert len(seen) == most
+            limit = min(MAX_REJECTIONS, len(candidates)) if len(candidates) > 1 else 0
+            assert len(proposed) == limit
             assert token_id == max(candidates, key=candidates.__getitem__)
-    assert asked == len(mine)
-    return asked
+    assert num_decisions == len(rows)
+    return num_decisions
 
 
-def implicit(model_dir: Path, reward: Path) -> None:
+def write_implicit_reward(model_dir: Path, reward: Path) -> None:
     """A reward directory whose model is the frozen LLM itself."""
     shutil.copytree(model_dir, reward)
     RewardFile(kind="implicit", beta=0.1, base=identify(str(model_dir))).write(reward)
@@ -136,31 +136,36 @@ def implicit(model_dir: Path, reward: Path) -> None:
 
 def samples_of(frozen: Frozen) -> list[Sample]:
     chats = Conversations(frozen.tokenizer)
-    found = []
+    samples = []
     for text, answer in zip(PROMPTS, ANSWERS, strict=True):
         prompt, response = chats.split_ids(chat(text), answer)
-        found.append(Sample(chat(text), answer, prompt, response))
-    return found
+        samples.append(Sample(chat(text), answer, prompt, response))
+    return samples
 
 
 @torch.no_grad()
 def test_sequence_logprobs_are_those_of_each_sequence_alone(model_dir: Path) -> None:
-    plain, samples = reference(model_dir), samples_of(frozen_of(model_dir, DECODING))
+    reference_model, samples = reference(model_dir), samples_of(frozen_of(model_dir, DECODING))
     expected = []
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
-        logprobs = plain(ids).logits[0].double().log_softmax(-1)
+        logprobs = reference_model(ids).logits[0].double().log_softmax(-1)
         start = len(sample.prompt_ids)
-        expected.append(sum(logprobs[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
+        expected.append(
+            sum(
+                logprobs[position - 1, ids[0, position]].item()
+                for position in range(start, ids.shape[1])
+            )
+        )
     model = load_model(str(model_dir))[0].eval()
-    columns = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
+    columns = [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples]
     for batch_size in (1, 2, 3):
-        found = sequence_logprobs(model, *columns, batch_size)
-        assert found.tolist() == pytest.approx(expected, abs=TOLERANCE)
+        actual = sequence_logprobs(model, *columns, batch_size)
+        assert actual.tolist() == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_an_untrained_reward_model_rewards_nothing(model_dir: Path, tmp_path: Path) -> None:
-    implicit(model_dir, tmp_path / "reward")
+    write_implicit_reward(model_dir, tmp_path / "reward")
     frozen = frozen_of(model_dir, DECODING)
     assert load_reward(str(tmp_path / "reward"), frozen)(samples_of(frozen)).tolist() == [0, 0, 0]
 
@@ -181,14 +186,15 @@ def test_an_update_trains_the_proxy_and_never_the_llm(
         width=8,
     )
     trainer = proxy_ppo.ProxyPPOTrainer(options, Accelerator(cpu=True))
-    before = [
-        {k: v.clone() for k, v in m.state_dict().items()} for m in (trainer.model, trainer.network)
+    states = [
+        {key: value.clone() for key, value in module.state_dict().items()}
+        for module in (trainer.model, trainer.network)
     ]
-    assert {value.dtype for value in before[0].values()} == {getattr(torch, dtype)}
+    assert {value.dtype for value in states[0].values()} == {getattr(torch, dtype)}
     row = trainer.step(0)
-    llm, proxy = (m.state_dict() for m in (trainer.model, trainer.network))
-    assert all(torch.equal(llm[key], value) for key, value in before[0].items())
-    assert any(not torch.equal(proxy[key], value) for key, value in before[1].items())
+    llm, proxy = (module.state_dict() for module in (trainer.model, trainer.network))
+    assert all(torch.equal(llm[key], value) for key, value in states[0].items())
+    assert any(not torch.equal(proxy[key], value) for key, value in states[1].items())
     assert row["decisions"] > 50 and row["grad_norm"] > 0
 
 
@@ -200,7 +206,7 @@ REWARDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft mends it
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft corrects it
 def test_every_command(model_dir: Path, data: Path, tmp_path: Path) -> None:
     """In bfloat16, from supervised fine-tuning to a proxy for each kind of reward."""
     tuned, base = tmp_path / "tuned", tmp_path / "base"

@@ -22,8 +22,8 @@ MODEL = DEMO / "model"
 Change = Callable[[Path], object]
 
 
-def cut(name: str) -> Change:
-    """Half of a file."""
+def truncate(name: str) -> Change:
+    """Cut a file to half its size."""
 
     def change(model: Path) -> None:
         path = model / name
@@ -36,20 +36,20 @@ def write(name: str, text: str) -> Change:
     return lambda model: (model / name).write_text(text)
 
 
-def update(name: str, **more: object) -> Change:
+def update(name: str, **fields: object) -> Change:
     def change(model: Path) -> None:
-        content = json.loads((model / name).read_text()) | more
+        content = json.loads((model / name).read_text()) | fields
         (model / name).write_text(json.dumps(content))
 
     return change
 
 
 CHANGES = {
-    "weights": cut("model.safetensors"),
+    "weights": truncate("model.safetensors"),
     "no weights": lambda model: (model / "model.safetensors").unlink(),
-    "tokenizer": cut("tokenizer.json"),
-    "tokenizer config": cut("tokenizer_config.json"),
-    "config": cut("config.json"),
+    "tokenizer": truncate("tokenizer.json"),
+    "tokenizer config": truncate("tokenizer_config.json"),
+    "config": truncate("config.json"),
     "a list for a config": write("config.json", "[]"),
     "an empty config": write("config.json", ""),
     "binary config": lambda model: (model / "config.json").write_bytes(b"\xff\xfe\x00"),
@@ -57,7 +57,7 @@ CHANGES = {
     "no such activation": update("config.json", hidden_act="none such"),
     "a head too many": update("config.json", tie_word_embeddings=False),
     "another layer": update("config.json", num_hidden_layers=5),
-    "generation config": cut("generation_config.json"),
+    "generation config": truncate("generation_config.json"),
 }
 
 
@@ -76,11 +76,11 @@ def test_a_damaged_model(
     rows.write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
-    with pytest.raises(SystemExit) as end, main_guard():
+    with pytest.raises(SystemExit) as exit_info, main_guard():
         sft.main(sft.Options(model=str(model), sft=str(rows), output=tmp_path / "out"))
-    assert end.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and str(model) in last
+    assert exit_info.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: ") and str(model) in last_line
     assert not (tmp_path / "out").exists()
 
 
@@ -141,29 +141,31 @@ def test_a_module_that_is_no_reward(
 def add_token(model: Path, role: str | None) -> int:
     """A token that is not among the embeddings; returns its id."""
     content = json.loads((model / "tokenizer.json").read_text())
-    number = json.loads((model / "config.json").read_text())["vocab_size"]
-    token = {"id": number, "content": "<|new|>", "special": True}
+    token_id = json.loads((model / "config.json").read_text())["vocab_size"]
+    token = {"id": token_id, "content": "<|new|>", "special": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content["added_tokens"].append(token | flags)
     (model / "tokenizer.json").write_text(json.dumps(content))
     if role:
         update("tokenizer_config.json", **{f"{role}_token": "<|new|>"})(model)
-    return number
+    return token_id
 
 
 @pytest.mark.parametrize("role", ["pad", "eos"])
 def test_a_pad_token_beyond_the_embeddings(role: str, model: Path) -> None:
-    number = add_token(model, role)
-    message = rf"the token '<\|new\|>' \({number}\) of the model's tokenizer is beyond its {number}"
+    token_id = add_token(model, role)
+    message = (
+        rf"the token '<\|new\|>' \({token_id}\) of the model's tokenizer is beyond its {token_id}"
+    )
     with pytest.raises(TrainingError, match=message):
         load_model(str(model))
 
 
 def test_an_added_token_beyond_the_embeddings(model: Path, tmp_path: Path) -> None:
     """It is refused where the data has it: a model may have one that nobody uses."""
-    number = add_token(model, None)
+    token_id = add_token(model, None)
     loaded, tokenizer = load_model(str(model))
-    refuse_unknown(loaded, tokenizer, [[number - 1], []])
+    refuse_unknown(loaded, tokenizer, [[token_id - 1], []])
     rows = tmp_path / "rows.jsonl"
     user = {"role": "user", "content": "what is <|new|>?"}
     answer = {"role": "assistant", "content": "b"}

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from proxy.checkpoint import ProxyError, identify, load
-from tests.training.conftest import done
+from tests.training.conftest import run_command
 from tests.warm import run
 from training import proxy_ppo
 from training.console import TrainingError
@@ -16,33 +16,33 @@ from training.evaluate import compare
 from training.metrics import read_metrics
 
 
-def test_the_whole_path_makes_what_the_server_loads(work: Path) -> None:
-    demo = work / "demo"
+def test_the_whole_path_makes_what_the_server_loads(work_dir: Path) -> None:
+    demo = work_dir / "demo"
     base = identify(str(demo / "model"))
     for name in ("aligned", "polite"):
         proxy = load(demo / "proxies" / name, base=base)
         assert proxy.training["options"]["seed"] == 0
         # under 1 % of what full RLHF trains: an actor and a critic of the LLM's size
         with safe_open(demo / "model" / "model.safetensors", "pt") as weights:
-            llm = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
-        assert proxy.network.num_parameters() < 0.01 * 2 * llm
+            llm_size = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
+        assert proxy.network.num_parameters() < 0.01 * 2 * llm_size
     generation = json.loads((demo / "model" / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_k"], generation["top_p"]) == (1.0, 16, 0.95)
 
 
-def test_stages_that_are_done_are_skipped(work: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (work / "base").iterdir()}
-    command = ["training.demo", "--work", work, "--output", work / "demo", "--scale"]
+def test_stages_that_are_done_are_skipped(work_dir: Path) -> None:
+    mtimes = {path: path.stat().st_mtime_ns for path in (work_dir / "base").iterdir()}
+    command = ["training.demo", "--work", work_dir, "--output", work_dir / "demo", "--scale"]
     for arguments, message in (
         (["0.005"], "holds a finished run of training.demo"),
         (["0.01", "--overwrite"], "is of a run with other options (scale)"),
     ):
-        refused = run(*command, *arguments)
-        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+        refusal = run(*command, *arguments)
+        assert refusal.returncode == 2 and message in refusal.stderr, refusal.stderr
     result = run(*command, "0.005", "--overwrite")
     assert result.returncode == 0, result.stderr
     assert "base: done already" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in (work / "base").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (work_dir / "base").iterdir()} == mtimes
 
 
 def test_sft(sft: Path) -> None:
@@ -50,27 +50,29 @@ def test_sft(sft: Path) -> None:
     assert (sft / "model.safetensors").exists()
 
 
-def test_scalar_reward_trains_a_proxy_too(work: Path, scalar_reward: Path, tmp_path: Path) -> None:
-    done(
-        "training.proxy_ppo", "--model", work / "base", "--reward", scalar_reward, "--steps", "1",
-        "--prompts", work / "world/preferences.jsonl", "--output", tmp_path, "--episodes", "8",
+def test_scalar_reward_trains_a_proxy_too(
+    work_dir: Path, scalar_reward: Path, tmp_path: Path
+) -> None:
+    run_command(
+        "training.proxy_ppo", "--model", work_dir / "base", "--reward", scalar_reward, "--steps", "1",
+        "--prompts", work_dir / "world/preferences.jsonl", "--output", tmp_path, "--episodes", "8",
     )  # fmt: skip
-    proxy = load(tmp_path, base=identify(str(work / "base")))
+    proxy = load(tmp_path, base=identify(str(work_dir / "base")))
     assert proxy.training["options"]["steps"] == 1
 
 
-def test_dpo(work: Path, dpo: Path) -> None:
+def test_dpo(work_dir: Path, dpo: Path) -> None:
     assert read_metrics(dpo)[-1]["train_loss"] > 0
-    assert identify(str(dpo)).fingerprint != identify(str(work / "base")).fingerprint
+    assert identify(str(dpo)).fingerprint != identify(str(work_dir / "base")).fingerprint
 
 
-def test_evaluate(work: Path, scalar_reward: Path, evaluations: list[Path]) -> None:
+def test_evaluate(work_dir: Path, scalar_reward: Path, evaluations: list[Path]) -> None:
     by_reference_scorer, by_rewards = (json.loads(path.read_text()) for path in evaluations)
     assert by_reference_scorer["prompts"] == by_rewards["prompts"] == 5
     assert 0 <= by_reference_scorer["gold_win_rate"] <= 1
     # The same answers were compared.
     assert by_reference_scorer["kl_nats_per_response"] == by_rewards["kl_nats_per_response"] > 0
-    assert list(by_rewards["rewards"]) == [str(work / "reward-aligned"), str(scalar_reward)]
+    assert list(by_rewards["rewards"]) == [str(work_dir / "reward-aligned"), str(scalar_reward)]
 
 
 def test_scores_are_compared_prompt_by_prompt() -> None:
@@ -92,11 +94,11 @@ def test_one_prompt_has_no_standard_error() -> None:
     assert figures["win_rate_se"] is figures["gain_se"] is None
 
 
-def test_prompts_that_are_not_toy_data_need_a_reward(work: Path, tmp_path: Path) -> None:
+def test_prompts_that_are_not_toy_data_need_a_reward(work_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "hello"}\n')
     result = run(
-        "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--prompts", prompts
+        "training.evaluate", "--model", work_dir / "base", "--proxy", work_dir / "proxy-aligned", "--prompts", prompts
     )  # fmt: skip
     assert result.returncode == 2
     assert (
@@ -105,10 +107,10 @@ def test_prompts_that_are_not_toy_data_need_a_reward(work: Path, tmp_path: Path)
     )
 
 
-def test_evaluate_at_strength_0_has_no_divergence(work: Path, tmp_path: Path) -> None:
+def test_evaluate_at_strength_0_has_no_divergence(work_dir: Path, tmp_path: Path) -> None:
     result = run(
-        "training.evaluate", "--model", work / "base", "--proxy", work / "proxy-aligned", "--strength", "0",
-        "--prompts", work / "world/prompts_validation.jsonl", "--num-prompts", "5",
+        "training.evaluate", "--model", work_dir / "base", "--proxy", work_dir / "proxy-aligned", "--strength", "0",
+        "--prompts", work_dir / "world/prompts_validation.jsonl", "--num-prompts", "5",
         "--output", tmp_path / "figures.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -127,25 +129,31 @@ BAD_LINES = {
 }
 
 
-def test_bad_input_ends_in_one_line_and_exit_code_2(work: Path, tmp_path: Path) -> None:
+def test_bad_input_ends_in_one_line_and_exit_code_2(work_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     good = '{"prompt": [{"role": "user", "content": "hello"}]}'
     prompts.write_text(f"{good}\n{next(iter(BAD_LINES))}\n")
-    fine = tmp_path / "fine.jsonl"
-    fine.write_text(good)
-    common = ("--model", work / "base", "--output", tmp_path / "out")
-    reward = ("--reward", work / "reward-aligned")
+    good_file = tmp_path / "fine.jsonl"
+    good_file.write_text(good)
+    common = ("--model", work_dir / "base", "--output", tmp_path / "out")
+    reward = ("--reward", work_dir / "reward-aligned")
     result = run("training.proxy_ppo", "--prompts", prompts, *reward, *common)
     assert result.returncode == 2
     assert "line 2: not JSON" in result.stderr
     assert "Traceback" not in result.stderr
     for change, message in (
         ({"prompts": str(tmp_path / "none")}, "no such file"),
-        ({"reward": str(work / "world")}, "is no reward"),
+        ({"reward": str(work_dir / "world")}, "is no reward"),
         ({"model": str(tmp_path / "no")}, "neither a directory"),
     ):
-        usual = {"model": str(work / "base"), "prompts": str(fine), "output": tmp_path / "out"}
-        options = proxy_ppo.Options(**{"reward": str(work / "reward-aligned")} | usual | change)
+        defaults = {
+            "model": str(work_dir / "base"),
+            "prompts": str(good_file),
+            "output": tmp_path / "out",
+        }
+        options = proxy_ppo.Options(
+            **{"reward": str(work_dir / "reward-aligned")} | defaults | change
+        )
         with pytest.raises((TrainingError, ProxyError), match=message):
             proxy_ppo.main(options)
     assert not (tmp_path / "out").exists()

@@ -35,7 +35,7 @@ def test_so_many_rows_and_no_more(tmp_path: Path) -> None:
     pairs = '{"prompt": "2 + 2?", "chosen": ["4"], "rejected": ["3", "5", "6"]}\n'
     file.write_text(pairs * 2)
 
-    def worse(row: Row) -> str:
+    def rejected_text(row: Row) -> str:
         return row["rejected"][0]["content"]
 
-    assert read_as(file, PAIR, RowOptions(), worse, 4) == ["3", "5", "6", "3"]
+    assert read_as(file, PAIR, RowOptions(), rejected_text, 4) == ["3", "5", "6", "3"]

@@ -1,4 +1,4 @@
-"""The trainer's rollout: its sampling distribution, and that it decides as the server does.
+"""The trainer's rollout: its sampling distribution, and its decisions compared with the server's.
 
 False alarms: below 1e-6 for each test of a distribution (`tests.proxy.references`), with fixed seeds. Decisions are
 compared one by one, except in rows where rounding may decide.
@@ -29,8 +29,8 @@ from tests.proxy.references import (
     accept_logits_of,
     assert_follows,
     canonical,
-    tied,
     token_distribution,
+    with_ties,
 )
 from training.policy import Decoding, Policy
 from training.rollout import Rollout, generate
@@ -49,13 +49,13 @@ PROXIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, ProxyNetwork]:
-    made = {}
+    by_name = {}
     for seed, (name, config) in enumerate(PROXIES.items()):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 64, "vocab_size": 288, "accept_bias": 0.0}
-        made[name] = ProxyNetwork(ProxyConfig(**sizes | config)).requires_grad_(False)
-        torch.nn.init.normal_(made[name].score.weight, std=1.5)
-    return made
+        by_name[name] = ProxyNetwork(ProxyConfig(**sizes | config)).requires_grad_(False)
+        torch.nn.init.normal_(by_name[name].score.weight, std=1.5)
+    return by_name
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def load_frozen(model_dir) -> Callable[[torch.dtype], PreTrainedModel]:  # noqa:
 # --- the sampling distribution ---
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     proxy: str
     strength: float
     decoding: Decoding
@@ -100,78 +100,78 @@ class Asked(NamedTuple):
         )
 
 
-def ask(proxy: str, strength: float, temperature: float, top_k: int, top_p: float) -> Asked:
+def make_request(
+    proxy: str, strength: float, temperature: float, top_k: int, top_p: float
+) -> Request:
     decoding = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=1)
-    return Asked(proxy, strength, decoding)
+    return Request(proxy, strength, decoding)
 
 
-ASKED = [
-    ask("wide", 1.0, 1.0, 0, 1.0),
-    ask("wide", 0.5, 0.7, 0, 0.93),
-    ask("wide", 3.0, 1.4, 6, 1.0),
-    ask("wide", 1.0, 2.0, 40, 0.75),
-    ask("wide", 1.0, 1.0, 1, 1.0),  # a single candidate
-    ask("wide", 1.0, 0.0, 1, 0.1),  # greedy: the top-k and top-p of the training
-    ask("wide", 1.0, 0.2, 0, 0.93),
-    ask("wide", 3.0, 0.0, 0, 1.0),
-    ask("narrow", 1.0, 1.0, 0, 1.0),
-    ask("narrow", 3.0, 1.4, 4, 0.9),
-    ask("narrow", 0.5, 0.7, 6, 0.8),
-    ask("narrow", 0.0, 1.4, 40, 0.9),
-    ask("never", 1.0, 1.0, 0, 1.0),  # all rejected
-    ask("never", 1.0, 0.0, 0, 1.0),
-    ask("silent", 1.0, 1.0, 0, 1.0),
+REQUESTS = [
+    make_request("wide", 1.0, 1.0, 0, 1.0),
+    make_request("wide", 0.5, 0.7, 0, 0.93),
+    make_request("wide", 3.0, 1.4, 6, 1.0),
+    make_request("wide", 1.0, 2.0, 40, 0.75),
+    make_request("wide", 1.0, 1.0, 1, 1.0),  # a single candidate
+    make_request("wide", 1.0, 0.0, 1, 0.1),  # greedy: the top-k and top-p of the training
+    make_request("wide", 1.0, 0.2, 0, 0.93),
+    make_request("wide", 3.0, 0.0, 0, 1.0),
+    make_request("narrow", 1.0, 1.0, 0, 1.0),
+    make_request("narrow", 3.0, 1.4, 4, 0.9),
+    make_request("narrow", 0.5, 0.7, 6, 0.8),
+    make_request("narrow", 0.0, 1.4, 40, 0.9),
+    make_request("never", 1.0, 1.0, 0, 1.0),  # all rejected
+    make_request("never", 1.0, 0.0, 0, 1.0),
+    make_request("silent", 1.0, 1.0, 0, 1.0),
 ]
 
 
 def outcomes(rollout: Rollout) -> list[Outcome]:
-    """Of responses of one token each: token, number proposed, forced."""
-    answers: defaultdict[int, list[bool]] = defaultdict(list)
+    """Token, number proposed and forced flag of responses of one token each."""
+    accepted_by_episode: defaultdict[int, list[bool]] = defaultdict(list)
     decisions = rollout.decisions
     for episode, accepted in zip(
         decisions.episodes.tolist(), decisions.accepted.tolist(), strict=True
     ):
-        answers[episode].append(accepted)
-    seen, counts = [], rollout.counts
+        accepted_by_episode[episode].append(accepted)
+    results, counts = [], rollout.counts
     for episode, (token_id,) in enumerate(rollout.responses):
-        if episode in answers:
-            asked = answers[episode]
-            seen.append((token_id, len(asked), True not in asked))
-        else:  # a single candidate, or no rejection allowed: alike in all episodes
-            seen.append((token_id, counts.proposed // counts.tokens, counts.forced > 0))
-    assert sum(proposed for _, proposed, _ in seen) == counts.proposed
-    assert sum(forced for *_, forced in seen) == counts.forced
-    return seen
+        if episode in accepted_by_episode:
+            flags = accepted_by_episode[episode]
+            results.append((token_id, len(flags), True not in flags))
+        else:  # a single candidate, or no rejection allowed: the same in all episodes
+            results.append((token_id, counts.proposed // counts.tokens, counts.forced > 0))
+    assert sum(proposed for _, proposed, _ in results) == counts.proposed
+    assert sum(forced for *_, forced in results) == counts.forced
+    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_the_rollout_follows_the_enumerated_distribution(load_frozen, networks, monkeypatch, dtype):
-    """In bf16 that of the hidden states it has seen and of tied logits, where it is clear."""
+    """In bf16 the distribution is that of the rollout's own hidden states and of tied logits, where it is clear."""
     rows, prompt = 4000, [7, 12, 9]
     frozen = load_frozen(dtype)
     embeddings = frozen.get_input_embeddings().weight
-    seen_by_rollout: list[tuple[Tensor, Tensor]] = []
+    recorded: list[tuple[Tensor, Tensor]] = []
     original = training.rollout._step
 
-    def step(policy: Policy, logits: Tensor, hidden: Tensor, *rest: Any) -> Decision:
-        if (
-            dtype == torch.bfloat16
-        ):  # the same for all rows, though they may have been rounded apart
-            logits, hidden = tied(logits[:1].expand_as(logits)), hidden[:1].expand_as(hidden)
-        seen_by_rollout.append((logits[0], hidden[0]))
-        return original(policy, logits, hidden, *rest)
+    def step(policy: Policy, logits: Tensor, hidden: Tensor, *args: Any) -> Decision:
+        if dtype == torch.bfloat16:  # the same for all rows, even where rounding differs
+            logits, hidden = with_ties(logits[:1].expand_as(logits)), hidden[:1].expand_as(hidden)
+        recorded.append((logits[0], hidden[0]))
+        return original(policy, logits, hidden, *args)
 
     monkeypatch.setattr(training.rollout, "_step", step)
-    precise = load_frozen(torch.float64)(torch.tensor([prompt]), output_hidden_states=True)
-    followed = []  # whether there were ties
-    for asked in ASKED:
-        network = networks[asked.proxy]
-        policy = Policy(frozen, network, asked.strength)
-        rollout = generate(policy, [prompt] * rows, asked.decoding, end_ids=(), seeds=count(1))
-        logits, hidden = seen_by_rollout.pop()
+    frozen_output = load_frozen(torch.float64)(torch.tensor([prompt]), output_hidden_states=True)
+    had_ties = []  # whether there were ties
+    for request in REQUESTS:
+        network = networks[request.proxy]
+        policy = Policy(frozen, network, request.strength)
+        rollout = generate(policy, [prompt] * rows, request.decoding, end_ids=(), seeds=count(1))
+        logits, hidden = recorded.pop()
         if dtype == torch.float32:
-            logits, hidden = precise.logits[0, -1], precise.hidden_states[-1][0, -1]
+            logits, hidden = frozen_output.logits[0, -1], frozen_output.hidden_states[-1][0, -1]
         scores = logits.double().numpy()
 
         def accept_logits(
@@ -180,24 +180,24 @@ def test_the_rollout_follows_the_enumerated_distribution(load_frozen, networks, 
             return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
 
         try:
-            distribution = token_distribution(scores, asked.setting, accept_logits)
+            distribution = token_distribution(scores, request.setting, accept_logits)
         except AmbiguousError:
             continue
         counts = Counter(canonical(outcome, scores) for outcome in outcomes(rollout))
-        assert_follows(counts, distribution, tests=len(ASKED))
+        assert_follows(counts, distribution, tests=len(REQUESTS))
         tokens = {token for token, *_ in distribution}
-        followed.append(len({scores[token] for token in tokens}) < len(tokens))
+        had_ties.append(len({scores[token] for token in tokens}) < len(tokens))
     if dtype == torch.float32:
-        assert followed == [False] * len(ASKED)
+        assert had_ties == [False] * len(REQUESTS)
     else:
-        assert sum(followed) >= 5, followed
+        assert sum(had_ties) >= 5, had_ties
 
 
 # --- trainer and server ---
 
 
-class Decided(NamedTuple):
-    """What the server decided in R rows, and from what."""
+class ServerDecisions(NamedTuple):
+    """The server's decisions in R rows, and their inputs."""
 
     logits: Tensor  # [R, V] before the temperature
     hidden: Tensor  # [R, H]
@@ -208,8 +208,8 @@ class Decided(NamedTuple):
     forced: Tensor  # [R] bool
 
 
-class Traced(NamedTuple):
-    """The same, where requests are traced."""
+class ServerTraces(NamedTuple):
+    """Their traces, where requests are traced."""
 
     candidate_ids: Tensor  # [R, K]
     logprobs: Tensor  # [R, K]
@@ -217,7 +217,7 @@ class Traced(NamedTuple):
 
 
 class Recorder:
-    """Stands in for the stats, and keeps what was decided last."""
+    """Stands in for the stats, and keeps the last decision."""
 
     def record(self, rows: Any, decision: Decision, discarded: Any, tracing: Any) -> None:
         self.decision, self.tracing = decision, tracing
@@ -227,21 +227,26 @@ class Recorder:
 
 
 def decide_in_engine(
-    llm: Any, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, *, trace: bool, plain: bool
-) -> list[tuple[Decided, Traced | None]]:
-    """A long answer to each request, all in common batches, and what was decided, by request.
+    llm: Any,
+    requests: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    trace: bool,
+    with_unproxied: bool,
+) -> list[tuple[ServerDecisions, ServerTraces | None]]:
+    """Generate a long answer to each request, in common batches. Returns the decisions of each request.
 
-    `plain`: requests without a proxy are among them.
+    `with_unproxied`: requests without a proxy are among them.
     """
     from vllm import SamplingParams
 
-    raw: list[Tensor] = []
-    decided: defaultdict[str, list[Decided]] = defaultdict(list)
-    traced: defaultdict[str, list[Traced]] = defaultdict(list)
+    raw_logits: list[Tensor] = []
+    decided: defaultdict[str, list[ServerDecisions]] = defaultdict(list)
+    traced: defaultdict[str, list[ServerTraces]] = defaultdict(list)
     forward = ProxySampler.forward
 
     def recorded_forward(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raw[:] = [logits.float().clone()]
+        raw_logits[:] = [logits.float().clone()]
         return forward(self, logits, *args, **kwargs)
 
     def recorded_align(step: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -249,25 +254,25 @@ def decide_in_engine(
         rows = step.plan.proxied
         token_ids = sample_proxied_rows(step._replace(stats=recorder), *args, **kwargs)
         columns = (
-            *(rows.select_rows(x).clone() for x in (raw[0], step.hidden)),
-            torch.tensor([a.key for a in rows.assignments]),
+            *(rows.select_rows(tensor).clone() for tensor in (raw_logits[0], step.hidden)),
+            torch.tensor([assignment.key for assignment in rows.assignments]),
             rows.select_rows(step.positions[: len(step.hidden)]).clone(),
             *recorder.decision.columns[1:].clone(),
         )
         for row, assignment in enumerate(rows.assignments):
             req_id = assignment.req_id.rsplit("-", 1)[0]
-            decided[req_id].append(Decided(*(column[row] for column in columns)))
+            decided[req_id].append(ServerDecisions(*(column[row] for column in columns)))
             if recorder.tracing is not None:
                 candidates, accept_logits, _ = recorder.tracing
-                found = (*candidates, accept_logits)
-                traced[req_id].append(Traced(*(column[row] for column in found)))
+                traced_columns = (*candidates, accept_logits)
+                traced[req_id].append(ServerTraces(*(column[row] for column in traced_columns)))
         return token_ids
 
     monkeypatch.setattr(ProxySampler, "forward", recorded_forward)
     monkeypatch.setattr("proxy.engine.sampler_v1.sample_proxied_rows", recorded_align)
     prompts, params = [], []
-    for i, one in enumerate(asked):
-        decoding = one.decoding
+    for i, request in enumerate(requests):
+        decoding = request.decoding
         sampling = {
             "temperature": decoding.temperature,
             "top_k": decoding.top_k,
@@ -277,31 +282,31 @@ def decide_in_engine(
             "detokenize": False,
             "seed": i,
         }
-        alignment = {"proxy": one.proxy, "strength": one.strength, "trace": trace}
+        alignment = {"proxy": request.proxy, "strength": request.strength, "trace": trace}
         prompts.append({"prompt_token_ids": [i % 250 + 5, *range(i % 7)]})
         params.append(SamplingParams(**sampling, extra_args={"alignment": alignment}))
-    others = len(prompts) if plain else 0
-    prompts += prompts[:others]
-    params += [SamplingParams(**sampling | {"seed": i}) for i in range(others)]
-    outputs = llm.generate(prompts, params, use_tqdm=False)[: len(asked)]
+    num_unproxied = len(prompts) if with_unproxied else 0
+    prompts += prompts[:num_unproxied]
+    params += [SamplingParams(**sampling | {"seed": i}) for i in range(num_unproxied)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)[: len(requests)]
     result = []
     for output in outputs:
-        mine = decided[output.request_id]
-        # What was recorded is what the engine emitted.
-        said = list(output.outputs[0].token_ids)
-        assert [step.token_ids.item() for step in mine] == said and len(said) == 30
-        pairs = traced.get(output.request_id)
-        result.append((stack(mine), stack(pairs) if pairs else None))
+        decisions = decided[output.request_id]
+        # The recorded tokens are those that the engine emitted.
+        emitted = list(output.outputs[0].token_ids)
+        assert [step.token_ids.item() for step in decisions] == emitted and len(emitted) == 30
+        traces = traced.get(output.request_id)
+        result.append((stack(decisions), stack(traces) if traces else None))
     return result
 
 
 def stack(rows: list[Any]) -> Any:
-    """The same with a row for each of them."""
+    """Stack tuples of tensors, field by field."""
     return type(rows[0])(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def decide_in_training(
-    policy: Policy, asked: Asked, server: Decided, jitter: float = 0
+    policy: Policy, request: Request, server: ServerDecisions, jitter: float = 0
 ) -> Decision:
     """The rollout's step with the server's numbers; `jitter` is the relative error of the noise."""
 
@@ -314,18 +319,18 @@ def decide_in_training(
         policy,
         server.logits,
         server.hidden,
-        asked.decoding,
+        request.decoding,
         draw,
         torch.ones(count, dtype=torch.bool),
         training.rollout._Records(count, torch.device("cpu"), measure_kl=False),
     )
 
 
-class Compared(NamedTuple):
+class Comparison(NamedTuple):
     """Rows of all requests together, [R] bool each."""
 
     differs: Tensor  # in the token, the number proposed or the forced flag
-    loose: Tensor  # rounding may decide
+    ambiguous: Tensor  # rounding may decide
     tied: Tensor  # two of the nine largest logits are equal
 
 
@@ -337,10 +342,10 @@ def compare(
     networks,
     tmp_path,
     monkeypatch,
-) -> Callable[..., Compared]:
-    """Runs requests of all sorts at once in the engine, and the trainer's step on what it saw."""
+) -> Callable[..., Comparison]:
+    """Runs requests of all kinds at once in the engine, and the trainer's step on the engine's inputs."""
 
-    def run(dtype: torch.dtype, *, trace: bool, plain: bool) -> Compared:
+    def run(dtype: torch.dtype, *, trace: bool, with_unproxied: bool) -> Comparison:
         llm = make_llm(
             worker_cls="proxy.worker.ProxyCPUWorker",
             dtype=str(dtype).removeprefix("torch."),
@@ -352,65 +357,74 @@ def compare(
             save(tmp_path / name, network, base=identify(str(model_dir)), training={})
             llm.collective_rpc("load_proxy", args=(name, str(tmp_path / name)))
         frozen = load_frozen(dtype)
-        asked = [one for one in ASKED if one.strength > 0] * 8
+        requests = [request for request in REQUESTS if request.strength > 0] * 8
         torch.manual_seed(0)
         parts = []
-        for one, (server, traced) in zip(
-            asked, decide_in_engine(llm, asked, monkeypatch, trace=trace, plain=plain), strict=True
+        for request, (server, traced) in zip(
+            requests,
+            decide_in_engine(
+                llm, requests, monkeypatch, trace=trace, with_unproxied=with_unproxied
+            ),
+            strict=True,
         ):
-            policy = Policy(frozen, networks[one.proxy], one.strength)
-            ours = decide_in_training(policy, one, server)
-            theirs = server[4:]
+            policy = Policy(frozen, networks[request.proxy], request.strength)
+            decision = decide_in_training(policy, request, server)
+            server_columns = server[4:]
             differs = torch.stack(
-                [a != b for a, b in zip(ours.columns[1:], theirs, strict=True)]
+                [a != b for a, b in zip(decision.columns[1:], server_columns, strict=True)]
             ).any(0)
-            loose = torch.zeros_like(differs)
+            ambiguous = torch.zeros_like(differs)
             for _ in range(4):
-                loose |= decide_in_training(policy, one, server, 1e-4).token_ids != ours.token_ids
+                ambiguous |= (
+                    decide_in_training(policy, request, server, 1e-4).token_ids
+                    != decision.token_ids
+                )
             best = server.logits.topk(9).values
             tied = (best[:, 1:] == best[:, :-1]).any(-1)
-            parts.append(Compared(differs, loose, tied))
+            parts.append(Comparison(differs, ambiguous, tied))
             assert (traced is not None) == trace
             if traced is not None:
-                assert_scored_alike(policy, one, server, traced, ~tied)
-        return Compared(*(torch.cat(column) for column in zip(*parts, strict=True)))
+                assert_scored_alike(policy, request, server, traced, ~tied)
+        return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     return run
 
 
 def assert_scored_alike(
-    policy: Policy, asked: Asked, server: Decided, traced: Traced, rows: Tensor
+    policy: Policy, request: Request, server: ServerDecisions, traced: ServerTraces, rows: Tensor
 ) -> None:
     """The same candidates, and the same logprobs and accept logits up to rounding."""
-    ours = policy.candidates(server.logits, asked.decoding)
-    accept_logits = policy.accept_logits(server.hidden, ours)[rows]
-    inside = (ours.logprobs > -torch.inf)[rows]
-    token_ids, logprobs, their_logits = (x[rows] for x in traced)
+    candidates = policy.candidates(server.logits, request.decoding)
+    accept_logits = policy.accept_logits(server.hidden, candidates)[rows]
+    in_nucleus = (candidates.logprobs > -torch.inf)[rows]
+    token_ids, logprobs, server_logits = (column[rows] for column in traced)
     size = policy.config.max_candidates  # a neighbour may have more
     assert (logprobs[:, size:] == -torch.inf).all()
-    assert torch.equal(logprobs[:, :size] > -torch.inf, inside)
-    assert torch.equal(token_ids[:, :size][inside], ours.token_ids[rows][inside])
+    assert torch.equal(logprobs[:, :size] > -torch.inf, in_nucleus)
+    assert torch.equal(token_ids[:, :size][in_nucleus], candidates.token_ids[rows][in_nucleus])
     # Float32 sums of terms of size 1 in another order, and a bias of -60: some roundings of the result.
-    exact = {"rtol": 1e-6, "atol": 1e-5}
-    torch.testing.assert_close(logprobs[:, :size], ours.logprobs[rows], **exact)
-    torch.testing.assert_close(their_logits[:, :size][inside], accept_logits[inside], **exact)
+    tolerances = {"rtol": 1e-6, "atol": 1e-5}
+    torch.testing.assert_close(logprobs[:, :size], candidates.logprobs[rows], **tolerances)
+    torch.testing.assert_close(
+        server_logits[:, :size][in_nucleus], accept_logits[in_nucleus], **tolerances
+    )
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["proxies", "proxies and plain rows"])
+@pytest.mark.parametrize("with_unproxied", [False, True], ids=["proxies", "proxies and plain rows"])
 @pytest.mark.parametrize("trace", [False, True], ids=["loop", "traced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_trainer_and_server_decide_alike(compare, dtype, trace, plain):
+def test_trainer_and_server_decide_alike(compare, dtype, trace, with_unproxied):
     """Given the same logits, hidden states and noise, in batches that mix all proxies."""
-    differs, loose, tied = compare(dtype, trace=trace, plain=plain)
-    assert loose.sum() < 30
-    assert (~tied & ~loose).sum() > 1000  # of 3120; about half have ties in bf16
-    assert not (differs & ~tied & ~loose).any()
+    differs, ambiguous, tied = compare(dtype, trace=trace, with_unproxied=with_unproxied)
+    assert ambiguous.sum() < 30
+    assert (~tied & ~ambiguous).sum() > 1000  # of 3120; about half have ties in bf16
+    assert not (differs & ~tied & ~ambiguous).any()
 
 
 @pytest.mark.parametrize("trace", [False, True], ids=["loop", "traced"])
 @torch.inference_mode()
 def test_ties_are_decided_alike(compare, trace):
-    differs, loose, tied = compare(torch.bfloat16, trace=trace, plain=False)
-    assert (tied & ~loose).sum() > 500
-    assert not (differs & tied & ~loose).any()
+    differs, ambiguous, tied = compare(torch.bfloat16, trace=trace, with_unproxied=False)
+    assert (tied & ~ambiguous).sum() > 500
+    assert not (differs & tied & ~ambiguous).any()

@@ -43,7 +43,7 @@ LLAMA = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 N, PROMPT, RESPONSE = 4, 30, 8
-PEAK = 0.05  # relative: masks, rotary angles and the like are not in the formulas
+PEAK_TOLERANCE = 0.05  # relative: masks, rotary angles and the like are not in the formulas
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -67,13 +67,13 @@ def test_what_fits(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # one line a row of the table
     model = config_dir(tmp_path, LLAMA)
-    sizes, large = sizes_of(model), Options(model=model, prompt_tokens=1024, batch_size=256)
-    assert estimate.estimate(sizes, Options(model=model)).peak < 0.9 * large.memory
-    estimate.main(large)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "proxy_ppo does not fit 80 GB, a tenth kept free: it will lower --batch-size" in said
-    assert "does not fit with a single pair" in said  # all weights
-    assert "32768 tokens at once" in said  # a LoRA
+    sizes, large_options = sizes_of(model), Options(model=model, prompt_tokens=1024, batch_size=256)
+    assert estimate.estimate(sizes, Options(model=model)).peak < 0.9 * large_options.memory
+    estimate.main(large_options)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "proxy_ppo does not fit 80 GB, a tenth kept free: it will lower --batch-size" in printed
+    assert "does not fit with a single pair" in printed  # all weights
+    assert "32768 tokens at once" in printed  # a LoRA
     result = estimate.estimate(sizes_of(model), Options(model=model, reward="implicit"))
     assert result.staying["frozen LLM"] == result.staying["reward model"] == 2 * 6_738_415_616
     with pytest.raises(TrainingError, match="cannot read the config"):
@@ -86,19 +86,19 @@ def test_the_table_of_the_recipe(tmp_path: Path) -> None:
     for config in (QWEN, LLAMA):
         options = Options(config_dir(tmp_path, config), response_tokens=256, steps=200)
         results.append(estimate.estimate(sizes_of(options.model), options))
-        planned, takes = next(iter(trained(options).values()))
+        planned, needed = next(iter(trained(options).values()))
         assert planned is not None
-        loras.append(takes.of(planned.tokens))
+        loras.append(needed.of(planned.tokens))
     for name, figures in {
         "**`proxy_ppo` at most**": [f"**{result.peak / 1e9:.1f}**" for result in results],
-        "**`reward_model` at most**": [f"**{bytes_ / 1e9:.1f}**" for bytes_ in loras],
-        "rollout, in addition": [f"{r.phases['rollout'] / 1e9:.1f}" for r in results],
-        "writing the responses": [f"{r.seconds['responses']:.1f}" for r in results],
-        "**an update**": [f"**{sum(r.seconds.values()):.0f}**" for r in results],
-        "**the LoRA**": [f"**{r.lora_seconds / 3600:.1f} h**" for r in results],
+        "**`reward_model` at most**": [f"**{num_bytes / 1e9:.1f}**" for num_bytes in loras],
+        "rollout, in addition": [f"{result.phases['rollout'] / 1e9:.1f}" for result in results],
+        "writing the responses": [f"{result.seconds['responses']:.1f}" for result in results],
+        "**an update**": [f"**{sum(result.seconds.values()):.0f}**" for result in results],
+        "**the LoRA**": [f"**{result.lora_seconds / 3600:.1f} h**" for result in results],
     }.items():
         assert f"| {name} | {figures[0]} | {figures[1]} |" in page
-    in_vllm = [
+    vllm_peaks = [
         estimate.estimate(
             sizes_of(config_dir(tmp_path, config)),
             Options(str(tmp_path), response_tokens=256, steps=200, rollout="vllm"),
@@ -106,12 +106,12 @@ def test_the_table_of_the_recipe(tmp_path: Path) -> None:
         / 1e9
         for config in (QWEN, LLAMA)
     ]
-    expected = f"{in_vllm[0]:.1f} GB at most for Qwen2.5-7B, {in_vllm[1]:.1f} for Llama-2-7B"
+    expected = f"{vllm_peaks[0]:.1f} GB at most for Qwen2.5-7B, {vllm_peaks[1]:.1f} for Llama-2-7B"
     assert expected in " ".join(page.split())
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param)
     save_model(request.param, directory)
     return directory
@@ -121,9 +121,9 @@ def is_gemma2(directory: Path) -> bool:
     return directory.name.startswith("gemma2")
 
 
-def test_a_rollouts_operations_and_bytes(small: Path) -> None:
-    sizes, (model, _) = sizes_of(str(small)), load_model(str(small), "eager")
-    assert sum(p.nbytes for p in model.parameters()) == 4 * sizes.parameters
+def test_a_rollouts_operations_and_bytes(model_dir: Path) -> None:
+    sizes, (model, _) = sizes_of(str(model_dir)), load_model(str(model_dir), "eager")
+    assert sum(parameter.nbytes for parameter in model.parameters()) == 4 * sizes.parameters
     caches = []
     model.register_forward_hook(lambda *call: caches.append(call[2].past_key_values))
     prompts = [[7 + row] * PROMPT for row in range(N)]
@@ -135,14 +135,14 @@ def test_a_rollouts_operations_and_bytes(small: Path) -> None:
         forward_flops(sizes, N, 1, PROMPT + step, 1) for step in range(1, RESPONSE)
     )
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[-1].layers)
-    cached = cache_bytes(sizes, N, PROMPT + RESPONSE - 1, 4)
-    if is_gemma2(small):  # a sliding window in every other layer
+    expected_cache = cache_bytes(sizes, N, PROMPT + RESPONSE - 1, 4)
+    if is_gemma2(model_dir):  # a sliding window in every other layer
         assert 0.97 * flops < counter.get_total_flops() < flops
-        assert cached / 2 < cache < cached
+        assert expected_cache / 2 < cache < expected_cache
     else:
         assert counter.get_total_flops() == flops
-        assert cache == cached
-    assert len(rollout.decisions.token_ids) == 0  # nobody was asked
+        assert cache == expected_cache
+    assert len(rollout.decisions.token_ids) == 0  # there is no proxy
     proxied = Policy(model, ProxyNetwork(default_config(model, width=4)))
     decisions = generate(proxied, prompts, decoding, end_ids=(), seeds=count(0)).decisions
     assert len(decisions.token_ids) >= N * RESPONSE
@@ -150,14 +150,14 @@ def test_a_rollouts_operations_and_bytes(small: Path) -> None:
     assert recorded == decision_bytes(sizes, len(decisions.token_ids), 4)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft mends it
-def test_a_loras_parameters(small: Path) -> None:
-    sizes, (model, _) = sizes_of(str(small)), load_model(str(small))
-    trained = get_peft_model(model, lora_config(3)).get_nb_trainable_parameters()[0]
-    assert trained == 3 * sizes.lora
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft corrects it
+def test_a_loras_parameters(model_dir: Path) -> None:
+    sizes, (model, _) = sizes_of(str(model_dir)), load_model(str(model_dir))
+    num_trained = get_peft_model(model, lora_config(3)).get_nb_trainable_parameters()[0]
+    assert num_trained == 3 * sizes.lora
 
 
-# Wide enough for the tensors of the formulas to be nearly all there are.
+# So wide that the formulas cover nearly all tensors.
 WIDE = [
     LlamaConfig(
         hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=2, vocab_size=999
@@ -175,21 +175,23 @@ def test_the_peak_of_a_forward(config: Any, dtype: torch.dtype, tmp_path: Path) 
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     add_logprobs(model)
     config.save_pretrained(tmp_path)
-    sizes, size, rows, tokens, kept = sizes_of(str(tmp_path)), dtype.itemsize, 8, 64, 33
+    sizes, size, rows, tokens, num_positions = sizes_of(str(tmp_path)), dtype.itemsize, 8, 64, 33
     ids = torch.randint(0, 900, (rows, tokens))
     with torch.no_grad(), TensorBytes() as prefill:
         model(ids, use_cache=True, logits_to_keep=1)
     cache = cache_bytes(sizes, rows, tokens, size)
     activations = activation_bytes(sizes, rows * tokens, size)
-    assert prefill.peak == pytest.approx(cache + activations, rel=PEAK)
-    prompts = [row[: tokens - kept + 1] for row in ids.tolist()]
-    responses = [row[tokens - kept + 1 :] for row in ids.tolist()]
+    assert prefill.peak == pytest.approx(cache + activations, rel=PEAK_TOLERANCE)
+    prompts = [row[: tokens - num_positions + 1] for row in ids.tolist()]
+    responses = [row[tokens - num_positions + 1 :] for row in ids.tolist()]
     with TensorBytes() as reward:
         sequence_logprobs(model, prompts, responses, rows)
-    inside = 4 * rows * (kept - 1) * config.vocab_size  # log-softmax's own, which is not seen
-    logits = float32_bytes(rows * (kept - 1) * config.vocab_size, size) - inside
+    log_softmax_bytes = (
+        4 * rows * (num_positions - 1) * config.vocab_size
+    )  # inside log-softmax, which is not counted
+    logits = float32_bytes(rows * (num_positions - 1) * config.vocab_size, size) - log_softmax_bytes
     # The tokens' hidden states are beside them.
-    assert reward.peak == pytest.approx(max(activations, logits), rel=2 * PEAK)
+    assert reward.peak == pytest.approx(max(activations, logits), rel=2 * PEAK_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -213,7 +215,7 @@ def test_the_peak_of_an_update(tmp_path: Path, response: int, phase: str, dtype:
     )
     trainer = proxy_ppo.ProxyPPOTrainer(options, Accelerator(cpu=True))
     trainer.step(0)  # makes gradients and Adam's moments
-    with TensorBytes() as bytes_:
+    with TensorBytes() as tensor_bytes:
         row = trainer.step(1)
     result = estimate.estimate(
         sizes_of(str(tmp_path)),
@@ -231,7 +233,7 @@ def test_the_peak_of_an_update(tmp_path: Path, response: int, phase: str, dtype:
     )
     assert max(result.phases, key=result.phases.__getitem__) == phase
     expected = result.staying["recorded decisions"] + result.phases[phase]
-    assert bytes_.peak == pytest.approx(expected, rel=0.15)
+    assert tensor_bytes.peak == pytest.approx(expected, rel=0.15)
 
 
 def test_the_proxys_parameters() -> None:

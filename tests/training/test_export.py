@@ -1,4 +1,4 @@
-"""Feedback as preference data: who decides, what is left out, and that training takes it."""
+"""Feedback as preference data: whose verdict counts, what is left out, and that training can read it."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,11 +26,11 @@ def judge(
 
 def exported(*rows: Preference) -> tuple[list[tuple[str, str]], Counter[str]]:
     counts: Counter[str] = Counter()
-    found = [
+    pairs = [
         (row["chosen"][0]["content"], row["rejected"][0]["content"])
         for row in export.export(rows, counts)
     ]
-    return found, counts
+    return pairs, counts
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def exported(*rows: Preference) -> tuple[list[tuple[str, str]], Counter[str]]:
     ],
 )
 def test_the_majority_decides_and_people_overrule_the_judge(rows, expected) -> None:
-    found, counts = exported(*rows)
-    assert found == expected
+    pairs, counts = exported(*rows)
+    assert pairs == expected
     assert counts["read"] == len(rows) and counts["written"] == len(expected)
 
 
@@ -72,10 +72,10 @@ def test_the_majority_decides_and_people_overrule_the_judge(rows, expected) -> N
     ],
 )
 def test_secrets_are_left_out(secret: str) -> None:
-    found, counts = exported(person(f"Use {secret} here.", "No."))
-    assert found == [] and counts["with what looks like a secret"] == 1
-    asked = Preference("person", [{"role": "user", "content": secret}], "a", "b")
-    assert exported(asked)[0] == []
+    pairs, counts = exported(person(f"Use {secret} here.", "No."))
+    assert pairs == [] and counts["with what looks like a secret"] == 1
+    preference = Preference("person", [{"role": "user", "content": secret}], "a", "b")
+    assert exported(preference)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_command_writes_what_training_reads(
 
 def test_what_an_earlier_version_kept_and_training_cannot_read_is_left_out(tmp_path: Path) -> None:
     call = [{"type": "function", "function": {"name": "add", "arguments": {"to": [2, 2]}}}]
-    kept = [
+    stored = [
         Preference("person", PROMPT, "\ud83d", "b"),
         Preference("person", [], "a", "b"),
         Preference("person", PROMPT, "", "b"),
@@ -126,9 +126,9 @@ def test_what_an_earlier_version_kept_and_training_cannot_read_is_left_out(tmp_p
         Preference("person", PROMPT, "", "5", chosen_calls=call),
     ]
     feedback = Feedback(str(tmp_path / "feedback.db"))
-    feedback.add(kept[4:])  # SQLite keeps no half of a surrogate pair; other databases may
+    feedback.add(stored[4:])  # SQLite keeps no half of a surrogate pair; other databases may
     counts: Counter[str] = Counter()
-    rows = list(export.export(kept, counts))
+    rows = list(export.export(stored, counts))
     assert counts == {"read": 8, "that training cannot read": 4, "written": 2}
     assert rows == list(export.export(feedback.rows(), Counter()))
     assert [row["chosen"][0] for row in rows] == [
@@ -144,7 +144,7 @@ def test_an_output_that_cannot_be(tmp_path: Path) -> None:
     Feedback(str(tmp_path / "feedback.db")).close()
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
-    for output, said in (
+    for output, message in (
         ("directory", "is a directory, and must be a file"),
         ("file/x", "is a file, and must be a directory"),
         ("feedback.db", "is an input"),
@@ -152,7 +152,7 @@ def test_an_output_that_cannot_be(tmp_path: Path) -> None:
         options = export.Options(
             feedback=str(tmp_path / "feedback.db"), output=tmp_path / output, overwrite=True
         )
-        with pytest.raises(TrainingError, match=said):
+        with pytest.raises(TrainingError, match=message):
             export.main(options)
 
 

@@ -1,4 +1,4 @@
-"""Judgments as they are learned, against the judge prompt as it is asked; and judges that are LoRAs."""
+"""Training examples of judgments, against the judge's prompts; and judges that are LoRAs."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ PAIR = {**data_rows("preferences")[0], "principle": "manners"}
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("judgments")
     save_model("qwen2", directory / "base")
     rows = [*data_rows("preferences"), PAIR | REASONS]
@@ -53,13 +53,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tokenizer(work: Path):
-    return load_model(str(work / "base"))[1]
+def tokenizer(work_dir: Path):
+    return load_model(str(work_dir / "base"))[1]
 
 
 @pytest.fixture
-def frozen(work: Path) -> Frozen:
-    return frozen_of(work / "base", batch_size=4)
+def frozen(work_dir: Path) -> Frozen:
+    return frozen_of(work_dir / "base", batch_size=4)
 
 
 def examples(tokenizer, row, max_tokens=1024):
@@ -75,22 +75,25 @@ def test_a_judgment_in_both_orders(tokenizer) -> None:
         PAIR["prompt"], PAIR["chosen"][0]["content"], PAIR["rejected"][0]["content"]
     )
     first, second = examples(tokenizer, PAIR)
-    for example, asked, label in ((first, question, " A"), (second, question.swapped, " B")):
-        context = judge_prompt_ids(tokenizer, asked, PRINCIPLES["manners"])
+    for example, ordered_question, label in (
+        (first, question, " A"),
+        (second, question.swapped, " B"),
+    ):
+        context = judge_prompt_ids(tokenizer, ordered_question, PRINCIPLES["manners"])
         assert example.token_ids[:-1] == context
         assert tokenizer.decode(example.token_ids[-1:]) == label
         assert example.weights == [0.1] * len(context) + [8.0]
 
 
 def test_the_rationale_follows_the_label_and_ends_the_turn(tokenizer) -> None:
-    plain, full = examples(tokenizer, PAIR), examples(tokenizer, PAIR | REASONS)
+    short_examples, full_examples = examples(tokenizer, PAIR), examples(tokenizer, PAIR | REASONS)
     texts = []
-    for without, example in zip(plain, full, strict=True):
-        n = len(without.token_ids)
-        assert example.token_ids[:n] == without.token_ids
-        assert example.weights[:n] == without.weights
-        assert set(example.weights[n:]) == {1.0}
-        texts.append(tokenizer.decode(example.token_ids[n:]))
+    for short, example in zip(short_examples, full_examples, strict=True):
+        num_tokens = len(short.token_ids)
+        assert example.token_ids[:num_tokens] == short.token_ids
+        assert example.weights[:num_tokens] == short.weights
+        assert set(example.weights[num_tokens:]) == {1.0}
+        texts.append(tokenizer.decode(example.token_ids[num_tokens:]))
     assert texts == [
         ".\nA: it is kind.\nB: it is rude.<|end|>",
         ".\nA: it is rude.\nB: it is kind.<|end|>",
@@ -125,9 +128,9 @@ def test_bad_pairs_are_named(tmp_path, change, message) -> None:
         read_pairs(str(tmp_path / "pairs.jsonl"), PRINCIPLES, RowOptions())
 
 
-def test_a_model_trained_without_answers_needs_a_lora(work: Path, tmp_path: Path) -> None:
+def test_a_model_trained_without_answers_needs_a_lora(work_dir: Path, tmp_path: Path) -> None:
     options = jsft.Options(
-        model=str(work / "base"), preferences=(str(work / "pairs.jsonl"),), output=tmp_path
+        model=str(work_dir / "base"), preferences=(str(work_dir / "pairs.jsonl"),), output=tmp_path
     )
     with pytest.raises(TrainingError, match="would forget how to answer"):
         jsft.main(options)
@@ -150,42 +153,47 @@ def test_log_odds_against_plain_logits(frozen: Frozen) -> None:
     a, b = (frozen.tokenizer.encode(label, add_special_tokens=False)[0] for label in (" A", " B"))
     expected = []
     for question in questions():
-        both = []
-        for asked in (question, question.swapped):
-            ids = judge_prompt_ids(frozen.tokenizer, asked, principle)
+        odds = []
+        for ordered_question in (question, question.swapped):
+            ids = judge_prompt_ids(frozen.tokenizer, ordered_question, principle)
             logits = frozen.model(torch.tensor([ids])).logits[0, -1].double()
-            both.append((logits[a] - logits[b]).item())
-        expected.append([both[0], -both[1]])
-    found = judge.log_odds(questions())
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
-    assert found.std() > 0.01
+            odds.append((logits[a] - logits[b]).item())
+        expected.append([odds[0], -odds[1]])
+    actual = judge.log_odds(questions())
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=1e-4)
+    assert actual.std() > 0.01
 
 
 @torch.no_grad()
-def test_a_judge_that_is_a_lora(work: Path, frozen: Frozen) -> None:
+def test_a_judge_that_is_a_lora(work_dir: Path, frozen: Frozen) -> None:
     """It judges by the principles it was trained with, as the merged model does, and was trained."""
-    principles = principles_of(work / "judge")
+    principles = principles_of(work_dir / "judge")
     assert principles["overall"].system == "Choose the better."
-    other = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
-    merged = PeftModel.from_pretrained(other, work / "judge").merge_and_unload().eval()
-    reward = load_reward(str(work / "judge"), frozen)
+    base_model = AutoModelForCausalLM.from_pretrained(work_dir / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base_model, work_dir / "judge").merge_and_unload().eval()
+    reward = load_reward(str(work_dir / "judge"), frozen)
     assert isinstance(reward, JudgeReward)
-    plain = ModelJudge(merged, frozen.tokenizer, principles["overall"], context=1024, batch_size=4)
-    found = reward.judge.log_odds(questions())
-    torch.testing.assert_close(found, plain.log_odds(questions()), rtol=0, atol=1e-3)
+    merged_judge = ModelJudge(
+        merged, frozen.tokenizer, principles["overall"], context=1024, batch_size=4
+    )
+    actual = reward.judge.log_odds(questions())
+    torch.testing.assert_close(actual, merged_judge.log_odds(questions()), rtol=0, atol=1e-3)
     untrained = ModelJudge(
         frozen.model, frozen.tokenizer, principles["overall"], context=1024, batch_size=4
     )
-    assert not torch.allclose(found, untrained.log_odds(questions()), atol=0.02)
-    losses = [row["loss"] for row in read_metrics(work / "judge") if "loss" in row]
+    assert not torch.allclose(actual, untrained.log_odds(questions()), atol=0.02)
+    losses = [row["loss"] for row in read_metrics(work_dir / "judge") if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_frozen_llm_judges_by_a_principle_of_its_own(work: Path, frozen: Frozen) -> None:
-    (work / "base" / "principles.json").write_text((work / "judge" / "principles.json").read_text())
+def test_the_frozen_llm_judges_by_a_principle_of_its_own(work_dir: Path, frozen: Frozen) -> None:
+    (work_dir / "base" / "principles.json").write_text(
+        (work_dir / "judge" / "principles.json").read_text()
+    )
     chats = Conversations(frozen.tokenizer)
     samples = [
-        Sample(chat(PROMPTS[0]), each, *chats.split_ids(chat(PROMPTS[0]), each)) for each in ANSWERS
+        Sample(chat(PROMPTS[0]), answer, *chats.split_ids(chat(PROMPTS[0]), answer))
+        for answer in ANSWERS
     ]
     overall, manners = (
         load_reward(name, frozen)(samples) for name in ("self-judge", "self-judge:manners")

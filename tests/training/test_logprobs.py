@@ -29,19 +29,25 @@ def test_slices_give_the_values_and_the_gradients_of_whole_logits(
     def gradient(values: Tensor) -> Tensor:
         model.zero_grad()
         (values * factors * mask).sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return torch.cat(
+            [
+                parameter.grad.flatten()
+                for parameter in model.parameters()
+                if parameter.grad is not None
+            ]
+        )
 
     logits = model(input_ids=ids).logits[:, :-1]
-    whole = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    expected, expected_gradient = whole.detach() * mask, gradient(whole)
+    all_logprobs = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected, expected_gradient = all_logprobs.detach() * mask, gradient(all_logprobs)
     for chunk in (2**25, CHUNK):
         monkeypatch.setattr(logprobs, "CHUNK", chunk)
-        found = response_logprobs(model, ids, mask)
-        torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
-        error = (gradient(found) - expected_gradient).norm() / expected_gradient.norm()
+        actual = response_logprobs(model, ids, mask)
+        torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        error = (gradient(actual) - expected_gradient).norm() / expected_gradient.norm()
         assert error < TOLERANCE
     with torch.no_grad():
-        assert torch.equal(response_logprobs(model, ids, mask), found)
+        assert torch.equal(response_logprobs(model, ids, mask), actual)
     assert model(input_ids=ids).logits.shape == (3, 17, logits.shape[2])
 
 
@@ -51,9 +57,9 @@ def test_no_more_logits_at_once_than_a_slice_has(
     save_model("llama", tmp_path)
     model = load_model(str(tmp_path))[0]
     monkeypatch.setattr(logprobs, "CHUNK", 4 * 293)
-    seen = []
-    model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+    lengths = []
+    model.lm_head.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
     ids = torch.arange(60).view(2, 30)
     response_logprobs(model, ids, torch.ones(2, 29, dtype=torch.bool)).sum().backward()
-    assert max(seen) == 4
-    assert sum(seen) == 2 * 58  # once more for the backward pass
+    assert max(lengths) == 4
+    assert sum(lengths) == 2 * 58  # once more for the backward pass

@@ -1,4 +1,4 @@
-"""docs/metrics.md names what the commands log: nothing more, nothing less. And what a run leaves to look at."""
+"""docs/metrics.md names what the commands log: nothing more, nothing less. And the files that a run leaves."""
 
 import json
 import re
@@ -20,34 +20,34 @@ def documented() -> dict[str, set[str]]:
         if line.startswith("#"):
             commands = COMMAND.findall(line)
         elif line.startswith("| `"):
-            first = line.replace(r"\|", "").split("|")[1]
+            cell = line.replace(r"\|", "").split("|")[1]
             for command in commands:
-                names.setdefault(command, set()).update(re.findall(r"`([^`]+)`", first))
+                names.setdefault(command, set()).update(re.findall(r"`([^`]+)`", cell))
     return names
 
 
 @pytest.fixture(scope="module")
 def runs(
-    work: Path,
+    work_dir: Path,
     sft: Path,
     implicit_reward: Path,
     scalar_reward: Path,
     dpo: Path,
     rlhf: Path,
     self_judged: Path,
-    direct: Path,
+    direct_proxy: Path,
 ) -> dict[str, Path]:
     """Command -> the directory that a tiny run of it wrote."""
     return {
         "training.sft": sft,
-        "training.jsft": work / "base",
+        "training.jsft": work_dir / "base",
         "training.reward_model --kind implicit": implicit_reward,
         "training.reward_model --kind scalar": scalar_reward,
         "training.dpo": dpo,
         "training.rlhf_ppo": rlhf,
         "training.self_judge": self_judged,
-        "training.proxy_dpo": direct,
-        "training.proxy_ppo": work / "proxy-aligned",
+        "training.proxy_dpo": direct_proxy,
+        "training.proxy_ppo": work_dir / "proxy-aligned",
     }
 
 
@@ -63,7 +63,9 @@ def test_every_metric_is_documented_and_every_documented_one_is_logged(
         for command, directory in runs.items()
     }
     figures = [json.loads(path.read_text()) for path in evaluations]
-    by_reward = [scores for found in figures for scores in found.get("rewards", {}).values()]
+    by_reward = [
+        scores for evaluation in figures for scores in evaluation.get("rewards", {}).values()
+    ]
     logged["training.evaluate"] = set().union(*map(names_of, [*figures, *by_reward]))
     assert documented() == logged
 

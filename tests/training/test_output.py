@@ -1,4 +1,4 @@
-"""What is refused before anything is written, what is replaced, and what a run leaves that ends too early."""
+"""Outputs that are refused before anything is written or that are replaced, and what an interrupted run leaves."""
 
 import resource
 import shutil
@@ -40,7 +40,7 @@ MODEL = DEMO / "model"
 
 @dataclass(frozen=True)
 class Options:
-    """Of a command that copies its data."""
+    """Options of a command that copies its data."""
 
     data: Path
     output: Path
@@ -49,17 +49,17 @@ class Options:
     overwrite: bool = False
 
 
-def copy(options: Options, **more: Any) -> bool:
-    """Whether the command had something to do."""
+def copy(options: Options, **extra: Any) -> bool:
+    """Returns whether the command had something to do."""
     with output.run(options, "copy", reads=("data",), writes=("a.txt", "parts/*.txt")) as run:
         if run.is_finished:
             return False
         run.start()
         (options.output / "parts").mkdir(exist_ok=True)
         (options.output / "parts" / "b.txt").write_text(str(options.number))
-        if more.get("fail"):
+        if extra.get("fail"):
             run.saved = "part b"
-            raise more["fail"]
+            raise extra["fail"]
         (options.output / "a.txt").write_text(options.data.read_text())
     return True
 
@@ -82,8 +82,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_a_finished_run_is_neither_replaced_nor_done_again_unasked(options: Options) -> None:
     assert copy(options)
-    before = contents(options.output)
-    assert before == {"a.txt": b"one", "parts/b.txt": b"1"}
+    files = contents(options.output)
+    assert files == {"a.txt": b"one", "parts/b.txt": b"1"}
     with pytest.raises(
         TrainingError, match=r"a finished run of copy: name another directory, or .* --overwrite"
     ):
@@ -95,13 +95,13 @@ def test_a_finished_run_is_neither_replaced_nor_done_again_unasked(options: Opti
 
 def test_overwriting_removes_what_the_earlier_run_wrote_and_nothing_else(options: Options) -> None:
     copy(options)
-    others = {"notes.txt": "mine", "parts/notes.md": "mine too"}
-    for name, text in others.items():
+    other_files = {"notes.txt": "mine", "parts/notes.md": "mine too"}
+    for name, text in other_files.items():
         (options.output / name).write_text(text)
     with pytest.raises(ZeroDivisionError):
         copy(replace(options, overwrite=True, number=2), fail=ZeroDivisionError())
-    found = {name: text.decode() for name, text in contents(options.output).items()}
-    assert found == others | {"parts/b.txt": "2"}
+    files = {name: text.decode() for name, text in contents(options.output).items()}
+    assert files == other_files | {"parts/b.txt": "2"}
 
 
 def test_what_came_after_a_finished_run_is_not_its_own(options: Options) -> None:
@@ -146,10 +146,10 @@ def test_it_writes_beside_files_of_others_only_where_told_to(options: Options) -
 
 def test_the_directory_of_another_command(options: Options) -> None:
     copy(options)
-    for more in ({}, {"resume": True}, {"overwrite": True}):
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
         with (
             pytest.raises(TrainingError, match="holds what copy made, and this is move"),
-            output.run(replace(options, **more), "move", reads=(), writes=()),
+            output.run(replace(options, **flags), "move", reads=(), writes=()),
         ):
             raise AssertionError
     assert contents(options.output)
@@ -168,7 +168,7 @@ def test_an_unfinished_run_goes_on_with_the_same_options_and_data_alone(options:
     ):
         copy(replace(options, resume=True, number=2))
     options.data.write_text("one")
-    moved = options.data.rename(options.data.with_name("moved.txt"))  # what it holds counts
+    moved = options.data.rename(options.data.with_name("moved.txt"))  # its content counts
     assert copy(replace(options, data=moved, resume=True))
     assert contents(options.output)["a.txt"] == b"one"
     options.data.write_text("three")
@@ -184,13 +184,13 @@ def test_resume_and_overwrite_contradict_each_other(options: Options) -> None:
 def test_a_model_that_has_changed(options: Options, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    copied = replace(options, data=model)
+    with_model = replace(options, data=model)
     with pytest.raises(IsADirectoryError):  # in the copy, after the start
-        copy(copied)
+        copy(with_model)
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(TrainingError, match=r"other data or models \(data\)"):
-        copy(replace(copied, resume=True))
+        copy(replace(with_model, resume=True))
 
 
 def test_interrupted(options: Options) -> None:
@@ -220,7 +220,7 @@ def test_only_the_first_of_several_processes_looks_after_the_directory(
 
 
 def test_a_model_s_file_of_a_rare_name(options: Options) -> None:
-    """It is known only when the model is saved: what is not the run's is kept then, too."""
+    """The name is known only when the model is saved: files of others are kept then, too."""
     options.output.mkdir()
     (options.output / "vocab.txt").write_text("mine")
     (options.output / "model-notes.safetensors").write_text("mine")
@@ -230,7 +230,7 @@ def test_a_model_s_file_of_a_rare_name(options: Options) -> None:
             for name in names:
                 (directory / name).write_text("the run's")
 
-    def door() -> Any:
+    def open_output() -> Any:
         return output.run(
             replace(options, overwrite=True),
             "copy",
@@ -238,18 +238,18 @@ def test_a_model_s_file_of_a_rare_name(options: Options) -> None:
             writes=(".saving", "model.safetensors"),
         )
 
-    with pytest.raises(TrainingError, match=r"did not write \(vocab.txt\)"), door() as run:
+    with pytest.raises(TrainingError, match=r"did not write \(vocab.txt\)"), open_output() as run:
         run.start()
         save("model.safetensors", "vocab.txt")
     assert set(contents(options.output)) == {"vocab.txt", "model-notes.safetensors"}
-    with door() as run:
+    with open_output() as run:
         run.start()
         save("model.safetensors", "merges.txt")
         save("model.safetensors", "merges.txt")  # its own, again
     assert contents(options.output)["model-notes.safetensors"] == b"mine"
-    with door():  # the earlier run's go when the next begins to write
+    with open_output():  # the earlier run's files are removed when the next begins to write
         pass
-    with door() as run:
+    with open_output() as run:
         run.start()
     assert set(contents(options.output)) == {"vocab.txt", "model-notes.safetensors"}
 
@@ -275,20 +275,20 @@ CASES = [(command, name) for command, inputs in COMMANDS.items() for name in inp
 @pytest.mark.parametrize(("command", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_no_command_writes_to_its_input(command: ModuleType, name: str, tmp_path: Path) -> None:
     inputs = {}
-    for each, kind in COMMANDS[command].items():
-        path = tmp_path / each
+    for option, kind in COMMANDS[command].items():
+        path = tmp_path / option
         path.mkdir()
         (path / "config.json").write_text("precious")
-        inputs[each] = (str(path),) if kind is tuple else kind(path)
+        inputs[option] = (str(path),) if kind is tuple else kind(path)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / name)
-    before = contents(tmp_path)
+    files = contents(tmp_path)
     for target in (tmp_path / name, link, link / "below", tmp_path):
         for overwrite in (False, True):
             options = command.Options(**inputs, output=target, overwrite=overwrite)
             with pytest.raises(TrainingError, match=r"(is|is in|holds) an input, --"):
                 command.main(options)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == files
 
 
 def test_a_database_given_as_a_url(tmp_path: Path) -> None:
@@ -308,8 +308,11 @@ def test_paths_that_cannot_be(command: ModuleType, tmp_path: Path) -> None:
     file, directory = tmp_path / "file", tmp_path / "directory"
     file.write_text("precious")
     directory.mkdir()
-    wrong = directory if command in (export, evaluate) else file
-    for target, message in ((wrong, "must be a"), (file / "below", "is a file, and must be a dir")):
+    wrong_kind = directory if command in (export, evaluate) else file
+    for target, message in (
+        (wrong_kind, "must be a"),
+        (file / "below", "is a file, and must be a dir"),
+    ):
         with pytest.raises(TrainingError, match=message):
             command.main(command.Options(**inputs, output=target))
     assert file.read_text() == "precious" and not list(directory.iterdir())
@@ -336,11 +339,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def file_size_limit() -> Iterator[None]:
-    """A disk that is full after a megabyte, as far as one file can tell."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    """Limits every file to a megabyte, like a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk(rows: Path, tmp_path: Path, file_size_limit: None) -> None:
@@ -390,4 +393,4 @@ def test_ctrl_c_while_a_command_is_imported() -> None:
     code = "import sys; sys.argv[0] = '-m'; import training; raise KeyboardInterrupt"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.strip() == "interrupted: nothing was written"
-    assert result.returncode in (130, -signal.SIGINT)  # a shell says 130 of either
+    assert result.returncode in (130, -signal.SIGINT)  # a shell reports 130 for both

@@ -1,4 +1,4 @@
-"""Positions of given responses: the nucleus of the frozen LLM, and where it would have emitted the same."""
+"""Positions of given responses: the frozen LLM's nucleus at each of them, and tokens outside of it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,8 +31,8 @@ def frozen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return frozen_of(directory)
 
 
-def sampled(frozen: Frozen) -> list[Response]:
-    """The LLM's own, each prompt three times."""
+def sampled_responses(frozen: Frozen) -> list[Response]:
+    """The LLM's own responses, three to each prompt."""
     chats = Conversations(frozen.tokenizer)
     prompts = [chats.prompt_ids(chat(text)) for text in PROMPTS for _ in range(3)]
     rollout = generate(
@@ -43,60 +43,62 @@ def sampled(frozen: Frozen) -> list[Response]:
 
 @torch.inference_mode()
 def test_positions_are_those_of_a_plain_forward(frozen: Frozen) -> None:
-    responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
-    found = read(responses, config, model=frozen.model, max_tokens=64)
-    assert found.outside.tolist() == [0] * len(responses)
+    responses, config = sampled_responses(frozen), default_config(frozen.model, **NUCLEUS)
+    actual = read(responses, config, model=frozen.model, max_tokens=64)
+    assert actual.outside.tolist() == [0] * len(responses)
     for i, (prompt, response) in enumerate(responses):
         with HeadInput(frozen.model) as head:
             logits = frozen.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             hidden = head.states[0, len(prompt) - 1 : -1]
         candidates = nucleus_of(logits, config)
-        several = (candidates.logprobs > -torch.inf).sum(-1) > 1
-        (mine, owners) = found.of(torch.tensor([i]))
-        assert owners.tolist() == [0] * int(several.sum())
-        assert mine.tokens.tolist() == [len(response)]
-        # Batches of other lengths round otherwise: float32, of numbers up to 20.
-        torch.testing.assert_close(mine.hidden, hidden[several], rtol=1e-4, atol=1e-4)
+        has_choice = (candidates.logprobs > -torch.inf).sum(-1) > 1
+        (single, owners) = actual.of(torch.tensor([i]))
+        assert owners.tolist() == [0] * int(has_choice.sum())
+        assert single.tokens.tolist() == [len(response)]
+        # Batches of other lengths round differently: float32, of numbers up to 20.
+        torch.testing.assert_close(single.hidden, hidden[has_choice], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
-            mine.logprobs, candidates.logprobs[several], rtol=1e-3, atol=1e-3
+            single.logprobs, candidates.logprobs[has_choice], rtol=1e-3, atol=1e-3
         )
-        taken = mine.token_ids.gather(-1, mine.slots[:, None]).squeeze(-1)
-        assert taken.tolist() == torch.tensor(response)[several].tolist()
+        chosen_ids = single.token_ids.gather(-1, single.slots[:, None]).squeeze(-1)
+        assert chosen_ids.tolist() == torch.tensor(response)[has_choice].tolist()
 
 
 def test_a_token_that_the_llm_would_not_say_is_outside(frozen: Frozen) -> None:
-    (prompt, response), *_ = sampled(frozen)
+    (prompt, response), *_ = sampled_responses(frozen)
     config = default_config(frozen.model, **NUCLEUS | {"max_candidates": 2, "top_k": 2})
     with torch.no_grad():
-        never = int(frozen.model(torch.tensor([prompt])).logits[0, -1].argmin())
-    found = read([Response(prompt, [never, *response])], config, model=frozen.model, max_tokens=64)
-    assert found.outside.item() >= 1
-    assert found.share_outside == found.outside.item() / (1 + len(response))
+        unlikely_id = int(frozen.model(torch.tensor([prompt])).logits[0, -1].argmin())
+    actual = read(
+        [Response(prompt, [unlikely_id, *response])], config, model=frozen.model, max_tokens=64
+    )
+    assert actual.outside.item() >= 1
+    assert actual.share_outside == actual.outside.item() / (1 + len(response))
 
 
 def test_what_was_read_is_not_read_again(
     frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    responses, config = sampled(frozen), default_config(frozen.model, **NUCLEUS)
+    responses, config = sampled_responses(frozen), default_config(frozen.model, **NUCLEUS)
     monkeypatch.setattr(part_cache, "_PART", 4)  # three files
     cache = Cache(tmp_path, frozen.base, "float32", Accelerator(cpu=True))
     reader = partial(read, model=frozen.model, max_tokens=64)
-    first = cache.read(responses, config, reader)
+    first_read = cache.read(responses, config, reader)
     (directory,) = tmp_path.iterdir()
     files = sorted(directory.iterdir())
     assert len(files) == 3
     files[1].write_bytes(files[1].read_bytes()[:100])
     files[2].unlink()
-    done = []
+    num_read = []
 
-    def counted(some: Sequence[Response], *more: Any) -> Positions:
-        done.append(len(some))
-        return reader(some, *more)
+    def counted(responses: Sequence[Response], *args: Any) -> Positions:
+        num_read.append(len(responses))
+        return reader(responses, *args)
 
-    again = cache.read(responses, config, counted)
-    assert done == [4, 1]
-    for one, other in zip(first, again, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    second_read = cache.read(responses, config, counted)
+    assert num_read == [4, 1]
+    for expected, actual in zip(first_read, second_read, strict=True):
+        torch.testing.assert_close(expected, actual, rtol=0, atol=0)
     narrower = config.model_copy(update={"top_p": 0.5})
-    assert len(cache.read(responses, narrower, reader).slots) < len(first.slots)
+    assert len(cache.read(responses, narrower, reader).slots) < len(first_read.slots)
     assert len(list(tmp_path.iterdir())) == 2

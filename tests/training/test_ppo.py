@@ -33,7 +33,7 @@ def test_policy_losses_clip_only_where_that_makes_it_more_pessimistic() -> None:
 
 
 def test_gae_against_numbers_worked_out_by_hand() -> None:
-    """λ = 1/2. The second row's run begins late and ends early; what is masked counts nothing."""
+    """λ = 1/2. The second row's run begins late and ends early; masked positions do not count."""
     rewards = torch.tensor([[1.0, 0.0, 2.0], [9.0, 3.0, 9.0]])
     values = torch.tensor([[0.5, 1.0, 1.5], [9.0, 1.0, 9.0]])
     mask = torch.tensor([[True, True, True], [False, True, False]])

@@ -46,7 +46,7 @@ def test_scores_are_sums_over_the_emitted_distribution(
     torch.nn.init.normal_(network.score.weight)
     embeddings = torch.randn(VOCAB, HIDDEN)
     owners = torch.arange(3).repeat_interleave(positions.counts)
-    got = score(network, embeddings, positions, owners)
+    actual = score(network, embeddings, positions, owners)
     table = network.candidate_table(embeddings)
     candidates = Candidates(positions.token_ids.long(), positions.logprobs)
     accept_logits = network(positions.hidden, table[candidates.token_ids], positions.logprobs)
@@ -58,18 +58,21 @@ def test_scores_are_sums_over_the_emitted_distribution(
     kl = divergence(emitted, candidates)
     for response, rows in enumerate(torch.arange(sum(COUNTS)).split(COUNTS)):
         # the coarser grid of training: 5e-4 of a probability, of tokens whose probability is 0.01 and more
-        for name, each in (("log_ratio", ratios), ("logprob", logprobs), ("kl", kl)):
+        for name, column in (("log_ratio", ratios), ("logprob", logprobs), ("kl", kl)):
             torch.testing.assert_close(
-                getattr(got, name)[response], each[rows].sum(), rtol=0, atol=0.1
+                getattr(actual, name)[response], column[rows].sum(), rtol=0, atol=0.1
             )
-    assert got.log_ratio[1] == got.kl[1] == got.caution[1] == 0
-    assert got.tokens.tolist() == [4, 1, 9]
-    got.log_ratio.sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.mix.parameters())
+    assert actual.log_ratio[1] == actual.kl[1] == actual.caution[1] == 0
+    assert actual.tokens.tolist() == [4, 1, 9]
+    actual.log_ratio.sum().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in network.mix.parameters()
+    )
 
 
 def scores(log_ratio: float, logprob: float = -3.0, tokens: int = 2, kl: float = 0.5) -> Scores:
-    return Scores(*(torch.tensor([x]) for x in (log_ratio, logprob, kl, 0.0, tokens)))
+    return Scores(*(torch.tensor([value]) for value in (log_ratio, logprob, kl, 0.0, tokens)))
 
 
 def test_losses_by_hand() -> None:
@@ -80,15 +83,15 @@ def test_losses_by_hand() -> None:
         "simpo": math.log(1 + math.exp(-(0.2 * 0.5 - 0.5))),
     }
     for loss, value in expected.items():
-        (got,) = pair_losses(better, worse, loss=loss, beta=0.2).tolist()
-        assert got == pytest.approx(value, rel=1e-5)  # float32
+        (actual,) = pair_losses(better, worse, loss=loss, beta=0.2).tolist()
+        assert actual == pytest.approx(value, rel=1e-5)  # float32
 
 
 def test_verdicts_by_hand_and_both_kinds_weigh_the_same() -> None:
     """One good response and three bad ones."""
-    some = Scores(*(torch.cat([x] * 4) for x in scores(2.0)))
+    four_scores = Scores(*(torch.cat([column] * 4) for column in scores(2.0)))
     is_good = torch.tensor([True, False, False, False])
-    losses = verdict_losses(some, is_good, torch.tensor(0.5), beta=0.2)
+    losses = verdict_losses(four_scores, is_good, torch.tensor(0.5), beta=0.2)
     good, bad = 1 / (1 + math.exp(0.3)), 1 - 1 / (1 + math.exp(0.3))
     torch.testing.assert_close(losses, torch.tensor([good, bad, bad, bad]))
     assert balanced(is_good) == pytest.approx((2, 2 / 3))

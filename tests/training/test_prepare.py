@@ -61,21 +61,21 @@ def test_what_is_said_about_pairs() -> None:
     ]
 
 
-def test_the_command_names_what_is_wrong(work: Path, tmp_path: Path) -> None:
-    said = [{"role": "assistant", "content": "yes"}]
-    turns = [*said, {"role": "user", "content": "why"}, *said]
+def test_the_command_names_what_is_wrong(work_dir: Path, tmp_path: Path) -> None:
+    answer = [{"role": "assistant", "content": "yes"}]
+    turns = [*answer, {"role": "user", "content": "why"}, *answer]
     prompt = [{"role": "user", "content": "is my dog worth keeping"}]
-    same = {"prompt": prompt, "chosen": said, "rejected": said}
+    same_pair = {"prompt": prompt, "chosen": answer, "rejected": answer}
     cases: dict[str, list[dict[str, Any]]] = {
-        "the same in every pair": [same],
-        "an answer of several turns": [{**same, "chosen": turns}],
-        "line 2: the field 'chosen' is missing": [same, {"prompt": prompt}],
+        "the same in every pair": [same_pair],
+        "an answer of several turns": [{**same_pair, "chosen": turns}],
+        "line 2: the field 'chosen' is missing": [same_pair, {"prompt": prompt}],
     }
     path = tmp_path / "preferences.jsonl"
     for message, rows in cases.items():
         path.write_text("\n".join(map(json.dumps, rows)))
         result = run(
-            "training.prepare", "--model", work / "base", "--preferences", path, "--output", tmp_path / "data"
+            "training.prepare", "--model", work_dir / "base", "--preferences", path, "--output", tmp_path / "data"
         )  # fmt: skip
         assert result.returncode == 2, result.stderr
         assert message in result.stderr and "Traceback" not in result.stderr
@@ -83,7 +83,7 @@ def test_the_command_names_what_is_wrong(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows in all their forms: what can be used is split by prompt, with all that is known of a pair."""
+    """Rows in all their forms: the usable ones are split by prompt, and pairs keep all their fields."""
     rows: list[dict[str, Any]] = [
         {
             "chosen": f"\n\nHuman: what  is {i}\n\nAssistant: good",
@@ -92,13 +92,13 @@ def test_the_command_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture
         for i in range(10)
     ]
     for i in range(10):  # the same prompts: other white space and order of keys, null fields, parts
-        asked = {
+        message = {
             "content": [{"type": "text", "text": f"what is\n{i}"}],
             "name": None,
             "role": "user",
         }
         rows.append(
-            {"rejected": "none", "chosen": f"{i}", "prompt": [asked], "principle": "manners"}
+            {"rejected": "none", "chosen": f"{i}", "prompt": [message], "principle": "manners"}
         )
     reasons: dict[str, Any] = {
         "rationale_chosen": "it is kind.",
@@ -120,8 +120,8 @@ def test_the_command_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture
         model=str(DEMO), preferences=str(path), output=tmp_path / "data", held_out=6
     )
     prepare.main(options)
-    said = capsys.readouterr().out
-    assert "skipped 1 of 22 rows" in said and "line 22: the field 'chosen'" in said
+    printed = capsys.readouterr().out
+    assert "skipped 1 of 22 rows" in printed and "line 22: the field 'chosen'" in printed
     parts = [
         [json.loads(line) for line in (tmp_path / f"data/{name}.jsonl").read_text().splitlines()]
         for name in ("train", "held_out")
@@ -129,14 +129,17 @@ def test_the_command_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture
     prompts = [{prompt_key(row["prompt"]) for row in part} for part in parts]
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 11
     assert sorted(map(len, parts)) == [6, 15] or sorted(map(len, parts)) == [7, 14]
-    both = [*parts[0], *parts[1]]
-    assert sum(row.get("principle") == "manners" for row in both) == 10
-    (judged,) = (row for row in both if "rationale_chosen" in row)
-    assert judged.keys() == {
+    all_rows = [*parts[0], *parts[1]]
+    assert sum(row.get("principle") == "manners" for row in all_rows) == 10
+    (with_reasons,) = (row for row in all_rows if "rationale_chosen" in row)
+    assert with_reasons.keys() == {
         "prompt",
         "chosen",
         "rejected",
         "rationale_chosen",
         "rationale_rejected",
     }
-    assert judged["prompt"][2]["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+    assert with_reasons["prompt"][2]["tool_calls"][0]["function"] == {
+        "name": "now",
+        "arguments": {},
+    }

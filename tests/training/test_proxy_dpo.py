@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from proxy.checkpoint import identify, load
-from tests.training.conftest import done, done_by_two
+from tests.training.conftest import run_command, run_on_two_processes
 from tests.training.models import frozen_of
 from training.console import TrainingError
 from training.metrics import read_metrics
@@ -42,68 +42,74 @@ E = "e_reward:with_the_most_e"
 
 
 @pytest.fixture
-def options(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
+def options(
+    work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Options]:
     """A short run, in this process."""
     (tmp_path / "e_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
-    usual = {
-        "model": str(work / "base"),
+    defaults = {
+        "model": str(work_dir / "base"),
         "output": tmp_path / "proxy",
         "dtype": "float32",
         "decoding": Decoding(max_new_tokens=12),
     }
-    return lambda **more: Options(**usual | more)
+    return lambda **settings: Options(**defaults | settings)
 
 
-def pairs_of(work: Path) -> dict[str, Any]:
-    return {"preferences": str(work / "world/preferences.jsonl"), "max_rows": 110, "max_skipped": 1}
+def pairs_of(work_dir: Path) -> dict[str, Any]:
+    return {
+        "preferences": str(work_dir / "world/preferences.jsonl"),
+        "max_rows": 110,
+        "max_skipped": 1,
+    }
 
 
 def test_from_pairs(
-    work: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
+    work_dir: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held_out = str(work / "world/preferences_validation.jsonl")
-    main(chosen := options(**pairs_of(work), held_out=held_out, loss="dpo"))
-    rows = read_metrics(chosen.output)
+    held_out = str(work_dir / "world/preferences_validation.jsonl")
+    main(run_options := options(**pairs_of(work_dir), held_out=held_out, loss="dpo"))
+    rows = read_metrics(run_options.output)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    said = capsys.readouterr().out
-    assert "lie outside the LLM's nucleus" in said
-    assert "held-out preferences are ordered correctly" in said
-    loaded = load(chosen.output, base=identify(str(work / "base")))
+    printed = capsys.readouterr().out
+    assert "lie outside the LLM's nucleus" in printed
+    assert "held-out preferences are ordered correctly" in printed
+    loaded = load(run_options.output, base=identify(str(work_dir / "base")))
     assert loaded.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
     assert loaded.config.max_rejections == loaded.config.max_candidates == 16
 
 
 def test_a_reward_is_learned_from_prompts_and_a_second_round(
-    work: Path, options: Callable[..., Options]
+    work_dir: Path, options: Callable[..., Options]
 ) -> None:
     """Its answers have more of what the reward counts than the frozen LLM's."""
-    chosen = options(
-        prompts=str(work / "world/prompts.jsonl"), reward=E, samples=4, rounds=2, max_rows=30
+    run_options = options(
+        prompts=str(work_dir / "world/prompts.jsonl"), reward=E, samples=4, rounds=2, max_rows=30
     )
-    main(chosen)
-    model, tokenizer = load_model(chosen.model)
-    trainer = ProxyDPOTrainer(replace(chosen, output=chosen.output / "other"), start())
+    main(run_options)
+    model, tokenizer = load_model(run_options.model)
+    trainer = ProxyDPOTrainer(replace(run_options, output=run_options.output / "other"), start())
     prompts = [prompt.ids for prompt in trainer.prompts]
 
-    def e_of(network: Any) -> torch.Tensor:
+    def share_of_e(network: Any) -> torch.Tensor:
         policy = Policy(model.eval(), network)
         rollout = generate(
-            policy, prompts, chosen.decoding, end_ids=trainer.end_ids, seeds=count(10**6)
+            policy, prompts, run_options.decoding, end_ids=trainer.end_ids, seeds=count(10**6)
         )
         texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         return torch.tensor([text.count("e") / max(1, len(text)) for text in texts])
 
-    learned = load(chosen.output, base=None).network
-    difference = e_of(learned) - e_of(None)
+    learned = load(run_options.output, base=None).network
+    difference = share_of_e(learned) - share_of_e(None)
     assert difference.mean() > 0
-    rounds = sorted((chosen.output / "samples").iterdir())
+    rounds = sorted((run_options.output / "samples").iterdir())
     assert [path.name for path in rounds] == ["00-00000.jsonl", "01-00000.jsonl"]
 
 
-def test_verdicts_are_learned_with_kto(work: Path, options: Callable[..., Options]) -> None:
+def test_verdicts_are_learned_with_kto(work_dir: Path, options: Callable[..., Options]) -> None:
     rows = []
-    for line in (work / "world/preferences.jsonl").read_text().splitlines()[:60]:
+    for line in (work_dir / "world/preferences.jsonl").read_text().splitlines()[:60]:
         row = json.loads(line)
         rows += [
             {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
@@ -111,44 +117,48 @@ def test_verdicts_are_learned_with_kto(work: Path, options: Callable[..., Option
         ]
     file = options().output.parent / "verdicts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(chosen := options(preferences=str(file)))
-    figures = read_metrics(chosen.output)
+    main(run_options := options(preferences=str(file)))
+    figures = read_metrics(run_options.output)
     assert figures[-1]["loss"] < figures[0]["loss"]
     with pytest.raises(TrainingError, match="needs pairs, and there are single verdicts: use kto"):
-        main(replace(chosen, loss="ipo", overwrite=True))
+        main(replace(run_options, loss="ipo", overwrite=True))
 
 
-def test_a_proxy_is_a_reward(work: Path, options: Callable[..., Options]) -> None:
-    """Of the responses that it learned from, it prefers most of the chosen ones."""
-    chosen = options(**pairs_of(work), held_out=str(work / "world/preferences.jsonl"))
-    main(chosen)
-    frozen = frozen_of(work / "base")
-    trainer = ProxyDPOTrainer(replace(chosen, output=chosen.output / "other"), start())
-    found = trainer._read(str(chosen.preferences))
-    reward = load_reward(str(chosen.output), frozen)
-    scores = reward([Sample([], "", *response) for response in found.responses])
-    assert scores.shape == (len(found.responses),)
-    better, worse = torch.tensor(found.pairs).T
+def test_a_proxy_is_a_reward(work_dir: Path, options: Callable[..., Options]) -> None:
+    """In most of the pairs that it learned from it prefers the chosen response."""
+    run_options = options(**pairs_of(work_dir), held_out=str(work_dir / "world/preferences.jsonl"))
+    main(run_options)
+    frozen = frozen_of(work_dir / "base")
+    trainer = ProxyDPOTrainer(replace(run_options, output=run_options.output / "other"), start())
+    preferences = trainer._read(str(run_options.preferences))
+    reward = load_reward(str(run_options.output), frozen)
+    scores = reward([Sample([], "", *response) for response in preferences.responses])
+    assert scores.shape == (len(preferences.responses),)
+    better, worse = torch.tensor(preferences.pairs).T
     assert (scores[better] > scores[worse]).float().mean() > 0.6
 
 
-def test_two_processes_give_the_result_of_one(work: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(work_dir: Path, tmp_path: Path) -> None:
     command = (
-        "training.proxy_dpo", "--model", work / "base", "--preferences", work / "world/preferences.jsonl",
+        "training.proxy_dpo", "--model", work_dir / "base", "--preferences", work_dir / "world/preferences.jsonl",
         "--max-rows", "40", "--dtype", "float32", "--epochs", "2", "--batch-size", "7",
     )  # fmt: skip
-    done(*command, "--output", tmp_path / "one")
-    done_by_two(*command, "--output", tmp_path / "two")
-    one, two = (load_file(tmp_path / name / "proxy.safetensors") for name in ("one", "two"))
-    for name, value in one.items():  # up to rounding, which Adam may enlarge
-        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-4)
+    run_command(*command, "--output", tmp_path / "one")
+    run_on_two_processes(*command, "--output", tmp_path / "two")
+    weights_of_one, weights_of_two = (
+        load_file(tmp_path / name / "proxy.safetensors") for name in ("one", "two")
+    )
+    for name, value in weights_of_one.items():  # up to rounding, which Adam may enlarge
+        torch.testing.assert_close(value, weights_of_two[name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
-    work: Path, options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+    work_dir: Path, options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = options(prompts=str(work / "world/prompts.jsonl"), reward=E, samples=2, max_rows=6)
-    main(unbroken := replace(chosen, output=chosen.output.parent / "unbroken"))
+    run_options = options(
+        prompts=str(work_dir / "world/prompts.jsonl"), reward=E, samples=2, max_rows=6
+    )
+    main(unbroken := replace(run_options, output=run_options.output.parent / "unbroken"))
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -156,15 +166,19 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
     with monkeypatch.context() as patch:
         patch.setattr(TransformersBackend, "read", interrupt)
         with pytest.raises(KeyboardInterrupt, match=r"round 1 of 1 .* continues with --resume"):
-            main(chosen)
+            main(run_options)
     monkeypatch.setattr(TransformersBackend, "responses", interrupt)  # not sampled again
-    main(replace(chosen, resume=True))
-    ours, theirs = (load_file(o.output / "proxy.safetensors") for o in (chosen, unbroken))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    main(replace(run_options, resume=True))
+    resumed_weights, expected_weights = (
+        load_file(run.output / "proxy.safetensors") for run in (run_options, unbroken)
+    )
+    assert all(
+        torch.equal(value, expected_weights[name]) for name, value in resumed_weights.items()
+    )
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("settings", "message"),
     [
         ({}, "give --preferences, or --prompts and --reward"),
         ({"preferences": "x", "prompts": "y", "reward": E}, "one of the two"),
@@ -180,20 +194,23 @@ def test_a_run_that_was_interrupted_goes_on_with_what_it_has(
     ],
 )  # fmt: skip
 def test_what_cannot_be_learned_from(
-    work: Path, options: Callable[..., Options], more: dict[str, Any], message: str
+    work_dir: Path, options: Callable[..., Options], settings: dict[str, Any], message: str
 ) -> None:
     files = {"PROMPTS": "world/prompts.jsonl", "PAIRS": "world/preferences.jsonl"}
-    more = {k: str(work / files[v]) if str(v) in files else v for k, v in more.items()}
+    settings = {
+        key: str(work_dir / files[value]) if str(value) in files else value
+        for key, value in settings.items()
+    }
     with pytest.raises(TrainingError, match=message):
-        main(options(**more))
+        main(options(**settings))
 
 
 def test_foreign_responses_are_warned_of(
-    work: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
+    work_dir: Path, options: Callable[..., Options], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(options(**pairs_of(work), decoding=Decoding(top_k=2)))
-    said = capsys.readouterr().out
-    assert "a proxy learns little from them" in said
+    main(options(**pairs_of(work_dir), decoding=Decoding(top_k=2)))
+    printed = capsys.readouterr().out
+    assert "a proxy learns little from them" in printed
 
 
 def test_pairs_by_rank() -> None:
@@ -204,13 +221,13 @@ def test_pairs_by_rank() -> None:
 
 
 def test_a_prompt_is_on_one_side_of_a_split() -> None:
-    found = Collection()
+    collection = Collection()
     for prompt in range(10):
         for _ in range(3):
-            found.add_pair(Response([prompt], [1]), Response([prompt], [2]))
-        found.add_verdict(Response([prompt], [1]), is_good=True)
-    assert len(found.preferences.responses) == 20
-    train, held_out = split(found.preferences, 7, seed=0)
+            collection.add_pair(Response([prompt], [1]), Response([prompt], [2]))
+        collection.add_verdict(Response([prompt], [1]), is_good=True)
+    assert len(collection.preferences.responses) == 20
+    train, held_out = split(collection.preferences, 7, seed=0)
     assert (len(train), len(held_out)) == (32, 8)
 
     def prompts(part: Any) -> set[int]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import done, done_by_two
+from tests.training.conftest import run_command, run_on_two_processes
 from tests.warm import Command, run
 from training.console import TrainingError
 from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
@@ -25,32 +25,33 @@ from training.run_marker import MARKER
 from training.state import STATE_FILE
 
 
-def arguments_of(work: Path, output: Path, *more: str | Path) -> list[str]:
-    """Of a short run on the tiny base model."""
+def arguments_of(work_dir: Path, output: Path, *extra: str | Path) -> list[str]:
+    """The arguments of a short run on the tiny base model."""
     common = (
-        "--model", work / "base", "--reward", work / "reward-aligned", "--prompts", work / "world/prompts.jsonl",
-        "--episodes", "8", "--decoding.max-new-tokens", "12", "--output", output, *more,
+        "--model", work_dir / "base", "--reward", work_dir / "reward-aligned", "--prompts",
+        work_dir / "world/prompts.jsonl",
+        "--episodes", "8", "--decoding.max-new-tokens", "12", "--output", output, *extra,
     )  # fmt: skip
     return ["training.proxy_ppo", *map(str, common)]
 
 
 @pytest.fixture
-def arguments(work: Path) -> Callable[..., list[str]]:
-    return partial(arguments_of, work)
+def arguments(work_dir: Path) -> Callable[..., list[str]]:
+    return partial(arguments_of, work_dir)
 
 
 @pytest.fixture
-def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
+def options(work_dir: Path, tmp_path: Path) -> Callable[..., Options]:
     """The same run, in this process."""
-    usual = {
-        "model": str(work / "base"),
-        "reward": str(work / "reward-aligned"),
-        "prompts": str(work / "world/prompts.jsonl"),
+    defaults = {
+        "model": str(work_dir / "base"),
+        "reward": str(work_dir / "reward-aligned"),
+        "prompts": str(work_dir / "world/prompts.jsonl"),
         "output": tmp_path / "proxy",
         "episodes": 8,
         "decoding": Decoding(max_new_tokens=12),
     }
-    return lambda **more: Options(**usual | more)
+    return lambda **settings: Options(**defaults | settings)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
@@ -61,12 +62,12 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
     assert unbroken.returncode == 0, unbroken.stderr
     broken = tmp_path / "broken"
     # Before the first state, and after it.
-    for rows, sent, code in ((1, signal.SIGKILL, -9), (3, signal.SIGINT, 130)):
+    for rows, stop_signal, code in ((1, signal.SIGKILL, -9), (3, signal.SIGINT, 130)):
         process = Command(*arguments(broken, *steps, "--resume"))
         while len(read_metrics(broken)) < rows:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(sent)
+        process.send_signal(stop_signal)
         _, errors = process.communicate()
         assert process.wait() == code, errors
         assert not (broken / "proxy.safetensors").exists()
@@ -78,22 +79,29 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_unbroken_one(
     resumed = run(*arguments(broken, *steps, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after update 2" in resumed.stdout
-    ours, theirs = (load_file(tmp_path / x / "proxy.safetensors") for x in ("broken", "unbroken"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    logs = [read_metrics(tmp_path / x) for x in ("broken", "unbroken")]
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in log] for log in logs]
+    resumed_weights, expected_weights = (
+        load_file(tmp_path / name / "proxy.safetensors") for name in ("broken", "unbroken")
+    )
+    assert resumed_weights.keys() == expected_weights.keys()
+    assert all(
+        torch.equal(resumed_weights[name], expected_weights[name]) for name in resumed_weights
+    )
+    logs = [read_metrics(tmp_path / name) for name in ("broken", "unbroken")]
+    timeless = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in log]
+        for log in logs
+    ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 5
     assert (broken / CURVES_FILE).stat().st_size > 10_000
     assert list((broken / EVENTS_DIRECTORY).iterdir())
-    changed = run(*arguments(broken, *steps, "--resume", "--learning-rate", "0.1"))
-    assert changed.returncode == 2
-    assert "other options (learning_rate)" in changed.stderr
+    refusal = run(*arguments(broken, *steps, "--resume", "--learning-rate", "0.1"))
+    assert refusal.returncode == 2
+    assert "other options (learning_rate)" in refusal.stderr
 
 
 def test_a_damaged_state_is_named(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    whole = run(*arguments(tmp_path, "--steps", "1"))
-    assert whole.returncode == 0, whole.stderr
+    first_run = run(*arguments(tmp_path, "--steps", "1"))
+    assert first_run.returncode == 0, first_run.stderr
     marker = tmp_path / MARKER  # as if it had been killed before its end
     marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
     (tmp_path / STATE_FILE).write_bytes(b"not safetensors")
@@ -102,48 +110,52 @@ def test_a_damaged_state_is_named(arguments: Callable[..., list[str]], tmp_path:
     assert f"{STATE_FILE} is damaged" in result.stderr
 
 
-# In float32, where no decision hangs on the batch that a response was in. 7 responses cannot be halved.
-ALIKE = ("--steps", "3", "--dtype", "float32", "--episodes", "7")
+# In float32, where no decision depends on the batch of a response. 7 responses cannot be halved.
+COMMON = ("--steps", "3", "--dtype", "float32", "--episodes", "7")
 
 
 @pytest.fixture(scope="module")
-def one(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of these options, with transformers."""
+def single_process_run(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process with these options, with transformers."""
     output = tmp_path_factory.mktemp("one")
-    done(*arguments_of(work, output, *ALIKE))
+    run_command(*arguments_of(work_dir, output, *COMMON))
     return output
 
 
 @pytest.mark.parametrize("rollout", ["transformers", "vllm"])
 def test_two_processes_give_the_result_of_one(
-    arguments: Callable[..., list[str]], one: Path, tmp_path: Path, rollout: str
+    arguments: Callable[..., list[str]], single_process_run: Path, tmp_path: Path, rollout: str
 ) -> None:
-    command = arguments(tmp_path, *ALIKE, "--rollout", rollout)
+    command = arguments(tmp_path, *COMMON, "--rollout", rollout)
     if rollout == "transformers":  # as a user starts them
-        # On a CPU `accelerate launch` starts one process, whatever it is asked for.
-        done("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command)
+        # On a CPU `accelerate launch` starts one process, whatever number is given.
+        run_command(
+            "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command
+        )
     else:
-        done_by_two(*command)
-    assert_trained_alike(tmp_path, one)
+        run_on_two_processes(*command)
+    assert_trained_alike(tmp_path, single_process_run)
 
 
-def assert_trained_alike(one: Path, other: Path) -> None:
+def assert_trained_alike(actual: Path, expected: Path) -> None:
     """Up to rounding, which Adam may enlarge; a learning rate of 2e-3 moves a weight by much more."""
-    ours, theirs = (load_file(directory / "proxy.safetensors") for directory in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
-    for mine, others in zip(read_metrics(one), read_metrics(other), strict=True):
-        assert mine["decisions"] == others["decisions"] > 20
-        assert mine["reward"] == pytest.approx(others["reward"], abs=1e-6)
+    actual_weights, expected_weights = (
+        load_file(directory / "proxy.safetensors") for directory in (actual, expected)
+    )
+    assert actual_weights.keys() == expected_weights.keys()
+    for name, value in actual_weights.items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=1e-4, atol=1e-4)
+    for actual_row, expected_row in zip(read_metrics(actual), read_metrics(expected), strict=True):
+        assert actual_row["decisions"] == expected_row["decisions"] > 20
+        assert actual_row["reward"] == pytest.approx(expected_row["reward"], abs=1e-6)
 
 
 def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
-    arguments: Callable[..., list[str]], one: Path, tmp_path: Path
+    arguments: Callable[..., list[str]], single_process_run: Path, tmp_path: Path
 ) -> None:
     """The run is killed after its first update, and goes on."""
     output = tmp_path / "vllm"
-    command = arguments(output, *ALIKE, "--save-every", "1", "--resume", "--rollout", "vllm")
+    command = arguments(output, *COMMON, "--save-every", "1", "--resume", "--rollout", "vllm")
     # It may be killed beside a temporary file.
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     process = Command(*command, environment=environment, new_session=True)
@@ -155,8 +167,8 @@ def test_rollouts_in_vllm_train_alike_and_leave_nothing_behind(
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after update" in resumed.stdout
-    assert_trained_alike(output, one)
-    with pytest.raises(ProcessLookupError):  # its helpers are gone, too
+    assert_trained_alike(output, single_process_run)
+    with pytest.raises(ProcessLookupError):  # its child processes are gone, too
         os.killpg(process.pid, 0)
 
 
@@ -185,9 +197,9 @@ def test_rewards(
 ) -> None:
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    # In bfloat16 an LLM that has learned so little may judge all answers alike.
+    # In bfloat16 an LLM that has learned so little may judge all answers equal.
     output = tmp_path / "proxy"
-    done(*arguments(output, "--steps", "1", "--reward", reward, "--dtype", "float32"))
+    run_command(*arguments(output, "--steps", "1", "--reward", reward, "--dtype", "float32"))
     (row,) = read_metrics(output)
     assert row["reward_std"] > 0
 
@@ -222,19 +234,21 @@ def test_long_prompts_are_left_out_and_counted(
     texts = ("is my dog worth keeping", "is my dog " * 200)
     rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in texts]
     prompts.write_text("\n".join(rows))
-    left_out = options(steps=1, prompts=str(prompts), max_prompt_tokens=100)
-    main(left_out)
+    run_options = options(steps=1, prompts=str(prompts), max_prompt_tokens=100)
+    main(run_options)
     assert "left out 1 of 2 prompts of over 100 tokens" in capsys.readouterr().out
     prompts.write_text(rows[1])
     with pytest.raises(TrainingError, match="no prompt is within"):
-        main(replace(left_out, overwrite=True))
-    assert (left_out.output / "proxy.safetensors").exists()  # a mistake in the data costs nothing
+        main(replace(run_options, overwrite=True))
+    assert (
+        run_options.output / "proxy.safetensors"
+    ).exists()  # a mistake in the data keeps the earlier proxy
 
 
 def rows_with(**values: list[float]) -> list[dict[str, Any]]:
-    usual = {"reward_std": 1.0, "decisions": 9, "acceptance_rate": 0.8}
+    defaults = {"reward_std": 1.0, "decisions": 9, "acceptance_rate": 0.8}
     count = len(next(iter(values.values())))
-    return [usual | {name: value[i] for name, value in values.items()} for i in range(count)]
+    return [defaults | {name: value[i] for name, value in values.items()} for i in range(count)]
 
 
 @pytest.mark.parametrize(

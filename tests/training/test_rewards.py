@@ -26,8 +26,8 @@ from training.rollout import generate
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in `base`, and trained from it a scalar reward and a LoRA, with a learning rate that can be felt."""
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in `base`, and trained from it a scalar reward and a LoRA, with a large learning rate."""
     directory = tmp_path_factory.mktemp("rewards")
     save_model("qwen2", directory / "base")
     rows = "".join(json.dumps(row) + "\n" for row in data_rows("preferences"))
@@ -54,8 +54,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def frozen(work: Path) -> Frozen:
-    return frozen_of(work / "base")
+def frozen(work_dir: Path) -> Frozen:
+    return frozen_of(work_dir / "base")
 
 
 @pytest.fixture
@@ -70,25 +70,27 @@ def samples(frozen: Frozen) -> list[Sample]:
 
 @torch.no_grad()
 def test_a_lora_rewards_as_the_merged_model_beside_the_frozen_one(
-    work: Path, frozen: Frozen, samples: list[Sample]
+    work_dir: Path, frozen: Frozen, samples: list[Sample]
 ) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
-    other = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
-    merged = PeftModel.from_pretrained(other, work / "lora").merge_and_unload().eval()
+    reference_model = AutoModelForCausalLM.from_pretrained(
+        work_dir / "base", dtype=torch.float32
+    ).eval()
+    base_model = AutoModelForCausalLM.from_pretrained(work_dir / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base_model, work_dir / "lora").merge_and_unload().eval()
     expected = []
     for sample in samples:
         ids, start = torch.tensor([sample.prompt_ids + sample.response_ids]), len(sample.prompt_ids)
-        tuned, reference = (
+        merged_logprobs, reference_logprobs = (
             model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
-            for model in (merged, plain)
+            for model in (merged, reference_model)
         )
-        ratios = (tuned - reference).gather(-1, ids[0, start:].unsqueeze(-1))
+        ratios = (merged_logprobs - reference_logprobs).gather(-1, ids[0, start:].unsqueeze(-1))
         expected.append(0.1 * ratios.sum().item())
-    found = load_reward(str(work / "lora"), frozen)(samples)
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
-    assert found.std() > 0.05  # it was trained: 0 before
-    preferred = found.view(3, 3).diagonal()
-    assert preferred.mean() > found.mean()
+    actual = load_reward(str(work_dir / "lora"), frozen)(samples)
+    assert actual.tolist() == pytest.approx(expected, abs=1e-4)
+    assert actual.std() > 0.05  # it was trained: 0 before
+    preferred = actual.view(3, 3).diagonal()
+    assert preferred.mean() > actual.mean()
 
 
 @torch.no_grad()
@@ -109,7 +111,9 @@ def lengths(prompts: list[Any], completions: list[str]) -> list[int]:
     return [len(completion) for completion in completions]
 
 
-def test_a_lora_acts_in_the_reward_alone(work: Path, frozen: Frozen, samples: list[Sample]) -> None:
+def test_a_lora_acts_in_the_reward_alone(
+    work_dir: Path, frozen: Frozen, samples: list[Sample]
+) -> None:
     prompts = [sample.prompt_ids for sample in samples[:2]]
 
     def decisions() -> torch.Tensor:
@@ -118,55 +122,55 @@ def test_a_lora_acts_in_the_reward_alone(work: Path, frozen: Frozen, samples: li
         return rollout.decisions.hidden
 
     network = ProxyNetwork(default_config(frozen.model, width=4))
-    before = decisions()
-    assert len(before) >= 16
-    reward = load_reward(str(work / "lora"), frozen)
-    assert torch.equal(decisions(), before)
+    expected = decisions()
+    assert len(expected) >= 16
+    reward = load_reward(str(work_dir / "lora"), frozen)
+    assert torch.equal(decisions(), expected)
     reward(samples)
-    assert torch.equal(decisions(), before)
+    assert torch.equal(decisions(), expected)
     assert not any(parameter.requires_grad for parameter in frozen.model.lm_head.parameters())
 
 
 @pytest.mark.parametrize("name", ["lora", "self-judge"])
 def test_a_batch_size_changes_nothing(
-    work: Path, frozen: Frozen, samples: list[Sample], name: str
+    work_dir: Path, frozen: Frozen, samples: list[Sample], name: str
 ) -> None:
-    name = str(work / name) if name == "lora" else name
-    small = load_reward(name, frozen)(samples)
-    model = load_model(str(work / "base"))[0].eval()  # a model takes one LoRA
-    whole = load_reward(name, replace(frozen, model=model, batch_size=9))(samples)
-    torch.testing.assert_close(small, whole, rtol=0, atol=1e-4)
+    name = str(work_dir / name) if name == "lora" else name
+    small_batches = load_reward(name, frozen)(samples)
+    model = load_model(str(work_dir / "base"))[0].eval()  # a model takes one LoRA
+    one_batch = load_reward(name, replace(frozen, model=model, batch_size=9))(samples)
+    torch.testing.assert_close(small_batches, one_batch, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lora", "scalar", "self-judge"])
 def test_every_tensor_is_made_on_the_models_device(
-    work: Path, frozen: Frozen, samples: list[Sample], name: str
+    work_dir: Path, frozen: Frozen, samples: list[Sample], name: str
 ) -> None:
-    """Where a tensor is made without saying where, here it is made on "meta" and meets the others with an error."""
-    reward = load_reward(name if name == "self-judge" else str(work / name), frozen)
+    """A tensor made without a device is on "meta" here, and its use with other tensors is an error."""
+    reward = load_reward(name if name == "self-judge" else str(work_dir / name), frozen)
     expected = reward(samples)
     with torch.device("meta"):
         assert torch.equal(reward(samples), expected)
 
 
-def test_a_damaged_lora(work: Path, frozen: Frozen, tmp_path: Path) -> None:
-    shutil.copytree(work / "lora", tmp_path, dirs_exist_ok=True)
+def test_a_damaged_lora(work_dir: Path, frozen: Frozen, tmp_path: Path) -> None:
+    shutil.copytree(work_dir / "lora", tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(TrainingError, match="cannot load the LoRA in"):
         load_reward(str(tmp_path), frozen)
 
 
-def test_a_lora_of_another_llm(work: Path, frozen: Frozen, tmp_path: Path) -> None:
+def test_a_lora_of_another_llm(work_dir: Path, frozen: Frozen, tmp_path: Path) -> None:
     save_model("llama", tmp_path)
-    other = replace(frozen, base=identify(str(tmp_path)))
+    other_frozen = replace(frozen, base=identify(str(tmp_path)))
     with pytest.raises(FingerprintMismatch, match="was trained from 'base'"):
-        load_reward(str(work / "lora"), other)
+        load_reward(str(work_dir / "lora"), other_frozen)
 
 
-def test_a_scalar_reward_has_no_lora(work: Path, tmp_path: Path) -> None:
+def test_a_scalar_reward_has_no_lora(work_dir: Path, tmp_path: Path) -> None:
     options = reward_model.Options(
-        model=str(work / "base"),
-        preferences=str(work / "preferences.jsonl"),
+        model=str(work_dir / "base"),
+        preferences=str(work_dir / "preferences.jsonl"),
         output=tmp_path,
         kind="scalar",
         lora_rank=4,

@@ -28,20 +28,20 @@ def brevity(samples: Sequence[Sample]) -> Tensor:
 
 
 @pytest.fixture
-def options(work: Path, tmp_path: Path) -> Callable[..., Options]:
-    usual = {
-        "reward": str(work / "reward-aligned"),
+def options(work_dir: Path, tmp_path: Path) -> Callable[..., Options]:
+    defaults = {
+        "reward": str(work_dir / "reward-aligned"),
         "episodes": 32,
         "decoding": Decoding(top_k=0, top_p=1.0, max_new_tokens=24),
     }
 
     def make(**settings: Any) -> Options:
         return Options(
-            model=str(work / "base"),
-            prompts=str(work / "world/prompts.jsonl"),
+            model=str(work_dir / "base"),
+            prompts=str(work_dir / "world/prompts.jsonl"),
             output=tmp_path,
             dtype="float32",
-            **usual | settings,
+            **defaults | settings,
         )
 
     return make
@@ -51,7 +51,7 @@ def test_it_learns_what_is_rewarded(options: Callable[..., Options]) -> None:
     trainer = RLHFTrainer(options(steps=6, learning_rate=1e-3, kl_weight=0.0), start())
     trainer.reward = brevity
     rows = [trainer.step(index) for index in range(6)]
-    # The rollouts' standard errors are about 1 token: 6 are far outside of what chance does.
+    # The rollouts' standard errors are about 1 token: 6 are far more than chance gives.
     assert rows[-1]["tokens_per_response"] < rows[0]["tokens_per_response"] - 6
     assert rows[-1]["kl"] > 1 > 1e-3 > abs(rows[0]["kl"])
 
@@ -59,26 +59,30 @@ def test_it_learns_what_is_rewarded(options: Callable[..., Options]) -> None:
 def test_a_dear_divergence_keeps_the_actor_at_its_reference(
     options: Callable[..., Options],
 ) -> None:
-    few = {"steps": 4, "episodes": 16, "decoding": Decoding(top_k=0, top_p=1.0, max_new_tokens=16)}
-    free, kept = (
-        RLHFTrainer(options(**few, learning_rate=1e-4, kl_weight=weight), start())
+    common = {
+        "steps": 4,
+        "episodes": 16,
+        "decoding": Decoding(top_k=0, top_p=1.0, max_new_tokens=16),
+    }
+    unconstrained, constrained = (
+        RLHFTrainer(options(**common, learning_rate=1e-4, kl_weight=weight), start())
         for weight in (0.0, 10.0)
     )
     kls = []
-    for trainer in (free, kept):
+    for trainer in (unconstrained, constrained):
         trainer.reward = brevity
         kls.append([trainer.step(index)["kl"] for index in range(4)][-1])
     assert kls[1] < kls[0] / 2
 
 
 def test_a_reward_s_lora_stays_out_of_the_actor(
-    options: Callable[..., Options], work: Path, tmp_path: Path
+    options: Callable[..., Options], work_dir: Path, tmp_path: Path
 ) -> None:
     lora = tmp_path / "lora"
     reward_model.main(
         reward_model.Options(
-            model=str(work / "base"),
-            preferences=str(work / "world/preferences.jsonl"),
+            model=str(work_dir / "base"),
+            preferences=str(work_dir / "world/preferences.jsonl"),
             output=lora,
             max_rows=8,
             batch_size=8,
@@ -86,16 +90,16 @@ def test_a_reward_s_lora_stays_out_of_the_actor(
         )
     )
     trainer = RLHFTrainer(options(steps=1, learning_rate=1e-3, reward=str(lora)), start())
-    names = load_file(work / "base/model.safetensors").keys()
+    names = load_file(work_dir / "base/model.safetensors").keys()
     assert trainer.step(0)["reward_std"] > 0
     trainer.save({})
     assert load_file(tmp_path / "model.safetensors").keys() == names
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
-    work: Path, rlhf: Path, tmp_path: Path
+    work_dir: Path, rlhf: Path, tmp_path: Path
 ) -> None:
-    command = [*map(str, rlhf_arguments(work)), "--output", str(tmp_path)]
+    command = [*map(str, rlhf_arguments(work_dir)), "--output", str(tmp_path)]
     process = Command(*command)
     while not (tmp_path / STATE_FILE).exists():
         assert process.poll() is None
@@ -106,8 +110,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
     resumed = run(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after update" in resumed.stdout
-    ours, theirs = (load_file(x / "model.safetensors") for x in (tmp_path, rlhf))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    before = load_model(str(work / "base"), dtype=torch.bfloat16)[0].state_dict()
-    assert not all(torch.equal(before[name], theirs[name]) for name in theirs)
+    resumed_weights, expected_weights = (
+        load_file(directory / "model.safetensors") for directory in (tmp_path, rlhf)
+    )
+    assert all(
+        torch.equal(resumed_weights[name], expected_weights[name]) for name in expected_weights
+    )
+    base_weights = load_model(str(work_dir / "base"), dtype=torch.bfloat16)[0].state_dict()
+    assert not all(
+        torch.equal(base_weights[name], expected_weights[name]) for name in expected_weights
+    )
     assert len(read_metrics(tmp_path)) == 3

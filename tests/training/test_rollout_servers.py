@@ -1,6 +1,6 @@
 """Rollouts on servers: those of transformers, decision by decision, from two real ones that share a directory.
 
-In float32, where what is left of rounding decides nothing here: the responses must be the same ones, whichever server
+In float32, where rounding decides nothing here: the responses must be the same ones, whichever server
 gave them. The last test kills both.
 """
 
@@ -31,7 +31,7 @@ import training.servers
 from proxy.checkpoint import BaseModelId, identify, load
 from proxy.network import ProxyNetwork
 from tests.server.conftest import ADMIN_KEY, API_KEY, DEMO, WAIT_SECONDS, Server, metric, serving
-from tests.training.conftest import done, done_by_two
+from tests.training.conftest import run_command, run_on_two_processes
 from tests.training.test_proxy_ppo import assert_trained_alike
 from tests.training.test_rollout_vllm import (
     DECODING,
@@ -70,8 +70,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """They want a key, an administrator's for proxies."""
+def server_pair(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """They need an API key, and an administrator's key for proxies."""
     logs = [tmp_path_factory.mktemp("server") / "log" for _ in range(2)]
     flags = ("--dtype", "float32", "--proxy-root", root, "--api-key", API_KEY)
     keys = {"ASSENT_ADMIN_KEYS": ADMIN_KEY}
@@ -89,7 +89,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., ServersBackend]:
+def make_backend(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., ServersBackend]:
     def servers(urls: list[str], root: Path, base: BaseModelId = base) -> ServersBackend:
         return ServersBackend(
             frozen,
@@ -107,26 +107,26 @@ def make(frozen: PreTrainedModel, base: BaseModelId) -> Callable[..., ServersBac
 
 @pytest.fixture
 def servers(
-    make: Callable[..., ServersBackend], two: list[Server], root: Path
+    make_backend: Callable[..., ServersBackend], server_pair: list[Server], root: Path
 ) -> Iterator[ServersBackend]:
-    with closing(make([server.url for server in two], root)) as servers:
+    with closing(make_backend([server.url for server in server_pair], root)) as servers:
         yield servers
 
 
-def both(
+def roll_out_both(
     servers: ServersBackend, network: ProxyNetwork, decoding: Decoding = DECODING
 ) -> tuple[Rollout, Rollout]:
-    """From servers, and from transformers."""
+    """The rollouts from servers, and from transformers."""
     policy = Policy(servers._frozen, copy.deepcopy(network))
     rollouts = (
-        each(PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
-        for each in (
-            lambda *args, **more: servers.generate(network, *args, **more),
-            lambda *args, **more: generate(policy, *args, **more),
+        run(PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+        for run in (
+            lambda *args, **kwargs: servers.generate(network, *args, **kwargs),
+            lambda *args, **kwargs: generate(policy, *args, **kwargs),
         )
     )
-    ours, theirs = rollouts
-    return ours, theirs
+    actual, expected = rollouts
+    return actual, expected
 
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -134,8 +134,10 @@ ANSWERED = "vllm:request_success_total{"
 
 
 def loaded_on(server: Server) -> list[tuple[str, str]]:
-    found = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=WAIT_SECONDS).json()["data"]
-    return [(proxy["name"], proxy["version"]) for proxy in found]
+    proxies = httpx.get(f"{server.url}/proxies", headers=HEADERS, timeout=WAIT_SECONDS).json()[
+        "data"
+    ]
+    return [(proxy["name"], proxy["version"]) for proxy in proxies]
 
 
 def test_given_responses_are_read_as_transformers_read_them(servers: ServersBackend) -> None:
@@ -153,14 +155,16 @@ def test_given_responses_are_read_as_transformers_read_them(servers: ServersBack
         ({"max_candidates": 0}, "greater than 0"),
     ],
 )
-def test_what_cannot_be_read(two: list[Server], change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_read(
+    server_pair: list[Server], change: dict[str, Any], message: str
+) -> None:
     body = {"responses": [{"prompt": [5, 6], "response": [7]}]} | change
-    url = f"{two[0].url}/positions"
+    url = f"{server_pair[0].url}/positions"
     answer = httpx.post(url, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
-    keyed = {"Authorization": f"Bearer {API_KEY}"}
-    assert httpx.post(url, json=body, headers=keyed, timeout=WAIT_SECONDS).status_code == 403
+    user_headers = {"Authorization": f"Bearer {API_KEY}"}
+    assert httpx.post(url, json=body, headers=user_headers, timeout=WAIT_SECONDS).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -173,45 +177,49 @@ def test_what_cannot_be_read(two: list[Server], change: dict[str, Any], message:
     ids=["default", "wide", "greedy"],
 )
 def test_a_rollout_is_that_of_transformers(
-    servers: ServersBackend, two: list[Server], frozen: PreTrainedModel, decoding: Decoding
+    servers: ServersBackend, server_pair: list[Server], frozen: PreTrainedModel, decoding: Decoding
 ) -> None:
-    before = [metric(server.url, ANSWERED) for server in two]
-    ours, theirs = both(servers, make_network(frozen, 0, max_rejections=4), decoding)
-    assert_same(ours, theirs)
-    assert len({len(response) for response in ours.responses}) > 1
+    counts_before = [metric(server.url, ANSWERED) for server in server_pair]
+    actual, expected = roll_out_both(servers, make_network(frozen, 0, max_rejections=4), decoding)
+    assert_same(actual, expected)
+    assert len({len(response) for response in actual.responses}) > 1
     is_greedy = decoding.temperature == 0  # takes the best candidate, which is mostly the first
-    assert ours.counts.rejected > (10 if is_greedy else 50)
-    assert ours.counts.forced > 5 or is_greedy
+    assert actual.counts.rejected > (10 if is_greedy else 50)
+    assert actual.counts.forced > 5 or is_greedy
     shares = [
-        metric(server.url, ANSWERED) - first for server, first in zip(two, before, strict=True)
+        metric(server.url, ANSWERED) - count_before
+        for server, count_before in zip(server_pair, counts_before, strict=True)
     ]
     assert min(shares) >= 4 and sum(shares) == len(PROMPTS)
 
 
 def test_every_rollout_has_the_weights_of_its_moment_and_nothing_is_left(
-    make: Callable[..., ServersBackend], two: list[Server], root: Path, frozen: PreTrainedModel
+    make_backend: Callable[..., ServersBackend],
+    server_pair: list[Server],
+    root: Path,
+    frozen: PreTrainedModel,
 ) -> None:
-    network, said = make_network(frozen, 1, max_rejections=2, max_candidates=6), []
+    network, responses = make_network(frozen, 1, max_rejections=2, max_candidates=6), []
     (root / NAME / "killed").mkdir(parents=True)  # of this run, before it went on
-    with closing(make([server.url + "/" for server in two], root)) as servers:
+    with closing(make_backend([server.url + "/" for server in server_pair], root)) as servers:
         for step in range(4):
             if step in (1, 3):  # not in 2: the same version once more
                 with torch.no_grad():
                     network.score.weight.add_(torch.randn_like(network.score.weight))
-            ours, theirs = both(servers, network)
-            assert_same(ours, theirs)
-            said.append(ours.responses)
+            actual, expected = roll_out_both(servers, network)
+            assert_same(actual, expected)
+            responses.append(actual.responses)
             (directory,) = (root / NAME).iterdir()
             version = load(directory, base=None).version
-            assert [loaded_on(server) for server in two] == [[(NAME, version)]] * 2
-        assert said[0] != said[1] == said[2] != said[3]
-    assert [loaded_on(server) for server in two] == [[], []]
+            assert [loaded_on(server) for server in server_pair] == [[(NAME, version)]] * 2
+        assert responses[0] != responses[1] == responses[2] != responses[3]
+    assert [loaded_on(server) for server in server_pair] == [[], []]
     assert json.loads((root / "proxies.json").read_text()) == {"proxies": {}}
     assert not (root / NAME).exists()
 
 
 def test_training_in_two_processes_gives_what_transformers_give_in_one(
-    two: list[Server], root: Path, tmp_path: Path
+    server_pair: list[Server], root: Path, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in TEACHING]
@@ -221,93 +229,97 @@ def test_training_in_two_processes_gives_what_transformers_give_in_one(
         "--prompts", prompts, "--steps", "2", "--episodes", "7", "--decoding.max-new-tokens", "12",
         "--dtype", "float32", "--accept-bias", "0",
     ]  # fmt: skip
-    done(*common, "--output", tmp_path / "one", "--rollout", "transformers")
-    where = ["--servers", *(server.url for server in two), "--proxy-root", root]
-    done_by_two(*common, "--output", tmp_path / "two", "--rollout", "servers", *where)
+    run_command(*common, "--output", tmp_path / "one", "--rollout", "transformers")
+    server_flags = ["--servers", *(server.url for server in server_pair), "--proxy-root", root]
+    run_on_two_processes(
+        *common, "--output", tmp_path / "two", "--rollout", "servers", *server_flags
+    )
     assert_trained_alike(tmp_path / "two", tmp_path / "one")
-    assert [loaded_on(server) for server in two] == [[], []]
+    assert [loaded_on(server) for server in server_pair] == [[], []]
     assert not (root / name_of(tmp_path / "two")).exists()
 
 
 def test_what_servers_refuse(
-    make: Callable[..., ServersBackend],
-    two: list[Server],
+    make_backend: Callable[..., ServersBackend],
+    server_pair: list[Server],
     root: Path,
     base: BaseModelId,
     frozen: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In their own words; and nothing stays behind."""
-    urls, network = [server.url for server in two], make_network(frozen, 0)
+    """The error has the server's message, and nothing stays behind."""
+    urls, network = [server.url for server in server_pair], make_network(frozen, 0)
 
-    def refused(match: str, root: Path = root, base: BaseModelId = base) -> None:
+    def assert_refused(match: str, root: Path = root, base: BaseModelId = base) -> None:
         with (
             pytest.raises(TrainingError, match=match),
-            closing(make(urls, root, base)) as servers,
+            closing(make_backend(urls, root, base)) as servers,
         ):
             servers.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
         assert not (root / NAME).exists()
 
-    another = base.model_copy(update={"fingerprint": "0" * 64})
-    refused(f"{urls[0]} refuses: 400 .* fingerprint 0000", base=another)
-    refused(f"{urls[0]} refuses: 400 path '{NAME}/.*' does not exist below", root=tmp_path)
+    other_base = base.model_copy(update={"fingerprint": "0" * 64})
+    assert_refused(f"{urls[0]} refuses: 400 .* fingerprint 0000", base=other_base)
+    assert_refused(f"{urls[0]} refuses: 400 path '{NAME}/.*' does not exist below", root=tmp_path)
     monkeypatch.setenv(training.servers.API_KEY, API_KEY)
-    refused("refuses: 403 .* an administrator's key")
+    assert_refused("refuses: 403 .* an administrator's key")
     monkeypatch.delenv(training.servers.API_KEY)
-    refused("refuses: 401 .* needs an API key")
-    assert [loaded_on(server) for server in two] == [[], []]
+    assert_refused("refuses: 401 .* needs an API key")
+    assert [loaded_on(server) for server in server_pair] == [[], []]
 
 
 def test_what_is_refused_before_a_server_is_asked(
-    make: Callable[..., ServersBackend], frozen: PreTrainedModel, tmp_path: Path
+    make_backend: Callable[..., ServersBackend], frozen: PreTrainedModel, tmp_path: Path
 ) -> None:
-    def options(**more: Any) -> Options:
-        return Options(model="m", prompts="p", reward="r", output=tmp_path, **more)
+    def options(**settings: Any) -> Options:
+        return Options(model="m", prompts="p", reward="r", output=tmp_path, **settings)
 
-    for chosen, message in (
+    for settings, message in (
         ({"rollout": "servers", "proxy_root": tmp_path}, "--rollout servers needs --servers"),
         ({"rollout": "servers", "servers": ("http://a",)}, "--rollout servers needs --proxy-root"),
         ({"servers": ("http://a",)}, "--rollout is auto and has no use for --servers"),
     ):
         with pytest.raises(TrainingError, match=message):
-            refuse_incomplete_servers(options(**chosen))
+            refuse_incomplete_servers(options(**settings))
     with pytest.raises(TrainingError, match="nowhere: there is no such directory"):
-        make(["http://a"], tmp_path / "nowhere")
+        make_backend(["http://a"], tmp_path / "nowhere")
     for url in ("one:8000", "localhost", "http://", "http://one:port"):
         with pytest.raises(TrainingError, match=f"--servers {url}: "):
-            make([url], tmp_path)
-    long, network = replace(DECODING, max_new_tokens=5000), make_network(frozen, 0)
-    servers = make(["http://127.0.0.1:9"], tmp_path)  # the port of `discard`, where nobody listens
+            make_backend([url], tmp_path)
+    long_decoding, network = replace(DECODING, max_new_tokens=5000), make_network(frozen, 0)
+    servers = make_backend(
+        ["http://127.0.0.1:9"], tmp_path
+    )  # the port of `discard`, where nobody listens
     with pytest.raises(TrainingError, match="--rollout servers: .* 5000 is over 4096"):
-        servers.generate(network, PROMPTS, long, end_ids=ENDS, seeds=count(0))
+        servers.generate(network, PROMPTS, long_decoding, end_ids=ENDS, seeds=count(0))
     with pytest.raises(TrainingError, match="http://127.0.0.1:9: it cannot be reached"):
         servers.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
 
 
 def test_a_run_may_go_on_with_other_servers(tmp_path: Path) -> None:
     common = {"model": "m", "prompts": "p", "reward": "r", "output": tmp_path, "rollout": "servers"}
-    first, other = (
+    first, second = (
         Options(**common, servers=(url,), proxy_root=Path(url), server_requests=number)
         for number, url in enumerate(("http://one", "http://two"))
     )
-    assert settings_of(first, ()) == settings_of(other, ())
+    assert settings_of(first, ()) == settings_of(second, ())
 
 
-class Pretender:
-    """Stands in for all servers, and answers what it is told to."""
+class FakeServers:
+    """Stands in for all servers, with given answers."""
 
     def __init__(self, root: Path, change: dict[str, Any]) -> None:
-        self.root, self.change, self.num_asked = root, change, 0
+        self.root, self.change, self.num_requests = root, change, 0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         change, body = dict(self.change), json.loads(request.content)
         if request.url.path == "/proxies":
             self.version = load(self.root / body["path"], base=None).version
             return httpx.Response(201, json={"version": change.get("loaded", self.version)})
-        self.num_asked += 1
+        self.num_requests += 1
         failures = change.pop("failures", 0)
-        if self.num_asked <= failures:
+        if self.num_requests <= failures:
             return httpx.Response(500, json={"error": {"message": "out of order"}})
         if "status" in change:
             return httpx.Response(change["status"], text="no such page")
@@ -336,7 +348,7 @@ class Pretender:
     ],
 )
 def test_what_is_made_of_odd_answers(
-    make: Callable[..., ServersBackend],
+    make_backend: Callable[..., ServersBackend],
     frozen: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -345,49 +357,53 @@ def test_what_is_made_of_odd_answers(
 ) -> None:
     change = dict(change)
     ends = change.pop("ends", ENDS)
-    pretender, client = Pretender(tmp_path, change), httpx.AsyncClient
-    transport = httpx.MockTransport(pretender)
-    monkeypatch.setattr(httpx, "AsyncClient", lambda **more: client(**more, transport=transport))
+    fake_servers, client = FakeServers(tmp_path, change), httpx.AsyncClient
+    transport = httpx.MockTransport(fake_servers)
+    monkeypatch.setattr(
+        httpx, "AsyncClient", lambda **kwargs: client(**kwargs, transport=transport)
+    )
     for module in (training.rollout_servers, training.servers):
         monkeypatch.setattr(module, "PAUSES", (0.01, 0.01))
-    servers, network = make(["http://one", "http://two"], tmp_path), make_network(frozen, 0)
-    told = {"end_ids": ends, "seeds": count(0)}
+    servers, network = make_backend(["http://one", "http://two"], tmp_path), make_network(frozen, 0)
+    arguments = {"end_ids": ends, "seeds": count(0)}
     if message is None:
-        rollout = servers.generate(network, PROMPTS, DECODING, **told)
+        rollout = servers.generate(network, PROMPTS, DECODING, **arguments)
         assert rollout.responses == [[1]] * len(PROMPTS)
-        assert pretender.num_asked == len(PROMPTS) + 3
+        assert fake_servers.num_requests == len(PROMPTS) + 3
         return
     with pytest.raises(TrainingError, match=message):
-        servers.generate(network, PROMPTS, DECODING, **told)
-    if change.get("failures"):  # four at once on either server, each tried twice again
-        assert pretender.num_asked == 2 * 4 * 3
+        servers.generate(network, PROMPTS, DECODING, **arguments)
+    if change.get("failures"):  # four at once on each server, each tried three times
+        assert fake_servers.num_requests == 2 * 4 * 3
 
 
 def test_a_faster_server_gets_more(
-    make: Callable[..., ServersBackend],
+    make_backend: Callable[..., ServersBackend],
     frozen: PreTrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pretender, client, shares = Pretender(tmp_path, {}), httpx.AsyncClient, Counter[str]()
+    fake_servers, client, shares = FakeServers(tmp_path, {}), httpx.AsyncClient, Counter[str]()
 
     async def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path != "/proxies":
             shares[request.url.host] += 1
             await asyncio.sleep(0.5 if request.url.host == "slow" else 0.001)
-        return pretender(request)
+        return fake_servers(request)
 
     transport = httpx.MockTransport(answer)
-    monkeypatch.setattr(httpx, "AsyncClient", lambda **more: client(**more, transport=transport))
-    servers = make(["http://slow", "http://fast"], tmp_path)
-    told = {"end_ids": ENDS, "seeds": count(0)}
-    servers.generate(make_network(frozen, 0), PROMPTS, DECODING, **told)
+    monkeypatch.setattr(
+        httpx, "AsyncClient", lambda **kwargs: client(**kwargs, transport=transport)
+    )
+    servers = make_backend(["http://slow", "http://fast"], tmp_path)
+    arguments = {"end_ids": ENDS, "seeds": count(0)}
+    servers.generate(make_network(frozen, 0), PROMPTS, DECODING, **arguments)
     assert shares == {"slow": 4, "fast": 20}
 
 
 def test_servers_that_die_are_done_without_until_none_is_left(
     servers: ServersBackend,
-    two: list[Server],
+    server_pair: list[Server],
     root: Path,
     frozen: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
@@ -395,31 +411,34 @@ def test_servers_that_die_are_done_without_until_none_is_left(
 ) -> None:
     for module in (training.rollout_servers, training.servers):
         monkeypatch.setattr(module, "PAUSES", (0.1, 0.2))
-    network, ask = make_network(frozen, 0, max_rejections=4), training.server_requests.ask_traced
+    network, original = (
+        make_network(frozen, 0, max_rejections=4),
+        training.server_requests.ask_traced,
+    )
     state = SimpleNamespace(victim=None, answers=0)
 
     async def ask_and_kill(*arguments: Any) -> Any:
-        found = await ask(*arguments)
+        result = await original(*arguments)
         state.answers += 1
         if state.victim is not None and state.answers == 6:
             os.killpg(state.victim.process.pid, signal.SIGKILL)
             state.victim.process.wait()
-        return found
+        return result
 
     monkeypatch.setattr(training.rollout_servers, "ask_traced", ask_and_kill)
-    state.victim, (first, second) = two[0], two
-    assert_same(*both(servers, network))
+    state.victim, (first, second) = server_pair[0], server_pair
+    assert_same(*roll_out_both(servers, network))
     assert first.process.returncode == -signal.SIGKILL
     state.victim, state.answers = None, 0
     with torch.no_grad():
         network.score.weight.add_(torch.randn_like(network.score.weight))
-    assert_same(*both(servers, network))
+    assert_same(*roll_out_both(servers, network))
     assert f"left out of this rollout: {first.url}: it cannot be reached" in capsys.readouterr().err
     state.victim, state.answers = second, 0
     with pytest.raises(TrainingError, match=f"no server is left: {second.url}: it cannot be"):
-        both(servers, network)
+        roll_out_both(servers, network)
     with pytest.raises(TrainingError, match=f"{first.url}: it cannot be .*; {second.url}: it"):
-        both(servers, network)
+        roll_out_both(servers, network)
     servers.close()
     assert f"{second.url} still has the proxy 'learner'" in capsys.readouterr().err
     assert not (root / NAME).exists()

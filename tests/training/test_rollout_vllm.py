@@ -1,6 +1,6 @@
 """Rollouts in vLLM: those of transformers, decision by decision, from a real engine in this process.
 
-In float32, where what is left of rounding decides nothing here: the responses must be the same ones.
+In float32, where rounding decides nothing here: the responses must be the same ones.
 """
 
 import copy
@@ -44,7 +44,7 @@ def make_engine(
 ) -> Callable[..., VLLMBackend]:
     settings = {"max_tokens": 64, "max_requests": 16, "memory": 0.01}
     base = identify(str(model_dir))
-    return lambda **more: VLLMBackend(frozen, model_dir, base, **settings | more)
+    return lambda **overrides: VLLMBackend(frozen, model_dir, base, **settings | overrides)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,19 @@ def make_network(model: PreTrainedModel, seed: int, **settings: Any) -> ProxyNet
     return network
 
 
-def assert_same(ours: Rollout, theirs: Rollout) -> None:
-    assert ours.responses == theirs.responses
-    assert ours.counts == theirs.counts
+def assert_same(actual: Rollout, expected: Rollout) -> None:
+    assert actual.responses == expected.responses
+    assert actual.counts == expected.counts
     for name in ("token_ids", "accepted", "episodes"):
-        mine, other = (getattr(rollout.decisions, name) for rollout in (ours, theirs))
-        assert torch.equal(mine, other), name
+        actual_column, expected_column = (
+            getattr(rollout.decisions, name) for rollout in (actual, expected)
+        )
+        assert torch.equal(actual_column, expected_column), name
     for name in ("hidden", "logprobs"):
-        mine, other = (getattr(rollout.decisions, name) for rollout in (ours, theirs))
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+        actual_column, expected_column = (
+            getattr(rollout.decisions, name) for rollout in (actual, expected)
+        )
+        torch.testing.assert_close(actual_column, expected_column, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +99,15 @@ def test_a_rollout_is_that_of_transformers(
     engine: VLLMBackend, frozen: PreTrainedModel, decoding: Decoding
 ) -> None:
     network = make_network(frozen, 0, max_rejections=4)
-    theirs = generate(
+    expected = generate(
         Policy(frozen, network), PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40)
     )
-    ours = engine.generate(network, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
-    assert_same(ours, theirs)
-    lengths = {len(response) for response in ours.responses}
+    actual = engine.generate(network, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    assert_same(actual, expected)
+    lengths = {len(response) for response in actual.responses}
     assert len(lengths) > 3 and max(lengths) == 24
-    assert ours.counts.rejected > 50
-    assert ours.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
+    assert actual.counts.rejected > 50
+    assert actual.counts.forced > 5 or decoding.temperature == 0  # greedy rows take the best
 
 
 @pytest.mark.parametrize("top_k", [1, 5])
@@ -117,28 +121,32 @@ def test_the_frozen_llm_answers_as_in_transformers(
 
 
 def given_responses(model: PreTrainedModel, decoding: Decoding) -> list[Response]:
-    """Its own, and some that it would not write, which share a prompt that a cache would skip."""
-    own = generate(Policy(model), PROMPTS, decoding, end_ids=ENDS, seeds=count(0)).responses
-    responses = [Response(*pair) for pair in zip(PROMPTS, own, strict=True)]
+    """The LLM's own responses, and some that it would not write, which share a prompt that a cache would skip."""
+    own_responses = generate(
+        Policy(model), PROMPTS, decoding, end_ids=ENDS, seeds=count(0)
+    ).responses
+    responses = [Response(*pair) for pair in zip(PROMPTS, own_responses, strict=True)]
     return responses + [Response([*range(20, 52)], [i, *range(60, 70)]) for i in range(40, 60)]
 
 
-def assert_read_alike(read_there: Reader, model: PreTrainedModel) -> None:
+def assert_read_alike(reader: Reader, model: PreTrainedModel) -> None:
     decoding = Decoding(top_k=6, top_p=0.9, temperature=0.8, max_new_tokens=24)
     nucleus = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "max_candidates": 6}
     config, responses = default_config(model, **nucleus), given_responses(model, decoding)
-    ours, theirs = (
-        read_there(responses, config),
+    actual, expected = (
+        reader(responses, config),
         read(responses, config, model=model, max_tokens=256),
     )
-    own = len(PROMPTS)
-    assert theirs.outside[:own].sum() == 0 and theirs.outside[own:].sum() > 0
+    num_own = len(PROMPTS)
+    assert expected.outside[:num_own].sum() == 0 and expected.outside[num_own:].sum() > 0
     for name in ("counts", "tokens", "outside", "slots"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    inside = theirs.logprobs > -torch.inf
-    assert torch.equal(ours.token_ids[inside], theirs.token_ids[inside])
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    in_nucleus = expected.logprobs > -torch.inf
+    assert torch.equal(actual.token_ids[in_nucleus], expected.token_ids[in_nucleus])
     for name in ("hidden", "logprobs"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-4
+        )
 
 
 def test_given_responses_are_read_as_transformers_read_them(
@@ -150,19 +158,22 @@ def test_given_responses_are_read_as_transformers_read_them(
 def test_every_rollout_has_the_weights_of_its_moment(
     engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
-    """Those of an update ago are gone, also where an update changed nothing."""
+    """The weights from before an update are gone, even if the update changed nothing."""
     network = make_network(frozen, 1, max_rejections=2, max_candidates=6)
-    said = []
+    responses = []
     for step in range(5):
         if step not in (0, 3):
             with torch.no_grad():
                 network.score.weight.add_(torch.randn_like(network.score.weight))
         seeds = {"end_ids": ENDS, "seeds": count(0)}
-        theirs = generate(Policy(frozen, copy.deepcopy(network)), PROMPTS, DECODING, **seeds)
-        ours = engine.generate(network, PROMPTS, DECODING, **seeds | {"seeds": count(0)})
-        assert_same(ours, theirs)
-        said.append(ours.responses)
-    assert said[2] == said[3] and said[0] != said[1] != said[2] != said[4]
+        expected = generate(Policy(frozen, copy.deepcopy(network)), PROMPTS, DECODING, **seeds)
+        actual = engine.generate(network, PROMPTS, DECODING, **seeds | {"seeds": count(0)})
+        assert_same(actual, expected)
+        responses.append(actual.responses)
+    assert (
+        responses[2] == responses[3]
+        and responses[0] != responses[1] != responses[2] != responses[4]
+    )
     (loaded,) = engine._call("list_proxies")
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert [proxy.version for proxy in worker._registry.pool.proxies] == [loaded["version"]]
@@ -174,16 +185,18 @@ def test_more_responses_than_the_worker_keeps_traces_of(
 ) -> None:
     monkeypatch.setattr(training.rollout_vllm, "TRACED_REQUESTS", 10)
     network = make_network(frozen, 2)
-    theirs = generate(Policy(frozen, network), PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
-    ours = engine.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
-    assert_same(ours, theirs)
+    expected = generate(Policy(frozen, network), PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+    actual = engine.generate(network, PROMPTS, DECODING, end_ids=ENDS, seeds=count(0))
+    assert_same(actual, expected)
 
 
 def test_where_the_llm_leaves_no_choice_nothing_is_decided(
     engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
-    only = replace(DECODING, top_k=1)
-    rollout = engine.generate(make_network(frozen, 3), PROMPTS, only, end_ids=ENDS, seeds=count(0))
+    one_candidate = replace(DECODING, top_k=1)
+    rollout = engine.generate(
+        make_network(frozen, 3), PROMPTS, one_candidate, end_ids=ENDS, seeds=count(0)
+    )
     assert rollout.decisions.hidden.shape == (0, 64)
     assert rollout.counts.proposed == rollout.counts.tokens == sum(map(len, rollout.responses))
     assert rollout.counts.rejected == rollout.counts.forced == 0
@@ -198,8 +211,8 @@ def test_what_was_asked_is_in_the_trace() -> None:
     assert asked(accepted) == [(6, 0.6, False), (5, 0.1, False), (9, 0.1, True)]
     forced = candidate(6, 0.6, 0.2) | {"forced": True, "rejected": rejected}
     assert asked(forced) == [(6, 0.6, False), (5, 0.1, False)]
-    only = candidate(9, 1.0, None) | {"forced": False, "rejected": []}
-    assert asked(only) == []
+    single = candidate(9, 1.0, None) | {"forced": False, "rejected": []}
+    assert asked(single) == []
 
 
 def test_what_vllm_cannot_do_is_reported(
@@ -208,9 +221,11 @@ def test_what_vllm_cannot_do_is_reported(
     frozen: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    long = replace(DECODING, max_new_tokens=5000)
+    long_decoding = replace(DECODING, max_new_tokens=5000)
     with pytest.raises(TrainingError, match="5000 is over 4096"):
-        engine.generate(make_network(frozen, 0), PROMPTS, long, end_ids=ENDS, seeds=count(0))
+        engine.generate(
+            make_network(frozen, 0), PROMPTS, long_decoding, end_ids=ENDS, seeds=count(0)
+        )
     with pytest.raises(
         TrainingError, match="does not start with these settings: Value error.*100000.* greater"
     ):

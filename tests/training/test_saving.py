@@ -1,4 +1,4 @@
-"""A save that is killed leaves nothing that loads and is not whole."""
+"""A killed save leaves no partial model that can be loaded."""
 
 import signal
 import time
@@ -13,7 +13,7 @@ FILES = ("model.safetensors", "tokenizer.json", "config.json", "reward.json")
 
 
 def test_a_save_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path: Path) -> None:
-    whole = 0
+    num_whole = 0
     for milliseconds in range(12):
         process = Command("tests.training.saves", tmp_path)
         while not (tmp_path / "reward.json").exists():
@@ -24,13 +24,13 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path: Path
         process.wait()
         if (tmp_path / "config.json").exists():
             size = (tmp_path / "model.safetensors").stat().st_size
-            found = {(tmp_path / name).read_text()[:1] for name in FILES[:-1]}
-            assert size == 1_000_000 and len(found) == 1
+            letters = {(tmp_path / name).read_text()[:1] for name in FILES[:-1]}
+            assert size == 1_000_000 and len(letters) == 1
         if (tmp_path / "reward.json").exists():  # the last: all are there
             assert all((tmp_path / name).exists() for name in FILES)
-            whole += 1
+            num_whole += 1
         (tmp_path / "reward.json").unlink(missing_ok=True)
-    assert whole
+    assert num_whole
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -43,12 +43,12 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_an_earlier_models_weights_go(tmp_path: Path) -> None:
-    kept = ("metrics.jsonl", "training_state.safetensors")
-    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "reward.json")
-    for name in (*kept, *old):
+    other_files = ("metrics.jsonl", "training_state.safetensors")
+    old_files = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "reward.json")
+    for name in (*other_files, *old_files):
         (tmp_path / name).write_text("old")
     with saving(tmp_path) as directory:
         for name in ("config.json", "model.safetensors"):
             (directory / name).write_text("new")
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {*kept, "config.json", "model.safetensors"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*other_files, "config.json", "model.safetensors"}
