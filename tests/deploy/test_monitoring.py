@@ -203,5 +203,5 @@ def _wait(condition, directory: Path | None) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         log = (directory / "prometheus.log").read_text() if directory else ""
-        assert time.monotonic() < deadline, f"it never came to be\n{log[-3000:]}"
+        assert time.monotonic() < deadline, f"the condition never became true\n{log[-3000:]}"
         time.sleep(0.5)

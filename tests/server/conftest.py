@@ -1,7 +1,7 @@
 """One real server for the whole test run: the toy demo with both of its proxies, on a free port.
 
-In float32: on many processors a kernel of bfloat16 rounds otherwise in another batch, and a text would depend on who
-else asks. Of float32's rounding a decision depends with a probability of about 1e-6 a token.
+In float32: on many processors a kernel of bfloat16 rounds differently in another batch, and a text would depend on the
+other requests. With float32 a decision depends on rounding with a probability of about 1e-6 a token.
 """
 
 import hashlib
@@ -70,26 +70,26 @@ class Server:
 
 @pytest.fixture(scope="session")
 def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server may load live: versions of one proxy, and what it must refuse."""
+    """Proxies that the server may load while it runs: versions of one, and some that it must refuse."""
     outside = tmp_path_factory.mktemp("outside")
     root = tmp_path_factory.mktemp("proxies")
     aligned = DEMO / "proxies" / "aligned"
     shutil.copytree(aligned, root / "v1")
     shutil.copytree(aligned, outside / "v1")
-    loaded = load(aligned, base=None)
+    checkpoint = load(aligned, base=None)
 
     def variant(name: str, bias: float) -> None:
-        """The same network, readier to accept or to reject."""
+        """The same network with another accept bias."""
         with torch.no_grad():
-            loaded.network.score.bias.add_(bias)
-        save(root / name, loaded.network, base=loaded.base, training=loaded.training)
+            checkpoint.network.score.bias.add_(bias)
+        save(root / name, checkpoint.network, base=checkpoint.base, training=checkpoint.training)
 
     variant("v2", -2.0)
     variant("v3", -1.0)  # on top of the other
-    sizes = ProxyConfig(hidden_size=64, vocab_size=loaded.config.vocab_size)
-    save(root / "other-sizes", ProxyNetwork(sizes), base=loaded.base, training={})
-    another = loaded.base.model_copy(update={"fingerprint": "0" * 64})
-    save(root / "other-llm", loaded.network, base=another, training={})
+    sizes = ProxyConfig(hidden_size=64, vocab_size=checkpoint.config.vocab_size)
+    save(root / "other-sizes", ProxyNetwork(sizes), base=checkpoint.base, training={})
+    other_base = checkpoint.base.model_copy(update={"fingerprint": "0" * 64})
+    save(root / "other-llm", checkpoint.network, base=other_base, training={})
     shutil.copytree(aligned, root / "corrupt")
     weights = root / "corrupt" / "proxy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
@@ -117,7 +117,7 @@ def serving(
 ) -> Iterator[Server]:
     """`python -m server`, with the toy demo's LLM if no other, from when it is healthy until it has stopped.
 
-    With `warm` it begins with libraries that are imported already, and its engine as a fork of it instead of anew.
+    With `warm` its libraries are imported already, and its engine is forked from it.
     """
     port = free_port()
     command = [
@@ -136,7 +136,7 @@ def serving(
 def _start(
     command: list[str], log: Path, environment: dict[str, str], warm: bool
 ) -> subprocess.Popen[bytes] | Command:
-    """In a group of its own: no child outlives the tests."""
+    """Start it in a process group of its own: no child outlives the tests."""
     # Other tests set vLLM's variables for engines in this process; the server finds its own.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     if warm:
@@ -174,14 +174,14 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @dataclass(frozen=True)
-class Keeping(Server):
-    """A server that keeps what is said."""
+class FeedbackServer(Server):
+    """A server that stores feedback."""
 
     feedback: Path
 
 
 @pytest.fixture(scope="session")
-def keeping_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping]:
+def feedback_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeedbackServer]:
     """Without proxies, for several callers: feedback goes into a database, texts go into the log."""
     directory = tmp_path_factory.mktemp("keeping")
     feedback, access = directory / "feedback.db", directory / "access.toml"
@@ -192,7 +192,7 @@ def keeping_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keeping
     ]
     environment = {"TESTS_ADMIN_KEY": ADMIN_KEY}
     with serving(directory / "server.log", *flags, environment=environment) as running:
-        yield Keeping(running.url, running.log, running.process, feedback)
+        yield FeedbackServer(running.url, running.log, running.process, feedback)
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +212,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
-    """Show the end of the server's log with a test of it that fails."""
+    """Add the end of the server's log to the report of a failed test."""
     outcome = yield
     report = outcome.get_result()
     running = getattr(item, "funcargs", {}).get("server")
@@ -220,15 +220,15 @@ def pytest_runtest_makereport(item):
         report.sections.append(("the server's log", running.log_tail()))
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.05)
 
 
 def metric(url: str, series: str) -> float:
-    """The sum of all series of /metrics whose name and labels begin so."""
+    """The sum of all series of /metrics whose name and labels begin with `series`."""
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     lines = httpx.get(f"{url}/metrics", headers=headers, timeout=WAIT_SECONDS).text.splitlines()
     values = [float(line.split()[-1]) for line in lines if line.startswith(series)]
@@ -237,7 +237,7 @@ def metric(url: str, series: str) -> float:
 
 
 def free_port() -> int:
-    """Below the ports that the kernel gives to clients: no other test has it before the server does."""
+    """A free port below those that the kernel gives to clients: no other test takes it before the server does."""
     while True:
         port = 10_000 + secrets.randbelow(20_000)
         with socket.socket() as probe, suppress(OSError):
@@ -247,7 +247,7 @@ def free_port() -> int:
 
 def _wait_until_healthy(process: subprocess.Popen[bytes] | Command, running: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
-    # One client: to make one takes a tenth of a second of work, as often as it is asked.
+    # One client for all attempts: making one takes a tenth of a second.
     with httpx.Client(base_url=running.url, timeout=5) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -264,6 +264,6 @@ def _stop(process: subprocess.Popen[bytes] | Command) -> None:
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):  # nobody is left, as it should be
+    with suppress(ProcessLookupError):  # no process is left, as it should be
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""A worker that says in a file what it has, and whose second engine has no room for one directory."""
+"""A worker that writes its proxies into a file, and whose second engine has no room for one directory."""
 
 import json
 import os
@@ -15,16 +15,16 @@ class FaultyWorker(ProxyCPUWorker):
         if self.parallel_config.data_parallel_index == 1 and Path(directory).name == "poison":
             raise MemoryError("no room on the second engine")
         description = super().load_proxy(name, directory, shadow)
-        self._say()
+        self._write_loaded()
         return description
 
     @raised_by_last_rank
     def unload_proxy(self, name: str, version: str | None = None) -> dict[str, Any]:
         description = super().unload_proxy(name, version)
-        self._say()
+        self._write_loaded()
         return description
 
-    def _say(self) -> None:
-        loaded = [(each["name"], each["version"]) for each in self._registry.list()]
+    def _write_loaded(self) -> None:
+        loaded = [(entry["name"], entry["version"]) for entry in self._registry.list()]
         path = Path(os.environ["TESTS_LOADED"]) / str(self.parallel_config.data_parallel_index)
         path.write_text(json.dumps(sorted(loaded)))

@@ -1,6 +1,6 @@
-"""A server that can do everything at once, and the frozen LLM in transformers to check it against.
+"""A server with all features at once, and the frozen LLM in transformers to check it against.
 
-In float32, because a kernel of bfloat16 rounds otherwise in a batch than alone; with a LoRA adapter, a
+In float32, because a kernel of bfloat16 rounds differently in a batch than alone; with a LoRA adapter, a
 prefix cache, prompts in chunks, and a KV cache too small for 64 long answers.
 """
 
@@ -35,7 +35,7 @@ FLAGS = {
     "--max-lora-rank": "8",
 }
 # What vLLM adds to OpenAI's parameters and the client has to send in `extra_body`.
-VLLMS_OWN = {
+VLLM_FIELDS = {
     "alignment", "allowed_token_ids", "bad_words", "cache_salt", "ignore_eos", "include_stop_str_in_output",
     "min_p", "min_tokens", "prompt_logprobs", "repetition_penalty", "return_tokens_as_token_ids", "stop_token_ids",
     "structured_outputs", "top_k",
@@ -52,7 +52,7 @@ def feature_server(adapter: Path, log: Path) -> Iterator[Server]:
 
 
 def make_adapter(directory: Path) -> PeftModel:
-    """The demo's LLM in float32 with a random LoRA adapter that changes what it says; saved there."""
+    """The demo's LLM in float32 with a random LoRA adapter that changes its outputs; saved there."""
     model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ def make_adapter(directory: Path) -> PeftModel:
 
 
 @dataclass
-class Served:
+class FeatureClient:
     """A running feature server, asked through the `openai` client."""
 
     client: openai.OpenAI
@@ -75,7 +75,7 @@ class Served:
         self, prompt: str = "How do I look after my freezer?", model: str = ALIGNED, **options: Any
     ) -> Any:
         options = {"max_tokens": 32} | options
-        extra = {key: options.pop(key) for key in VLLMS_OWN & set(options)}
+        extra = {key: options.pop(key) for key in VLLM_FIELDS & set(options)}
         if ":" in model:
             extra.setdefault("alignment", {})  # else the answer has no counts
         return self.client.chat.completions.create(
@@ -95,9 +95,11 @@ def texts(answer: Any) -> list[str]:
 
 
 @torch.no_grad()
-def logits_of(llm: PeftModel, prompt: list[int], said: list[int], *, adapted: bool) -> Tensor:
-    """Raw logits [T, V] before each of the T tokens said, by transformers."""
-    ids = torch.tensor([prompt + said])
+def logits_of(
+    llm: PeftModel, prompt: list[int], response_ids: list[int], *, adapted: bool
+) -> Tensor:
+    """Raw logits [T, V] before each of the response's T tokens, by transformers."""
+    ids = torch.tensor([prompt + response_ids])
     if adapted:
         logits = llm(ids).logits
     else:
@@ -106,14 +108,14 @@ def logits_of(llm: PeftModel, prompt: list[int], said: list[int], *, adapted: bo
     return logits[0, len(prompt) - 1 : -1]
 
 
-def sayable(
+def is_allowed(
     logits: Tensor,  # [T, V]
     prompt: list[int],
-    said: list[int],
+    response_ids: list[int],
     options: Mapping[str, Any],
     slack: float,
 ) -> Tensor:
-    """Whether each of the T tokens said lies in the nucleus that the request's options leave: [T] bool.
+    """Whether each of the response's T tokens lies in the nucleus that the request's options leave: [T] bool.
 
     The documented meaning of OpenAI's and vLLM's options, over the whole sorted vocabulary. `slack`
     moves every threshold outwards (> 0): the server's float32 sums are not transformers'.
@@ -122,22 +124,26 @@ def sayable(
     logits = logits.clone()
     for token, bias in options.get("logit_bias", {}).items():
         logits[:, int(token)] += bias
-    spoken = F.one_hot(torch.tensor(said), logits.shape[-1])
-    counts = spoken.cumsum(0) - spoken  # [T, V], before each token
-    seen = counts > 0
-    seen_or_asked = seen.clone()
-    seen_or_asked[:, prompt] = True
+    one_hot = F.one_hot(torch.tensor(response_ids), logits.shape[-1])
+    counts = one_hot.cumsum(0) - one_hot  # [T, V], before each token
+    is_repeated = counts > 0
+    is_in_context = is_repeated.clone()
+    is_in_context[:, prompt] = True
     factor = options["repetition_penalty"]
     penalised = torch.where(logits > 0, logits / factor, logits * factor)
-    logits = torch.where(seen_or_asked, penalised, logits)
+    logits = torch.where(is_in_context, penalised, logits)
     logits -= options.get("frequency_penalty", 0.0) * counts
-    logits -= options.get("presence_penalty", 0.0) * seen
+    logits -= options.get("presence_penalty", 0.0) * is_repeated
     logits /= options["temperature"]
 
-    own = logits.gather(-1, torch.tensor(said).unsqueeze(-1))  # [T, 1]
-    likely_enough = own[:, 0] >= logits.amax(-1) + math.log(options["min_p"] or 1e-30) - slack
-    num_better = (logits > own + slack).sum(-1)
+    token_logits = logits.gather(-1, torch.tensor(response_ids).unsqueeze(-1))  # [T, 1]
+    passes_min_p = (
+        token_logits[:, 0] >= logits.amax(-1) + math.log(options["min_p"] or 1e-30) - slack
+    )
+    num_better = (logits > token_logits + slack).sum(-1)
     mass = logits.topk(options["top_k"]).values.softmax(-1).cumsum(-1)
-    before = F.pad(mass, (1, 0)).gather(-1, num_better.clamp(max=options["top_k"]).unsqueeze(-1))
-    within_mass = before[:, 0] < options["top_p"] + slack
-    return likely_enough & (num_better < options["top_k"]) & within_mass
+    mass_before = F.pad(mass, (1, 0)).gather(
+        -1, num_better.clamp(max=options["top_k"]).unsqueeze(-1)
+    )
+    within_mass = mass_before[:, 0] < options["top_p"] + slack
+    return passes_min_p & (num_better < options["top_k"]) & within_mass

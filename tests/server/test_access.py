@@ -1,4 +1,4 @@
-"""Keys, administrators and limits, and the routes that say what is there."""
+"""Keys, administrators and limits, and the routes that list models and proxies."""
 
 import asyncio
 import hashlib
@@ -57,7 +57,7 @@ def test_the_openai_client_understands_the_401(server):
 
 
 def test_without_the_key_nothing_is_read(server):
-    """The key comes before the gate: a body that it would refuse gets the same 401."""
+    """The key is checked before the body: a body that would be refused gets the same 401."""
     body = {"model": "assent-demo:nobody", "alignment": {"strength": -1}}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 401
@@ -78,9 +78,9 @@ def test_only_an_administrator_changes_proxies(server):
 
 
 def test_other_origins_are_not_allowed(server):
-    """A browser asks first, without the key, and is told nothing that would let a page go on."""
-    asks = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    answer = httpx.options(f"{server.url}/v1/chat/completions", headers=asks)
+    """A browser sends a preflight request, without the key. The response does not let a page go on."""
+    preflight_headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/v1/chat/completions", headers=preflight_headers)
     assert "access-control-allow-origin" not in answer.headers
     answer = httpx.get(f"{server.url}/health", headers={"Origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
@@ -180,7 +180,7 @@ def test_judgments_count(server, route, body):
 
 
 def test_within_its_limits_a_key_may_do_all(server):
-    """The judge of a best-of-N reads more than the prompt, which is not the client's doing."""
+    """The judge of a best-of-N reads more than the prompt. The key's limits do not count that."""
     body = {
         "model": "assent-demo:aligned",
         "messages": [{"role": "user", "content": "Can I open my kettle with a fork?"}],
@@ -200,33 +200,33 @@ def test_models(client):
 
 
 def test_proxies(http, client):
-    listed = {proxy["name"]: proxy for proxy in http.get("/proxies").json()["data"]}
-    assert set(listed) == {"aligned", "polite"}
+    proxies = {proxy["name"]: proxy for proxy in http.get("/proxies").json()["data"]}
+    assert set(proxies) == {"aligned", "polite"}
     answer = client.chat.completions.create(
         model="assent-demo:aligned", messages=[{"role": "user", "content": "Hi."}], max_tokens=1
     )
-    assert answer.alignment["version"] == listed["aligned"]["version"]
-    assert listed["aligned"]["version"] != listed["polite"]["version"]
-    assert listed["aligned"]["training"]
+    assert answer.alignment["version"] == proxies["aligned"]["version"]
+    assert proxies["aligned"]["version"] != proxies["polite"]["version"]
+    assert proxies["aligned"]["training"]
 
 
 def test_where_files_lie_is_for_administrators(server):
-    def read(key, path):
+    def read_data(key, path):
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.get(f"{server.url}{path}", headers=headers).json()["data"]
 
-    assert all("directory" in proxy for proxy in read(ADMIN_KEY, "/proxies"))
-    assert not any("directory" in proxy for proxy in read(API_KEY, "/proxies"))
-    assert {model["root"] for model in read(API_KEY, "/v1/models")} == {"assent-demo"}
-    assert all("/" in model["root"] for model in read(ADMIN_KEY, "/v1/models"))
+    assert all("directory" in proxy for proxy in read_data(ADMIN_KEY, "/proxies"))
+    assert not any("directory" in proxy for proxy in read_data(API_KEY, "/proxies"))
+    assert {model["root"] for model in read_data(API_KEY, "/v1/models")} == {"assent-demo"}
+    assert all("/" in model["root"] for model in read_data(ADMIN_KEY, "/v1/models"))
 
 
 @pytest.mark.parametrize(
-    ("sent", "repeated"), [("abc-123", "abc-123"), ("x" * 200, None), (None, None)]
+    ("request_id", "expected"), [("abc-123", "abc-123"), ("x" * 200, None), (None, None)]
 )
-def test_the_request_id_is_repeated(http, sent, repeated):
-    headers = {} if sent is None else {"X-Request-Id": sent}
-    assert http.get("/v1/models", headers=headers).headers.get("x-request-id") == repeated
+def test_the_request_id_is_repeated(http, request_id, expected):
+    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    assert http.get("/v1/models", headers=headers).headers.get("x-request-id") == expected
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_names_that_no_proxy_may_have(http, name):
 
 
 def test_metrics_are_vllms_and_ours(http, client):
-    def read():
+    def read_metrics():
         lines = http.get("/metrics").text.splitlines()
         return {
             line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
@@ -247,71 +247,73 @@ def test_metrics_are_vllms_and_ours(http, client):
             if line[0] != "#"
         }
 
-    before = read()
+    before = read_metrics()
     answer = client.chat.completions.create(
         model="assent-demo:polite",
         messages=[{"role": "user", "content": "Hi."}],
         max_tokens=8,
         extra_body={"alignment": {"best_of": 3}},
     )
-    after = read()
+    after = read_metrics()
 
-    def rise(name):
+    def increase(name):
         return after[name] - before.get(name, 0)
 
     alignment = answer.alignment
     labels = f'{{proxy="polite",version="{alignment["version"]}"}}'
-    assert rise(f"assent_candidates_proposed_total{labels}") == alignment["proposed"]
-    assert rise(f"assent_candidates_rejected_total{labels}") == alignment["rejected"]
-    assert rise("assent_best_of_samples_total") == 3
+    assert increase(f"assent_candidates_proposed_total{labels}") == alignment["proposed"]
+    assert increase(f"assent_candidates_rejected_total{labels}") == alignment["rejected"]
+    assert increase("assent_best_of_samples_total") == 3
     assert (
-        rise('assent_judge_tokens_total{kind="prompt"}')
+        increase('assent_judge_tokens_total{kind="prompt"}')
         == (alignment["judge"]["usage"]["prompt_tokens"])
     )
     verdicts = [name for name in after if name.startswith("assent_verdicts_total")]
-    assert sum(map(rise, verdicts)) == 2
+    assert sum(map(increase, verdicts)) == 2
     assert any(name.startswith("vllm:generation_tokens_total") for name in after)
 
 
 def test_docs_know_our_routes(http):
     assert http.get("/docs").status_code == 200
-    described = http.get("/openapi.json").json()
-    assert {"/v1/chat/completions", "/v1/models", "/judge", "/proxies"} <= set(described["paths"])
-    assert {"get", "post"} <= set(described["paths"]["/proxies"])
+    openapi = http.get("/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/models", "/judge", "/proxies"} <= set(openapi["paths"])
+    assert {"get", "post"} <= set(openapi["paths"]["/proxies"])
     assert {"200", "201", "400", "403", "409"} <= set(
-        described["paths"]["/proxies"]["post"]["responses"]
+        openapi["paths"]["/proxies"]["post"]["responses"]
     )
     for request in ("ChatRequest", "TextRequest"):
-        assert "alignment" in described["components"]["schemas"][request]["properties"]
+        assert "alignment" in openapi["components"]["schemas"][request]["properties"]
 
 
-def unit_access(**default):
+def make_access(**settings):
     from server.access import Access, Caller, Limits
 
-    limits = Limits(**default)
+    limits = Limits(**settings)
     callers = {hashlib.sha256(b"key").digest(): Caller("one", limits)}
     return Access(callers, Caller("anybody", limits))
 
 
-async def ask(guard, body, headers, method="POST", path="/v1/x", **scope):
+async def send_request(middleware, body, headers, method="POST", path="/v1/x", **scope):
     """The status and the headers of an answer."""
-    sent = []
-    chunks = [{"type": "http.request", "body": c, "more_body": True} for c in body]
+    messages = []
+    chunks = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in body]
     chunks.append({"type": "http.request", "body": b"", "more_body": False})
 
     async def receive():
         return chunks.pop(0)
 
     async def send(message):
-        sent.append(message)
+        messages.append(message)
 
-    raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": raw, **scope}
-    await guard(scope, receive, send)
-    return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": raw_headers, **scope}
+    await middleware(scope, receive, send)
+    return messages[0]["status"], {
+        name.decode(): value.decode() for name, value in messages[0]["headers"]
+    }
 
 
-async def reader(scope, receive, send):
+async def reading_app(scope, receive, send):
     """An app that reads all of the body and then answers."""
     while (await receive())["more_body"]:
         pass
@@ -324,20 +326,22 @@ def test_requests_a_minute(monkeypatch):
 
     now = [100.0]
     monkeypatch.setattr("server.access.monotonic", lambda: now[0])
-    guard = access.AccessMiddleware(reader, unit_access(requests_per_minute=3), max_body_bytes=100)
+    middleware = access.AccessMiddleware(
+        reading_app, make_access(requests_per_minute=3), max_body_bytes=100
+    )
     key = {"Authorization": "Bearer key"}
-    statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
+    statuses = [asyncio.run(send_request(middleware, [], key))[0] for _ in range(4)]
     assert statuses == [200, 200, 200, 429]
-    now[0] += 19.9  # of the 20 seconds that a request takes to come back
-    status, headers = asyncio.run(ask(guard, [], key))
+    now[0] += 19.9  # of the 20 seconds until the next request is allowed
+    status, headers = asyncio.run(send_request(middleware, [], key))
     assert (status, headers["retry-after"]) == (429, "1")
     now[0] += 0.2
-    assert asyncio.run(ask(guard, [], key))[0] == 200
-    assert asyncio.run(ask(guard, [], key))[0] == 429
+    assert asyncio.run(send_request(middleware, [], key))[0] == 200
+    assert asyncio.run(send_request(middleware, [], key))[0] == 429
     now[0] += 3600  # not more than three are saved up
-    statuses = [asyncio.run(ask(guard, [], key))[0] for _ in range(4)]
+    statuses = [asyncio.run(send_request(middleware, [], key))[0] for _ in range(4)]
     assert statuses == [200, 200, 200, 429]
-    assert asyncio.run(ask(guard, [], {}))[0] == 401  # which costs nothing
+    assert asyncio.run(send_request(middleware, [], {}))[0] == 401  # which costs nothing
 
 
 def test_tokens_a_minute(monkeypatch):
@@ -345,34 +349,38 @@ def test_tokens_a_minute(monkeypatch):
 
     now = [100.0]
     monkeypatch.setattr("server.access.monotonic", lambda: now[0])
-    callers = unit_access(tokens_per_minute=60)
-    guard = access.AccessMiddleware(reader, callers, max_body_bytes=100)
+    callers = make_access(tokens_per_minute=60)
+    middleware = access.AccessMiddleware(reading_app, callers, max_body_bytes=100)
     key = {"Authorization": "Bearer key"}
     (caller,) = callers.callers.values()
-    assert asyncio.run(ask(guard, [], key))[0] == 200
+    assert asyncio.run(send_request(middleware, [], key))[0] == 200
     caller.tokens.take(100)  # a request may end beyond the limit
-    status, headers = asyncio.run(ask(guard, [], key))
+    status, headers = asyncio.run(send_request(middleware, [], key))
     assert (status, headers["retry-after"]) == (429, "42")
     now[0] += 41.1
-    assert asyncio.run(ask(guard, [], key))[0] == 200
-    assert asyncio.run(ask(guard, [], key, method="GET"))[0] == 200
+    assert asyncio.run(send_request(middleware, [], key))[0] == 200
+    assert asyncio.run(send_request(middleware, [], key, method="GET"))[0] == 200
 
 
 def test_requests_under_way():
     from server.middleware.access import AccessMiddleware
 
-    async def at_once() -> list[int]:
-        async def slow(scope, receive, send):
+    async def run_together() -> list[int]:
+        async def slow_app(scope, receive, send):
             await asyncio.sleep(0.2)
-            await reader(scope, receive, send)
+            await reading_app(scope, receive, send)
 
-        guard = AccessMiddleware(slow, unit_access(concurrent_requests=2), max_body_bytes=100)
+        middleware = AccessMiddleware(
+            slow_app, make_access(concurrent_requests=2), max_body_bytes=100
+        )
         key = {"Authorization": "Bearer key"}
-        first = await asyncio.gather(*(ask(guard, [], key) for _ in range(3)))
-        gets = await asyncio.gather(*(ask(guard, [], key, method="GET") for _ in range(3)))
-        return [status for status, _ in (*first, *gets, await ask(guard, [], key))]
+        posts = await asyncio.gather(*(send_request(middleware, [], key) for _ in range(3)))
+        gets = await asyncio.gather(
+            *(send_request(middleware, [], key, method="GET") for _ in range(3))
+        )
+        return [status for status, _ in (*posts, *gets, await send_request(middleware, [], key))]
 
-    assert asyncio.run(at_once()) == [200, 200, 429, 200, 200, 200, 200]
+    assert asyncio.run(run_together()) == [200, 200, 429, 200, 200, 200, 200]
 
 
 @pytest.mark.parametrize(
@@ -396,10 +404,12 @@ def test_requests_under_way():
 def test_what_a_user_may_send(method, path, root, status):
     from server.middleware.access import AccessMiddleware
 
-    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
+    middleware = AccessMiddleware(reading_app, make_access(), max_body_bytes=100)
     key = {"Authorization": "Bearer key"}
-    found = asyncio.run(ask(guard, [], key, method=method, path=path, root_path=root))
-    assert found[0] == status
+    response = asyncio.run(
+        send_request(middleware, [], key, method=method, path=path, root_path=root)
+    )
+    assert response[0] == status
 
 
 @pytest.mark.parametrize(
@@ -413,9 +423,9 @@ def test_what_a_user_may_send(method, path, root, status):
 def test_only_a_preflight_request_needs_no_key(headers, status):
     from server.middleware.access import AccessMiddleware
 
-    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
-    found = asyncio.run(ask(guard, [], headers, method="OPTIONS", path="/metrics"))
-    assert found[0] == status
+    middleware = AccessMiddleware(reading_app, make_access(), max_body_bytes=100)
+    response = asyncio.run(send_request(middleware, [], headers, method="OPTIONS", path="/metrics"))
+    assert response[0] == status
 
 
 @pytest.mark.parametrize(
@@ -425,7 +435,7 @@ def test_only_a_preflight_request_needs_no_key(headers, status):
         ("localhost:8000", "127.0.0.1", 200),
         ("assent.localhost", "127.0.0.1", 200),
         ("[::1]:8000", "::1", 200),
-        ("192.168.0.7:8000", "127.0.0.1", 200),  # no name, so no name server has a say
+        ("192.168.0.7:8000", "127.0.0.1", 200),  # no name, so no name server is involved
         ("evil.example:8000", "127.0.0.1", 421),
         ("evil.example", "::1", 421),
         ("localhost.evil.example", "127.0.0.1", 421),
@@ -437,22 +447,24 @@ def test_without_keys_a_web_page_cannot_come_under_a_name_of_its_own(host, serve
     from server.access import read_access
     from server.middleware.access import AccessMiddleware
 
-    guard = AccessMiddleware(reader, read_access(None, [], {}), max_body_bytes=100)
-    found = asyncio.run(ask(guard, [], {"Host": host}, server=(server, 8000)))
-    assert found[0] == status
-    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=100)
+    middleware = AccessMiddleware(reading_app, read_access(None, [], {}), max_body_bytes=100)
+    response = asyncio.run(send_request(middleware, [], {"Host": host}, server=(server, 8000)))
+    assert response[0] == status
+    middleware = AccessMiddleware(reading_app, make_access(), max_body_bytes=100)
     headers = {"Host": host, "Authorization": "Bearer key"}  # which the page does not have
-    assert asyncio.run(ask(guard, [], headers, server=(server, 8000)))[0] == 200
+    assert asyncio.run(send_request(middleware, [], headers, server=(server, 8000)))[0] == 200
 
 
 def test_bodies_that_are_too_large():
     from server.middleware.access import AccessMiddleware
 
-    guard = AccessMiddleware(reader, unit_access(), max_body_bytes=10)
+    middleware = AccessMiddleware(reading_app, make_access(), max_body_bytes=10)
     key = {"Authorization": "Bearer key"}
-    assert asyncio.run(ask(guard, [b"12345", b"67890"], key))[0] == 200
-    assert asyncio.run(ask(guard, [b"12345", b"678901"], key))[0] == 413  # whatever was announced
-    assert asyncio.run(ask(guard, [], key | {"Content-Length": "11"}))[0] == 413
+    assert asyncio.run(send_request(middleware, [b"12345", b"67890"], key))[0] == 200
+    assert (
+        asyncio.run(send_request(middleware, [b"12345", b"678901"], key))[0] == 413
+    )  # whatever the headers announce
+    assert asyncio.run(send_request(middleware, [], key | {"Content-Length": "11"}))[0] == 413
 
 
 @pytest.mark.parametrize(
@@ -489,19 +501,19 @@ def test_where_keys_come_from(tmp_path):
     )
     environment = {"ALICE": "a", "ASSENT_API_KEYS": "b, c", "ASSENT_ADMIN_KEYS": "d", "HOME": "/"}
     access = read_access(file, ["e"], environment)
-    assert environment == {"HOME": "/"}  # no child learns of them
-    asked = [access.find(Headers({"Authorization": f"Bearer {key}"})) for key in "abcde"]
-    found = [caller for caller in asked if caller is not None]
-    assert [caller.name for caller in found] == [
+    assert environment == {"HOME": "/"}  # no child process gets them
+    callers_by_key = [access.find(Headers({"Authorization": f"Bearer {key}"})) for key in "abcde"]
+    callers = [caller for caller in callers_by_key if caller is not None]
+    assert [caller.name for caller in callers] == [
         *("alice", "ASSENT_API_KEYS 1", "ASSENT_API_KEYS 2", "ASSENT_ADMIN_KEYS 1", "--api-key 1")
     ]
-    assert [caller.admin for caller in found] == [True, False, False, True, False]
-    assert all(caller.limits.max_samples == 8 for caller in found)
-    assert [caller.limits.trace for caller in found] == [False, True, True, True, True]
+    assert [caller.admin for caller in callers] == [True, False, False, True, False]
+    assert all(caller.limits.max_samples == 8 for caller in callers)
+    assert [caller.limits.trace for caller in callers] == [False, True, True, True, True]
     assert access.find(Headers({})) is None
-    other = read_access(None, ["ключ"], {})  # a header's bytes are read as Latin-1
-    sent = Headers(raw=[(b"authorization", "Bearer ключ".encode())])
-    assert other.find(sent) is not None
-    nobody = read_access(None, [], {})
-    assert nobody.find(Headers({})) is nobody.anybody
-    assert nobody.anybody.admin
+    other_access = read_access(None, ["ключ"], {})  # a header's bytes are read as Latin-1
+    headers = Headers(raw=[(b"authorization", "Bearer ключ".encode())])
+    assert other_access.find(headers) is not None
+    open_access = read_access(None, [], {})
+    assert open_access.find(Headers({})) is open_access.anybody
+    assert open_access.anybody.admin

@@ -32,7 +32,14 @@ class Engine:
         await asyncio.sleep(0.01)
         if self.fail:
             raise RuntimeError("the engine is gone")
-        return [{f"{r}-00000000": counts(len(r), 1) for r in args[0] if "plain" not in r}, {}]
+        return [
+            {
+                f"{request_id}-00000000": counts(len(request_id), 1)
+                for request_id in args[0]
+                if "plain" not in request_id
+            },
+            {},
+        ]
 
 
 def reader(engine):
@@ -42,7 +49,7 @@ def reader(engine):
 def test_the_engines_ids_are_those_it_was_given():
     """Samples of one request have a number in front; every id gets 8 hex digits behind."""
 
-    class Fixed:
+    class FixedEngine:
         async def collective_rpc(self, method, *, args):
             return [
                 {
@@ -54,50 +61,51 @@ def test_the_engines_ids_are_those_it_was_given():
             ]
 
     async def run():
-        taken = reader(Fixed())
-        x, others = await asyncio.gather(
-            taken.take(["chatcmpl-x-p1"]), taken.take(["cmpl-0_y-12345678-p2", "resp_z_0-p3"])
+        worker_reader = reader(FixedEngine())
+        samples, others = await asyncio.gather(
+            worker_reader.take(["chatcmpl-x-p1"]),
+            worker_reader.take(["cmpl-0_y-12345678-p2", "resp_z_0-p3"]),
         )
-        return x, others, await taken.take([])
+        return samples, others, await worker_reader.take([])
 
-    x, others, none = asyncio.run(run())
-    assert set(x) == {("chatcmpl-x-p1", 0), ("chatcmpl-x-p1", 11)}
-    assert sum_counts(x) == {"proposed": 12, "accepted": 5, "rejected": 7, "forced": 1}
+    samples, others, empty = asyncio.run(run())
+    assert set(samples) == {("chatcmpl-x-p1", 0), ("chatcmpl-x-p1", 11)}
+    assert sum_counts(samples) == {"proposed": 12, "accepted": 5, "rejected": 7, "forced": 1}
     assert set(others) == {("cmpl-0_y-12345678-p2", 0), ("resp_z_0-p3", 0)}
-    assert none == {}
-    assert sum_counts(none) == {"proposed": 0, "accepted": 0, "rejected": 0, "forced": 0}
+    assert empty == {}
+    assert sum_counts(empty) == {"proposed": 0, "accepted": 0, "rejected": 0, "forced": 0}
 
 
 def test_requests_that_finish_together_share_a_call():
     async def run():
         engine = Engine()
         shared = reader(engine)
-        taken = await asyncio.gather(*(shared.take([f"chatcmpl-{i}"]) for i in range(20)))
-        return engine.calls, taken, await shared.take(["chatcmpl-plain"])
+        results = await asyncio.gather(*(shared.take([f"chatcmpl-{i}"]) for i in range(20)))
+        return engine.calls, results, await shared.take(["chatcmpl-plain"])
 
-    calls, taken, plain = asyncio.run(run())
+    calls, results, unproxied = asyncio.run(run())
     assert len(calls) <= 3
-    for i, found in enumerate(taken):
-        assert list(found) == [(f"chatcmpl-{i}", 0)]
-        assert found[f"chatcmpl-{i}", 0]["proposed"] == len(f"chatcmpl-{i}")
-    assert plain == {}
+    for i, result in enumerate(results):
+        assert list(result) == [(f"chatcmpl-{i}", 0)]
+        assert result[f"chatcmpl-{i}", 0]["proposed"] == len(f"chatcmpl-{i}")
+    assert unproxied == {}
 
 
 @pytest.mark.parametrize("in_response", [False, True])
 def test_counts_are_read_once(in_response):
-    """As soon as the engine has finished, where the response reports them; else for the log alone."""
+    """As soon as the engine has finished if the response reports them, otherwise only for the log."""
 
     async def run():
         engine = Engine()
         counts = AlignmentCounts(reader(engine), in_response, engine_ids=["chatcmpl-1", "cmpl-22"])
         counts.finish("chatcmpl-1")
         await asyncio.sleep(0.05)
-        before = [*engine.calls]
-        return before, await counts.total(), await counts.total(), engine.calls
+        early_calls = [*engine.calls]
+        return early_calls, await counts.total(), await counts.total(), engine.calls
 
-    before, total, again, calls = asyncio.run(run())
-    assert before == ([["chatcmpl-1"]] if in_response else [])
-    assert total == again == {"proposed": 17, "accepted": 2, "rejected": 15, "forced": 0}
+    early_calls, total, second_total, calls = asyncio.run(run())
+    assert early_calls == ([["chatcmpl-1"]] if in_response else [])
+    assert total == second_total == {"proposed": 17, "accepted": 2, "rejected": 15, "forced": 0}
     assert sorted(request_id for call in calls for request_id in call) == ["chatcmpl-1", "cmpl-22"]
 
 
@@ -107,24 +115,24 @@ def test_a_failure_reaches_everyone_who_waits_and_nobody_after():
         shared = reader(engine)
         engine.fail = True
         waiting = [shared.take(["chatcmpl-1"]), shared.take(["chatcmpl-2"])]
-        failed = await asyncio.gather(*waiting, return_exceptions=True)
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
         engine.fail = False
-        return failed, await shared.take(["chatcmpl-3"])
+        return errors, await shared.take(["chatcmpl-3"])
 
-    failed, after = asyncio.run(run())
-    assert [str(error) for error in failed] == ["the engine is gone"] * 2
-    assert after["chatcmpl-3", 0]["proposed"] == len("chatcmpl-3")
+    errors, result = asyncio.run(run())
+    assert [str(error) for error in errors] == ["the engine is gone"] * 2
+    assert result["chatcmpl-3", 0]["proposed"] == len("chatcmpl-3")
 
 
 def test_an_engine_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr("server.alignment_stats.CALL_SECONDS", 0.05)
 
-    class Gone:
+    class SilentEngine:
         async def collective_rpc(self, method, *, args):
             await asyncio.get_running_loop().create_future()
 
     async def run():
-        return await asyncio.wait_for(reader(Gone()).take(["chatcmpl-1"]), 10)
+        return await asyncio.wait_for(reader(SilentEngine()).take(["chatcmpl-1"]), 10)
 
     with pytest.raises(TimeoutError):
         asyncio.run(run())
@@ -133,31 +141,33 @@ def test_an_engine_that_never_answers_is_given_up(monkeypatch):
 def test_a_client_that_gives_up_does_not_disturb_the_others():
     async def run():
         shared = reader(Engine())
-        gone = asyncio.create_task(shared.take(["chatcmpl-1"]))
-        stays = asyncio.create_task(shared.take(["chatcmpl-2"]))
+        cancelled = asyncio.create_task(shared.take(["chatcmpl-1"]))
+        remaining = asyncio.create_task(shared.take(["chatcmpl-2"]))
         await asyncio.sleep(0)
-        gone.cancel()
-        return await stays
+        cancelled.cancel()
+        return await remaining
 
     assert list(asyncio.run(run())) == [("chatcmpl-2", 0)]
 
 
 def test_clients_with_the_same_request_id(http):
-    """Nobody gets another's counts or trace, not even of an id that both have chosen."""
+    """No client gets another's counts or trace, even if both have chosen the same id."""
 
-    def ask(tokens):
+    def ask(length):
         body = {
             "model": "assent-demo",
             "messages": [{"role": "user", "content": "Hi."}],
-            "max_tokens": tokens,
+            "max_tokens": length,
             "ignore_eos": True,
-            "alignment": {"proxy": "aligned", "trace": tokens % 2 == 0},
+            "alignment": {"proxy": "aligned", "trace": length % 2 == 0},
         }
         headers = {"X-Request-Id": "the-same"}
         return http.post("/v1/chat/completions", json=body, headers=headers).json()["alignment"]
 
-    sizes = [10, 11, 24, 25, 40, 41]
-    with ThreadPoolExecutor(len(sizes)) as pool:
-        for tokens, found in zip(sizes, pool.map(ask, sizes), strict=True):
-            assert found["accepted"] + found["forced"] == tokens
-            assert [len(trace) for trace in found.get("trace", [])] == [tokens] * (tokens % 2 == 0)
+    lengths = [10, 11, 24, 25, 40, 41]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        for length, alignment in zip(lengths, pool.map(ask, lengths), strict=True):
+            assert alignment["accepted"] + alignment["forced"] == length
+            assert [len(trace) for trace in alignment.get("trace", [])] == [length] * (
+                length % 2 == 0
+            )

@@ -18,16 +18,16 @@ def still_answers(http):
     assert post(http, GOOD).status_code == 200
 
 
-def refused(answer, code, *said):
+def assert_refused(answer, code, *messages):
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == code, answer.text
     assert set(error) == {"message", "type", "param", "code"}
-    for words in said:
-        assert words in error["message"]
+    for message in messages:
+        assert message in error["message"]
 
 
 @pytest.mark.parametrize(
-    ("alignment", "said"),
+    ("alignment", "message"),
     [
         ({"proxy": "aligned", "strength": -0.1}, "strength"),
         ({"proxy": "aligned", "strength": 16.5}, "strength"),
@@ -55,8 +55,8 @@ def refused(answer, code, *said):
         ({"best_of": 2, "sample_timeout": 0}, "sample_timeout"),
     ],
 )
-def test_alignment_that_cannot_be(http, alignment, said):
-    refused(post(http, GOOD | {"alignment": alignment}), 400, said)
+def test_alignment_that_cannot_be(http, alignment, message):
+    assert_refused(post(http, GOOD | {"alignment": alignment}), 400, message)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -65,11 +65,11 @@ def test_strength_that_is_not_finite(http, value):
         '{"model": "assent-demo:aligned", "messages": [{"role": "user", "content": "Hi."}],'
         f' "alignment": {{"strength": {value}}}}}'
     )
-    refused(post(http, body), 400, "strength")
+    assert_refused(post(http, body), 400, "strength")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"n": 3}, "n must be 2 at most"),
         ({"temperature": 0}, "temperature"),
@@ -77,29 +77,31 @@ def test_strength_that_is_not_finite(http, value):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ""),
     ],
 )
-def test_best_of_does_not_go_with(http, change, said):
-    refused(post(http, GOOD | {"alignment": {"best_of": 2}} | change), 400, said)
+def test_best_of_does_not_go_with(http, change, message):
+    assert_refused(post(http, GOOD | {"alignment": {"best_of": 2}} | change), 400, message)
 
 
 def test_a_proxy_does_not_go_with_beam_search(http):
     body = GOOD | {"model": "assent-demo:aligned", "use_beam_search": True, "n": 2}
-    refused(post(http, body), 400, "use_beam_search")
+    assert_refused(post(http, body), 400, "use_beam_search")
 
 
 def test_an_unknown_proxy_is_a_404_that_names_the_loaded_ones(http):
     answer = post(http, GOOD | {"alignment": {"proxy": "stern"}})
-    refused(answer, 404, "'stern'", "aligned, polite")
-    refused(post(http, GOOD | {"model": "assent-demo:stern"}), 404, "'stern'", "aligned, polite")
+    assert_refused(answer, 404, "'stern'", "aligned, polite")
+    assert_refused(
+        post(http, GOOD | {"model": "assent-demo:stern"}), 404, "'stern'", "aligned, polite"
+    )
 
 
 def test_an_unknown_model(http):
-    refused(post(http, GOOD | {"model": "nobody"}), 404, "nobody")
-    refused(post(http, GOOD | {"model": "nobody:aligned"}), 404, "nobody:aligned")
+    assert_refused(post(http, GOOD | {"model": "nobody"}), 404, "nobody")
+    assert_refused(post(http, GOOD | {"model": "nobody:aligned"}), 404, "nobody:aligned")
 
 
 def test_two_different_proxies(http):
     body = GOOD | {"model": "assent-demo:polite", "alignment": {"proxy": "aligned"}}
-    refused(post(http, body), 400, "polite", "aligned")
+    assert_refused(post(http, body), 400, "polite", "aligned")
 
 
 def test_the_same_proxy_twice_is_fine(http):
@@ -109,7 +111,9 @@ def test_the_same_proxy_twice_is_fine(http):
 
 @pytest.mark.parametrize("value", ["x", 3, {"proxy": "aligned"}, [1], None])
 def test_vllm_xargs_is_no_back_door(http, value):
-    refused(post(http, GOOD | {"vllm_xargs": {"alignment": value}}), 400, "`alignment` object")
+    assert_refused(
+        post(http, GOOD | {"vllm_xargs": {"alignment": value}}), 400, "`alignment` object"
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,26 +132,26 @@ def test_vllm_xargs_is_no_back_door(http, value):
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge", "/proxies"])
 def test_malformed_bodies(http, path, body):
-    refused(post(http, body, path), 400)
+    assert_refused(post(http, body, path), 400)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/judge"])
 def test_another_media_type(http, path):
-    refused(http.post(path, content="prompt=x"), 400, "application/json")
+    assert_refused(http.post(path, content="prompt=x"), 400, "application/json")
 
 
 @pytest.mark.parametrize("model", ["assent-demo", "assent-demo:aligned"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_longer_than_the_context(http, model, stream):
-    long = [{"role": "user", "content": "word " * 3000}]
-    body = GOOD | {"model": model, "messages": long, "stream": stream}
-    refused(post(http, body), 400, "1024")
+    long_messages = [{"role": "user", "content": "word " * 3000}]
+    body = GOOD | {"model": model, "messages": long_messages, "stream": stream}
+    assert_refused(post(http, body), 400, "1024")
 
 
 def test_unknown_paths_and_methods(http):
-    refused(http.get("/nowhere"), 404)
-    refused(http.get("/judge"), 405)
-    refused(http.put("/proxies"), 405)
+    assert_refused(http.get("/nowhere"), 404)
+    assert_refused(http.get("/judge"), 405)
+    assert_refused(http.put("/proxies"), 405)
 
 
 def test_a_client_that_goes_away_in_the_middle(http):

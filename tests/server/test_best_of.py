@@ -1,4 +1,4 @@
-"""Best of N: the winner, its receipt, and the bill."""
+"""Best of N: the winner, the record of its tournament, and the usage."""
 
 import json
 
@@ -24,11 +24,11 @@ def best_of(client, num, model="assent-demo:aligned", judge=None, alignment=None
 
 def test_the_receipt_replays_to_the_returned_sample(client):
     answer = best_of(client, 5, seed=11, judge={"seed": 3})
-    receipt = answer.alignment["judge"]
-    assert (receipt["seed"], receipt["num"]) == (3, 5)
-    assert receipt["principles"] == ["overall"]
-    assert replay(receipt) == receipt["ranking"]
-    assert receipt["winner"] == receipt["ranking"][0]
+    record = answer.alignment["judge"]
+    assert (record["seed"], record["num"]) == (3, 5)
+    assert record["principles"] == ["overall"]
+    assert replay(record) == record["ranking"]
+    assert record["winner"] == record["ranking"][0]
     (choice,) = answer.choices
     assert choice.index == 0
 
@@ -40,30 +40,30 @@ def test_the_receipt_replays_to_the_returned_sample(client):
         n=5,
         extra_body={"alignment": {}},
     )
-    assert choice.message.content == samples.choices[receipt["winner"]].message.content
+    assert choice.message.content == samples.choices[record["winner"]].message.content
     for key in ("proxy", "version", "proposed", "accepted", "rejected", "forced"):
         assert answer.alignment[key] == samples.alignment[key]
 
-    # Every token is on the bill: all samples', and the judge's.
-    judged = receipt["usage"]
-    assert judged["prompt_tokens"] > 0
-    assert answer.usage.prompt_tokens == samples.usage.prompt_tokens + judged["prompt_tokens"]
+    # The usage counts every token: of all samples, and of the judge.
+    judge_usage = record["usage"]
+    assert judge_usage["prompt_tokens"] > 0
+    assert answer.usage.prompt_tokens == samples.usage.prompt_tokens + judge_usage["prompt_tokens"]
     assert answer.usage.completion_tokens == (
-        samples.usage.completion_tokens + judged["completion_tokens"]
+        samples.usage.completion_tokens + judge_usage["completion_tokens"]
     )
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 def test_both_orders_of_each_pair_are_read(client):
-    receipt = best_of(client, 4, seed=1).alignment["judge"]
-    comparisons = [comparison for played in receipt["rounds"] for comparison in played]
-    assert [len(played) for played in receipt["rounds"]] == [2, 1]
+    record = best_of(client, 4, seed=1).alignment["judge"]
+    comparisons = [comparison for games in record["rounds"] for comparison in games]
+    assert [len(games) for games in record["rounds"]] == [2, 1]
     for comparison in comparisons:
         ((first, second),) = comparison["orders"].values()
         assert 0 <= first <= 1
         assert 0 <= second <= 1
         assert comparison["probability"] == pytest.approx((first + second) / 2)
-    assert receipt["usage"]["completion_tokens"] in (
+    assert record["usage"]["completion_tokens"] in (
         0,
         2,
         4,
@@ -72,14 +72,14 @@ def test_both_orders_of_each_pair_are_read(client):
 
 
 def test_the_same_seeds_give_the_same_answer(client):
-    once, again = (best_of(client, 3, seed=2) for _ in range(2))
-    assert once.choices[0].message.content == again.choices[0].message.content
-    assert once.alignment["judge"]["rounds"] == again.alignment["judge"]["rounds"]
-    assert once.alignment["judge"]["seed"] == 2  # the request's own
+    first, second = (best_of(client, 3, seed=2) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.alignment["judge"]["rounds"] == second.alignment["judge"]["rounds"]
+    assert first.alignment["judge"]["seed"] == 2  # the request's own
 
 
 def test_judging_does_not_pass_through_the_proxy(client, http):
-    """The judge's view of the winner's first pair is what /judge says of it."""
+    """The judge's verdict on the pair is that of /judge."""
     answer = best_of(client, 2, seed=5)
     samples = client.chat.completions.create(
         model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=5, n=2
@@ -87,11 +87,11 @@ def test_judging_does_not_pass_through_the_proxy(client, http):
     texts = [choice.message.content for choice in samples.choices]
     ((comparison,),) = answer.alignment["judge"]["rounds"]
     first, second = comparison["pair"]
-    found = http.post(
+    verdict = http.post(
         "/judge",
         json={"messages": QUESTION, "response_a": texts[first], "response_b": texts[second]},
     ).json()
-    assert comparison["orders"]["overall"] == pytest.approx(found["orders"], abs=ROUNDING)
+    assert comparison["orders"]["overall"] == pytest.approx(verdict["orders"], abs=ROUNDING)
 
 
 def test_without_a_proxy(client):
@@ -101,22 +101,22 @@ def test_without_a_proxy(client):
 
 
 def test_streamed(client):
-    whole = best_of(client, 3, seed=8)
+    answer = best_of(client, 3, seed=8)
     chunks = list(best_of(client, 3, seed=8, stream=True, stream_options={"include_usage": True}))
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == whole.choices[0].message.content
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] is not None
-    assert chunks[-1].usage == whole.usage
-    assert chunks[-1].alignment == whole.alignment
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] is not None
+    assert chunks[-1].usage == answer.usage
+    assert chunks[-1].alignment == answer.alignment
     assert len({chunk.id for chunk in chunks}) == 1
 
 
 def test_a_stream_tells_of_progress(client):
     chunks = list(best_of(client, 4, seed=1, stream=True))
-    progress = [c.alignment["progress"] for c in chunks[:-1]]
-    assert [p["done"] for p in progress if p["stage"] == "sampling"] == [1, 2, 3, 4]
-    assert [p["done"] for p in progress if p["stage"] == "judging"] == [2, 3]
+    progress = [chunk.alignment["progress"] for chunk in chunks[:-1]]
+    assert [entry["done"] for entry in progress if entry["stage"] == "sampling"] == [1, 2, 3, 4]
+    assert [entry["done"] for entry in progress if entry["stage"] == "judging"] == [2, 3]
     assert all(not chunk.choices[0].delta.content for chunk in chunks[:-1])
 
 
@@ -136,16 +136,16 @@ def test_the_best_n_in_order(client, stream):
     answer = best_of(client, 5, seed=4, n=3, judge={"strategy": "round-robin"}, stream=stream)
     if stream:
         *_, first, second, third = answer
-        receipt = third.alignment["judge"]
+        record = third.alignment["judge"]
         choices = [chunk.choices[0] for chunk in (first, second, third)]
         texts = [choice.delta.content for choice in choices]
     else:
-        receipt, choices = answer.alignment["judge"], answer.choices
+        record, choices = answer.alignment["judge"], answer.choices
         texts = [choice.message.content for choice in choices]
     assert [choice.index for choice in choices] == [0, 1, 2]
-    assert texts == [samples.choices[i].message.content for i in receipt["ranking"][:3]]
-    assert len(receipt["rounds"][0]) == 10
-    assert replay(receipt) == receipt["ranking"]
+    assert texts == [samples.choices[i].message.content for i in record["ranking"][:3]]
+    assert len(record["rounds"][0]) == 10
+    assert replay(record) == record["ranking"]
 
 
 def test_several_principles_would_be_asked_each(client):
@@ -157,9 +157,9 @@ def test_a_sample_that_takes_too_long_drops_out(client):
     """None is done within a microsecond: that is an error, and no sample is left running."""
     with pytest.raises(
         openai.InternalServerError, match="sample 2 was not finished after 1e-06"
-    ) as refused:
+    ) as raised:
         best_of(client, 3, alignment={"sample_timeout": 1e-6})
-    assert refused.value.status_code == 504
+    assert raised.value.status_code == 504
     answer = best_of(client, 3, alignment={"sample_timeout": 60})
     assert answer.alignment["dropped"] == []
 
@@ -189,8 +189,8 @@ def test_a_call_of_a_tool(client):
         tools=[{"type": "function", "function": {"name": "note", "parameters": {}}}],
         extra_body={"alignment": {"best_of": 4}, "structured_outputs": {"regex": call}},
     )
-    (called,) = answer.choices[0].message.tool_calls
-    assert json.loads(called.function.arguments)["object"] in ("puzzle", "rose")
+    (tool_call,) = answer.choices[0].message.tool_calls
+    assert json.loads(tool_call.function.arguments)["object"] in ("puzzle", "rose")
     # Some of the four differ, so there was something to read.
     assert answer.alignment["judge"]["usage"]["prompt_tokens"] > 0
 

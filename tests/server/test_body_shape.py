@@ -1,4 +1,4 @@
-"""Which bodies are refused by their shape, and that it takes neither time nor memory."""
+"""Which bodies are refused by their shape, without much time or memory."""
 
 import json
 import tracemalloc
@@ -46,7 +46,7 @@ def test_what_honest_clients_send(body):
 
 
 @pytest.mark.parametrize(
-    ("body", "problem"),
+    ("body", "message"),
     [
         ({"messages": [{}] * (MAX_ITEMS + 1)}, "`messages` has 4,097 items; 4,096 are accepted"),
         ({"messages": [0] * 100_000}, "`messages` has 100,000 items"),
@@ -58,8 +58,8 @@ def test_what_honest_clients_send(body):
         (nested(65), "nested more than 64 levels"),
     ],
 )
-def test_what_is_refused(body, problem):
-    with pytest.raises(VLLMValidationError, match=problem):
+def test_what_is_refused(body, message):
+    with pytest.raises(VLLMValidationError, match=message):
         check_shape(body)
 
 
@@ -104,7 +104,7 @@ def test_items_of_responses_that_are_right(value):
 @pytest.mark.parametrize("item", [[], {}, 0, {"type": "message"}, None], ids=str)
 def test_the_first_wrong_item_of_responses_is_named(item):
     body = {"input": [ITEM, *[item] * 2000]}
-    check_responses_items({"input": [ITEM]})  # made now, and not measured
+    check_responses_items({"input": [ITEM]})  # the validator is made before the measurement
     tracemalloc.start()
     with pytest.raises(VLLMValidationError, match="`input`, item 1, is none of the kinds"):
         check_responses_items(body)

@@ -10,7 +10,9 @@ from server.calibration import WINDOW, Calibration
 
 def rates(judge):
     names = ("flip", "tie", "longer")
-    return [REGISTRY.get_sample_value(f"assent_judge_{n}_rate", {"judge": judge}) for n in names]
+    return [
+        REGISTRY.get_sample_value(f"assent_judge_{name}_rate", {"judge": judge}) for name in names
+    ]
 
 
 def test_rates():
@@ -22,7 +24,7 @@ def test_rates():
     calibration.add(Question([], "longer", "short"), Verdict((0.9, 0.3)))  # orders disagree
     calibration.add(Question([], "longer", "short"), Verdict((0.6, 0.6), tie_band=0.2))
     calibration.add(Question([], "same", "long"), Verdict((0.9, 0.9)))  # of one length
-    calibration.add(Question([], "same", "same"), Verdict((0.5, 0.5)))  # says nothing
+    calibration.add(Question([], "same", "same"), Verdict((0.5, 0.5)))  # does not count
     assert rates("test") == pytest.approx([1 / 6, 2 / 6, 2 / 3])
 
 

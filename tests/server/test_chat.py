@@ -44,8 +44,8 @@ def test_without_a_proxy_the_answer_is_vllms(client):
 @pytest.mark.parametrize("model", ["assent-demo", "assent-demo:aligned"])
 def test_a_seed_makes_it_reproducible(client, model):
     assert tokens(chat(client, model, seed=7)) == tokens(chat(client, model, seed=7))
-    drawn = {str(tokens(chat(client, model, seed=seed))) for seed in range(6)}
-    assert len(drawn) > 1
+    answers = {str(tokens(chat(client, model, seed=seed))) for seed in range(6)}
+    assert len(answers) > 1
 
 
 def test_the_proxy_changes_what_is_said(client):
@@ -67,20 +67,22 @@ def test_the_proxy_changes_what_is_said(client):
 def test_strength_0_is_the_frozen_llm_token_for_token(client):
     for seed in range(8):
         prompt = PROMPTS[seed % len(PROMPTS)]
-        off = chat(
+        answer = chat(
             client,
             "assent-demo:aligned",
             prompt,
             seed=seed,
             extra={"alignment": {"strength": 0}},
         )
-        assert tokens(off) == tokens(chat(client, prompt=prompt, seed=seed))
-        assert (off.alignment["proxy"], off.alignment["proposed"]) == ("aligned", 0)
+        assert tokens(answer) == tokens(chat(client, prompt=prompt, seed=seed))
+        assert (answer.alignment["proxy"], answer.alignment["proposed"]) == ("aligned", 0)
 
 
 def test_greedy_strength_0_is_the_frozen_llm(client):
-    off = chat(client, "assent-demo:aligned", temperature=0, extra={"alignment": {"strength": 0}})
-    assert tokens(off) == tokens(chat(client, temperature=0))
+    answer = chat(
+        client, "assent-demo:aligned", temperature=0, extra={"alignment": {"strength": 0}}
+    )
+    assert tokens(answer) == tokens(chat(client, temperature=0))
 
 
 def test_the_proxy_can_be_named_in_the_alignment_object(client):
@@ -121,7 +123,7 @@ def test_n_choices_differ_and_are_counted_together(client):
 
 
 def test_streaming_says_the_same_and_ends_with_the_receipt(client):
-    whole = chat(client, "assent-demo:aligned", seed=9)
+    answer = chat(client, "assent-demo:aligned", seed=9)
     chunks = list(
         chat(
             client,
@@ -131,18 +133,20 @@ def test_streaming_says_the_same_and_ends_with_the_receipt(client):
             stream_options={"include_usage": True},
         )
     )
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == whole.choices[0].message.content
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
     assert len(chunks) > 2  # a busy server sends several tokens at once
     assert {chunk.model for chunk in chunks} == {"assent-demo:aligned"}
     assert ["alignment" in chunk.model_extra for chunk in chunks].index(True) == len(chunks) - 1
-    assert chunks[-1].alignment == whole.alignment
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].alignment == answer.alignment
+    assert chunks[-1].usage == answer.usage
 
 
 def test_a_streams_receipt_rides_on_the_last_chunk_of_n_choices(client):
     chunks = list(chat(client, "assent-demo:aligned", n=3, seed=5, stream=True))
-    finished = [c.choices[0].index for c in chunks if c.choices[0].finish_reason is not None]
+    finished = [
+        chunk.choices[0].index for chunk in chunks if chunk.choices[0].finish_reason is not None
+    ]
     assert sorted(finished) == [0, 1, 2]
     assert chunks[-1].alignment == chat(client, "assent-demo:aligned", n=3, seed=5).alignment
 
@@ -160,16 +164,16 @@ def test_logprobs(client):
 
 
 def test_stop(client):
-    whole = chat(client, "assent-demo:aligned", seed=2).choices[0].message.content
-    words = whole.split()
+    full_text = chat(client, "assent-demo:aligned", seed=2).choices[0].message.content
+    words = full_text.split()
     word = words[len(words) // 2]
-    cut = chat(client, "assent-demo:aligned", seed=2, stop=[word]).choices[0]
-    assert cut.finish_reason == "stop"
-    assert cut.message.content == whole.split(word)[0]
+    stopped = chat(client, "assent-demo:aligned", seed=2, stop=[word]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == full_text.split(word)[0]
 
 
 def test_penalties(client):
-    def repeats(**options):
+    def num_repeats(**options):
         answer = chat(
             client,
             "assent-demo:aligned",
@@ -181,13 +185,15 @@ def test_penalties(client):
         (ids,) = tokens(answer)
         return len(ids) - len(set(ids))
 
-    assert repeats(frequency_penalty=2.0, presence_penalty=2.0) < repeats()
+    assert num_repeats(frequency_penalty=2.0, presence_penalty=2.0) < num_repeats()
 
 
 def test_logit_bias(client):
-    usual = tokens(chat(client, "assent-demo:aligned", temperature=0))[0]
-    answer = chat(client, "assent-demo:aligned", temperature=0, logit_bias={str(usual[0]): -100})
-    assert tokens(answer)[0][0] != usual[0]
+    greedy_tokens = tokens(chat(client, "assent-demo:aligned", temperature=0))[0]
+    answer = chat(
+        client, "assent-demo:aligned", temperature=0, logit_bias={str(greedy_tokens[0]): -100}
+    )
+    assert tokens(answer)[0][0] != greedy_tokens[0]
 
 
 def test_json_schema(client):
@@ -210,9 +216,9 @@ def test_a_regex_constrains_what_the_proxy_may_see(client):
     answer = chat(
         client, "assent-demo:aligned", max_tokens=64, extra={"structured_outputs": constraint}
     )
-    said = json.loads(answer.choices[0].message.content)
-    assert isinstance(said["safe"], bool)
-    assert said["word"] in ("yes", "no")
+    content = json.loads(answer.choices[0].message.content)
+    assert isinstance(content["safe"], bool)
+    assert content["word"] in ("yes", "no")
     assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
 
 
@@ -222,8 +228,8 @@ def test_requests_that_finish_together_get_their_own_receipts(client):
         return chat(client, model, seed=seed, max_tokens=16, extra={"ignore_eos": True})
 
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(ask, range(24)))
-    for seed, answer in enumerate(together):
+        answers = list(pool.map(ask, range(24)))
+    for seed, answer in enumerate(answers):
         if seed % 3 == 2:
             assert "alignment" not in answer.model_extra
         else:
@@ -250,12 +256,12 @@ def test_prompt_logprobs_are_the_frozen_llms(client):
         )
         return answer.prompt_logprobs, answer.choices[0].message.content
 
-    (aligned, said), (plain, plainly_said) = (
+    (aligned, aligned_text), (unproxied, unproxied_text) = (
         prompt_logprobs(model) for model in ("assent-demo:aligned", "assent-demo")
     )
-    assert said != plainly_said
+    assert aligned_text != unproxied_text
     assert aligned[0] is None and len(aligned) > 10
-    for ours, theirs in zip(aligned[1:], plain[1:], strict=True):
-        assert {token: entry["logprob"] for token, entry in ours.items()} == pytest.approx(
-            {token: entry["logprob"] for token, entry in theirs.items()}, abs=1e-3
+    for actual, expected in zip(aligned[1:], unproxied[1:], strict=True):
+        assert {token: entry["logprob"] for token, entry in actual.items()} == pytest.approx(
+            {token: entry["logprob"] for token, entry in expected.items()}, abs=1e-3
         )

@@ -1,4 +1,4 @@
-"""What is refused before the engine starts: exit code 2, and one line that names the offender."""
+"""Arguments that are refused before the engine starts: exit code 2, and one line that names the cause."""
 
 import json
 import os
@@ -18,8 +18,8 @@ MODEL = str(DEMO / "model")
 ALIGNED = DEMO / "proxies" / "aligned"
 
 
-class Launches:
-    """The command line before an engine that only notes with what it would have been started."""
+class CommandLine:
+    """The command line without an engine: it records what an engine would be started with."""
 
     def __init__(self, serve):
         self.serve = serve
@@ -33,21 +33,21 @@ def cli(monkeypatch):
         warnings.simplefilter("ignore")  # importing vllm warns
         import server.cli
 
-    launches = Launches(server.cli.serve)
-    monkeypatch.setattr("server.cli.install_plugin", launches.started.append)
-    monkeypatch.setattr("server.cli.run_server", launches.started.append)
+    command_line = CommandLine(server.cli.serve)
+    monkeypatch.setattr("server.cli.install_plugin", command_line.started.append)
+    monkeypatch.setattr("server.cli.run_server", command_line.started.append)
     monkeypatch.setattr("server.cli.uvloop.run", lambda _: None)
-    return launches
+    return command_line
 
 
-def refused(cli, capsys, *argv):
-    with pytest.raises(SystemExit) as stopped:
+def error_line(cli, capsys, *argv):
+    with pytest.raises(SystemExit) as exit_info:
         cli.serve(argv)
-    assert stopped.value.code == 2
+    assert exit_info.value.code == 2
     assert cli.started == []
-    *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("python -m server: error: ")
-    return last
+    *_, last_line = capsys.readouterr().err.splitlines()
+    assert last_line.startswith("python -m server: error: ")
+    return last_line
 
 
 def test_it_would_start(cli, monkeypatch):
@@ -57,7 +57,7 @@ def test_it_would_start(cli, monkeypatch):
     plugin, args = cli.started
     assert (args.host, args.port, args.model) == ("127.0.0.1", 9, MODEL)
     assert args.worker_cls == "proxy.worker.ProxyCPUWorker"
-    assert [(each.name, each.directory, each.shadow) for each in plugin.proxies] == [
+    assert [(proxy.name, proxy.directory, proxy.shadow) for proxy in plugin.proxies] == [
         ("a", ALIGNED, False),
         ("b.2", ALIGNED, False),
         ("c", ALIGNED, True),
@@ -70,7 +70,7 @@ def test_it_would_start(cli, monkeypatch):
 
 
 def test_home_in_every_path(cli, monkeypatch, tmp_path):
-    """A shell leaves `~` where it stands after `=`, and so does a file of settings."""
+    """A shell does not expand `~` after `=`, and a file of settings does not either."""
     monkeypatch.setenv("HOME", str(DEMO))
     monkeypatch.chdir(tmp_path)
     database = tmp_path / "home" / "feedback.db"
@@ -82,7 +82,7 @@ def test_home_in_every_path(cli, monkeypatch, tmp_path):
     )
     plugin, args = cli.started
     assert args.model == args.tokenizer == MODEL
-    assert [each.directory for each in plugin.proxies] == [ALIGNED, DEMO / "proxies" / "polite"]
+    assert [proxy.directory for proxy in plugin.proxies] == [ALIGNED, DEMO / "proxies" / "polite"]
     assert plugin.proxy_root == DEMO / "proxies"
     cli.started.clear()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -100,22 +100,22 @@ def test_home_in_other_paths(cli, monkeypatch, tmp_path, flag):
     import server.arguments
 
     args = server.arguments.parse(["--model", MODEL, f"{flag}=~/there"])
-    found = getattr(args, flag.removeprefix("--").replace("-", "_"))
-    assert str(found[0] if flag == "--judge" else found) == str(tmp_path / "there")
+    value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+    assert str(value[0] if flag == "--judge" else value) == str(tmp_path / "there")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_model_that_is_cut_short(cli, tmp_path, capsys, name):
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    whole = (model / name).read_bytes()
-    (model / name).write_bytes(whole[: len(whole) // 2])
-    assert f"{model / name} cannot be read" in refused(cli, capsys, "--model", str(model))
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content[: len(content) // 2])
+    assert f"{model / name} cannot be read" in error_line(cli, capsys, "--model", str(model))
 
 
 def test_an_access_file_that_is_wrong(cli, tmp_path, capsys):
     (tmp_path / "access.toml").write_text("[keys.a]")
-    assert "needs either sha256 or env" in refused(
+    assert "needs either sha256 or env" in error_line(
         cli, capsys, "--model", MODEL, "--access", str(tmp_path / "access.toml")
     )
 
@@ -149,12 +149,12 @@ def test_a_config_file(cli, tmp_path):
     config.write_text(f"model: {MODEL}\nproxy: a={ALIGNED}\nproxy-root: {ALIGNED.parent}\n")
     cli.serve(["--config", str(config), "--proxy", f"b={ALIGNED}", "--shadow", f"c={ALIGNED}"])
     plugin, _ = cli.started
-    assert [each.name for each in plugin.proxies] == ["a", "b", "c"]
+    assert [proxy.name for proxy in plugin.proxies] == ["a", "b", "c"]
     assert plugin.proxy_root == ALIGNED.parent
 
 
 @pytest.mark.parametrize(
-    ("proxy", "said"),
+    ("proxy", "message"),
     [
         ("aligned", "'aligned': expected NAME=DIR"),
         ("aligned=", "'aligned=': expected NAME=DIR"),
@@ -167,23 +167,23 @@ def test_a_config_file(cli, tmp_path):
     ],
 )
 @pytest.mark.parametrize("flag", ["--proxy", "--shadow"])
-def test_a_proxy_that_cannot_be(cli, capsys, flag, proxy, said):
-    line = refused(cli, capsys, "--model", MODEL, flag, proxy)
-    assert said in line
+def test_a_proxy_that_cannot_be(cli, capsys, flag, proxy, message):
+    line = error_line(cli, capsys, "--model", MODEL, flag, proxy)
+    assert message in line
     assert f"{flag} " in line
 
 
 def test_two_proxies_behind_one_flag(cli, capsys):
-    last = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", f"b={ALIGNED}")
-    assert f"'b={ALIGNED}' belongs to no option" in last
+    line = error_line(cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", f"b={ALIGNED}")
+    assert f"'b={ALIGNED}' belongs to no option" in line
 
 
 def test_two_proxies_of_one_name(cli, capsys):
-    line = refused(
+    line = error_line(
         cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--proxy", f"a={ALIGNED}"
     )
     assert "'a' is given twice" in line
-    line = refused(
+    line = error_line(
         cli, capsys, "--model", MODEL, "--proxy", f"a={ALIGNED}", "--shadow", f"a={ALIGNED}"
     )
     assert "'a' is given twice" in line
@@ -191,16 +191,16 @@ def test_two_proxies_of_one_name(cli, capsys):
 
 def test_a_proxy_whose_name_is_taken(cli, capsys):
     flags = ["--served-model-name", "llm", "llm:a", "--proxy", f"a={ALIGNED}"]
-    assert "'llm:a'" in refused(cli, capsys, "--model", MODEL, *flags)
+    assert "'llm:a'" in error_line(cli, capsys, "--model", MODEL, *flags)
 
 
 def test_a_root_that_is_not_there(cli, capsys):
-    line = refused(cli, capsys, "--model", MODEL, "--proxy-root", "/no/such/directory")
+    line = error_line(cli, capsys, "--model", MODEL, "--proxy-root", "/no/such/directory")
     assert "--proxy-root /no/such/directory: there is no such directory" in line
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("value", "message"),
     [
         ("mine", "expected NAME=FROM"),
         ("mine=", "expected NAME=FROM"),
@@ -215,19 +215,19 @@ def test_a_root_that_is_not_there(cli, capsys):
         ("aligned=person,shadow", "one of both is a shadow"),
     ],
 )
-def test_what_cannot_be_learned(cli, capsys, tmp_path, given, said):
+def test_what_cannot_be_learned(cli, capsys, tmp_path, value, message):
     flags = ["--proxy", f"aligned={ALIGNED}", "--feedback", tmp_path / "f.db"]
     flags = [*map(str, flags), "--proxy-root", str(tmp_path)]
-    line = refused(cli, capsys, "--model", MODEL, *flags, "--learn", given)
-    assert said in line and f"--learn '{given}'" in line
+    line = error_line(cli, capsys, "--model", MODEL, *flags, "--learn", value)
+    assert message in line and f"--learn '{value}'" in line
     assert not (tmp_path / "f.db").exists()
 
 
 def test_learning_needs_a_place_for_verdicts_and_proxies(cli, capsys, tmp_path):
     learn = ["--model", MODEL, "--learn", "mine=own"]
-    assert "--learn needs --feedback and --proxy-root" in refused(cli, capsys, *learn)
+    assert "--learn needs --feedback and --proxy-root" in error_line(cli, capsys, *learn)
     flags = ["--feedback", str(tmp_path / "f.db")]
-    assert "--learn needs --proxy-root" in refused(cli, capsys, *learn, *flags)
+    assert "--learn needs --proxy-root" in error_line(cli, capsys, *learn, *flags)
 
 
 def test_what_is_learned(cli, tmp_path):
@@ -248,7 +248,7 @@ def test_what_is_learned(cli, tmp_path):
 def test_a_missing_file(cli, capsys, tmp_path, name):
     broken = shutil.copytree(ALIGNED, tmp_path / "broken")
     (broken / name).unlink()
-    line = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
+    line = error_line(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
     assert str(broken / name) in line
 
 
@@ -256,68 +256,68 @@ def test_a_corrupt_checkpoint(cli, capsys, tmp_path):
     broken = shutil.copytree(ALIGNED, tmp_path / "broken")
     weights = broken / "proxy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    line = refused(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
+    line = error_line(cli, capsys, "--model", MODEL, "--proxy", f"a={broken}")
     assert str(weights) in line
     assert "corrupt" in line
 
 
 def test_a_proxy_of_another_llm(cli, capsys, tmp_path):
-    other = shutil.copytree(DEMO / "model", tmp_path / "other")
-    path = other / "model.safetensors"
+    other_model = shutil.copytree(DEMO / "model", tmp_path / "other")
+    path = other_model / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
     save_file(tensors, path, metadata={"format": "pt"})
     from proxy.checkpoint import fingerprint
 
-    line = refused(cli, capsys, "--model", str(other), "--proxy", f"a={ALIGNED}")
-    assert fingerprint(other) in line
+    line = error_line(cli, capsys, "--model", str(other_model), "--proxy", f"a={ALIGNED}")
+    assert fingerprint(other_model) in line
     assert fingerprint(MODEL) in line
 
 
 def test_a_proxy_in_the_place_of_the_model(cli, capsys):
-    line = refused(cli, capsys, "--model", str(ALIGNED))
+    line = error_line(cli, capsys, "--model", str(ALIGNED))
     assert "its config.json is not a language model's; it is a proxy: --proxy NAME=DIR" in line
 
 
 def test_a_name_that_is_no_model(cli, capsys):
     """Neither a directory nor, without a network, a model of the hub."""
-    line = refused(cli, capsys, "--model", "nobody/no-such-model")
+    line = error_line(cli, capsys, "--model", "nobody/no-such-model")
     assert "--model 'nobody/no-such-model': no such directory, and no such model on the hub" in line
-    assert "no such directory" in refused(cli, capsys, "no-such-model")
+    assert "no such directory" in error_line(cli, capsys, "no-such-model")
 
 
 def test_a_model_of_a_kind_that_vllm_does_not_know(tmp_path):
-    """vLLM's own refusal, seventy lines of it, is one."""
+    """vLLM's own error has seventy lines. It becomes one."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
-    ended = run("server", "--model", str(model), "--port", str(free_port()))
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert "vLLM cannot serve" in ended.stderr.splitlines()[-1]
+    result = run("server", "--model", str(model), "--port", str(free_port()))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "vLLM cannot serve" in result.stderr.splitlines()[-1]
 
 
 def test_a_port_that_is_taken():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        ended = run("server", "--model", MODEL, "--port", str(port))
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1] == (
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        result = run("server", "--model", MODEL, "--port", str(port))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == (
         f"python -m server: error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
     )
 
 
 @pytest.mark.parametrize("model", ["/no/such/model", "./no-such-model", str(ALIGNED.parent)])
 def test_an_unknown_model(cli, capsys, model):
-    assert repr(model) in refused(cli, capsys, "--model", model)
+    assert repr(model) in error_line(cli, capsys, "--model", model)
 
 
 def test_no_model(cli, capsys):
-    assert "--model DIR is missing" in refused(cli, capsys)
+    assert "--model DIR is missing" in error_line(cli, capsys)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_no_model(cli, capsys):
     ],
 )
 def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
-    assert flags[0] in refused(cli, capsys, "--model", MODEL, *flags)
+    assert flags[0] in error_line(cli, capsys, "--model", MODEL, *flags)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_what_proxies_do_not_go_with_yet(cli, capsys, flags):
     ],
 )
 def test_an_unknown_flag(cli, capsys, flags, hint):
-    assert hint in refused(cli, capsys, "--model", MODEL, *flags)
+    assert hint in error_line(cli, capsys, "--model", MODEL, *flags)
 
 
 @pytest.mark.parametrize(
@@ -361,26 +361,26 @@ def test_an_unknown_flag(cli, capsys, flags, hint):
     ],
 )
 def test_a_mistyped_command(cli, capsys, word, hint):
-    assert hint in refused(cli, capsys, word)
-    assert hint in refused(cli, capsys, word, "--model", MODEL)
-    assert hint in refused(cli, capsys, "--model", MODEL, word)
+    assert hint in error_line(cli, capsys, word)
+    assert hint in error_line(cli, capsys, word, "--model", MODEL)
+    assert hint in error_line(cli, capsys, "--model", MODEL, word)
 
 
 def test_a_word_too_many(cli, capsys):
-    line = refused(cli, capsys, "--model", MODEL, "one")
+    line = error_line(cli, capsys, "--model", MODEL, "one")
     assert "'one' belongs to no option" in line
-    line = refused(cli, capsys, "--model", MODEL, "one", "two")
+    line = error_line(cli, capsys, "--model", MODEL, "one", "two")
     assert "'two' belongs to no option" in line
 
 
 def test_a_value_that_cannot_be(cli, capsys):
-    assert "--port" in refused(cli, capsys, "--model", MODEL, "--port", "many")
+    assert "--port" in error_line(cli, capsys, "--model", MODEL, "--port", "many")
 
 
 def help_of(cli, capsys, *argv):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         cli.serve(argv)
-    assert stopped.value.code == 0
+    assert exit_info.value.code == 0
     return capsys.readouterr().out
 
 
@@ -389,8 +389,8 @@ def test_our_options_come_first(cli, capsys, flag):
     text = help_of(cli, capsys, flag)
     titles = ["proxies:", "judge:", "feedback and learning:", "access and operation:"]
     titles.append("model and address (vLLM's options):")
-    places = [text.index(f"\n{title}\n") for title in titles]
-    assert places == sorted(places)
+    positions = [text.index(f"\n{title}\n") for title in titles]
+    assert positions == sorted(positions)
     assert "--help=all" in text and "doctor" in text
     assert len(text.splitlines()) < 90
 
@@ -402,9 +402,9 @@ def test_every_option_of_ours_has_a_text():
 
     parser = argparse.ArgumentParser(add_help=False)
     add_own_options(parser)
-    own = [action for action in parser._actions if action.option_strings]
-    assert len(own) >= 12 and all(action.help for action in own)
-    assert all(action.option_strings[0] in help_text() for action in own)
+    own_actions = [action for action in parser._actions if action.option_strings]
+    assert len(own_actions) >= 12 and all(action.help for action in own_actions)
+    assert all(action.option_strings[0] in help_text() for action in own_actions)
     known = _make_parser()._option_string_actions
     for usage in VLLM_OPTIONS:  # vLLM has them, by these names
         assert all(word.rstrip(",") in known for word in usage.split() if word.startswith("--"))
@@ -417,20 +417,20 @@ def test_all_options(cli, capsys):
 
 
 def test_a_judge_that_cannot_be(cli, capsys, tmp_path):
-    line = refused(cli, capsys, "--model", MODEL, "--judge", str(tmp_path))
+    line = error_line(cli, capsys, "--model", MODEL, "--judge", str(tmp_path))
     assert f"{tmp_path} has no reward.json" in line
 
 
 def test_a_database_that_cannot_be(cli, capsys, tmp_path):
     (tmp_path / "x").write_text("no database " * 99)
-    line = refused(cli, capsys, "--model", MODEL, "--feedback", str(tmp_path / "x"))
+    line = error_line(cli, capsys, "--model", MODEL, "--feedback", str(tmp_path / "x"))
     assert "cannot open" in line and "not a database" in line
 
 
 def test_the_command_itself():
     """In a process of its own, as a person starts it; the rest of this file calls the same function in this process."""
-    ended = run("server", "--model", MODEL, "--proxy", "a=/no/such/directory")
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == (
+    result = run("server", "--model", MODEL, "--proxy", "a=/no/such/directory")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
         "python -m server: error: --proxy a=/no/such/directory: there is no such directory"
     )

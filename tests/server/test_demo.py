@@ -26,7 +26,7 @@ def held_out() -> Iterator[Prompt]:
 
 
 def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> list[str]:
-    def one(index: int) -> str:
+    def complete(index: int) -> str:
         answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": prompts[index]}],
@@ -36,7 +36,7 @@ def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> lis
         return answer.choices[0].message.content or ""
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(one, range(len(prompts))))
+        return list(pool.map(complete, range(len(prompts))))
 
 
 def test_proxies_align_the_frozen_model_each_in_its_way(
@@ -65,18 +65,18 @@ def test_judge_agrees_with_gold_where_answers_differ_clearly(
     http: httpx.Client, held_out: Iterator[Prompt]
 ) -> None:
     rng = random.Random(54321)
-    pairs, better = [], []
+    pairs, labels = [], []
     while len(pairs) < NUM_PAIRS:
         prompt = next(held_out)
         a, b = draw_pair(prompt, rng)
         difference = reference_scorer.score(prompt.text, a) - reference_scorer.score(prompt.text, b)
         if abs(difference) >= 2:
             pairs.append({"prompt": prompt.text, "response_a": a, "response_b": b})
-            better.append(difference > 0)
+            labels.append(difference > 0)
     verdicts = http.post("/judge", json={"pairs": pairs}).raise_for_status().json()["verdicts"]
     agreements = [
         (verdict["probability"] > 0.5) == is_first
-        for verdict, is_first in zip(verdicts, better, strict=True)
+        for verdict, is_first in zip(verdicts, labels, strict=True)
     ]
     # The card says 0.89: 0.74 or less of 150 has probability 2.4e-7 (binomial).
     assert sum(agreements) / NUM_PAIRS > 0.74

@@ -1,4 +1,4 @@
-"""What the doctor finds, without a start."""
+"""The doctor's findings, without a start of the server."""
 
 import shutil
 import socket
@@ -15,10 +15,10 @@ def findings():
     from server import arguments, doctor
 
     def find(*argv):
-        found = {}
+        by_subject = {}
         for level, subject, text in doctor.examine(arguments.parse(argv)):
-            found.setdefault(subject, []).append((level, text))
-        return found
+            by_subject.setdefault(subject, []).append((level, text))
+        return by_subject
 
     return find
 
@@ -29,16 +29,19 @@ def test_a_start_that_would_do(findings, tmp_path):
         port = probe.getsockname()[1]
     proxy = f"--proxy=aligned={DEMO / 'proxies/aligned'}"
     flags = [proxy, f"--shadow=dark={DEMO / 'proxies/polite'}", "--port", str(port)]
-    found = findings("--model", MODEL, *flags, "--proxy-root", str(tmp_path))
-    assert {level for each in found.values() for level, _ in each} == {"ok"}
-    assert "a shadow" in found["proxy dark"][0][1]
-    assert list(found)[:5] == ["vLLM", "device", "flags", "port", "model"]
-    assert "labels are the tokens" in found["principle overall"][0][1]
+    by_subject = findings("--model", MODEL, *flags, "--proxy-root", str(tmp_path))
+    assert {level for entries in by_subject.values() for level, _ in entries} == {"ok"}
+    assert "a shadow" in by_subject["proxy dark"][0][1]
+    assert list(by_subject)[:5] == ["vLLM", "device", "flags", "port", "model"]
+    assert "labels are the tokens" in by_subject["principle overall"][0][1]
 
 
-def errors(found):
+def errors(by_subject):
     return {
-        subject: text for subject, each in found.items() for level, text in each if level != "ok"
+        subject: text
+        for subject, entries in by_subject.items()
+        for level, text in entries
+        if level != "ok"
     }
 
 
@@ -47,44 +50,44 @@ def test_all_that_is_wrong_at_once(findings, tmp_path, monkeypatch):
     shutil.copytree(DEMO / "proxies" / "aligned", weights.parent)
     weights.write_bytes(weights.read_bytes()[:-1])
     monkeypatch.setenv("ASSENT_API_KEYS", "one one")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        found = errors(
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        by_subject = errors(
             findings(
                 *("--model", MODEL, "--proxy", f"cut={weights.parent}", "--shadow", "x=/nowhere"),
-                *("--port", str(taken.getsockname()[1]), "--pipeline-parallel-size", "2"),
+                *("--port", str(bound.getsockname()[1]), "--pipeline-parallel-size", "2"),
                 *("--proxy-root", "/nowhere", "--judge", str(tmp_path)),
             )
         )
-    assert "--tensor-parallel-size" in found["flags"]
-    assert "take another with --port" in found["port"]
-    assert "proxy.safetensors" in found["proxy cut"]
-    assert "cannot be read" in found["proxy x"]
-    assert "no such directory" in found["proxy root"]
-    assert "no reward.json" in found["judges"]
-    assert "are the same key" in found["keys"]
+    assert "--tensor-parallel-size" in by_subject["flags"]
+    assert "take another with --port" in by_subject["port"]
+    assert "proxy.safetensors" in by_subject["proxy cut"]
+    assert "cannot be read" in by_subject["proxy x"]
+    assert "no such directory" in by_subject["proxy root"]
+    assert "no reward.json" in by_subject["judges"]
+    assert "are the same key" in by_subject["keys"]
 
 
 def test_a_model_that_is_none(findings, tmp_path):
-    found = findings("--model", str(tmp_path))
-    assert found["model"][0][0] == "error" and list(found)[-1] == "model"
+    by_subject = findings("--model", str(tmp_path))
+    assert by_subject["model"][0][0] == "error" and list(by_subject)[-1] == "model"
 
 
 def test_no_chat_template_and_no_keys(findings, tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
     for file in ("chat_template.jinja", "tokenizer_config.json"):
         (tmp_path / "model" / file).unlink(missing_ok=True)
-    found = errors(findings("--model", str(tmp_path / "model"), "--host", "0.0.0.0"))
-    assert "--chat-template" in found["chat template"]
-    assert "anybody who reaches 0.0.0.0" in found["keys"]
-    assert "/judge will not work" in found["principle overall"]
+    by_subject = errors(findings("--model", str(tmp_path / "model"), "--host", "0.0.0.0"))
+    assert "--chat-template" in by_subject["chat template"]
+    assert "anybody who reaches 0.0.0.0" in by_subject["keys"]
+    assert "/judge will not work" in by_subject["principle overall"]
 
 
 def test_its_exit_code_and_its_page(capsys):
     from server import doctor
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         doctor.main(["--model", MODEL, "--pipeline-parallel-size", "2"])
-    assert stopped.value.code == 1
+    assert exit_info.value.code == 1
     printed = capsys.readouterr().out
     assert "error" in printed and "--tensor-parallel-size" in printed

@@ -29,21 +29,27 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def judged(row: str, probability: float) -> Judged:
+def make_judged(row: str, probability: float) -> Judged:
     return Judged(row, "all pairs", probability, consistent=True, is_tie=False)
 
 
 def test_a_row_of_lists_is_right_where_all_its_pairs_are() -> None:
-    found = figures(
-        [judged("1", 0.9), judged("1", 0.8), judged("2", 0.9), judged("2", 0.4), judged("3", 0.5)]
+    result = figures(
+        [
+            make_judged("1", 0.9),
+            make_judged("1", 0.8),
+            make_judged("2", 0.9),
+            make_judged("2", 0.4),
+            make_judged("3", 0.5),
+        ]
     )
-    assert (found["pairs"], found["rows"]) == (5, 3)
-    assert found["accuracy"] == pytest.approx(3.5 / 5)
-    assert found["accuracy_by_row"] == pytest.approx(1.5 / 3)
+    assert (result["pairs"], result["rows"]) == (5, 3)
+    assert result["accuracy"] == pytest.approx(3.5 / 5)
+    assert result["accuracy_by_row"] == pytest.approx(1.5 / 3)
 
 
 def test_what_is_put_to_the_server(tmp_path: Path) -> None:
-    called = {
+    tool_message = {
         "role": "assistant",
         "content": None,
         "tool_calls": [{"name": "now", "arguments": "{}"}],
@@ -52,15 +58,15 @@ def test_what_is_put_to_the_server(tmp_path: Path) -> None:
     data = write(
         tmp_path / "rows.jsonl",
         REWARD_BENCH_2,
-        {"prompt": chat, "chosen": [called], "rejected": "No."},
+        {"prompt": chat, "chosen": [tool_message], "rejected": "No."},
         {"prompt": QUESTION, "chosen": GOOD, "rejected": GOOD},  # prefers nothing
     )
-    found = read_pairs(Options(data=data, output=tmp_path))
-    assert [each.row.rpartition(" ")[2] for each in found] == ["1", "1", "1", "2"]
-    assert [each.subset for each in found] == ["Focus"] * 3 + ["all pairs"]
-    assert [each.pair["response_b"] for each in found] == [*REWARD_BENCH_2["rejected"], "No."]
-    assert found[0].pair["messages"] == [{"role": "user", "content": QUESTION}]
-    assert found[3].pair == {
+    pairs = read_pairs(Options(data=data, output=tmp_path))
+    assert [pair.row.rpartition(" ")[2] for pair in pairs] == ["1", "1", "1", "2"]
+    assert [pair.subset for pair in pairs] == ["Focus"] * 3 + ["all pairs"]
+    assert [pair.pair["response_b"] for pair in pairs] == [*REWARD_BENCH_2["rejected"], "No."]
+    assert pairs[0].pair["messages"] == [{"role": "user", "content": QUESTION}]
+    assert pairs[3].pair == {
         "messages": chat,
         "response_a": '{"name": "now", "arguments": {}}',
         "response_b": "No.",
@@ -82,43 +88,45 @@ def test_a_run(
     data = write(tmp_path / "rows.jsonl", *[REWARD_BENCH] * 8, REWARD_BENCH_2, '{"prompt":')
     options = Options(data=data, output=tmp_path / "out", base_url=server.url)
     evaluate.main(options)
-    found = json.loads((tmp_path / "out/figures.json").read_text())
-    assert {name: row["pairs"] for name, row in found.items()} == {
+    saved_figures = json.loads((tmp_path / "out/figures.json").read_text())
+    assert {name: row["pairs"] for name, row in saved_figures.items()} == {
         "chat": 8,
         "Focus": 3,
         "all pairs": 11,
     }
-    assert found["chat"]["accuracy"] in (0, 1)  # the same pair eight times
-    assert found["Focus"]["rows"] == 1 and found["all pairs"]["rows"] == 9
+    assert saved_figures["chat"]["accuracy"] in (0, 1)  # the same pair eight times
+    assert saved_figures["Focus"]["rows"] == 1 and saved_figures["all pairs"]["rows"] == 9
     assert (tmp_path / "out/reliability.png").stat().st_size > 0
-    shown = capsys.readouterr().out
-    assert "skipped 1 of 12 rows" in shown and "by row" in shown
+    printed = capsys.readouterr().out
+    assert "skipped 1 of 12 rows" in printed and "by row" in printed
     with pytest.raises(OptionError, match="figures.json is there already: .* --overwrite"):
         evaluate.main(options)
 
 
 def test_names_of_subsets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["[/red]", r"$\frac$"]
-    evaluate.draw_reliability({name: [judged("1", 0.9)] for name in names}, tmp_path / "chart.png")
-    evaluate.show({name: figures([judged("1", 0.9)]) for name in names})
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in names)
+    evaluate.draw_reliability(
+        {name: [make_judged("1", 0.9)] for name in names}, tmp_path / "chart.png"
+    )
+    evaluate.show({name: figures([make_judged("1", 0.9)]) for name in names})
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
 
 
 def test_ctrl_c_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(work: Any) -> None:
-        work.close()
+    def interrupt(coroutine: Any) -> None:
+        coroutine.close()
         raise KeyboardInterrupt
 
     data = write(tmp_path / "rows.jsonl", REWARD_BENCH)
     monkeypatch.setattr("asyncio.run", interrupt)
     arguments = ["--data", data, "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["judge.evaluate", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(evaluate.__file__, run_name="__main__")
-    assert ended.value.code == 130
+    assert exit_info.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted: nothing was written\n"
 
 
@@ -141,13 +149,13 @@ def test_what_fails_is_said_in_one_line(
         "--num-pairs 0: Input should be greater than 0": ("--data", good, "--num-pairs", "0"),
         "is a file, and must be a directory": ("--data", good, "--output", good),
     }  # fmt: skip
-    for said, more in cases.items():
-        arguments = ["--output", tmp_path / "out", "--base-url", server.url, *more]
+    for expected, extra in cases.items():
+        arguments = ["--output", tmp_path / "out", "--base-url", server.url, *extra]
         monkeypatch.setattr("sys.argv", ["judge.evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(evaluate.__file__, run_name="__main__")
-        message = str(ended.value)
-        assert message.startswith("error: ") and said in message and "\n" not in message
+        message = str(exit_info.value)
+        assert message.startswith("error: ") and expected in message and "\n" not in message
 
 
 def test_a_data_set_of_another_kind(tmp_path: Path) -> None:

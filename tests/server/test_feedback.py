@@ -19,7 +19,7 @@ from tests.server.conftest import (
     DEMO,
     LIMITED_KEY,
     WAIT_SECONDS,
-    Keeping,
+    FeedbackServer,
     metric,
     wait_until,
 )
@@ -31,10 +31,10 @@ CALLER = f"key {hashlib.sha256(hashlib.sha256(API_KEY.encode()).digest()).hexdig
 """Known by a hash: the key has no name."""
 
 
-class Clients:
-    """A caller's, of a server that keeps feedback in a file."""
+class CallerClients:
+    """A caller's clients of a server that stores feedback in a file."""
 
-    def __init__(self, running: Keeping) -> None:
+    def __init__(self, running: FeedbackServer) -> None:
         self.running = running
         headers = {"Authorization": f"Bearer {API_KEY}"}
         self.http = httpx.Client(base_url=running.url, headers=headers, timeout=WAIT_SECONDS)
@@ -49,23 +49,23 @@ class Clients:
 
 
 @pytest.fixture(scope="module")
-def keeping(keeping_server: Keeping) -> Iterator[Clients]:
-    clients = Clients(keeping_server)
+def clients(feedback_server: FeedbackServer) -> Iterator[CallerClients]:
+    clients = CallerClients(feedback_server)
     with clients.http, clients.client:
         yield clients
 
 
-def test_a_choice_between_two_responses(keeping: Clients) -> None:
-    before = len(keeping.rows())
+def test_a_choice_between_two_responses(clients: CallerClients) -> None:
+    num_before = len(clients.rows())
     body = {"messages": TURNS, "response_a": "x", "response_b": "y", "better": "b"}
-    answer = keeping.http.post("/feedback", json=body)
+    answer = clients.http.post("/feedback", json=body)
     assert (answer.status_code, answer.json()) == (201, {"kept": True})
-    assert keeping.rows()[before:] == [Preference("person", TURNS, "y", "x", caller=CALLER)]
+    assert clients.rows()[num_before:] == [Preference("person", TURNS, "y", "x", caller=CALLER)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_choice_among_the_answers_to_a_request(keeping: Clients, stream: bool) -> None:
-    answer: Any = keeping.client.chat.completions.create(
+def test_a_choice_among_the_answers_to_a_request(clients: CallerClients, stream: bool) -> None:
+    answer: Any = clients.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=24, n=3, seed=1, stream=stream
     )
     if stream:
@@ -76,13 +76,13 @@ def test_a_choice_among_the_answers_to_a_request(keeping: Clients, stream: bool)
                 texts[choice.index] += choice.delta.content or ""
     else:
         texts, request_id = [choice.message.content for choice in answer.choices], answer.id
-    before = len(keeping.rows())
-    given = keeping.http.post("/feedback", json={"request_id": request_id, "choice": 1})
-    assert given.status_code == 201, given.text
-    others = [text for text in dict.fromkeys(texts) if text != texts[1]]
-    assert others
-    assert keeping.rows()[before:] == [
-        Preference("person", TURNS, texts[1], text, caller=CALLER) for text in others
+    num_before = len(clients.rows())
+    response = clients.http.post("/feedback", json={"request_id": request_id, "choice": 1})
+    assert response.status_code == 201, response.text
+    other_texts = [text for text in dict.fromkeys(texts) if text != texts[1]]
+    assert other_texts
+    assert clients.rows()[num_before:] == [
+        Preference("person", TURNS, texts[1], text, caller=CALLER) for text in other_texts
     ]
 
 
@@ -103,9 +103,9 @@ WITH_TOOLS: Any = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_choice_among_calls_of_tools(keeping: Clients, stream: bool) -> None:
-    """All have the same text, none, and are kept with what differs; the prompt with all of its turns."""
-    answer: Any = keeping.client.chat.completions.create(
+def test_a_choice_among_calls_of_tools(clients: CallerClients, stream: bool) -> None:
+    """All samples have an empty text. They are stored with their calls, and the prompt with all of its turns."""
+    answer: Any = clients.client.chat.completions.create(
         model="assent-demo", messages=WITH_TOOLS, tools=TOOLS, max_tokens=160, n=8, seed=1, stream=stream,
         temperature=2.0,
         extra_body={"structured_outputs": {"regex": CALL}},
@@ -117,93 +117,101 @@ def test_a_choice_among_calls_of_tools(keeping: Clients, stream: bool) -> None:
             assert not message.content
             for call in message.tool_calls or ():
                 arguments[choice.index] += call.function.arguments or ""
-    objects = [json.loads(each)["object"] for each in arguments]
-    others = [each for each in dict.fromkeys(objects) if each != objects[2]]
-    assert others, "so many samples should differ"
+    objects = [json.loads(text)["object"] for text in arguments]
+    other_names = [name for name in dict.fromkeys(objects) if name != objects[2]]
+    assert other_names, "so many samples should differ"
     request_id = chunk.id
-    before = len(keeping.rows())
-    given = keeping.http.post("/feedback", json={"request_id": request_id, "choice": 2})
-    assert given.status_code == 201, given.text
-    rows = keeping.rows()[before:]
+    num_before = len(clients.rows())
+    response = clients.http.post("/feedback", json={"request_id": request_id, "choice": 2})
+    assert response.status_code == 201, response.text
+    rows = clients.rows()[num_before:]
     assert {(row.chosen, row.rejected) for row in rows} == {("", "")}
     chosen, rejected = (
-        [calls[0]["function"]["arguments"]["object"] for calls in side if calls]
-        for side in ([r.chosen_calls for r in rows], [r.rejected_calls for r in rows])
+        [calls[0]["function"]["arguments"]["object"] for calls in all_calls if calls]
+        for all_calls in ([row.chosen_calls for row in rows], [row.rejected_calls for row in rows])
     )
-    assert chosen == [objects[2]] * len(others) and rejected == others
+    assert chosen == [objects[2]] * len(other_names) and rejected == other_names
     assert rows[0].prompt == read_messages(WITH_TOOLS)
 
 
-def test_a_choice_is_its_callers_under_an_id_of_the_servers(keeping: Clients) -> None:
-    """Whatever ids clients choose, nobody chooses for another, or has another's answer overwritten."""
-    ids = []
+def test_a_choice_is_its_callers_under_an_id_of_the_servers(clients: CallerClients) -> None:
+    """Whatever ids clients choose, none can choose for another or overwrite another's answer."""
+    requests = []
     for key in (API_KEY, LIMITED_KEY, API_KEY):
         headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine"}
-        body = {"messages": TURNS, "n": 2, "max_tokens": 16, "request_id": "mine", "seed": len(ids)}
-        answer = keeping.http.post("/v1/chat/completions", json=body, headers=headers).json()
-        ids.append((key, answer["id"], [each["message"]["content"] for each in answer["choices"]]))
-    assert len({request_id for _, request_id, _ in ids}) == 3
-    assert not any("mine" in request_id for _, request_id, _ in ids)
-    before = len(keeping.rows())
-    for key, request_id, texts in ids:
+        body = {
+            "messages": TURNS,
+            "n": 2,
+            "max_tokens": 16,
+            "request_id": "mine",
+            "seed": len(requests),
+        }
+        answer = clients.http.post("/v1/chat/completions", json=body, headers=headers).json()
+        requests.append(
+            (key, answer["id"], [choice["message"]["content"] for choice in answer["choices"]])
+        )
+    assert len({request_id for _, request_id, _ in requests}) == 3
+    assert not any("mine" in request_id for _, request_id, _ in requests)
+    num_before = len(clients.rows())
+    for key, request_id, texts in requests:
         for caller in (API_KEY, LIMITED_KEY):
-            given = keeping.http.post(
+            response = clients.http.post(
                 "/feedback",
                 json={"request_id": request_id, "choice": 1},
                 headers={"Authorization": f"Bearer {caller}"},
             )
-            assert given.status_code == (201 if caller == key else 404), given.text
-        assert [row.chosen for row in keeping.rows()[before:]] == [texts[1]]
-        before += 1
+            assert response.status_code == (201 if caller == key else 404), response.text
+        assert [row.chosen for row in clients.rows()[num_before:]] == [texts[1]]
+        num_before += 1
 
 
-def test_choices_that_are_all_the_same(keeping: Clients) -> None:
-    answer = keeping.client.chat.completions.create(
+def test_choices_that_are_all_the_same(clients: CallerClients) -> None:
+    answer = clients.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=4, n=2, extra_body={"top_k": 1}
     )
-    before = keeping.rows()
-    given = keeping.http.post("/feedback", json={"request_id": answer.id, "choice": 0})
-    assert given.status_code == 400 and "none is better" in given.json()["error"]["message"]
-    assert keeping.rows() == before
+    rows_before = clients.rows()
+    response = clients.http.post("/feedback", json={"request_id": answer.id, "choice": 0})
+    assert response.status_code == 400 and "none is better" in response.json()["error"]["message"]
+    assert clients.rows() == rows_before
 
 
-def test_verdicts_are_kept(keeping: Clients) -> None:
-    before = len(keeping.rows())
+def test_verdicts_are_kept(clients: CallerClients) -> None:
+    num_before = len(clients.rows())
     pair = {"response_a": "Go.", "response_b": "To look after your freezer, pull the plug first."}
-    verdict = keeping.http.post("/judge", json={"prompt": QUESTION, **pair}).json()
+    verdict = clients.http.post("/judge", json={"prompt": QUESTION, **pair}).json()
     assert verdict["winner"] == "b"
-    wait_until(lambda: len(keeping.rows()) > before)
-    (row,) = keeping.rows()[before:]
+    wait_until(lambda: len(clients.rows()) > num_before)
+    (row,) = clients.rows()[num_before:]
     assert row == Preference(
         "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence, caller=CALLER
     )
     assert row.confidence == pytest.approx(1 - verdict["probability"])
-    assert metric(keeping.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1
+    assert metric(clients.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1
 
 
-def test_the_tournaments_verdicts_are_kept_too(keeping: Clients) -> None:
-    before = len(keeping.rows())
+def test_the_tournaments_verdicts_are_kept_too(clients: CallerClients) -> None:
+    num_before = len(clients.rows())
     body = {"prompt": QUESTION, "seed": 1, "strategy": "round-robin"}
     body["responses"] = [
         "Go.",
         "To look after your freezer, pull the plug first.",
         "freezer freezer",
     ]
-    receipt = keeping.http.post("/judge/rank", json=body).json()
-    decided = sum(
+    record = clients.http.post("/judge/rank", json=body).json()
+    num_decided = sum(
         (orders[0] > 0.5) == (orders[1] > 0.5) and orders[0] != 0.5
-        for comparison in receipt["rounds"][0]
+        for comparison in record["rounds"][0]
         for orders in comparison["orders"].values()
     )
-    assert decided
-    wait_until(lambda: len(keeping.rows()) == before + decided)
+    assert num_decided
+    wait_until(lambda: len(clients.rows()) == num_before + num_decided)
 
 
-def test_what_is_kept_can_be_exported_and_prepared(keeping: Clients, tmp_path: Path) -> None:
+def test_what_is_kept_can_be_exported_and_prepared(clients: CallerClients, tmp_path: Path) -> None:
     body = {"messages": WITH_TOOLS, "response_a": "Pull the plug first.", "response_b": "No."}
-    assert keeping.http.post("/feedback", json={**body, "better": "a"}).status_code == 201
+    assert clients.http.post("/feedback", json={**body, "better": "a"}).status_code == 201
     output = tmp_path / "preferences.jsonl"
-    export.main(export.Options(feedback=str(keeping.running.feedback), output=output))
+    export.main(export.Options(feedback=str(clients.running.feedback), output=output))
     prepare.main(
         prepare.Options(
             model=str(DEMO / "model"),
@@ -223,7 +231,7 @@ PREFERS_A = {"response_a": "a", "response_b": "b", "better": "a"}
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "message"),
     [
         ({}, 400, "either prompt or messages"),
         ({"prompt": "x", "response_a": "a", "response_b": "b"}, 400, "better"),
@@ -257,69 +265,78 @@ PREFERS_A = {"response_a": "a", "response_b": "b", "better": "a"}
         ),
     ],
 )
-def test_bad_feedback(keeping: Clients, body: dict[str, object], code: int, said: str) -> None:
-    before = keeping.rows()
+def test_bad_feedback(
+    clients: CallerClients, body: dict[str, object], code: int, message: str
+) -> None:
+    rows_before = clients.rows()
     content, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    answer = keeping.http.post("/feedback", content=content, headers=headers)
+    answer = clients.http.post("/feedback", content=content, headers=headers)
     assert answer.status_code == answer.json()["error"]["code"] == code
-    assert said in answer.json()["error"]["message"]
-    assert keeping.rows() == before
+    assert message in answer.json()["error"]["message"]
+    assert clients.rows() == rows_before
 
 
-def test_a_choice_that_there_is_not(keeping: Clients) -> None:
-    answer = keeping.client.chat.completions.create(
+def test_a_choice_that_there_is_not(clients: CallerClients) -> None:
+    answer = clients.client.chat.completions.create(
         model="assent-demo", messages=TURNS, max_tokens=4, n=2
     )
-    given = keeping.http.post("/feedback", json={"request_id": answer.id, "choice": 2})
-    assert given.status_code == 400
-    assert "choice 2 is not one of the 2" in given.json()["error"]["message"]
+    response = clients.http.post("/feedback", json={"request_id": answer.id, "choice": 2})
+    assert response.status_code == 400
+    assert "choice 2 is not one of the 2" in response.json()["error"]["message"]
 
 
-def test_a_locked_database_is_said_and_holds_up_nobody(keeping: Clients) -> None:
-    def lost() -> float:
-        return metric(keeping.running.url, "assent_feedback_lost_total")
+def test_a_locked_database_is_said_and_holds_up_nobody(clients: CallerClients) -> None:
+    def num_lost() -> float:
+        return metric(clients.running.url, "assent_feedback_lost_total")
 
-    before = lost()
-    other = sqlite3.connect(keeping.running.feedback)
-    other.execute("BEGIN EXCLUSIVE")
+    lost_before = num_lost()
+    connection = sqlite3.connect(clients.running.feedback)
+    connection.execute("BEGIN EXCLUSIVE")
     try:
         body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
         for _ in range(2):
-            chat = keeping.client.chat.completions.create(
+            chat = clients.client.chat.completions.create(
                 model="assent-demo", messages=TURNS, max_tokens=4, n=2
             )
             assert chat.choices
-        assert lost() < before + 2  # both would be, had the answers waited for the database
-        answer = keeping.http.post("/feedback", json=body)
+        assert (
+            num_lost() < lost_before + 2
+        )  # both would be lost if the answers waited for the database
+        answer = clients.http.post("/feedback", json=body)
         assert answer.status_code == 503 and answer.headers["Retry-After"]
         assert "database is locked" in answer.json()["error"]["message"]
     finally:
-        other.rollback()
-        other.close()
-    assert lost() == before + 2  # the chats' choices
-    assert keeping.http.post("/feedback", json=body).status_code == 201
+        connection.rollback()
+        connection.close()
+    assert num_lost() == lost_before + 2  # the chats' choices
+    assert clients.http.post("/feedback", json=body).status_code == 201
 
 
-def test_a_full_disk_is_said_and_ends_nothing(keeping: Clients) -> None:
-    """No file may grow, the server's log among them; what was acknowledged stays, and all goes on after."""
+def test_a_full_disk_is_said_and_ends_nothing(clients: CallerClients) -> None:
+    """No file can grow, not even the server's log. Acknowledged rows stay, and the server works again afterwards."""
     body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
-    before, lost = len(keeping.rows()), metric(keeping.running.url, "assent_feedback_lost_total")
-    process = psutil.Process(keeping.running.process.pid)
-    usual = process.rlimit(psutil.RLIMIT_FSIZE)
-    process.rlimit(psutil.RLIMIT_FSIZE, (0, usual[1]))
+    num_before, lost_before = (
+        len(clients.rows()),
+        metric(clients.running.url, "assent_feedback_lost_total"),
+    )
+    process = psutil.Process(clients.running.process.pid)
+    limits = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
     try:
-        refused = keeping.http.post("/feedback", json=body)
-        assert refused.status_code == 503 and refused.headers["Retry-After"]
-        assert "feedback could not be kept" in refused.json()["error"]["message"]
-        chat = keeping.client.chat.completions.create(
+        response = clients.http.post("/feedback", json=body)
+        assert response.status_code == 503 and response.headers["Retry-After"]
+        assert "feedback could not be kept" in response.json()["error"]["message"]
+        chat = clients.client.chat.completions.create(
             model="assent-demo", messages=TURNS, max_tokens=4, n=2
         )
         assert chat.choices
-        wait_until(lambda: metric(keeping.running.url, "assent_feedback_lost_total") == lost + 1)
+        wait_until(
+            lambda: metric(clients.running.url, "assent_feedback_lost_total") == lost_before + 1
+        )
     finally:
-        process.rlimit(psutil.RLIMIT_FSIZE, usual)
-    assert keeping.http.post("/feedback", json=body).status_code == 201
-    assert len(keeping.rows()) == before + 1
+        process.rlimit(psutil.RLIMIT_FSIZE, limits)
+    assert clients.http.post("/feedback", json=body).status_code == 201
+    assert len(clients.rows()) == num_before + 1
 
 
 def test_without_a_database(http: httpx.Client) -> None:

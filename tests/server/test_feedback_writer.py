@@ -1,4 +1,4 @@
-"""What is recorded of answers and kept of verdicts, without a server."""
+"""Which answers and verdicts are recorded, without a server."""
 
 import asyncio
 import json
@@ -15,16 +15,16 @@ from server.feedback_writer import FeedbackWriter, record_stream
 PROMPT = [Message(role="user", content="What is 2 + 2?")]
 
 
-def choice(index: int, end: str | None = None, **delta: Any) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": end}
+def choice(index: int, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish_reason}
 
 
-def called(index: int, **function: str) -> dict[str, Any]:
+def call_delta(index: int, **function: str) -> dict[str, Any]:
     return {"tool_calls": [{"index": index, "function": function}]}
 
 
-def heard(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
-    """The ids that a client sees of a stream, and what is recorded of it."""
+def record_events(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """The ids in a client's stream, and the messages that are recorded of it."""
     recorded: list[Any] = []
 
     async def chunks() -> AsyncGenerator[str, None]:
@@ -32,26 +32,29 @@ def heard(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
             yield f"data: {json.dumps({'id': 'theirs', 'choices': choices})}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def listened() -> list[str]:
+    async def collect() -> list[str]:
         return [chunk async for chunk in record_stream(chunks(), "ours", recorded.append)]
 
-    *passed, last = asyncio.run(listened())
+    *lines, last = asyncio.run(collect())
     assert last == "data: [DONE]\n\n"
-    return [json.loads(each.removeprefix("data: "))["id"] for each in passed], recorded
+    return [json.loads(line.removeprefix("data: "))["id"] for line in lines], recorded
 
 
 def test_choices_of_a_stream_are_put_together_again() -> None:
-    ids, (found,) = heard(
+    ids, (messages,) = record_events(
         [choice(1, content="Fi"), choice(0, role="assistant", content="")],
-        [choice(0, **called(0, name="add")), choice(1, content="ve.")],
-        [choice(0, **called(0, arguments='{"to": [2,')), choice(2, **called(0, name="add"))],
-        [choice(0, **called(0, arguments=" 2]}")), choice(1, "stop")],
-        [choice(0, "tool_calls"), choice(2, "length", **called(0, arguments='{"to": '))],
+        [choice(0, **call_delta(0, name="add")), choice(1, content="ve.")],
+        [
+            choice(0, **call_delta(0, arguments='{"to": [2,')),
+            choice(2, **call_delta(0, name="add")),
+        ],
+        [choice(0, **call_delta(0, arguments=" 2]}")), choice(1, "stop")],
+        [choice(0, "tool_calls"), choice(2, "length", **call_delta(0, arguments='{"to": '))],
         [],
     )
     assert ids == ["ours"] * 6
     call = {"name": "add", "arguments": '{"to": [2, 2]}'}
-    assert found == [
+    assert messages == [
         {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
         {"role": "assistant", "content": "Five.", "tool_calls": []},
         # A call that was cut short is a text.
@@ -60,23 +63,23 @@ def test_choices_of_a_stream_are_put_together_again() -> None:
 
 
 def test_a_stream_that_broke_off_is_not_remembered() -> None:
-    assert heard([choice(0, content="Four.")], [choice(1, "stop")]) == (["ours"] * 2, [])
-    assert heard([]) == (["ours"], [])
+    assert record_events([choice(0, content="Four.")], [choice(1, "stop")]) == (["ours"] * 2, [])
+    assert record_events([]) == (["ours"], [])
 
 
 def test_verdicts_from_which_nothing_can_be_learned_are_not_kept(tmp_path: Path) -> None:
     feedback = Feedback(str(tmp_path / "feedback.db"))
     feedback_writer = FeedbackWriter(feedback)
-    ended = [*PROMPT, Message(role="assistant", content="Well,")]
+    ended_prompt = [*PROMPT, Message(role="assistant", content="Well,")]
     questions = [
         Question(PROMPT, "", "Four."),
         Question(PROMPT, "Four.", ""),
         Question(PROMPT, "\ud83d", "Four."),
-        Question(ended, "Four.", "Five."),
+        Question(ended_prompt, "Four.", "Five."),
         Question(PROMPT, "Four.", "Five."),
     ]
-    first = PairResult({"overall": Verdict((0.9, 0.9))})
-    feedback_writer.record_verdicts(questions, [first] * 5, None, "alice")
+    pair_result = PairResult({"overall": Verdict((0.9, 0.9))})
+    feedback_writer.record_verdicts(questions, [pair_result] * 5, None, "alice")
     feedback_writer.thread.shutdown(wait=True)
     assert [(row.chosen, row.rejected) for row in feedback.rows()] == [
         ("Four.", ""),

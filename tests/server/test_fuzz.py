@@ -1,4 +1,4 @@
-"""Requests that nobody would send: whatever they say, the answer is no 5xx, and the engine lives."""
+"""Random and malformed requests: the answer is never a 5xx, and the engine survives."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ TEXTS = [
     *("", "aligned", "polite", "nobody", "assent-demo", "overall", "knock-out", "final-four"),
     *("../../etc/passwd", "aligned\x00", "ä\u202e🙂", "\ud800", "a" * 5000, "null", "1", "true"),
 ]
-OTHERS = [None, True, False, [], {}, [[]], {"": {}}, ["aligned"], {"proxy": "aligned"}, "NaN"]
+OTHER_VALUES = [None, True, False, [], {}, [[]], {"": {}}, ["aligned"], {"proxy": "aligned"}, "NaN"]
 FIELDS = {
     "proxy": ["aligned", "polite", "nobody", "", None],
     "strength": [0, 0.5, 1, 16, 16.1, -1],
@@ -43,7 +43,7 @@ JUDGE_FIELDS = {
     "seed": [0, 7, -1, 2**63],
     "more": [1],
 }
-AROUND = {
+REQUEST_FIELDS = {
     "n": [1, 2, 3, 0, -1, "2"],
     "stream": [True, False],
     "seed": [1, -1, 2**63, "x"],
@@ -60,7 +60,7 @@ AROUND = {
 }
 
 
-def anything(rng, depth=0):
+def random_value(rng, depth=0):
     """A value of any type; objects and lists a few levels deep, now and then very deep."""
     kind = rng.randrange(10)
     if kind < 3:
@@ -68,33 +68,35 @@ def anything(rng, depth=0):
     if kind < 6:
         return rng.choice(TEXTS)
     if kind < 8 or depth > 3:
-        return rng.choice(OTHERS)
+        return rng.choice(OTHER_VALUES)
     if kind == 8:
-        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {rng.choice(TEXTS): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(TEXTS): random_value(rng, depth + 1) for _ in range(rng.randrange(4))}
 
 
-def some_of(rng, fields):
+def random_fields(rng, fields):
     """Some of the fields, with values that fit, nearly fit, or are anything."""
-    found = {}
+    result = {}
     for name in rng.sample(list(fields), rng.randint(0, 3)):
-        usual = fields[name]
-        if rng.random() < 0.3 or usual is None:
-            found[name] = some_of(rng, JUDGE_FIELDS) if name == "judge" else anything(rng)
+        values = fields[name]
+        if rng.random() < 0.3 or values is None:
+            result[name] = (
+                random_fields(rng, JUDGE_FIELDS) if name == "judge" else random_value(rng)
+            )
         else:
-            found[name] = rng.choice(usual)
-    return found
+            result[name] = rng.choice(values)
+    return result
 
 
 def body_of(rng):
-    alignment = some_of(rng, FIELDS) if rng.random() < 0.9 else anything(rng)
+    alignment = random_fields(rng, FIELDS) if rng.random() < 0.9 else random_value(rng)
     body = {"model": "assent-demo", "messages": TURN, "max_tokens": 2, "alignment": alignment}
     if rng.random() < 0.4:
-        body |= some_of(rng, AROUND)
+        body |= random_fields(rng, REQUEST_FIELDS)
     text = json.dumps(body)
     if rng.random() < 0.02:  # cut, or doubled somewhere
-        place = rng.randrange(len(text))
-        text = text[:place] + (text[place - 1 :] if rng.random() < 0.5 else "")
+        position = rng.randrange(len(text))
+        text = text[:position] + (text[position - 1 :] if rng.random() < 0.5 else "")
     if rng.random() < 0.01:
         text = text.replace('"alignment": ', '"alignment": ' + "[" * 3000, 1)
     return text.encode()
@@ -105,31 +107,31 @@ def test_alignment_fields(server, http):
     bodies = [body_of(rng) for _ in range(CASES)]
 
     async def send_all():
-        waiting, statuses, failed = list(enumerate(bodies)), Counter(), []
+        pending, statuses, failures = list(enumerate(bodies)), Counter(), []
         async with httpx.AsyncClient(
             base_url=server.url, headers=HEADERS, timeout=WAIT_SECONDS
         ) as client:
 
-            async def work():
-                while waiting:
-                    _, body = waiting.pop()
+            async def worker():
+                while pending:
+                    _, body = pending.pop()
                     answer = await client.post("/v1/chat/completions", content=body)
                     statuses[answer.status_code] += 1
                     if answer.status_code >= 500:
-                        failed.append((answer.text[:300], body[:600]))
+                        failures.append((answer.text[:300], body[:600]))
 
-            await asyncio.gather(*(work() for _ in range(AT_ONCE)))
-        return statuses, failed
+            await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+        return statuses, failures
 
-    before = known_good(http)
-    statuses, failed = asyncio.run(send_all())
-    assert failed == []
+    expected = known_good(http)
+    statuses, failures = asyncio.run(send_all())
+    assert failures == []
     assert sum(statuses.values()) == CASES
     assert set(statuses) == {200, 400, 404}
     assert min(statuses[200], statuses[400]) > CASES / 10  # it reaches behind the validation, too
     assert http.get("/health").status_code == 200
-    assert known_good(http) == before
-    # No request is left behind that keeps a proxy.
+    assert known_good(http) == expected
+    # No request still holds a proxy.
     assert {proxy["in_flight"] for proxy in http.get("/proxies").json()["data"]} == {0}
 
 
@@ -138,21 +140,21 @@ def known_good(http):
     return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
 
 
-OURS = "^/(judge|proxies|feedback|v1/(chat/completions|completions|models))"
+OUR_ROUTES = "^/(judge|proxies|feedback|v1/(chat/completions|completions|models))"
 
 
 def test_every_route_of_ours(server, http, tmp_path):
-    """What fits its OpenAPI schema, and what nearly does."""
+    """Requests that fit its OpenAPI schema, and some that nearly do."""
     program = Path(sys.executable).with_name("st")
-    command = [program, "run", f"{server.url}/openapi.json", "--include-path-regex", OURS]
+    command = [program, "run", f"{server.url}/openapi.json", "--include-path-regex", OUR_ROUTES]
     command += ["--checks", "not_a_server_error", "--phases", "fuzzing", "--seed", "1"]
     # A busy machine may be slow at both.
     command += ["--request-timeout", str(WAIT_SECONDS), "--suppress-health-check", "too_slow"]
     command += ["--max-examples", "20", "-H", f"Authorization: Bearer {ADMIN_KEY}"]
-    kept = http.get("/proxies").json()["data"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
+    proxies_before = http.get("/proxies").json()["data"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    cases = re.search(r"(\d+) generated, (\d+) passed", result.stdout)
     assert cases is not None and cases[1] == cases[2] and int(cases[1]) > 100
-    assert http.get("/proxies").json()["data"] == kept
+    assert http.get("/proxies").json()["data"] == proxies_before
     assert known_good(http)["content"]

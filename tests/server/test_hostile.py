@@ -1,4 +1,4 @@
-"""Requests that want to exhaust the real server: each is refused soon, and others are answered meanwhile."""
+"""Requests that try to exhaust the real server: each is refused soon, and others are answered meanwhile."""
 
 import socket
 import threading
@@ -16,19 +16,19 @@ MIB = 2**20
 
 
 @pytest.fixture
-def others(server: Server):
-    """Somebody else, who asks again and again, and is answered every time."""
-    over, statuses = threading.Event(), Counter[int]()
+def other_client(server: Server):
+    """Another client, which sends requests all the time and gets an answer to each."""
+    stopped, statuses = threading.Event(), Counter[int]()
 
-    def ask() -> None:
+    def poll() -> None:
         with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as client:
-            while not statuses or not over.is_set():
+            while not statuses or not stopped.is_set():
                 statuses[client.get("/v1/models").status_code] += 1
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=poll)
     thread.start()
     yield
-    over.set()
+    stopped.set()
     thread.join()
     assert set(statuses) == {200}
 
@@ -48,13 +48,13 @@ def others(server: Server):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_small_body_eats_no_gigabytes(server, others, path, body):
+def test_a_small_body_eats_no_gigabytes(server, other_client, path, body):
     process = psutil.Process(server.process.pid)
-    before = process.memory_info().rss
+    rss_before = process.memory_info().rss
     answer = httpx.post(server.url + path, json=body, headers=HEADERS, timeout=60)
     assert answer.status_code in (400, 422), answer.text[:300]
     assert len(answer.content) < 20_000
-    assert process.memory_info().rss - before < 300 * MIB
+    assert process.memory_info().rss - rss_before < 300 * MIB
 
 
 TURNS = [
@@ -79,18 +79,18 @@ LONG_RESPONSE = "You can open it with a fork. " * 2000
     ],
     ids=["turns", "responses", "ranking"],
 )  # fmt: skip
-def test_texts_far_beyond_the_context_are_judged(server, others, path, body):
-    """The first two never came to an end before."""
+def test_texts_far_beyond_the_context_are_judged(server, other_client, path, body):
+    """The first two once ran without an end."""
     answer = httpx.post(server.url + path, json=body, headers=HEADERS, timeout=WAIT_SECONDS)
     assert answer.status_code == 200, answer.text[:300]
 
 
-def test_headers_without_an_end(server, others):
+def test_headers_without_an_end(server, other_client):
     address = urlsplit(server.url)
-    before = psutil.Process(server.process.pid).memory_info().rss
+    rss_before = psutil.Process(server.process.pid).memory_info().rss
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\n")
         with pytest.raises(OSError):
             for _ in range(3000):
                 connection.sendall(b"a: " + b"b" * 10_000 + b"\r\n")
-    assert psutil.Process(server.process.pid).memory_info().rss - before < 50 * MIB
+    assert psutil.Process(server.process.pid).memory_info().rss - rss_before < 50 * MIB

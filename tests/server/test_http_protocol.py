@@ -45,17 +45,17 @@ DISCONNECTED = threading.Event()
 
 
 async def echo(scope, receive, send):
-    """Says how long the body was; `/endless` never stops to send."""
-    length, more = 0, True
-    while more:
+    """Answers with the length of the body; `/endless` sends without an end."""
+    length, has_more = 0, True
+    while has_more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return
-        length, more = length + len(message["body"]), message["more_body"]
+        length, has_more = length + len(message["body"]), message["more_body"]
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/endless":
-        gone = asyncio.ensure_future(receive())
-        while not gone.done():
+        disconnect = asyncio.ensure_future(receive())
+        while not disconnect.done():
             await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
             await asyncio.sleep(0)
         DISCONNECTED.set()
@@ -63,8 +63,8 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": str(length).encode()})
 
 
-def received(connection: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the server closes."""
     connection.settimeout(10)
     data = b""
     try:
@@ -87,7 +87,7 @@ def test_pipelined_requests(address):
         connection.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" * 3)
         time.sleep(0.3)
         connection.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-        assert received(connection).count(b"200 OK") == 4
+        assert read_all(connection).count(b"200 OK") == 4
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_head_that_does_not_end(address, flood):
         start = time.monotonic()
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(line)
-        answer = received(connection)
+        answer = read_all(connection)
         assert time.monotonic() - start < 5
     # The kernel may throw the answer away where the client goes on sending.
     assert answer == b"" or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 408", b"HTTP/1.1 400"))
@@ -108,7 +108,7 @@ def test_a_head_that_does_not_end(address, flood):
 def test_the_answer_to_a_long_head_says_what_may_be_sent(address):
     with socket.create_connection(address) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\na: " + b"b" * 65_530)
-        answer = received(connection)
+        answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 431 ") and b"may have 65536 bytes" in answer
 
 
@@ -120,7 +120,7 @@ def test_a_request_that_does_not_end(address, beginning):
     with socket.create_connection(address) as connection:
         connection.sendall(beginning)
         start = time.monotonic()
-        answer = received(connection)
+        answer = read_all(connection)
         assert time.monotonic() - start < 5
     assert answer.startswith(b"HTTP/1.1 408 ")
 
@@ -139,7 +139,7 @@ def test_more_connections_than_there_may_be(address):
     connections = [socket.create_connection(address) for _ in range(20)]
     time.sleep(0.2)
     with socket.create_connection(address) as connection:
-        assert received(connection).startswith(b"HTTP/1.1 503 ")
+        assert read_all(connection).startswith(b"HTTP/1.1 503 ")
     for connection in connections:
         connection.close()
     time.sleep(0.2)
@@ -158,7 +158,7 @@ def test_a_client_that_reads_slowly(address):
     with socket.create_connection(address) as connection:
         connection.sendall(b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n")
         count = 0
-        end = time.monotonic() + 2  # four times what it may stand still
+        end = time.monotonic() + 2  # four times WRITE_SECONDS
         while time.monotonic() < end:
             count += len(connection.recv(2**20))
             time.sleep(0.01)

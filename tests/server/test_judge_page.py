@@ -23,7 +23,7 @@ def section(title: str) -> str:
 @pytest.mark.parametrize(("path", "body"), CURL.findall(PAGE))
 def test_commands(http: httpx.Client, path: str, body: str) -> None:
     answer = http.post(path, json=json.loads(body))
-    # This server keeps no feedback: what it says of a good request is that.
+    # This server stores no feedback, and refuses a good request for that reason.
     assert answer.status_code == (403 if path == "/feedback" else 200), answer.text
 
 
@@ -35,8 +35,8 @@ def test_principles(tmp_path: Path) -> None:
 
 def test_every_field_is_documented() -> None:
     rows = re.findall(r"^\| (`.*?) \|", section("Compare"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(JudgeRequest.model_fields)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented == set(JudgeRequest.model_fields)
     options = section("Best of N")
     assert all(f'"{name}"' in options for name in JudgeOptions.model_fields)
 

@@ -24,11 +24,11 @@ from tests.server.test_proxies import Ranks
 
 BASE = BaseModelId(name="llm", fingerprint="0" * 64)
 CONFIG = ProxyConfig(hidden_size=4, vocab_size=8, width=2)
-OURS, MINE = Spec("ours", ("person",)), Spec("mine", ("person",), own=True)
+SHARED_SPEC, OWN_SPEC = Spec("ours", ("person",)), Spec("mine", ("person",), own=True)
 
 
 class Servers:
-    """Of one root and one database, each with workers that note what they are told."""
+    """Servers of one root and one database, whose workers record their calls."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.directory = root, root / ".learn"
@@ -43,12 +43,12 @@ class Servers:
         return Learning(specs, feedback_writer, proxies, manifest, engine, engine, model={})
 
     def version(self, proxy: LearnedProxy, *callers: str) -> Path:
-        """A version of these callers' rows, younger than all before it."""
+        """A version of these callers' rows, newer than all before it."""
         rows = dict(enumerate(callers))
         age = len(versions(proxy.directory))
-        found = save_version(proxy.directory, ProxyNetwork(CONFIG), rows, base=BASE, training={})
-        os.utime(proxy.directory / found, (age, age))
-        return proxy.directory / found
+        version = save_version(proxy.directory, ProxyNetwork(CONFIG), rows, base=BASE, training={})
+        os.utime(proxy.directory / version, (age, age))
+        return proxy.directory / version
 
     def choose(self, caller: str) -> None:
         prompt = [{"role": "user", "content": "x"}]
@@ -60,7 +60,7 @@ def servers(tmp_path: Path) -> Servers:
     return Servers(tmp_path)
 
 
-def caller(name: str) -> Caller:
+def make_caller(name: str) -> Caller:
     return Caller(name, Limits(), identity=name)
 
 
@@ -73,12 +73,12 @@ def test_a_shared_name_falls_back_to_the_newest_version_without_the_forgotten(
     servers: Servers,
 ) -> None:
     async def run() -> None:
-        server = servers.make(OURS)
-        ours = LearnedProxy("ours", servers.directory)
-        old = servers.version(ours, "bob")
-        older_one = servers.version(ours, "bob", "carol")
-        live = servers.version(ours, "bob", "alice")
-        await serve(server, ours, live)
+        server = servers.make(SHARED_SPEC)
+        shared_proxy = LearnedProxy("ours", servers.directory)
+        old = servers.version(shared_proxy, "bob")
+        older = servers.version(shared_proxy, "bob", "carol")
+        live = servers.version(shared_proxy, "bob", "alice")
+        await serve(server, shared_proxy, live)
         for name in ("alice", "bob"):
             servers.choose(name)
         store = PositionStore(servers.directory)
@@ -87,34 +87,36 @@ def test_a_shared_name_falls_back_to_the_newest_version_without_the_forgotten(
         store.close()
         forgotten = await server.forget("alice")
         assert forgotten == {"preferences": 1, "answers": 0, "versions": 1}
-        assert {*versions(ours.directory)} == {old, older_one}
-        proxy = server.learned.find("ours", caller("bob"))
-        assert proxy is not None and proxy.version == older_one.name
-        path = f".learn/ours/{older_one.name}"
+        assert {*versions(shared_proxy.directory)} == {old, older}
+        proxy = server.learned.find("ours", make_caller("bob"))
+        assert proxy is not None and proxy.version == older.name
+        path = f".learn/ours/{older.name}"
         entry = server.learned._manifest.entries["ours"]
-        assert entry == Entry(path=path, version=older_one.name)
-        assert ours.read().seen == 0  # it is learned anew
+        assert entry == Entry(path=path, version=older.name)
+        assert shared_proxy.read().seen == 0  # it is learned anew
         assert [row.caller for row in servers.feedback.rows()] == ["bob"]
         store = PositionStore(servers.directory)
         assert (store.get("of alice"), store.get("of bob")) == (None, b"read")
-        # Who is in none of the versions changes none.
+        # A caller who is in none of the versions changes none.
         assert (await server.forget("dave"))["versions"] == 0
         assert (await server.forget("bob"))["versions"] == 2
-        assert server.learned.find("ours", caller("bob")) is None
+        assert server.learned.find("ours", make_caller("bob")) is None
 
     asyncio.run(run())
 
 
 def test_a_version_that_somebody_else_has_loaded_stays(servers: Servers) -> None:
     async def run() -> None:
-        server = servers.make(OURS)
-        ours, other = (LearnedProxy(name, servers.directory) for name in ("ours", "other"))
-        servers.version(ours, "alice")
-        ours.write(State())
-        await server.learned._proxies.load("ours", servers.version(other, "bob"))
+        server = servers.make(SHARED_SPEC)
+        shared_proxy, other_proxy = (
+            LearnedProxy(name, servers.directory) for name in ("ours", "other")
+        )
+        servers.version(shared_proxy, "alice")
+        shared_proxy.write(State())
+        await server.learned._proxies.load("ours", servers.version(other_proxy, "bob"))
         assert (await server.forget("alice"))["versions"] == 1
-        proxy = server.learned.find("ours", caller("bob"))
-        assert proxy is not None and proxy.version == versions(other.directory)[0].name
+        proxy = server.learned.find("ours", make_caller("bob"))
+        assert proxy is not None and proxy.version == versions(other_proxy.directory)[0].name
 
     asyncio.run(run())
 
@@ -125,31 +127,33 @@ def test_hundreds_of_keys_have_a_proxy_each_and_some_are_loaded(
     monkeypatch.setattr(learned_proxies, "MAX_LOADED", 3)
 
     async def run() -> None:
-        server = servers.make(MINE)
-        callers = [caller(f"key {i}") for i in range(6)]
+        server = servers.make(OWN_SPEC)
+        callers = [make_caller(f"key {i}") for i in range(6)]
         live = {}
-        for each in callers:
-            mine = server.learned.of(MINE, each.identity)
-            await serve(server, mine, version := servers.version(mine, each.identity))
-            live[each.name] = version.name
-        for each in callers:
-            assert server.learned.find("mine", each) is None  # nobody has asked
-            await server.learned.wake("mine", each)
-            proxy = server.learned.find("mine", each)
-            assert proxy is not None and proxy.version == live[each.name]
+        for caller in callers:
+            own_proxy = server.learned.of(OWN_SPEC, caller.identity)
+            await serve(server, own_proxy, version := servers.version(own_proxy, caller.identity))
+            live[caller.name] = version.name
+        for caller in callers:
+            assert server.learned.find("mine", caller) is None  # it was not asked for yet
+            await server.learned.wake("mine", caller)
+            proxy = server.learned.find("mine", caller)
+            assert proxy is not None and proxy.version == live[caller.name]
         await server.learned.wake("mine", callers[3])
         await server.learned.wake("mine", callers[0])
-        loaded = [each.name for each in callers if server.learned.find("mine", each) is not None]
+        loaded = [
+            caller.name for caller in callers if server.learned.find("mine", caller) is not None
+        ]
         assert loaded == ["key 0", "key 3", "key 5"]
         assert server.learned._proxies.names() == []
         # A version that another server has learned is found.
-        mine = server.learned.of(MINE, "key 0")
-        newer = servers.version(mine, "key 0")
-        mine.write(State(live=newer.name))
+        own_proxy = server.learned.of(OWN_SPEC, "key 0")
+        newer = servers.version(own_proxy, "key 0")
+        own_proxy.write(State(live=newer.name))
         await server.learned.wake("mine", callers[0])
         proxy = server.learned.find("mine", callers[0])
         assert proxy is not None and proxy.version == newer.name
-        mine.write(State(live=None))
+        own_proxy.write(State(live=None))
         await server.learned.wake("mine", callers[0])
         assert server.learned.find("mine", callers[0]) is None
 
@@ -157,7 +161,7 @@ def test_hundreds_of_keys_have_a_proxy_each_and_some_are_loaded(
 
 
 def test_of_several_servers_one_learns(servers: Servers) -> None:
-    first, second = servers.make(OURS), servers.make(OURS)
+    first, second = servers.make(SHARED_SPEC), servers.make(SHARED_SPEC)
     assert first._is_first() and first._is_first()
     assert not second._is_first()
     assert first._lock is not None
@@ -167,12 +171,12 @@ def test_of_several_servers_one_learns(servers: Servers) -> None:
 
 
 def test_a_damaged_state_is_begun_anew(servers: Servers) -> None:
-    ours = LearnedProxy("ours", servers.directory)
-    assert ours.read() == State()
-    ours.write(State(seen=7))
-    assert ours.read() == State(seen=7)
-    (ours.directory / "learned.json").write_text("{")
-    assert ours.read() == State()
+    proxy = LearnedProxy("ours", servers.directory)
+    assert proxy.read() == State()
+    proxy.write(State(seen=7))
+    assert proxy.read() == State(seen=7)
+    (proxy.directory / "learned.json").write_text("{")
+    assert proxy.read() == State()
 
 
 @pytest.mark.parametrize(

@@ -39,20 +39,20 @@ VERDICTS = 100
 
 
 @dataclass
-class Lesson:
+class LearningServer:
     url: str
     root: Path
     feedback: Path
     pid: int
 
-    def ask(self, caller: str, method: str, path: str, **more: Any) -> httpx.Response:
+    def ask(self, caller: str, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {KEYS[caller]}"}
         return httpx.request(
-            method, f"{self.url}{path}", headers=headers, timeout=WAIT_SECONDS, **more
+            method, f"{self.url}{path}", headers=headers, timeout=WAIT_SECONDS, **options
         )
 
     def choose(self, caller: str, count: int, seed: int) -> None:
-        """Verdicts by the gold scorer, without its noise."""
+        """Verdicts by the reference scorer, without its noise."""
         for prompt, better, worse in pairs(count, seed):
             body = {
                 "messages": user(prompt),
@@ -64,10 +64,10 @@ class Lesson:
             assert answer.status_code == 201, answer.text
 
     def learning(self, caller: str, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask(caller, "GET", f"/proxies/{name}/learn").json()
-        return found
+        status: dict[str, Any] = self.ask(caller, "GET", f"/proxies/{name}/learn").json()
+        return status
 
-    def has_looked(self, caller: str, name: str) -> bool:
+    def has_passed(self, caller: str, name: str) -> bool:
         return self.learning(caller, name)["last_pass"] is not None
 
     def chat(self, caller: str, proxy: str) -> httpx.Response:
@@ -82,7 +82,7 @@ class Lesson:
 
 
 def pairs(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
-    """Prompts, and of each a better and a worse answer."""
+    """Prompts, each with a better and a worse answer."""
     rng = random.Random(seed)
     prompts = draw_prompts(split_combinations(0)[0], rng)
     while count:
@@ -97,7 +97,7 @@ def pairs(count: int, seed: int) -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lesson]:
+def learning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearningServer]:
     directory = tmp_path_factory.mktemp("learning")
     root, feedback, access = (directory / name for name in ("root", "feedback.db", "access.toml"))
     root.mkdir()
@@ -108,35 +108,39 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lesson]:
     ]
     log = directory / "server.log"
     with serving(log, *flags, environment=ENVIRONMENT) as running:
-        yield Lesson(running.url, root, feedback, running.process.pid)
+        yield LearningServer(running.url, root, feedback, running.process.pid)
         assert "Traceback" not in log.read_text()
 
 
-def test_before_there_is_anything_to_learn_the_frozen_llm_answers(lesson: Lesson) -> None:
+def test_before_there_is_anything_to_learn_the_frozen_llm_answers(
+    learning_server: LearningServer,
+) -> None:
     for name in ("mine", "ours"):
-        answer = lesson.chat("alice", name)
+        answer = learning_server.chat("alice", name)
         assert answer.status_code == 200, answer.text
         assert answer.json()["alignment"]["proxy"] is None
         assert "Assent-Proxy" not in answer.headers
-        status = lesson.learning("alice", name)
+        status = learning_server.learning("alice", name)
         assert (status["live"], status["last_pass"], status["versions"]) == (None, None, [])
-    models = lesson.ask("alice", "GET", "/v1/models").json()["data"]
+    models = learning_server.ask("alice", "GET", "/v1/models").json()["data"]
     assert [model["id"] for model in models] == [MODEL, f"{MODEL}:mine", f"{MODEL}:ours"]
 
 
-def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -> None:
-    lesson.choose("alice", 3, seed=1)  # which the same again replace
-    lesson.choose("alice", VERDICTS, seed=1)
+def test_ones_own_choices_become_ones_own_proxy_and_everybodys(
+    learning_server: LearningServer,
+) -> None:
+    learning_server.choose("alice", 3, seed=1)  # the same choices below replace them
+    learning_server.choose("alice", VERDICTS, seed=1)
     for name in ("mine", "ours"):
-        wait_until(partial(lesson.has_looked, "alice", name))
-        # By itself it looked while they came in, and may have found too few of them.
-        lesson.ask("root", "POST", f"/proxies/{name}/learn")
-        status = lesson.learning("alice", name)
+        wait_until(partial(learning_server.has_passed, "alice", name))
+        # Its own pass may have run while they came in, with too few of them.
+        learning_server.ask("root", "POST", f"/proxies/{name}/learn")
+        status = learning_server.learning("alice", name)
         assert status["live"] is not None, status
-        looked = status["last_pass"]
-        assert (looked["rows"], looked["verdicts"]) == (VERDICTS + 3, VERDICTS)
-        assert looked["left_out"] == {"that a later one replaces": 3}
-        version, answer = status["live"], lesson.chat("alice", name)
+        last_pass = status["last_pass"]
+        assert (last_pass["rows"], last_pass["verdicts"]) == (VERDICTS + 3, VERDICTS)
+        assert last_pass["left_out"] == {"that a later one replaces": 3}
+        version, answer = status["live"], learning_server.chat("alice", name)
         assert (
             answer.json()["alignment"] | {"proxy": name, "version": version}
             == answer.json()["alignment"]
@@ -144,104 +148,118 @@ def test_ones_own_choices_become_ones_own_proxy_and_everybodys(lesson: Lesson) -
         assert answer.headers["Assent-Proxy"] == f"{name}@{version}"
         newest = status["versions"][0]
         assert newest["version"] == version and newest["learned"] == name
-        loaded = load(lesson.root / newest["path"], base=identify(str(DEMO / "model")))
+        loaded = load(learning_server.root / newest["path"], base=identify(str(DEMO / "model")))
         assert (loaded.version, loaded.config.top_k) == (version, 16)
-    by_name = lesson.ask("alice", "POST", "/v1/chat/completions", json={
+    by_name = learning_server.ask("alice", "POST", "/v1/chat/completions", json={
         "model": f"{MODEL}:mine", "messages": user("Hi"), "max_tokens": 4,
     }).json()  # fmt: skip
     assert by_name["model"] == f"{MODEL}:mine" and by_name["alignment"]["proxy"] == "mine"
-    # A restart, and other servers, find what all share.
-    entries = json.loads((lesson.root / "proxies.json").read_text())["proxies"]
+    # Restarted and other servers find the proxies that all callers share.
+    entries = json.loads((learning_server.root / "proxies.json").read_text())["proxies"]
     assert {*entries} == {"ours"}
 
 
-def test_nobody_else_can_use_or_see_it(lesson: Lesson) -> None:
-    status = lesson.learning("bob", "mine")
+def test_nobody_else_can_use_or_see_it(learning_server: LearningServer) -> None:
+    status = learning_server.learning("bob", "mine")
     assert (status["live"], status["versions"]) == (None, [])
-    assert lesson.chat("bob", "mine").json()["alignment"]["proxy"] is None
-    (owner,) = (path.name for path in (lesson.root / ".learn" / "mine").iterdir())
+    assert learning_server.chat("bob", "mine").json()["alignment"]["proxy"] is None
+    (owner,) = (path.name for path in (learning_server.root / ".learn" / "mine").iterdir())
     for name in (f"mine/{owner}", f"mine%2F{owner}", owner):
-        assert lesson.chat("bob", name).status_code == 404
+        assert learning_server.chat("bob", name).status_code == 404
     for path in ("/proxies", "/v1/models", "/metrics"):
         for caller in ("bob", "root"):
-            assert owner not in lesson.ask(caller, "GET", path).text
-    listed = lesson.ask("bob", "GET", "/proxies").json()["data"]
-    assert [proxy["name"] for proxy in listed] == ["ours"]
+            assert owner not in learning_server.ask(caller, "GET", path).text
+    proxies = learning_server.ask("bob", "GET", "/proxies").json()["data"]
+    assert [proxy["name"] for proxy in proxies] == ["ours"]
 
 
-def test_metrics_say_what_is_learned(lesson: Lesson) -> None:
+def test_metrics_say_what_is_learned(learning_server: LearningServer) -> None:
     for name in ("mine", "ours"):
-        assert metric(lesson.url, f'assent_learning_passes_total{{proxy="{name}",result="live"}}')
-        assert metric(lesson.url, f'assent_learning_verdicts{{proxy="{name}"}}') >= 10
-        assert 0.5 < metric(lesson.url, f'assent_learning_accuracy{{proxy="{name}"}}') <= 1.0
-        assert 0 < metric(lesson.url, f'assent_learning_kl{{proxy="{name}"}}') <= 0.5
+        assert metric(
+            learning_server.url, f'assent_learning_passes_total{{proxy="{name}",result="live"}}'
+        )
+        assert metric(learning_server.url, f'assent_learning_verdicts{{proxy="{name}"}}') >= 10
+        assert (
+            0.5 < metric(learning_server.url, f'assent_learning_accuracy{{proxy="{name}"}}') <= 1.0
+        )
+        assert 0 < metric(learning_server.url, f'assent_learning_kl{{proxy="{name}"}}') <= 0.5
     wait_until(
-        lambda: metric(lesson.url, 'assent_tokens_aligned_total{proxy="mine",version="own"}') > 0
+        lambda: (
+            metric(learning_server.url, 'assent_tokens_aligned_total{proxy="mine",version="own"}')
+            > 0
+        )
     )
 
 
-def test_an_administrator_may_have_it_learn_at_once(lesson: Lesson) -> None:
-    assert lesson.ask("alice", "POST", "/proxies/ours/learn").status_code == 403
-    (found,) = lesson.ask("root", "POST", "/proxies/ours/learn").json()["passes"]
-    assert found["verdicts"] == VERDICTS and found["version"] is None
-    assert "new to the live version" in found["reason"]
+def test_an_administrator_may_have_it_learn_at_once(learning_server: LearningServer) -> None:
+    assert learning_server.ask("alice", "POST", "/proxies/ours/learn").status_code == 403
+    (result,) = learning_server.ask("root", "POST", "/proxies/ours/learn").json()["passes"]
+    assert result["verdicts"] == VERDICTS and result["version"] is None
+    assert "new to the live version" in result["reason"]
     # Under any other name, too.
-    (found,) = lesson.ask("root", "POST", "/proxies/other/learn", json={"from": ["person"]}).json()[
-        "passes"
-    ]
-    assert found["version"] is not None
-    assert lesson.chat("bob", "other").json()["alignment"]["proxy"] == "other"
-    (found,) = lesson.ask("root", "POST", "/proxies/none/learn", json={"from": ["judge"]}).json()[
-        "passes"
-    ]
-    assert found["reason"].startswith("0 verdicts")
-    before = {*lesson.root.iterdir()}
+    (result,) = learning_server.ask(
+        "root", "POST", "/proxies/other/learn", json={"from": ["person"]}
+    ).json()["passes"]
+    assert result["version"] is not None
+    assert learning_server.chat("bob", "other").json()["alignment"]["proxy"] == "other"
+    (result,) = learning_server.ask(
+        "root", "POST", "/proxies/none/learn", json={"from": ["judge"]}
+    ).json()["passes"]
+    assert result["reason"].startswith("0 verdicts")
+    paths_before = {*learning_server.root.iterdir()}
     for name in ("x!", "%2e%2e", ".lock", ".positions.db"):  # a name is a directory's
         for method in ("GET", "POST"):
-            assert lesson.ask("root", method, f"/proxies/{name}/learn").status_code == 400
-    assert {*lesson.root.iterdir()} == before
-    assert lesson.ask("alice", "GET", "/proxies/unknown/learn").status_code == 404
+            assert learning_server.ask("root", method, f"/proxies/{name}/learn").status_code == 400
+    assert {*learning_server.root.iterdir()} == paths_before
+    assert learning_server.ask("alice", "GET", "/proxies/unknown/learn").status_code == 404
 
 
-def test_the_learners_process_may_die(lesson: Lesson) -> None:
+def test_the_learners_process_may_die(learning_server: LearningServer) -> None:
     answered = threading.Event()
 
-    def kill_it() -> None:
+    def kill_learner() -> None:
         while not answered.wait(0.1):
-            for process in psutil.Process(lesson.pid).children(recursive=True):
+            for process in psutil.Process(learning_server.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     if "training.learner" in process.cmdline():
                         process.kill()
 
-    killer = threading.Thread(target=kill_it)
+    killer = threading.Thread(target=kill_learner)
     killer.start()
-    answer = lesson.ask("root", "POST", "/proxies/dying/learn", json={"from": ["person"]})
+    answer = learning_server.ask("root", "POST", "/proxies/dying/learn", json={"from": ["person"]})
     answered.set()
     killer.join()
-    (found,) = answer.json()["passes"]
-    assert "process has ended" in found["error"]
-    assert metric(lesson.url, 'assent_learning_passes_total{proxy="dying",result="error"}') == 1
-    (found,) = lesson.ask("root", "POST", "/proxies/dying/learn").json()["passes"]
-    assert found["version"] is not None
-    assert lesson.ask("root", "DELETE", "/proxies/dying").status_code == 200
+    (result,) = answer.json()["passes"]
+    assert "process has ended" in result["error"]
+    assert (
+        metric(learning_server.url, 'assent_learning_passes_total{proxy="dying",result="error"}')
+        == 1
+    )
+    (result,) = learning_server.ask("root", "POST", "/proxies/dying/learn").json()["passes"]
+    assert result["version"] is not None
+    assert learning_server.ask("root", "DELETE", "/proxies/dying").status_code == 200
 
 
-def test_what_is_forgotten_is_gone_with_all_that_was_learned_of_it(lesson: Lesson) -> None:
-    lesson.choose("bob", 1, seed=2)
-    assert lesson.ask("bob", "DELETE", "/feedback?caller=alice").status_code == 403
-    learned = lesson.root / ".learn"
-    before = len([*learned.rglob("proxy.safetensors")])
-    assert before >= 3
-    forgotten = lesson.ask("alice", "DELETE", "/feedback").json()["forgotten"]
-    assert forgotten == {"preferences": VERDICTS + 3, "answers": 0, "versions": before}
-    assert not [*learned.rglob("proxy.safetensors")]
-    with sqlite3.connect(learned / ".positions.db") as positions:
-        assert positions.execute("SELECT COUNT(*) FROM positions").fetchone() == (0,)
-    with sqlite3.connect(lesson.feedback) as rows:
-        assert rows.execute("SELECT caller FROM preferences").fetchall() == [("bob",)]
+def test_what_is_forgotten_is_gone_with_all_that_was_learned_of_it(
+    learning_server: LearningServer,
+) -> None:
+    learning_server.choose("bob", 1, seed=2)
+    assert learning_server.ask("bob", "DELETE", "/feedback?caller=alice").status_code == 403
+    learn_directory = learning_server.root / ".learn"
+    num_versions = len([*learn_directory.rglob("proxy.safetensors")])
+    assert num_versions >= 3
+    forgotten = learning_server.ask("alice", "DELETE", "/feedback").json()["forgotten"]
+    assert forgotten == {"preferences": VERDICTS + 3, "answers": 0, "versions": num_versions}
+    assert not [*learn_directory.rglob("proxy.safetensors")]
+    with sqlite3.connect(learn_directory / ".positions.db") as positions_database:
+        assert positions_database.execute("SELECT COUNT(*) FROM positions").fetchone() == (0,)
+    with sqlite3.connect(learning_server.feedback) as feedback_database:
+        assert feedback_database.execute("SELECT caller FROM preferences").fetchall() == [("bob",)]
     for name in ("mine", "ours"):
-        assert lesson.chat("alice", name).json()["alignment"]["proxy"] is None
-    assert lesson.chat("alice", "other").status_code == 404
-    assert json.loads((lesson.root / "proxies.json").read_text()) == {"proxies": {}}
-    again = lesson.ask("root", "DELETE", "/feedback?caller=bob").json()["forgotten"]
-    assert again["preferences"] == 1
+        assert learning_server.chat("alice", name).json()["alignment"]["proxy"] is None
+    assert learning_server.chat("alice", "other").status_code == 404
+    assert json.loads((learning_server.root / "proxies.json").read_text()) == {"proxies": {}}
+    forgotten_again = learning_server.ask("root", "DELETE", "/feedback?caller=bob").json()[
+        "forgotten"
+    ]
+    assert forgotten_again["preferences"] == 1

@@ -1,4 +1,4 @@
-"""What docs/operations.md promises: that it names every metric, and every field of the log."""
+"""docs/operations.md names every metric, and every field of the log."""
 
 import re
 from pathlib import Path
@@ -18,13 +18,13 @@ def test_every_metric_is_documented():
 
     _counters()
     assert metrics and calibration  # imported for what they register
-    found = set()
+    names = set()
     for family in REGISTRY.collect():
         if family.name.startswith("assent_"):
-            found.add(family.name + ("_total" if family.type == "counter" else ""))
+            names.add(family.name + ("_total" if family.type == "counter" else ""))
     documented = set(re.findall(r"^\| `(assent_\w+)` \|", DOCS.read_text(), re.MULTILINE))
-    assert documented == found
-    assert len(found) > 15
+    assert documented == names
+    assert len(names) > 15
 
 
 @pytest.mark.parametrize("module", [metrics, calibration])
@@ -35,7 +35,7 @@ def test_the_docstrings_agree(module):
 
 
 def test_every_field_of_the_log_is_documented():
-    shown = re.findall(r'"(\w+)":', request_log.__doc__)
+    fields = re.findall(r'"(\w+)":', request_log.__doc__)
     documented = DOCS.read_text()
-    assert len(shown) > 12
-    assert not [name for name in shown if f"`{name}`" not in documented]
+    assert len(fields) > 12
+    assert not [name for name in fields if f"`{name}`" not in documented]

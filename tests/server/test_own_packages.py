@@ -33,11 +33,11 @@ def test_a_start_beside_another_proxy(tmp_path: Path) -> None:
     (tmp_path / "proxy" / "__init__.py").write_text("")
     code = f"import sys; sys.path.append({str(ROOT)!r}); from server.__main__ import main; main()"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert ended.returncode == 2
-    assert ended.stderr == (
+    assert result.returncode == 2
+    assert result.stderr == (
         f"python -m server: error: {tmp_path / 'proxy' / '__init__.py'} hides Assent's package 'proxy': rename it, or "
         "start from another directory\n"
     )

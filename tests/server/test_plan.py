@@ -11,8 +11,8 @@ from tests.server.conftest import API_KEY
 
 
 def row(name, win_rate, seconds, tokens):
-    proxy, _, n = name.partition(" ")
-    strategy = Strategy(None if proxy == "plain" else proxy, int(n))
+    proxy, _, num = name.partition(" ")
+    strategy = Strategy(None if proxy == "plain" else proxy, int(num))
     return Measured(strategy, win_rate, 0.01, seconds, 2 * seconds, tokens)
 
 
@@ -44,7 +44,7 @@ def test_the_fit_for_a_budget(seconds, tokens, name):
 
 
 def test_what_is_dominated():
-    names = [each.strategy.name for each in ROWS if plan.is_dominated(each, ROWS)]
+    names = [measured.strategy.name for measured in ROWS if plan.is_dominated(measured, ROWS)]
     assert names == ["plain, best of 4", "plain, best of 8"]
     assert not plan.is_dominated(ROWS[0], [ROWS[0], ROWS[0]])
 
@@ -67,16 +67,16 @@ def test_a_run(server, tmp_path, capsys, monkeypatch):
         concurrency=2,
     )
     plan.main(options)
-    rows = {each["way"]["proxy"]: [] for each in json.loads((tmp_path / "plan.json").read_text())}
-    for each in json.loads((tmp_path / "plan.json").read_text()):
-        rows[each["way"]["proxy"]].append(each)
-    assert [each["way"]["best_of"] for each in rows[None]] == [1, 2]
-    assert [each["way"]["best_of"] for each in rows["aligned"]] == [1, 2]
+    rows = {entry["way"]["proxy"]: [] for entry in json.loads((tmp_path / "plan.json").read_text())}
+    for entry in json.loads((tmp_path / "plan.json").read_text()):
+        rows[entry["way"]["proxy"]].append(entry)
+    assert [entry["way"]["best_of"] for entry in rows[None]] == [1, 2]
+    assert [entry["way"]["best_of"] for entry in rows["aligned"]] == [1, 2]
     assert rows[None][0]["win_rate"] == 0.5
     assert rows["aligned"][1]["tokens"] > 2 * rows["aligned"][0]["tokens"]
-    assert all(0 < each["seconds"] <= each["seconds_95"] * 1.5 for each in rows["aligned"])
-    first = capsys.readouterr().out
-    assert "→" in first and "aligned, best of 2" in first
+    assert all(0 < entry["seconds"] <= entry["seconds_95"] * 1.5 for entry in rows["aligned"])
+    printed = capsys.readouterr().out
+    assert "→" in printed and "aligned, best of 2" in printed
     plan.main(Options(measured=tmp_path / "plan.json", max_tokens=1))
     assert "Nothing is within the budget" in capsys.readouterr().out
 

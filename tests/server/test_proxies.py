@@ -12,12 +12,12 @@ from server.proxies import Proxies, ProxyStateError, check_name, find_below
 
 
 class Ranks:
-    """Two ranks that note what they are told; `wrong` changes the second one's answer to a load."""
+    """Two ranks that record their calls; `change_second` changes the second one's answer to a load."""
 
     def __init__(self):
         self.loaded = set()
         self.calls = []
-        self.wrong = lambda answer: answer
+        self.change_second = lambda answer: answer
         self.unloads_fail = False
 
     async def collective_rpc(self, method, *, args):
@@ -28,7 +28,7 @@ class Ranks:
             version = load(directory, base=None).version
             self.loaded.add((name, version))
             answer = {"name": name, "version": version, "directory": directory}
-            return [answer, self.wrong(dict(answer))]
+            return [answer, self.change_second(dict(answer))]
         assert method == "unload_proxy"
         if self.unloads_fail:
             raise RuntimeError("the engine is busy dying")
@@ -42,27 +42,27 @@ def in_flight(proxies):
     return [(proxy.state, proxy.in_flight) for proxy in proxies]
 
 
-async def settle(proxies):
+async def wait_for_sweeps(proxies):
     while proxies._sweeps:
         await asyncio.sleep(0.001)
 
 
 def test_ranks_that_disagree_load_nothing(proxy_root):
-    async def run(wrong):
+    async def run(change_second):
         ranks = Ranks()
-        ranks.wrong = wrong
+        ranks.change_second = change_second
         proxies = Proxies(ranks)
         with pytest.raises(ProxyStateError) as error:
             await proxies.load("a", proxy_root / "v1")
         assert (list(proxies), proxies.names(), ranks.loaded) == ([], [], set())
         return error.value
 
-    another = asyncio.run(run(lambda answer: answer | {"version": "0" * 12}))
-    assert another.status == 409
-    assert "changed while it was loaded" in str(another)
-    assert "0" * 12 in str(another)
-    silent = asyncio.run(run(lambda answer: {}))
-    assert silent.status == 409
+    mismatch = asyncio.run(run(lambda answer: answer | {"version": "0" * 12}))
+    assert mismatch.status == 409
+    assert "changed while it was loaded" in str(mismatch)
+    assert "0" * 12 in str(mismatch)
+    missing_version = asyncio.run(run(lambda answer: {}))
+    assert missing_version.status == 409
 
 
 def test_a_failed_load_leaves_the_one_before(proxy_root):
@@ -71,7 +71,7 @@ def test_a_failed_load_leaves_the_one_before(proxy_root):
         proxies = Proxies(ranks)
         first, _ = await proxies.load("a", proxy_root / "v1")
         proxies.pin(first)
-        ranks.wrong = lambda answer: {"error": "out of memory"}
+        ranks.change_second = lambda answer: {"error": "out of memory"}
         with pytest.raises(ProxyStateError):
             await proxies.load("a", proxy_root / "v2")
         assert proxies.bound("a") is first
@@ -91,10 +91,10 @@ def test_only_the_last_request_takes_a_version_with_it(proxy_root):
         new, _ = await proxies.load("a", proxy_root / "v2")
         assert in_flight(proxies) == [("draining", 2), ("serving", 0)]
         proxies.unpin(old)
-        await settle(proxies)
+        await wait_for_sweeps(proxies)
         assert ranks.loaded == {("a", old.version), ("a", new.version)}
         proxies.unpin(old)
-        await settle(proxies)
+        await wait_for_sweeps(proxies)
         assert ranks.loaded == {("a", new.version)}
         assert old.state == "unloaded"
         assert list(proxies) == [new]
@@ -103,7 +103,7 @@ def test_only_the_last_request_takes_a_version_with_it(proxy_root):
 
 
 def test_a_version_that_comes_back_just_then_stays(proxy_root):
-    """Its last request ends, and before it is swept out its name stands for it again."""
+    """Its last request ends, and before it is swept out its name is bound to it again."""
 
     async def run():
         ranks = Ranks()
@@ -113,10 +113,10 @@ def test_a_version_that_comes_back_just_then_stays(proxy_root):
         await proxies.load("a", proxy_root / "v2")
         proxies.unpin(old)  # the sweep waits for its turn
         await proxies.load("a", proxy_root / "v1")
-        await settle(proxies)
-        (back,) = proxies
-        assert proxies.bound("a") is back
-        assert back.version == old.version
+        await wait_for_sweeps(proxies)
+        (reloaded,) = proxies
+        assert proxies.bound("a") is reloaded
+        assert reloaded.version == old.version
         assert {version for _, version in ranks.loaded} == {old.version}
 
     asyncio.run(run())
@@ -188,8 +188,8 @@ def test_adapters_are_listed_with_every_proxy(proxy_root):
         scope = {CALLER: SimpleNamespace(admin=True)}
         return await list_models(SimpleNamespace(app=SimpleNamespace(state=state), scope=scope))
 
-    listed = {card["id"]: card["parent"] for card in asyncio.run(run())["data"]}
-    assert listed == {
+    parents = {card["id"]: card["parent"] for card in asyncio.run(run())["data"]}
+    assert parents == {
         "llm": None,
         "adapter": "llm",
         "llm:a": "llm",

@@ -26,7 +26,7 @@ KIND = {"kind": "proxy", "proxy": "aligned"}
 
 @pytest.fixture(scope="module")
 def rewards() -> list[float]:
-    """What training makes of the responses, in transformers and float32."""
+    """The training's reward of each response, in transformers and float32."""
     frozen = frozen_of(DEMO / "model")
     reward = load_reward(str(DEMO / "proxies" / "aligned"), frozen)
     samples = [Sample([], "", *response_ids(frozen.tokenizer, TURNS, text)) for text in RESPONSES]
@@ -45,7 +45,7 @@ def test_verdicts_are_those_of_the_trainings_reward(
     answer = http.post("/judge", json=body | KIND).json()
     for (a, b), verdict in zip(pairs, answer["verdicts"], strict=True):
         expected = 1 / (1 + math.exp(-BETA * (rewards[a] - rewards[b])))
-        # The coarser grid of the training's law: 5e-4 of a probability, at a dozen tokens.
+        # The training's coarser grid: 5e-4 of a probability, at a dozen tokens.
         assert verdict["probability"] == pytest.approx(expected, abs=0.01)
         assert verdict["orders"] == [verdict["probability"]] * 2
         assert {*verdict["principles"]} == {"proxy"}
@@ -54,32 +54,32 @@ def test_verdicts_are_those_of_the_trainings_reward(
 
 def test_a_ranking_is_that_of_the_rewards(http: httpx.Client, rewards: list[float]) -> None:
     body = {"prompt": QUESTION, "responses": RESPONSES, "strategy": "round-robin", "seed": 1}
-    found = http.post("/judge/rank", json=body | KIND).json()
+    record = http.post("/judge/rank", json=body | KIND).json()
     order = sorted(range(len(RESPONSES)), key=lambda i: -rewards[i])
-    assert found["ranking"] == order
+    assert record["ranking"] == order
 
 
 def test_the_best_of_several_by_a_proxy(http: httpx.Client) -> None:
-    def ask(**more: object) -> dict[str, object]:
-        body = {"model": MODEL, "messages": TURNS, "max_tokens": 24, "seed": 1, **more}
+    def complete(**fields: object) -> dict[str, object]:
+        body = {"model": MODEL, "messages": TURNS, "max_tokens": 24, "seed": 1, **fields}
         answer = http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    best = ask(alignment={"best_of": 4, "judge": KIND})
-    judged = best["alignment"]["judge"]  # type: ignore[index]
-    assert (judged["kind"], judged["principles"]) == ("proxy", [])
-    samples = [choice["message"]["content"] for choice in ask(n=4)["choices"]]  # type: ignore[attr-defined]
+    best = complete(alignment={"best_of": 4, "judge": KIND})
+    record = best["alignment"]["judge"]  # type: ignore[index]
+    assert (record["kind"], record["principles"]) == ("proxy", [])
+    samples = [choice["message"]["content"] for choice in complete(n=4)["choices"]]  # type: ignore[attr-defined]
     winner = best["choices"][0]["message"]["content"]  # type: ignore[index]
-    assert winner == samples[judged["ranking"][0]]
-    # Each the best of those that it met, and so of all.
+    assert winner == samples[record["ranking"][0]]
+    # It is the best of all.
     body = {"prompt": QUESTION, "responses": samples, "strategy": "round-robin"}
     ranking = http.post("/judge/rank", json=body | KIND).json()["ranking"]
     assert winner == samples[ranking[0]]
 
 
 @pytest.mark.parametrize(
-    ("more", "status", "said"),
+    ("judge_fields", "status", "message"),
     [
         ({"kind": "proxy"}, 400, "go together"),
         ({"proxy": "aligned"}, 400, "go together"),
@@ -89,12 +89,16 @@ def test_the_best_of_several_by_a_proxy(http: httpx.Client) -> None:
     ],
 )
 def test_what_cannot_be(
-    http: httpx.Client, more: dict[str, object], status: int, said: str
+    http: httpx.Client, judge_fields: dict[str, object], status: int, message: str
 ) -> None:
     pair = {"prompt": QUESTION, "response_a": "x", "response_b": "y"}
-    answer = http.post("/judge", json=pair | more)
-    assert answer.status_code == status and said in answer.text
-    if "rationale" not in more:
-        body = {"model": MODEL, "messages": TURNS, "alignment": {"best_of": 2, "judge": more}}
+    answer = http.post("/judge", json=pair | judge_fields)
+    assert answer.status_code == status and message in answer.text
+    if "rationale" not in judge_fields:
+        body = {
+            "model": MODEL,
+            "messages": TURNS,
+            "alignment": {"best_of": 2, "judge": judge_fields},
+        }
         answer = http.post("/v1/chat/completions", json=body)
-        assert answer.status_code == status and said in answer.text
+        assert answer.status_code == status and message in answer.text

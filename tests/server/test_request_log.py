@@ -1,4 +1,4 @@
-"""One line for every request: what it was, what it took, and nothing of what was said."""
+"""One line for every request: its kind and its cost, without its texts."""
 
 import asyncio
 import json
@@ -15,21 +15,21 @@ SECRET = "Can I open my kettle with a fork?"
 
 
 def lines_of(server, mark=None):
-    found = []
+    lines = []
     for text in server.log.read_text(errors="replace").splitlines():
         if text.startswith('{"time": '):
             line = json.loads(text)
             if mark is None or mark in json.dumps(line):
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
 def line_of(server, mark):
     """The line of the one request that has the mark in its id or path."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
-        if found := lines_of(server, mark):
-            (line,) = found
+        if lines := lines_of(server, mark):
+            (line,) = lines
             return line
         time.sleep(0.05)
     pytest.fail(f"no line of {mark}: {server.log_tail()}")
@@ -91,28 +91,28 @@ def test_who_is_turned_away(server):
     assert (line["status"], line["caller"]) == (403, "limited")
 
 
-async def ask_and_go(url, body, mark):
-    """Hang up as soon as the request is under way."""
+async def send_and_cancel(url, body, mark):
+    """Disconnect as soon as the request is in flight."""
     headers = {"Authorization": f"Bearer {API_KEY}"}
     proxies = url.replace("/v1/chat/completions", "/proxies")
     async with httpx.AsyncClient(headers=headers, timeout=WAIT_SECONDS) as client:
-        asking = asyncio.create_task(client.post(url, json=body, headers={"X-Request-Id": mark}))
+        task = asyncio.create_task(client.post(url, json=body, headers={"X-Request-Id": mark}))
         in_flight = 0
         while not in_flight:
             data = (await client.get(proxies)).json()["data"]
             in_flight = sum(proxy["in_flight"] for proxy in data)
-        asking.cancel()
+        task.cancel()
         with suppress(asyncio.CancelledError):
-            await asking
+            await task
 
 
 def test_a_client_that_goes(server, http):
-    def cancelled():
+    def num_cancelled():
         text = http.get("/metrics").text
         name = 'assent_requests_cancelled_total{path="/v1/chat/completions"}'
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
-    before, mark = cancelled(), uuid.uuid4().hex
+    cancelled_before, mark = num_cancelled(), uuid.uuid4().hex
     body = {
         "model": "assent-demo:aligned",
         "messages": [{"role": "user", "content": "Hi."}],
@@ -128,24 +128,24 @@ def test_a_client_that_goes(server, http):
     assert line["complete"] is False and line["tokens"]["completion"] < 900
     for samples in (1, 4):
         mark = uuid.uuid4().hex
-        several = {"stream": False, "alignment": {"best_of": samples}}
-        asyncio.run(ask_and_go(url, body | several, mark))
+        options = {"stream": False, "alignment": {"best_of": samples}}
+        asyncio.run(send_and_cancel(url, body | options, mark))
         line = line_of(server, mark)
         assert line["complete"] is False and line["status"] is None
         tokens = line["proxy_counts"]["accepted"] + line["proxy_counts"]["forced"]
         assert tokens < samples * 900  # none of them went on to its end
-    assert cancelled() == before + 3
+    assert num_cancelled() == cancelled_before + 3
 
 
 def test_health_and_metrics_leave_no_line(server, http):
     assert http.get("/metrics").status_code == http.get("/health").status_code == 200
     _, line = send(server, {"model": "assent-demo"})  # written after any line of theirs
     assert line["status"] == 200
-    assert not {each["path"] for each in lines_of(server)} & {"/metrics", "/health"}
+    assert not {logged["path"] for logged in lines_of(server)} & {"/metrics", "/health"}
 
 
-def test_texts_where_they_are_asked_for(keeping_server):
-    answer, line = send(keeping_server, {"model": "assent-demo", "n": 2, "seed": 3})
+def test_texts_where_they_are_asked_for(feedback_server):
+    answer, line = send(feedback_server, {"model": "assent-demo", "n": 2, "seed": 3})
     texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
     assert line["completions"] == texts
     assert line["request"]["messages"][0]["content"] == SECRET

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.server.test_bad_requests import refused
+from tests.server.test_bad_requests import assert_refused
 
 MESSAGES = [{"role": "user", "content": "How do I look after my freezer?"}]
 PROMPT = "<|user|>How do I look after my freezer?<|end|><|assistant|>"
 
 # route -> a small request, without the model
-SPEAKING: dict[str, dict[str, Any]] = {
+ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 8},
     "/v1/chat/completions/batch": {"messages": [MESSAGES, MESSAGES], "max_tokens": 8},
     "/v1/completions": {"prompt": PROMPT, "max_tokens": 8},
@@ -21,12 +21,12 @@ SPEAKING: dict[str, dict[str, Any]] = {
     "/inference/v1/generate": {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 8}},
     "/invocations": {"messages": MESSAGES, "max_tokens": 8},
 }
-STREAMING = sorted(set(SPEAKING) - {"/v1/chat/completions/batch"})
+STREAMING_ROUTES = sorted(set(ROUTES) - {"/v1/chat/completions/batch"})
 
 
-def aligned_tokens(http, proxy="aligned"):
-    """How many tokens the proxy has let through since the server started."""
-    # Asking for some request's counts makes the worker bring its counters up to date.
+def num_aligned_tokens(http, proxy="aligned"):
+    """How many tokens the proxy has decided since the server started."""
+    # Taking a request's counts makes the worker update its counters.
     body = {"model": "assent-demo:polite", "messages": MESSAGES, "max_tokens": 1}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
     return sum(
@@ -37,7 +37,9 @@ def aligned_tokens(http, proxy="aligned"):
 
 
 def version_of(http, name):
-    (version,) = (p["version"] for p in http.get("/proxies").json()["data"] if p["name"] == name)
+    (version,) = (
+        proxy["version"] for proxy in http.get("/proxies").json()["data"] if proxy["name"] == name
+    )
     return version
 
 
@@ -49,92 +51,92 @@ def events(answer):
     ]
 
 
-@pytest.mark.parametrize("path", sorted(SPEAKING))
+@pytest.mark.parametrize("path", sorted(ROUTES))
 def test_the_models_name_chooses_a_proxy_on_every_route(http, path):
-    before = aligned_tokens(http)
-    body = SPEAKING[path] | {"model": "assent-demo:aligned"}
+    num_before = num_aligned_tokens(http)
+    body = ROUTES[path] | {"model": "assent-demo:aligned"}
     answer = http.post(path, json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == "assent-demo:aligned"
     assert answer.headers["assent-proxy"] == f"aligned@{version_of(http, 'aligned')}"
-    said = answer.json()["usage"]
-    assert aligned_tokens(http) - before == said.get("completion_tokens", said.get("output_tokens"))
+    usage = answer.json()["usage"]
+    assert num_aligned_tokens(http) - num_before == usage.get(
+        "completion_tokens", usage.get("output_tokens")
+    )
 
 
-@pytest.mark.parametrize("path", STREAMING)
+@pytest.mark.parametrize("path", STREAMING_ROUTES)
 def test_streamed_as_well(http, path):
-    before = aligned_tokens(http)
-    answer = http.post(path, json=SPEAKING[path] | {"model": "assent-demo:aligned", "stream": True})
+    num_before = num_aligned_tokens(http)
+    answer = http.post(path, json=ROUTES[path] | {"model": "assent-demo:aligned", "stream": True})
     assert answer.status_code == 200, answer.text
     assert answer.headers["assent-proxy"] == f"aligned@{version_of(http, 'aligned')}"
-    assert 0 < aligned_tokens(http) - before <= 8
-    named = [
+    assert 0 < num_aligned_tokens(http) - num_before <= 8
+    models = [
         event.get("model") or event.get("message", event.get("response", {})).get("model")
         for event in events(answer)
     ]
-    assert set(named) - {None} <= {"assent-demo:aligned"}
+    assert set(models) - {None} <= {"assent-demo:aligned"}
     if path != "/inference/v1/generate":  # whose chunks name no model
-        assert "assent-demo:aligned" in named
+        assert "assent-demo:aligned" in models
 
 
-@pytest.mark.parametrize("path", sorted(SPEAKING))
+@pytest.mark.parametrize("path", sorted(ROUTES))
 def test_without_a_proxy_nothing_is_said_of_one(http, path):
-    before = aligned_tokens(http)
-    answer = http.post(path, json=SPEAKING[path] | {"model": "assent-demo"})
+    num_before = num_aligned_tokens(http)
+    answer = http.post(path, json=ROUTES[path] | {"model": "assent-demo"})
     assert answer.status_code == 200
     assert answer.json()["model"] == "assent-demo"
     assert "assent-proxy" not in answer.headers
     assert "alignment" not in answer.json()
-    assert aligned_tokens(http) == before
+    assert num_aligned_tokens(http) == num_before
 
 
-@pytest.mark.parametrize("path", sorted(SPEAKING))
+@pytest.mark.parametrize("path", sorted(ROUTES))
 def test_the_alignment_object_is_understood_on_every_route(http, path):
     """With no rejections allowed every proxy gives the most probable tokens."""
-    forced = {"proxy": "aligned", "max_rejections": 0}
-    asked = SPEAKING[path] | {"model": "assent-demo", "alignment": forced}
-    once, again = http.post(path, json=asked), http.post(path, json=asked)
-    assert once.headers["assent-proxy"].split("@")[0] == "aligned"
+    alignment = {"proxy": "aligned", "max_rejections": 0}
+    body = ROUTES[path] | {"model": "assent-demo", "alignment": alignment}
+    first, second = http.post(path, json=body), http.post(path, json=body)
+    assert first.headers["assent-proxy"].split("@")[0] == "aligned"
 
-    def said(answer):
-        drop = {"id", "created", "created_at", "request_id", "system_fingerprint"}
-        data = {key: value for key, value in answer.json().items() if key not in drop}
+    def without_ids(answer):
+        random_keys = {"id", "created", "created_at", "request_id", "system_fingerprint"}
+        data = {key: value for key, value in answer.json().items() if key not in random_keys}
         for item in data.get("output", ()):
             item.pop("id", None)
         return data
 
-    assert said(once) == said(again)
-    asked["alignment"] = {"proxy": "aligned", "strength": -1}
-    refused(http.post(path, json=asked), 400, "strength")
+    assert without_ids(first) == without_ids(second)
+    body["alignment"] = {"proxy": "aligned", "strength": -1}
+    assert_refused(http.post(path, json=body), 400, "strength")
 
 
-@pytest.mark.parametrize("path", sorted(SPEAKING))
+@pytest.mark.parametrize("path", sorted(ROUTES))
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unknown_proxy(http, path, stream):
-    if stream and path not in STREAMING:
+    if stream and path not in STREAMING_ROUTES:
         stream = False
     for change in ({"model": "assent-demo:stern"}, {"alignment": {"proxy": "stern"}}):
-        answer = http.post(path, json=SPEAKING[path] | {"stream": stream} | change)
-        refused(answer, 404, "'stern'", "aligned, polite")
+        answer = http.post(path, json=ROUTES[path] | {"stream": stream} | change)
+        assert_refused(answer, 404, "'stern'", "aligned, polite")
 
 
-@pytest.mark.parametrize("path", sorted(set(SPEAKING) - {"/v1/chat/completions"}))
+@pytest.mark.parametrize("path", sorted(set(ROUTES) - {"/v1/chat/completions"}))
 def test_best_of_is_for_chat_only(http, path):
-    answer = http.post(path, json=SPEAKING[path] | {"alignment": {"best_of": 2}})
-    refused(answer, 400, "best_of", "/v1/chat/completions only")
+    answer = http.post(path, json=ROUTES[path] | {"alignment": {"best_of": 2}})
+    assert_refused(answer, 400, "best_of", "/v1/chat/completions only")
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(SPEAKING) - {"/v1/chat/completions", "/v1/completions"})
-)
+@pytest.mark.parametrize("path", sorted(set(ROUTES) - {"/v1/chat/completions", "/v1/completions"}))
 def test_a_trace_needs_an_answer_that_can_carry_it(http, path):
-    asked = {"alignment": {"proxy": "aligned", "trace": True}}
-    refused(http.post(path, json=SPEAKING[path] | asked), 400, "trace")
+    fields = {"alignment": {"proxy": "aligned", "trace": True}}
+    assert_refused(http.post(path, json=ROUTES[path] | fields), 400, "trace")
 
 
 def test_a_proxy_does_not_go_with_a_background_response(http):
     body = {"model": "assent-demo:aligned", "input": "Hi.", "background": True}
-    refused(http.post("/v1/responses", json=body), 400, "background")
+    assert_refused(http.post("/v1/responses", json=body), 400, "background")
 
 
 @pytest.mark.parametrize(
@@ -150,18 +152,22 @@ def test_a_proxy_does_not_go_with_a_background_response(http):
     ],
 )
 def test_other_routes_refuse_a_proxy(http, path):
-    refused(http.post(path, json={"model": "assent-demo:aligned"}), 400, "'aligned'", path)
-    refused(http.post(path, json={"alignment": {"proxy": "aligned"}}), 400, "`alignment`", path)
+    assert_refused(http.post(path, json={"model": "assent-demo:aligned"}), 400, "'aligned'", path)
+    assert_refused(
+        http.post(path, json={"alignment": {"proxy": "aligned"}}), 400, "`alignment`", path
+    )
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
 def test_counting_tokens_takes_the_models_name_with_a_proxy(http, path):
     with_proxy = http.post(path, json={"model": "assent-demo:aligned", "messages": MESSAGES})
-    without = http.post(path, json={"model": "assent-demo", "messages": MESSAGES})
-    assert with_proxy.json() == without.json()
-    unknown = {"model": "assent-demo:stern", "messages": MESSAGES}
-    refused(http.post(path, json=unknown), 404, "'stern'")
-    refused(http.post(path, json=unknown | {"alignment": {}, "model": "assent-demo"}), 400, path)
+    without_proxy = http.post(path, json={"model": "assent-demo", "messages": MESSAGES})
+    assert with_proxy.json() == without_proxy.json()
+    unknown_body = {"model": "assent-demo:stern", "messages": MESSAGES}
+    assert_refused(http.post(path, json=unknown_body), 404, "'stern'")
+    assert_refused(
+        http.post(path, json=unknown_body | {"alignment": {}, "model": "assent-demo"}), 400, path
+    )
 
 
 # --- nonsense in raw extra arguments ---
@@ -182,29 +188,29 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize("path", sorted(SPEAKING))
+@pytest.mark.parametrize("path", sorted(ROUTES))
 @pytest.mark.parametrize("nonsense", NONSENSE)
 def test_nonsense_in_extra_arguments(http, path, nonsense):
-    body = json.loads(json.dumps(SPEAKING[path] | {"model": "assent-demo"}))
+    body = json.loads(json.dumps(ROUTES[path] | {"model": "assent-demo"}))
     if path == "/inference/v1/generate":
         body["sampling_params"]["extra_args"] = "@"
     else:
         body["vllm_xargs"] = "@"
-    for stream in [False] + [True] * (path in STREAMING):
+    for stream in [False] + [True] * (path in STREAMING_ROUTES):
         content = json.dumps(body | {"stream": stream}).replace('"@"', nonsense)
         answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
-        said = ["reserved"] if "alignment" in nonsense else []
+        expected = ["reserved"] if "alignment" in nonsense else []
         assert answer.status_code == 400, answer.text
-        assert all(word in answer.text for word in said)
+        assert all(word in answer.text for word in expected)
     assert http.get("/health").status_code == 200
 
 
 def test_extra_arguments_that_make_sense_still_pass(http):
-    body = SPEAKING["/v1/completions"] | {"model": "assent-demo:aligned", "seed": 1}
-    plain = http.post("/v1/completions", json=body).json()
-    extra = http.post("/v1/completions", json=body | {"vllm_xargs": {"mine": [1, "a"]}}).json()
-    assert extra["choices"] == plain["choices"]
-    assert extra["alignment"] == plain["alignment"]
+    body = ROUTES["/v1/completions"] | {"model": "assent-demo:aligned", "seed": 1}
+    without_extra = http.post("/v1/completions", json=body).json()
+    with_extra = http.post("/v1/completions", json=body | {"vllm_xargs": {"mine": [1, "a"]}}).json()
+    assert with_extra["choices"] == without_extra["choices"]
+    assert with_extra["alignment"] == without_extra["alignment"]
 
 
 # --- /v1/completions ---
@@ -212,7 +218,7 @@ def test_extra_arguments_that_make_sense_still_pass(http):
 
 def complete(http, **options):
     answer = http.post(
-        "/v1/completions", json=SPEAKING["/v1/completions"] | {"model": "assent-demo"} | options
+        "/v1/completions", json=ROUTES["/v1/completions"] | {"model": "assent-demo"} | options
     )
     assert answer.status_code == 200, answer.text
     return answer
@@ -223,13 +229,13 @@ def test_a_completion_has_a_receipt(http):
     by_object = complete(http, alignment={"proxy": "aligned"}, seed=1).json()
     assert by_name["choices"] == by_object["choices"]
     assert by_name["alignment"] == by_object["alignment"]
-    receipt = by_name["alignment"]
-    assert (receipt["proxy"], receipt["version"]) == ("aligned", version_of(http, "aligned"))
-    assert receipt["accepted"] + receipt["forced"] == by_name["usage"]["completion_tokens"] == 8
-    assert receipt["accepted"] + receipt["rejected"] == receipt["proposed"]
-    # Whoever just names a model is spared the round trip to the engine that counts take.
-    nameless = complete(http, model="assent-demo:aligned", seed=1).json()["alignment"]
-    assert nameless == {key: receipt[key] for key in ("proxy", "version")}
+    alignment = by_name["alignment"]
+    assert (alignment["proxy"], alignment["version"]) == ("aligned", version_of(http, "aligned"))
+    assert alignment["accepted"] + alignment["forced"] == by_name["usage"]["completion_tokens"] == 8
+    assert alignment["accepted"] + alignment["rejected"] == alignment["proposed"]
+    # Without the alignment object there are no counts: they need a call of the engine.
+    short_alignment = complete(http, model="assent-demo:aligned", seed=1).json()["alignment"]
+    assert short_alignment == {key: alignment[key] for key in ("proxy", "version")}
 
 
 def test_prompts_and_samples_are_counted_together(http):
@@ -242,30 +248,30 @@ def test_prompts_and_samples_are_counted_together(http):
         alignment={},
     ).json()
     assert len(answer["choices"]) == 6
-    receipt = answer["alignment"]
-    assert receipt["accepted"] + receipt["forced"] == 6 * 8
+    alignment = answer["alignment"]
+    assert alignment["accepted"] + alignment["forced"] == 6 * 8
 
 
 def test_a_streamed_completion_ends_with_the_receipt(http):
-    whole = complete(http, model="assent-demo:aligned", seed=1).json()
+    answer = complete(http, model="assent-demo:aligned", seed=1).json()
     chunks = events(complete(http, model="assent-demo:aligned", seed=1, stream=True))
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == whole["choices"][0]["text"]
+    assert text == answer["choices"][0]["text"]
     assert [chunk for chunk in chunks if "alignment" in chunk] == chunks[-1:]
-    assert chunks[-1]["alignment"] == whole["alignment"]
+    assert chunks[-1]["alignment"] == answer["alignment"]
 
 
 def test_strength_0_completes_as_the_frozen_llm(http):
-    off = complete(http, alignment={"proxy": "aligned", "strength": 0}, seed=5).json()
-    assert off["choices"] == complete(http, seed=5).json()["choices"]
-    assert off["alignment"]["proposed"] == 0
+    answer = complete(http, alignment={"proxy": "aligned", "strength": 0}, seed=5).json()
+    assert answer["choices"] == complete(http, seed=5).json()["choices"]
+    assert answer["alignment"]["proposed"] == 0
 
 
 def test_two_requests_of_one_id_get_their_own_receipts(http):
-    """Clients choose ids; nobody must be handed another's counts."""
+    """Clients choose ids; none may get another's counts."""
 
     def ask(num_tokens):
-        body = SPEAKING["/v1/completions"] | {"max_tokens": num_tokens, "ignore_eos": True}
+        body = ROUTES["/v1/completions"] | {"max_tokens": num_tokens, "ignore_eos": True}
         return http.post(
             "/v1/completions",
             json=body | {"model": "assent-demo:aligned", "alignment": {}},
@@ -274,5 +280,5 @@ def test_two_requests_of_one_id_get_their_own_receipts(http):
 
     with ThreadPoolExecutor(8) as pool:
         for num_tokens, answer in zip(range(20, 36), pool.map(ask, range(20, 36)), strict=True):
-            receipt = answer["alignment"]
-            assert receipt["accepted"] + receipt["forced"] == num_tokens
+            alignment = answer["alignment"]
+            assert alignment["accepted"] + alignment["forced"] == num_tokens

@@ -10,7 +10,7 @@ import pytest
 from tests.server.conftest import API_KEY, WAIT_SECONDS
 
 
-def lines(host="127.0.0.1", **changes):
+def make_lines(host="127.0.0.1", **changes):
     from server.middleware.announce import startup_lines
 
     args = Namespace(host=host, port=8000, uds=None, ssl_certfile=None)
@@ -27,30 +27,30 @@ def lines(host="127.0.0.1", **changes):
     return startup_lines(args, **options | changes)
 
 
-def command(lines):
+def parse_command(lines):
     """The words of the command, and its body."""
     words = shlex.split(lines[-1].removeprefix("Try: "))
     return words, json.loads(words[words.index("-d") + 1])
 
 
 def test_all_that_is_served():
-    found = lines(models=["llm", "lora"], shadows=["next"], learned=["mine"])
-    assert found[:-1] == [
+    lines = make_lines(models=["llm", "lora"], shadows=["next"], learned=["mine"])
+    assert lines[:-1] == [
         "Assent serves on http://127.0.0.1:8000",
         "Models: llm, lora",
         "Proxies: polite (ask for llm:polite)",
         "Shadow proxies, which only score: next",
         "Learned while serving: mine",
     ]
-    words, body = command(found)
+    words, body = parse_command(lines)
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert body == {"model": "llm:polite", "messages": [{"role": "user", "content": "Hello."}]}
 
 
 def test_without_proxies_or_a_chat_template():
-    found = lines(proxies=[], can_chat=False, needs_key=True)
-    assert "--proxy NAME=DIR" in found[2]
-    words, body = command(found)
+    lines = make_lines(proxies=[], can_chat=False, needs_key=True)
+    assert "--proxy NAME=DIR" in lines[2]
+    words, body = parse_command(lines)
     assert words[1].endswith("/v1/completions") and body["model"] == "llm"
     assert "Authorization: Bearer $ASSENT_API_KEY" in words
 
@@ -66,9 +66,9 @@ def test_without_proxies_or_a_chat_template():
     ],
 )
 def test_addresses(options, address, url):
-    found = lines(**options)
-    assert found[0] == f"Assent serves on {address}"
-    words, _ = command(found)
+    lines = make_lines(**options)
+    assert lines[0] == f"Assent serves on {address}"
+    words, _ = parse_command(lines)
     assert words[1] == f"{url}/v1/chat/completions"
     assert ("--unix-socket" in words) == ("uds" in options)
 
@@ -83,6 +83,6 @@ def test_the_log_of_a_server_ends_with_them(server, client):
     assert f"Assent serves on {server.url}" in log
     assert "Proxies: aligned, polite (ask for assent-demo:aligned, assent-demo:polite)" in log
     (line,) = [line for line in log.splitlines() if "Try: curl" in line]
-    _, body = command([line[line.index("Try: ") :]])
+    _, body = parse_command([line[line.index("Try: ") :]])
     assert client.chat.completions.create(max_tokens=4, **body).model == "assent-demo:aligned"
     assert API_KEY not in line

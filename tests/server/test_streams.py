@@ -22,8 +22,8 @@ def delta(text, finish_reason=None):
 
 async def attach(*events, traces=None):
     async def stream():
-        for each in events:
-            yield each
+        for line in events:
+            yield line
 
     async def make_stats():
         return {"proxy": "a"}
@@ -33,11 +33,11 @@ async def attach(*events, traces=None):
 
     trace = None if traces is None else next_trace
     attached = attach_to_stream(stream(), make_stats=make_stats, trace=trace)
-    return [each async for each in attached]
+    return [chunk async for chunk in attached]
 
 
-def parsed(events):
-    return [json.loads(each.removeprefix("data: ")) for each in events]
+def parse_events(events):
+    return [json.loads(line.removeprefix("data: ")) for line in events]
 
 
 USAGE = event(id="1", model="llm", choices=[], usage={"total_tokens": 2})
@@ -55,15 +55,15 @@ DONE = "data: [DONE]\n\n"
 def test_the_receipt_is_in_the_last_chunk_only(events):
     *chunks, done = asyncio.run(attach(*events))
     assert done == DONE
-    expected = parsed(events[:-1])
-    assert parsed(chunks) == [*expected[:-1], expected[-1] | {"alignment": {"proxy": "a"}}]
+    expected = parse_events(events[:-1])
+    assert parse_events(chunks) == [*expected[:-1], expected[-1] | {"alignment": {"proxy": "a"}}]
 
 
 def test_a_trace_goes_with_the_chunks():
-    """Nothing new, nothing said; what comes after the last chunk's own is added to it."""
+    """A chunk without new entries has no trace; entries that come after the last chunk's own are added to it."""
     events = [delta("a"), delta("b"), delta("c", "stop"), DONE]
     *chunks, _ = asyncio.run(attach(*events, traces=[["1"], [], ["2", "3"], ["4"]]))
-    assert [each.get("alignment") for each in parsed(chunks)] == [
+    assert [chunk.get("alignment") for chunk in parse_events(chunks)] == [
         {"trace": ["1"]},
         None,
         {"trace": ["2", "3", "4"], "proxy": "a"},
@@ -73,7 +73,7 @@ def test_a_trace_goes_with_the_chunks():
 def test_text_that_looks_like_json_is_left_alone():
     text = '"finish_reason":"stop" "choices":[]'
     first, *_ = asyncio.run(attach(delta(text, None), delta("", "stop"), DONE))
-    assert parsed([first])[0]["choices"][0]["delta"]["content"] == text
+    assert parse_events([first])[0]["choices"][0]["delta"]["content"] == text
 
 
 @pytest.mark.parametrize("traces", [None, [[], [], []]])

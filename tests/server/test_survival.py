@@ -11,7 +11,7 @@ import pytest
 
 from judge.feedback import Feedback
 from tests.server.conftest import DEMO, WAIT_SECONDS, serving, wait_until
-from tests.server.test_kill import APART
+from tests.server.test_kill import SEPARATE_PROCESSES
 
 QUESTION = [{"role": "user", "content": "How do I look after my freezer?"}]
 
@@ -25,8 +25,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(root, tmp_path_factory):
-    """What a server said, had loaded over HTTP and had kept before it was killed."""
+def killed_server(root, tmp_path_factory):
+    """The loaded proxies, a text and the feedback file of a server before it was killed."""
     directory = tmp_path_factory.mktemp("killed")
     feedback = directory / "feedback.db"
     with serving(directory / "log", "--proxy-root", root, "--feedback", feedback) as running:
@@ -37,24 +37,24 @@ def killed(root, tmp_path_factory):
             )
         assert all(answer["remembered"] for answer in loaded.values())
         assert httpx.delete(f"{running.url}/proxies/gone", timeout=WAIT_SECONDS).status_code == 200
-        text = say(running, "mine")
+        text = complete(running, "mine")
         for i in range(5):
             body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
             assert (
                 httpx.post(f"{running.url}/feedback", json=body, timeout=WAIT_SECONDS).status_code
                 == 201
             )
-        family = psutil.Process(running.process.pid).children(recursive=True)
-        assert family  # the engine, at least
-        running.process.send_signal(signal.SIGKILL)  # it alone, as the kernel does
+        children = psutil.Process(running.process.pid).children(recursive=True)
+        assert children  # the engine, at least
+        running.process.send_signal(signal.SIGKILL)  # only the server, as the kernel does
         running.process.wait()
-        _, left = psutil.wait_procs(family, timeout=WAIT_SECONDS)
-        assert left == []  # whoever comes next needs the device
+        _, alive = psutil.wait_procs(children, timeout=WAIT_SECONDS)
+        assert alive == []  # the next server needs the device
     return loaded, text, feedback
 
 
 @pytest.fixture(scope="module")
-def pair(killed, root, tmp_path_factory):
+def server_pair(killed_server, root, tmp_path_factory):
     """Two servers of the root that the killed one had."""
     logs = tmp_path_factory.mktemp("pair")
     with (
@@ -72,54 +72,54 @@ def load(running, name):
     return answer.json()
 
 
-def listed(running):
+def proxy_states(running):
     data = httpx.get(f"{running.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
-    return {each["name"]: (each["version"], each["state"]) for each in data}
+    return {proxy["name"]: (proxy["version"], proxy["state"]) for proxy in data}
 
 
-def say(running, proxy):
+def complete(running, proxy):
     body = {"model": f"assent-demo:{proxy}", "messages": QUESTION, "seed": 5, "max_tokens": 30}
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
 
 
-def test_a_killed_server_comes_back_with_its_proxies(killed, pair):
-    loaded, text, _ = killed
-    kept = {name: (loaded[name]["version"], "serving") for name in ("mine", "other")}
-    kept["dark"] = loaded["dark"]["version"], "shadow"
-    a, b = pair
-    assert listed(a) == kept
-    assert {name: entry for name, entry in listed(b).items() if name != "polite"} == kept
-    assert say(a, "mine") == say(b, "mine") == text
+def test_a_killed_server_comes_back_with_its_proxies(killed_server, server_pair):
+    loaded, text, _ = killed_server
+    expected = {name: (loaded[name]["version"], "serving") for name in ("mine", "other")}
+    expected["dark"] = loaded["dark"]["version"], "shadow"
+    a, b = server_pair
+    assert proxy_states(a) == expected
+    assert {name: entry for name, entry in proxy_states(b).items() if name != "polite"} == expected
+    assert complete(a, "mine") == complete(b, "mine") == text
 
 
-def test_feedback_that_was_acknowledged_is_on_the_disk(killed):
-    *_, path = killed
+def test_feedback_that_was_acknowledged_is_on_the_disk(killed_server):
+    *_, path = killed_server
     feedback = Feedback(str(path), create=False)
     assert [row.chosen for row in feedback.rows()] == [f"a{i}" for i in range(5)]
     feedback.close()
 
 
-def test_servers_of_one_root_keep_in_step(pair, root):
-    a, b = pair
+def test_servers_of_one_root_keep_in_step(server_pair, root):
+    a, b = server_pair
     load(a, "new")
-    wait_until(lambda: "new" in listed(b))
-    assert listed(a)["new"] == listed(b)["new"]
+    wait_until(lambda: "new" in proxy_states(b))
+    assert proxy_states(a)["new"] == proxy_states(b)["new"]
     answer = httpx.post(
         f"{b.url}/proxies", json={"name": "new", "path": "polite"}, timeout=WAIT_SECONDS
     )
     assert answer.status_code == 201
-    wait_until(lambda: listed(a)["new"] == (answer.json()["version"], "serving"))
+    wait_until(lambda: proxy_states(a)["new"] == (answer.json()["version"], "serving"))
     assert httpx.delete(f"{a.url}/proxies/new", timeout=WAIT_SECONDS).status_code == 200
-    wait_until(lambda: "new" not in listed(b))
-    assert "polite" in listed(b)  # the command line's own is no business of theirs
+    wait_until(lambda: "new" not in proxy_states(b))
+    assert "polite" in proxy_states(b)  # the command line's own proxy is not shared
     names = json.loads((root / "proxies.json").read_text())["proxies"].keys()
     assert names == {"mine", "other", "dark"}
 
 
-def test_sigterm_waits_for_what_is_under_way(pair):
-    _, b = pair
+def test_sigterm_waits_for_what_is_under_way(server_pair):
+    _, b = server_pair
     body = {
         "model": "assent-demo:mine",
         "messages": QUESTION,
@@ -133,9 +133,9 @@ def test_sigterm_waits_for_what_is_under_way(pair):
         next(lines)
         b.process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{b.url}/health", timeout=WAIT_SECONDS).status_code == 503)
-        refused = httpx.post(url, json=body | {"stream": False}, timeout=WAIT_SECONDS)
-        assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
-        assert "stopping" in refused.json()["error"]["message"]
+        response = httpx.post(url, json=body | {"stream": False}, timeout=WAIT_SECONDS)
+        assert response.status_code == 503 and int(response.headers["Retry-After"]) > 0
+        assert "stopping" in response.json()["error"]["message"]
         assert httpx.get(f"{b.url}/metrics", timeout=WAIT_SECONDS).status_code == 200
         events = [line for line in lines if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"
@@ -148,7 +148,7 @@ def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tm
     """Its answer is an error, the log says so, and the process ends soon after the drain."""
     body = {"model": "assent-demo", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True}
     with serving(
-        tmp_path / "log", "--drain-seconds", "1", environment=APART, warm=False
+        tmp_path / "log", "--drain-seconds", "1", environment=SEPARATE_PROCESSES, warm=False
     ) as running:
         url = f"{running.url}/v1/chat/completions"
         assert httpx.get(f"{running.url}/ready", timeout=WAIT_SECONDS).status_code == 200
@@ -164,12 +164,12 @@ def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tm
             lines = answer.iter_lines()
             next(lines)
             engine.suspend()
-            whole = pool.submit(httpx.post, url, json=body, timeout=WAIT_SECONDS)
+            future = pool.submit(httpx.post, url, json=body, timeout=WAIT_SECONDS)
             wait_until(lambda: httpx.get(f"{running.url}/ready", timeout=60).status_code == 503)
             assert httpx.get(f"{running.url}/health", timeout=WAIT_SECONDS).status_code == 200
             running.process.send_signal(signal.SIGTERM)
             assert running.process.wait(WAIT_SECONDS) == 0
-            assert whole.result().status_code == 503
+            assert future.result().status_code == 503
             assert "This server is stopping" in [line for line in lines if line][-1]
         assert "requests were not finished after 1 s and are aborted" in running.log.read_text()
         assert not engine.is_running()

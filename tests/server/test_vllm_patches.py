@@ -1,6 +1,6 @@
 """What server/vllm_patches.py replaces is still what vLLM calls, and in the way that the replacements expect.
 
-Whoever upgrades vLLM sees here what to look at: each test names the replacement and its reason.
+For upgrades of vLLM: each test names the replacement and its reason.
 """
 
 import ast
@@ -35,13 +35,13 @@ def parameters(function) -> list[str]:
 
 def test_only_the_named_file_replaces_methods_of_vllms() -> None:
     """No other file of the server assigns to an attribute of the engine, of vLLM's handlers or of a module of it."""
-    found = []
+    assignments = []
     for path in sorted((REPOSITORY / "server").rglob("*.py")):
         if path.name == "vllm_patches.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             targets = node.targets if isinstance(node, ast.Assign) else []
-            found += [
+            assignments += [
                 f"{path}: {ast.unparse(target)}"
                 for target in targets
                 if isinstance(target, ast.Attribute)
@@ -49,7 +49,7 @@ def test_only_the_named_file_replaces_methods_of_vllms() -> None:
                     r"(engine\w*|models|vllm[.\w]*|state\.openai\w*)\.", ast.unparse(target)
                 )
             ]
-    assert found == []
+    assert assignments == []
 
 
 def test_plugins_are_loaded_by_the_name_that_is_replaced(entrypoints: Path) -> None:

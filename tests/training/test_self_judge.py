@@ -1,4 +1,4 @@
-"""On-policy self-training on a small random model: losses, what it leaves alone, guards, and a run gone on with."""
+"""On-policy self-training on a small random model: losses, weights that do not change, guards, and resumed runs."""
 
 import json
 import math
@@ -28,7 +28,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of float32 logits of size 10, through
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("self_judge")
     save_model("llama", directory / "base")
     rows = "".join(json.dumps(row) + "\n" for row in data_rows("prompts"))
@@ -36,12 +36,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def options(work: Path, output: Path, **settings: Any) -> Options:
+def options(work_dir: Path, output: Path, **settings: Any) -> Options:
     return Options(
         **{
-            "model": str(work / "base"),
-            "prompts": str(work / "prompts.jsonl"),
-            "held_out": str(work / "prompts.jsonl"),
+            "model": str(work_dir / "base"),
+            "prompts": str(work_dir / "prompts.jsonl"),
+            "held_out": str(work_dir / "prompts.jsonl"),
             "output": output,
             "steps": 4,
             "pairs": 8,
@@ -71,8 +71,8 @@ def options(work: Path, output: Path, **settings: Any) -> Options:
     ],
 )
 def test_losses(loss: str, expected: list[float]) -> None:
-    found = preference_losses(torch.tensor([2.0, -1.0, 4.0]), torch.ones(3), loss, 0.5)
-    assert found.tolist() == pytest.approx(expected)
+    losses = preference_losses(torch.tensor([2.0, -1.0, 4.0]), torch.ones(3), loss, 0.5)
+    assert losses.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_where_soft_labels_lead(loss: str, best: float) -> None:
 
 
 def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
-    work: Path, tmp_path: Path
+    work_dir: Path, tmp_path: Path
 ) -> None:
-    """After the same updates on the same pairs, the judge's own doubts keep the margin down."""
+    """After the same updates on the same pairs, soft labels keep the margin smaller."""
     margins = []
     for soft in (False, True):
-        trainer = SelfJudgeTrainer(options(work, tmp_path, seed=1, soft_labels=soft), start())
+        trainer = SelfJudgeTrainer(options(work_dir, tmp_path, seed=1, soft_labels=soft), start())
         prompts, seeds, _ = trainer.draw_prompts(0, 8)
         pairs = trainer._answer(prompts, [next(seeds) for _ in prompts])
         doubtful = [PairResult({"p": Verdict((0.55, 0.55))}) for _ in pairs.pair_results]
@@ -104,51 +104,53 @@ def test_soft_labels_teach_less_of_pairs_that_are_as_good_as_equal(
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-def test_it_learns_what_its_initial_self_prefers(work: Path, tmp_path: Path, rank: int) -> None:
-    """Of the same pairs again and again the margin grows, while judge and reference stay what they were."""
-    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=rank, steps=30, seed=1), start())
+def test_it_learns_what_its_initial_self_prefers(work_dir: Path, tmp_path: Path, rank: int) -> None:
+    """With the same pairs in every update the margin grows, while judge and reference do not change."""
+    trainer = SelfJudgeTrainer(
+        options(work_dir, tmp_path, lora_rank=rank, steps=30, seed=1), start()
+    )
     prompts, seeds, _ = trainer.draw_prompts(0, 8)
-    drawn = [next(seeds) for _ in prompts]
-    pairs = trainer._answer(prompts, drawn)
+    pair_seeds = [next(seeds) for _ in prompts]
+    pairs = trainer._answer(prompts, pair_seeds)
     assert any(a != b for a, b in zip(pairs.responses[:8], pairs.responses[8:], strict=True))
     rows = [trainer._learn(pairs, 0, index) for index in range(20)]
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.2)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert rows[-1]["margin"] > 2 and rows[-1]["accuracy"] > 0.9
-    # The initial self judges the same answers as before, and is the reference still.
-    plain = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
+    # The initial weights still are the judge and the reference.
+    base_model = AutoModelForCausalLM.from_pretrained(work_dir / "base", dtype=torch.float32).eval()
     ids = torch.tensor([prompts[0].ids])
     with torch.no_grad():
-        expected, found = plain(ids).logits, trainer.initial(input_ids=ids).logits
-        learned = trainer.policy(ids).logits
-    torch.testing.assert_close(found, expected, **ROUNDING)
-    assert (learned - expected).abs().max() > 0.05
+        expected, actual = base_model(ids).logits, trainer.initial(input_ids=ids).logits
+        policy_logits = trainer.policy(ids).logits
+    torch.testing.assert_close(actual, expected, **ROUNDING)
+    assert (policy_logits - expected).abs().max() > 0.05
 
 
-def test_a_saved_lora_samples_as_the_policy_does(work: Path, tmp_path: Path) -> None:
-    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=4, seed=1), start())
+def test_a_saved_lora_samples_as_the_policy_does(work_dir: Path, tmp_path: Path) -> None:
+    trainer = SelfJudgeTrainer(options(work_dir, tmp_path, lora_rank=4, seed=1), start())
     for index in range(4):
         trainer.step(index)
     trainer.save({})
-    other = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(other, tmp_path).eval()
+    base_model = AutoModelForCausalLM.from_pretrained(work_dir / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base_model, tmp_path).eval()
     ids = torch.tensor([trainer.prompts[0].ids])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits, **ROUNDING)
 
 
-def test_a_whole_model_is_saved(work: Path, tmp_path: Path) -> None:
-    self_judge.main(options(work, tmp_path, lora_rank=0))
-    assert identify(str(tmp_path)).fingerprint != identify(str(work / "base")).fingerprint
+def test_a_whole_model_is_saved(work_dir: Path, tmp_path: Path) -> None:
+    self_judge.main(options(work_dir, tmp_path, lora_rank=0))
+    assert identify(str(tmp_path)).fingerprint != identify(str(work_dir / "base")).fingerprint
     (first, *_, last) = read_metrics(tmp_path)
     assert first["step"] == 1 and last["step"] == 4
     assert "held_out_diversity" in last and "held_out_diversity" not in first
 
 
 def test_a_run_that_was_killed_goes_on(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = options(work, tmp_path / "a", lora_rank=4, save_every=2, seed=3)
+    settings = options(work_dir, tmp_path / "a", lora_rank=4, save_every=2, seed=3)
     self_judge.main(settings)
 
     class Killed(Exception):
@@ -165,28 +167,30 @@ def test_a_run_that_was_killed_goes_on(
         patch.setattr(SelfJudgeTrainer, "step", kill)
         self_judge.main(replace(settings, output=tmp_path / "b"))
     self_judge.main(replace(settings, output=tmp_path / "b", resume=True))
-    whole, resumed = (
+    expected, resumed = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b")
     )
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert whole and any(value.abs().max() > 0 for key, value in whole.items() if "lora_B" in key)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert expected and any(
+        value.abs().max() > 0 for key, value in expected.items() if "lora_B" in key
+    )
 
 
-def test_pairs_of_identical_answers_teach_nothing(work: Path, tmp_path: Path) -> None:
+def test_pairs_of_identical_answers_teach_nothing(work_dir: Path, tmp_path: Path) -> None:
     greedy = Decoding(temperature=0, max_new_tokens=6)
-    trainer = SelfJudgeTrainer(options(work, tmp_path, decoding=greedy), start())
+    trainer = SelfJudgeTrainer(options(work_dir, tmp_path, decoding=greedy), start())
     row = trainer.step(0)
     assert row["identical"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
 
 
-def test_it_stops_where_a_bound_is_left(work: Path, tmp_path: Path) -> None:
+def test_it_stops_where_a_bound_is_left(work_dir: Path, tmp_path: Path) -> None:
     outside = {"outside": "tests.training.models:length", "min_agreement": 1.1}
     with pytest.raises(
         TrainingError,
         match=r"stopped after update 2: .*agrees with the outside reward in \d+%.*nothing was saved",
     ):
-        self_judge.main(options(work, tmp_path, lora_rank=4, **outside))
+        self_judge.main(options(work_dir, tmp_path, lora_rank=4, **outside))
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -199,45 +203,54 @@ def test_it_stops_where_a_bound_is_left(work: Path, tmp_path: Path) -> None:
         ({"flips": 1.1}, r"two orders disagree in \d+% of the pairs"),
     ],
 )
-def test_every_bound(work: Path, tmp_path: Path, change: dict[str, float], message: str) -> None:
-    """Each figure as many times what it was at the start; within the bounds it is let through."""
-    trainer = SelfJudgeTrainer(options(work, tmp_path, max_flips=0.99), start())
+def test_every_bound(
+    work_dir: Path, tmp_path: Path, change: dict[str, float], message: str
+) -> None:
+    """Each figure is a multiple of its value at the start. Within the bounds the run goes on."""
+    trainer = SelfJudgeTrainer(options(work_dir, tmp_path, max_flips=0.99), start())
     trainer.at_start["flips"] = 0.9
     good = {f"held_out_{name}": value for name, value in trainer.at_start.items()}
     trainer.check([{"step": 2} | good])
-    factor = {name: change.get(name.removeprefix("held_out_"), 1.0) for name in good}
-    bad = {name: value * factor[name] for name, value in good.items()}
+    factors = {name: change.get(name.removeprefix("held_out_"), 1.0) for name in good}
+    bad = {name: value * factors[name] for name, value in good.items()}
     with pytest.raises(TrainingError, match=f"stopped after update 4: .*{message}"):
         trainer.check([{"step": 4} | bad])
 
 
-def test_what_was_within_bounds_is_kept(work: Path, tmp_path: Path) -> None:
-    trainer = SelfJudgeTrainer(options(work, tmp_path, lora_rank=4), start())
-    start_, good = trainer.at_start, {f"held_out_{k}": v for k, v in trainer.at_start.items()}
+def test_what_was_within_bounds_is_kept(work_dir: Path, tmp_path: Path) -> None:
+    trainer = SelfJudgeTrainer(options(work_dir, tmp_path, lora_rank=4), start())
+    at_start, good = (
+        trainer.at_start,
+        {f"held_out_{key}": value for key, value in trainer.at_start.items()},
+    )
     trainer.check([{"step": 2} | good])
     assert (tmp_path / "adapter_model.safetensors").exists()
-    bad = good | {"held_out_diversity": 0.1 * start_["diversity"]}
+    bad = good | {"held_out_diversity": 0.1 * at_start["diversity"]}
     with pytest.raises(
         TrainingError, match="stopped after update 4.* what the last check before saved is kept"
     ):
         trainer.check([{"step": 4} | bad])
 
 
-def test_the_outside_reward_is_asked_about_the_same_pairs(work: Path, tmp_path: Path) -> None:
+def test_the_outside_reward_is_asked_about_the_same_pairs(work_dir: Path, tmp_path: Path) -> None:
     trainer = SelfJudgeTrainer(
-        options(work, tmp_path, outside="tests.training.models:length"), start()
+        options(work_dir, tmp_path, outside="tests.training.models:length"), start()
     )
     pairs = trainer._answer(trainer.held_out, [(1 << 38) + i for i in range(len(trainer.held_out))])
     texts = trainer.tokenizer.batch_decode(pairs.responses, skip_special_tokens=True)
-    n = len(pairs.prompts)
-    agreed = []
-    for a, b, pair_result in zip(texts[:n], texts[n:], pairs.pair_results, strict=True):
-        agreed.append(
+    num_pairs = len(pairs.prompts)
+    agreements = []
+    for a, b, pair_result in zip(
+        texts[:num_pairs], texts[num_pairs:], pairs.pair_results, strict=True
+    ):
+        agreements.append(
             0.5 if len(a) == len(b) else float((len(a) > len(b)) == pair_result.first_advances)
         )
-    assert trainer.at_start["agreement"] == pytest.approx(sum(agreed) / n)
+    assert trainer.at_start["agreement"] == pytest.approx(sum(agreements) / num_pairs)
 
 
-def test_unknown_principles(work: Path, tmp_path: Path) -> None:
+def test_unknown_principles(work_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="unknown principle 'loudness'; known are overall"):
-        SelfJudgeTrainer(options(work, tmp_path, principles=("loudness",)), Accelerator(cpu=True))
+        SelfJudgeTrainer(
+            options(work_dir, tmp_path, principles=("loudness",)), Accelerator(cpu=True)
+        )

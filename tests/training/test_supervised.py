@@ -1,4 +1,4 @@
-"""What the training commands ask of a model and its tokenizer, and where they may find them."""
+"""What the training commands need of a model and its tokenizer, and where these may come from."""
 
 import json
 import re
@@ -31,50 +31,50 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
     for name in ("gemma2", "gpt2", "llama"):
         save_model(name, directory / name)
     return directory
 
 
-def test_attention_that_caps_its_scores_is_computed_plainly(saved: Path) -> None:
-    assert attention_of(str(saved / "gemma2")) == "eager"
-    assert attention_of(str(saved / "llama")) is None
+def test_attention_that_caps_its_scores_is_computed_plainly(models_dir: Path) -> None:
+    assert attention_of(str(models_dir / "gemma2")) == "eager"
+    assert attention_of(str(models_dir / "llama")) is None
 
 
-def test_the_context_of_absolute_positions(saved: Path) -> None:
-    assert context_of(load_model(str(saved / "gpt2"))[0]) == 1024
+def test_the_context_of_absolute_positions(models_dir: Path) -> None:
+    assert context_of(load_model(str(models_dir / "gpt2"))[0]) == 1024
 
 
 def test_prompts_that_leave_no_room_for_a_response_are_left_out(
-    saved: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {
-        "model": str(saved / "gpt2"),
+        "model": str(models_dir / "gpt2"),
         "reward": "tests.training.models:length",
         "prompts": str(data / "prompts.jsonl"),
         "output": tmp_path,
         "steps": 1,
         "episodes": 4,
     }
-    chats = Conversations(load_model(str(saved / "gpt2"))[1])
+    chats = Conversations(load_model(str(models_dir / "gpt2"))[1])
     lengths = sorted(len(chats.prompt_ids(chat(text))) for text in PROMPTS)
-    most = Decoding(max_new_tokens=1024 - lengths[1], top_k=1)
+    decoding = Decoding(max_new_tokens=1024 - lengths[1], top_k=1)
     with pytest.raises(TrainingError, match="no prompt is within 3 tokens"):
         proxy_ppo.main(proxy_ppo.Options(**options, decoding=Decoding(max_new_tokens=1021)))
     with pytest.raises(TrainingError, match="leaves no room for a prompt"):
         proxy_ppo.main(proxy_ppo.Options(**options, decoding=Decoding(max_new_tokens=1024)))
     capsys.readouterr()
-    proxy_ppo.main(proxy_ppo.Options(**options, decoding=most))
+    proxy_ppo.main(proxy_ppo.Options(**options, decoding=decoding))
     assert f"left out 2 of 6 prompts of over {lengths[1]} tokens" in capsys.readouterr().out
 
 
 def test_training_keeps_within_the_context(
-    saved: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """GPT-2 has no position after its last: one would be an index error."""
-    model, long = str(saved / "gpt2"), "my dog " * 999
+    model, long = str(models_dir / "gpt2"), "my dog " * 999
     rows, pairs = tmp_path / "sft.jsonl", tmp_path / "preferences.jsonl"
     rows.write_text((data / "sft.jsonl").read_text() + json.dumps({"messages": chat("Hi", long)}))
     answers = {key: chat("Hi", f"{key} {long}")[1:] for key in ("chosen", "rejected")}
@@ -100,8 +100,8 @@ def test_training_keeps_within_the_context(
         )
 
 
-def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "llama", tmp_path / "bare")
+def test_a_tokenizer_without_a_chat_template(models_dir: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_dir / "llama", tmp_path / "bare")
     (tmp_path / "bare" / "chat_template.jinja").unlink()
     common = {"model": str(tmp_path / "bare"), "output": tmp_path / "out"}
     pairs, rows = str(data / "preferences.jsonl"), str(data / "sft.jsonl")
@@ -114,29 +114,31 @@ def test_a_tokenizer_without_a_chat_template(saved: Path, data: Path, tmp_path: 
             main(options)
 
 
-def test_a_chat_template_that_refuses_a_conversation(saved: Path) -> None:
-    chats = Conversations(load_model(str(saved / "gemma2"))[1])
+def test_a_chat_template_that_refuses_a_conversation(models_dir: Path) -> None:
+    chats = Conversations(load_model(str(models_dir / "gemma2"))[1])
     system = Message(role="system", content="Be brief.")
     with pytest.raises(TrainingError, match="refuses the conversation: System role not supported"):
         chats.prompt_ids([system, *chat(PROMPTS[0])])
 
 
 def test_rows_that_the_chat_template_refuses_are_skipped(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"messages": chat(text, "Yes.")} for text in PROMPTS * 4]
     rows[7]["messages"].insert(0, Message(role="system", content="Be brief."))
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chats = Conversations(load_model(str(saved / "gemma2"))[1])
+    chats = Conversations(load_model(str(models_dir / "gemma2"))[1])
     options = sft.Options(model="m", sft=str(path), output=tmp_path)
     assert len(read_answers(str(path), chats, options)) == 11
-    said = capsys.readouterr().out
-    assert "1 like line 8: the model's chat template refuses the conversation: System role" in said
+    printed = capsys.readouterr().out
+    assert (
+        "1 like line 8: the model's chat template refuses the conversation: System role" in printed
+    )
 
 
 CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
-CALLED: list[Message] = [
+TOOL_CHAT: list[Message] = [
     {"role": "developer", "content": "Be brief."},
     *chat("What time is it?"),
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -148,32 +150,32 @@ WRITES_CALLS = CHAT_TEMPLATE.replace(
 )
 
 
-def test_a_chat_template_gets_what_it_knows(saved: Path) -> None:
-    tokenizer = load_model(str(saved / "llama"))[1]
+def test_a_chat_template_gets_what_it_knows(models_dir: Path) -> None:
+    tokenizer = load_model(str(models_dir / "llama"))[1]
 
-    def written(template: str) -> str:
+    def rendered(template: str) -> str:
         tokenizer.chat_template = template
-        return tokenizer.decode(Conversations(tokenizer).prompt_ids(CALLED))
+        return tokenizer.decode(Conversations(tokenizer).prompt_ids(TOOL_CHAT))
 
     call = '{"name": "now", "arguments": {"zone": "UTC"}}'
     start = "<|system|>Be brief.<|end|><|user|>What time is it?<|end|><|assistant|>"
     end = "<|end|><|tool|>noon<|end|><|assistant|>"
-    assert written(CHAT_TEMPLATE) == start + call + end
-    assert written(WRITES_CALLS) == f"{start}<call>{call}</call>{end}"
-    knows_developers = WRITES_CALLS + "{# developer #}"
-    assert written(knows_developers).startswith("<|developer|>Be brief.<|end|><|user|>")
+    assert rendered(CHAT_TEMPLATE) == start + call + end
+    assert rendered(WRITES_CALLS) == f"{start}<call>{call}</call>{end}"
+    with_developer_role = WRITES_CALLS + "{# developer #}"
+    assert rendered(with_developer_role).startswith("<|developer|>Be brief.<|end|><|user|>")
 
 
-def test_an_answer_that_calls_a_tool_is_learned_as_the_template_writes_it(saved: Path) -> None:
-    tokenizer = load_model(str(saved / "llama"))[1]
+def test_an_answer_that_calls_a_tool_is_learned_as_the_template_writes_it(models_dir: Path) -> None:
+    tokenizer = load_model(str(models_dir / "llama"))[1]
     tokenizer.chat_template = WRITES_CALLS
-    _, ids = Conversations(tokenizer).split_ids(CALLED[:2], CALLED[2])
+    _, ids = Conversations(tokenizer).split_ids(TOOL_CHAT[:2], TOOL_CHAT[2])
     call = '{"name": "now", "arguments": {"zone": "UTC"}}'
     assert tokenizer.decode(ids) == f"<call>{call}</call><|end|>"
 
 
-def test_no_token_that_ends_a_response(saved: Path) -> None:
-    model, tokenizer = load_model(str(saved / "llama"))
+def test_no_token_that_ends_a_response(models_dir: Path) -> None:
+    model, tokenizer = load_model(str(models_dir / "llama"))
     model.generation_config.eos_token_id = [5, 9]
     assert end_ids(model, tokenizer) == {5, 9, tokenizer.eos_token_id}
     tokenizer.eos_token = None
@@ -184,12 +186,12 @@ def test_no_token_that_ends_a_response(saved: Path) -> None:
 
 
 def test_every_command_takes_a_hub_id(
-    saved: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a cache laid out as the hub's client lays it out."""
     repository = tmp_path / "hub" / "models--someone--small"
     snapshot = repository / "snapshots" / ("0" * 40)
-    shutil.copytree(saved / "llama", snapshot)
+    shutil.copytree(models_dir / "llama", snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -227,12 +229,12 @@ def test_batches_are_of_like_length_and_long_and_short_ones_mix() -> None:
     sampler.set_epoch(0)
     order = list(sampler)
     assert sorted(order) == list(range(640))
-    batches = [[lengths[i] for i in order[at : at + 32]] for at in range(0, 640, 32)]
+    batches = [[lengths[i] for i in order[start : start + 32]] for start in range(0, 640, 32)]
     assert all(max(batch) - min(batch) <= 10 for batch in batches)
     firsts = [batch[0] for batch in batches[:5]]  # which transformers sorts, the longest first
     assert any(a < b for a, b in pairwise(firsts))
-    again = _ByLength(lengths, batch_size=32, seed=0)
-    again.set_epoch(0)
-    assert list(again) == order
-    again.set_epoch(1)
-    assert list(again) != order
+    second_sampler = _ByLength(lengths, batch_size=32, seed=0)
+    second_sampler.set_epoch(0)
+    assert list(second_sampler) == order
+    second_sampler.set_epoch(1)
+    assert list(second_sampler) != order

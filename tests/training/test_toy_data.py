@@ -85,7 +85,12 @@ def test_every_flaw_can_be_written_alone_and_is_found_alone() -> None:
 
 
 def test_the_toy_data_has_its_stated_size() -> None:
-    prompts = {p.text for t in TOPICS for i in INTENTS for p in all_prompts(t, i)}
+    prompts = {
+        prompt.text
+        for topic in TOPICS
+        for intent in INTENTS
+        for prompt in all_prompts(topic, intent)
+    }
     assert len(TOPICS) >= 12
     assert len(INTENTS) >= 8
     assert len(prompts) > 5000
@@ -100,10 +105,10 @@ def test_sharpening_alone_would_not_align() -> None:
             (prompt.text, draw_answer(prompt, rng))
             for prompt in rng.choices(all_prompts(TOPICS[0], intent), k=400)
         ]
-        counts = [reference_scorer.flaws(*answer) for answer in answers]
+        flaw_sets = [reference_scorer.flaws(*answer) for answer in answers]
         # 400 draws at a rate of at least 0.5 fall below 0.36 with probability under 1e-7
         flawed_modes += any(
-            sum(quality in flaws for flaws in counts) > 0.36 * len(counts)
+            sum(quality in flaws for flaws in flaw_sets) > 0.36 * len(flaw_sets)
             for quality in reference_scorer.WEIGHTS
         )
     assert flawed_modes >= 6
@@ -184,8 +189,8 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
         if file in ("assent_run.json", "principles.json"):
             continue
         rows = [json.loads(line) for line in text.splitlines()]
-        fewer = {"preferences_manners.jsonl": 6, "judgments.jsonl": 15}
-        assert len(rows) == fewer.get(file, 30)
+        sizes = {"preferences_manners.jsonl": 6, "judgments.jsonl": 15}
+        assert len(rows) == sizes.get(file, 30)
         pair = {"prompt", "chosen", "rejected"}
         fields = {
             "sft": {"messages"},
@@ -197,7 +202,7 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("principle", "answer", "said"),
+    ("principle", "answer", "rationale"),
     [
         ("relevance", "Yes, 30 pounds is right for your rose.", "it is about the rose."),
         (
@@ -228,21 +233,21 @@ def test_files_are_reproducible_and_in_trl_format(tmp_path: Path) -> None:
         ("faithfulness", "Some money is enough for your rose.", "it does not say 30."),
     ],
 )
-def test_rationales_name_the_actual_flaw(principle: str, answer: str, said: str) -> None:
+def test_rationales_name_the_actual_flaw(principle: str, answer: str, rationale: str) -> None:
     prompt = next(
         prompt
         for intent in INTENTS
         for prompt in all_prompts(TOPICS[0], intent)
         if prompt.text == BUDGET
     )
-    assert principles.rationale(principle, prompt, answer) == said
+    assert principles.rationale(principle, prompt, answer) == rationale
 
 
 def test_judgments_are_about_their_principle_alone() -> None:
     rng = random.Random(5)
     train, _, _ = split_combinations(0)
     rows = list(judgment_rows(draw_prompts(train, rng), 400, rng))
-    agreed = 0
+    num_correct = 0
     for row in rows:
         quality = principles.QUALITIES[row["principle"]]
         text = row["prompt"][0]["content"]
@@ -251,7 +256,7 @@ def test_judgments_are_about_their_principle_alone() -> None:
             for side in ("chosen", "rejected")
         )
         assert chosen != rejected
-        agreed += not chosen
+        num_correct += not chosen
         # The rationale of the flawed one names the flaw, whichever the noisy label prefers.
         good, bad = row["rationale_chosen"], row["rationale_rejected"]
         good, bad = (bad, good) if chosen else (good, bad)
@@ -260,15 +265,15 @@ def test_judgments_are_about_their_principle_alone() -> None:
     assert {name: names.count(name) for name in names} == dict.fromkeys(principles.QUALITIES, 100)
     # A label is right with sigmoid(2 / 0.5) = 0.982 or sigmoid(1.5 / 0.5) = 0.953, of 200 each. Fewer than 350 of
     # 400 are right with a probability below 1e-12; were there no noise, all of them would be.
-    assert 350 <= agreed < 400
+    assert 350 <= num_correct < 400
 
 
 def test_only_the_demo_needs_the_toy_data() -> None:
-    """Other modules import it inside functions, where it is asked for, if at all."""
-    needs = {
+    """Other modules import it inside functions or not at all."""
+    importers = {
         path.stem
         for path in Path(training.__path__[0]).glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.Import | ast.ImportFrom) and "toy_data" in ast.unparse(node)
     }
-    assert needs == {"demo"}
+    assert importers == {"demo"}

@@ -13,10 +13,10 @@ def test_a_probability_that_float32_has_no_room_for_is_still_one() -> None:
         "forced": False,
         "rejected": [{"token_id": 7, "probability": 0.0}],
     }
-    found = decisions(
+    result = decisions(
         [[entry]], lambda episodes, _: torch.zeros(len(episodes), 2), torch.device("cpu")
     )
-    assert found.token_ids.tolist() == [5, 7]
-    assert found.logprobs[0] == 0
-    assert -104 < found.logprobs[1] < -103  # of 2**-149, float32's smallest
-    assert found.accepted.tolist() == [True, False]
+    assert result.token_ids.tolist() == [5, 7]
+    assert result.logprobs[0] == 0
+    assert -104 < result.logprobs[1] < -103  # of 2**-149, float32's smallest
+    assert result.accepted.tolist() == [True, False]

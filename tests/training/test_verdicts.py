@@ -1,4 +1,4 @@
-"""Which kept preferences a proxy learns from."""
+"""Which stored preferences a proxy learns from."""
 
 from collections import Counter
 from typing import Any
@@ -19,28 +19,28 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Conversations:
     return Conversations(load_tokenizer(str(directory)))
 
 
-def chosen(number: int, caller: str | None = "alice", **more: Any) -> Preference:
-    settings: dict[str, Any] = {"source": "person", "chosen": "Yes.", "rejected": "No."} | more
+def make_preference(number: int, caller: str | None = "alice", **fields: Any) -> Preference:
+    settings: dict[str, Any] = {"source": "person", "chosen": "Yes.", "rejected": "No."} | fields
     prompt = [{"role": "user", "content": f"Question {number}?"}]
     return Preference(prompt=prompt, caller=caller, **settings)
 
 
-def read(
+def read_rows(
     chats: Conversations, rows: list[Preference], longest: int = 1000
 ) -> tuple[list[Verdict], Counter[str]]:
-    """Rows in the order of their ids; the verdicts, and what was left out."""
+    """Read rows in the order of their ids. Returns the verdicts, and counts of what was left out."""
     left_out = Counter[str]()
     newest_first = [*enumerate(rows, start=1)][::-1]
     end = chats.tokenizer.eos_token_id
     return read_verdicts(newest_first, chats, {end}, longest, left_out), +left_out
 
 
-def numbers(found: tuple[list[Verdict], Counter[str]]) -> list[int]:
-    return [verdict.row for verdict in found[0]]
+def row_ids(result: tuple[list[Verdict], Counter[str]]) -> list[int]:
+    return [verdict.row for verdict in result[0]]
 
 
 def test_a_verdict_is_two_responses_in_tokens(chats: Conversations) -> None:
-    ((verdict,), left_out) = read(chats, [chosen(1)])
+    ((verdict,), left_out) = read_rows(chats, [make_preference(1)])
     assert not left_out
     assert (verdict.row, verdict.caller) == (1, "alice")
     assert verdict.better.prompt == verdict.worse.prompt
@@ -51,44 +51,55 @@ def test_a_verdict_is_two_responses_in_tokens(chats: Conversations) -> None:
 
 
 def test_a_callers_last_word_holds(chats: Conversations) -> None:
-    turned = chosen(1, chosen="No.", rejected="Yes.")
-    found = read(chats, [chosen(1), turned, chosen(1, "bob"), chosen(2), chosen(2)])
-    assert numbers(found) == [5, 3, 2]
-    assert found[1] == {"that a later one replaces": 2}
+    opposite = make_preference(1, chosen="No.", rejected="Yes.")
+    result = read_rows(
+        chats,
+        [
+            make_preference(1),
+            opposite,
+            make_preference(1, "bob"),
+            make_preference(2),
+            make_preference(2),
+        ],
+    )
+    assert row_ids(result) == [5, 3, 2]
+    assert result[1] == {"that a later one replaces": 2}
 
 
 def test_people_overrule_the_judge(chats: Conversations) -> None:
-    by_judge = chosen(1, source="judge", chosen="No.", rejected="Yes.", confidence=0.9)
-    found = read(chats, [chosen(1), by_judge, chosen(2, source="judge", confidence=0.9)])
-    assert numbers(found) == [3, 1]
-    assert found[1] == {"of a judge whom people overrule": 1}
+    by_judge = make_preference(1, source="judge", chosen="No.", rejected="Yes.", confidence=0.9)
+    result = read_rows(
+        chats, [make_preference(1), by_judge, make_preference(2, source="judge", confidence=0.9)]
+    )
+    assert row_ids(result) == [3, 1]
+    assert result[1] == {"of a judge whom people overrule": 1}
 
 
 def test_a_flood_does_not_outvote_the_others(chats: Conversations) -> None:
-    few = [chosen(i, caller) for caller in ("bob", "carol") for i in range(3)]
-    flood = [chosen(100 + i) for i in range(10 * MOST_OF_A_CALLER)]
-    verdicts, left_out = read(chats, few + flood)
+    others = [make_preference(i, caller) for caller in ("bob", "carol") for i in range(3)]
+    flood = [make_preference(100 + i) for i in range(10 * MOST_OF_A_CALLER)]
+    verdicts, left_out = read_rows(chats, others + flood)
     counts = Counter(verdict.caller for verdict in verdicts)
     assert counts == {"bob": 3, "carol": 3, "alice": MOST_OF_A_CALLER}
     assert left_out == {"of callers who gave many more than the others": 9 * MOST_OF_A_CALLER}
-    assert numbers((verdicts, left_out))[0] == len(few + flood)  # the newest
+    assert row_ids((verdicts, left_out))[0] == len(others + flood)  # the newest
 
 
 def test_a_single_caller_floods_nobody(chats: Conversations) -> None:
-    verdicts, left_out = read(chats, [chosen(i) for i in range(3 * MOST_OF_A_CALLER)])
+    verdicts, left_out = read_rows(chats, [make_preference(i) for i in range(3 * MOST_OF_A_CALLER)])
     assert len(verdicts) == 3 * MOST_OF_A_CALLER and not left_out
 
 
 def test_what_cannot_be_learned_is_counted(chats: Conversations) -> None:
     rows = [
-        chosen(1, chosen="Yes.", rejected="Yes."),
-        chosen(2, chosen="password: hunter2hunter2"),
-        chosen(3, chosen="Yes. " * 200),
-        chosen(4),
+        make_preference(1, chosen="Yes.", rejected="Yes."),
+        make_preference(2, chosen="password: hunter2hunter2"),
+        make_preference(3, chosen="Yes. " * 200),
+        make_preference(4),
     ]
-    found = read(chats, rows, longest=200)
-    assert numbers(found) == [4]
-    assert found[1] == {
+    result = read_rows(chats, rows, longest=200)
+    assert row_ids(result) == [4]
+    assert result[1] == {
         "that cannot be read": 1,
         "with what looks like a secret": 1,
         "of over 200 tokens": 1,
