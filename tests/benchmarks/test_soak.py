@@ -34,13 +34,13 @@ def test_a_stream() -> None:
         reply: Any = Reply(*lines)
         return asyncio.run(read_stream(reply, chunks))
 
-    done = "data: [DONE]"
-    assert read(data_line("a"), "", data_line("b"), 'data: {"choices": []}', done) == "ab"
+    done_line = "data: [DONE]"
+    assert read(data_line("a"), "", data_line("b"), 'data: {"choices": []}', done_line) == "ab"
     assert read(data_line("a"), data_line("b"), data_line("c"), chunks=2) == "ab"
     with pytest.raises(RuntimeError, match="before its end"):
         read(data_line("a"))
     with pytest.raises(RuntimeError, match="died"):
-        read(data_line("a"), 'data: {"error": "died"}', done)
+        read(data_line("a"), 'data: {"error": "died"}', done_line)
 
 
 def test_another_answer_than_the_quiet_one_is_wrong() -> None:

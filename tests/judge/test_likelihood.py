@@ -90,8 +90,10 @@ def test_the_tie_band(engine):
 
 
 def test_what_is_too_long_is_cut(engine):
-    (long, short), judge = compare(engine, [("x" * 500, "y"), ("good", "fair")], max_tokens=60)
-    assert (long.truncated, short.truncated) == (True, False)
+    (long_result, short_result), judge = compare(
+        engine, [("x" * 500, "y"), ("good", "fair")], max_tokens=60
+    )
+    assert (long_result.truncated, short_result.truncated) == (True, False)
     assert judge.usage.prompt_tokens <= 2 * 4 * 60
     assert engine.batches[0][0].endswith(" ...<|end|>")
 

@@ -123,5 +123,5 @@ def test_a_prompt_is_known_again_whatever_its_form() -> None:
     instruction_forms = [[message(role, "Be brief.")] for role in ("system", "developer")]
     for equal_forms in (forms, call_forms, instruction_forms):
         assert len({prompt_key(read_messages(form)) for form in equal_forms}) == 1
-    others = [[message("system", "Is it hot?")], [message("user", "Is it hot? Or cold?")]]
-    assert len({prompt_key(read_messages(form)) for form in [*forms, *others]}) == 3
+    other_forms = [[message("system", "Is it hot?")], [message("user", "Is it hot? Or cold?")]]
+    assert len({prompt_key(read_messages(form)) for form in [*forms, *other_forms]}) == 3

@@ -38,13 +38,13 @@ def checkpoint_dir(network: ProxyNetwork, tmp_path: Path) -> Path:
 
 
 def test_round_trip(network, checkpoint_dir):
-    loaded = load(checkpoint_dir, base=BASE)
-    assert loaded.config == network.config
-    assert loaded.training == {"steps": 60, "win_rate": 0.78}
-    assert loaded.base == BASE
+    checkpoint = load(checkpoint_dir, base=BASE)
+    assert checkpoint.config == network.config
+    assert checkpoint.training == {"steps": 60, "win_rate": 0.78}
+    assert checkpoint.base == BASE
     for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, loaded.network.state_dict()[name]), name
-    assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+        assert torch.equal(tensor, checkpoint.network.state_dict()[name]), name
+    assert not any(parameter.requires_grad for parameter in checkpoint.network.parameters())
     assert sorted(path.name for path in checkpoint_dir.iterdir()) == [
         "config.json",
         "proxy.safetensors",
@@ -71,9 +71,9 @@ def test_saving_keeps_what_else_is_in_the_directory(network, checkpoint_dir):
 
 
 def test_another_llm_is_refused_and_both_are_named(checkpoint_dir):
-    other = BaseModelId(name="other-llm", fingerprint="0" * 64)
+    other_base = BaseModelId(name="other-llm", fingerprint="0" * 64)
     with pytest.raises(FingerprintMismatch) as error:
-        load(checkpoint_dir, base=other)
+        load(checkpoint_dir, base=other_base)
     for part in ("some-llm", "f" * 64, "other-llm", "0" * 64):
         assert part in str(error.value)
     # The name is for people: the same LLM under another name is the same LLM.

@@ -145,9 +145,9 @@ def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
     for _ in range(300):
         if len(requests.params) < 12 and rng.random() < 0.4:
             requests.arrive()
-        running = [req_id for req_id in requests.params if req_id in requests.counts]
-        if rng.random() < 0.1 and running:  # the runner drops one for now
-            req_id = rng.choice(running)
+        running_ids = [req_id for req_id in requests.params if req_id in requests.counts]
+        if rng.random() < 0.1 and running_ids:  # the runner drops one for now
+            req_id = rng.choice(running_ids)
             requests.preempted[req_id] = requests.params.pop(req_id)
         if rng.random() < 0.2 and requests.preempted:
             req_id = rng.choice(list(requests.preempted))
@@ -191,7 +191,7 @@ def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
             assert increase == value
 
 
-def decided(token_ids: list[int], proposed: int = 3, forced: bool = False) -> Decision:
+def make_decision(token_ids: list[int], proposed: int = 3, forced: bool = False) -> Decision:
     rows = len(token_ids)
     return Decision(torch.tensor([[0] * rows, token_ids, [proposed] * rows, [forced] * rows]))
 
@@ -239,13 +239,13 @@ def test_metrics_are_brought_up_to_date_now_and_then(clock, monkeypatch):
         return value_of("tokens_aligned", proxy="flushed", version="0123456789ab")
 
     for _ in range(64):
-        stats.record(rows, decided([7, 7]), None)
+        stats.record(rows, make_decision([7, 7]), None)
     assert tokens() == 0
     clock.seconds += 1.5
     for _ in range(63):
-        stats.record(rows, decided([7, 7], proposed=2, forced=True), None)
+        stats.record(rows, make_decision([7, 7], proposed=2, forced=True), None)
     assert tokens() == 0
-    stats.record(rows, decided([7, 7], proposed=2, forced=True), None)
+    stats.record(rows, make_decision([7, 7], proposed=2, forced=True), None)
     labels = {"proxy": "flushed", "version": "0123456789ab"}
     stats.flush_metrics()  # nothing twice
     assert tokens() == 256
@@ -273,20 +273,20 @@ def test_metrics_of_shadows(clock):
 
 @pytest.mark.parametrize(("reports", "steps"), [(True, 2), (False, 0)])
 def test_what_the_hook_took(reports, steps):
-    before = value_of("hook_steps"), value_of("hook_seconds")
+    initial = value_of("hook_steps"), value_of("hook_seconds")
     stats = DecisionStats(CPU, reports=reports)
     for _ in range(2):
         stats.record_seconds(0.25)
     stats.flush_metrics()
     stats.flush_metrics()  # nothing twice
-    assert value_of("hook_steps") - before[0] == steps
-    assert value_of("hook_seconds") - before[1] == pytest.approx(0.25 * steps)
+    assert value_of("hook_steps") - initial[0] == steps
+    assert value_of("hook_seconds") - initial[1] == pytest.approx(0.25 * steps)
 
 
 def test_a_history_that_does_not_report_keeps_nothing():
     stats = DecisionStats(CPU, reports=False)
     rows = rows_of("silent")
-    stats.record(rows, decided([7, 7]), None)
+    stats.record(rows, make_decision([7, 7]), None)
     stats.record_shadow(rows.assignments[0].proxy, torch.tensor([True]), torch.tensor([True]))
     stats.aggregate()
     assert counts_of(rows) == [[0, 0, 0]] * 2
@@ -300,16 +300,16 @@ def test_counts_are_those_of_each_request_up_to_its_end():
     stats = DecisionStats(CPU, reports=True)
     rows = rows_of("closed")
     first, second = rows.assignments
-    stats.record(rows, decided([7, EOS]), None)
-    stats.record(rows, decided([7, 7]), None)
+    stats.record(rows, make_decision([7, EOS]), None)
+    stats.record(rows, make_decision([7, 7]), None)
     stats.aggregate()
     assert counts_of(rows) == [[2, 6, 0], [1, 3, 0]]
     assert (first.counts.closed, second.counts.closed) == (False, True)
-    stats.record(rows, decided([7, 7]), None)
+    stats.record(rows, make_decision([7, 7]), None)
     stats.aggregate()
     assert counts_of(rows) == [[3, 9, 0], [1, 3, 0]]
     first.counts.closed = True
-    stats.record(rows, decided([7, 7]), None)
+    stats.record(rows, make_decision([7, 7]), None)
     stats.aggregate()
     assert counts_of(rows) == [[3, 9, 0], [1, 3, 0]]
 
@@ -351,9 +351,9 @@ def test_an_accelerators_steps_are_waited_for_only_where_needed(slow_copies):
     stats = DecisionStats(torch.device("cuda"), reports=True)
     old, new = rows_of("old"), rows_of("new")
     for _ in range(3):
-        stats.record(old, decided([7, 7]), None)
-    stats.record(new, decided([7, 7]), torch.tensor([True, False]))
-    stats.record(new, decided([7, 7]), None)
+        stats.record(old, make_decision([7, 7]), None)
+    stats.record(new, make_decision([7, 7]), torch.tensor([True, False]))
+    stats.record(new, make_decision([7, 7]), None)
     slow_copies[0].arrived = True
     stats.aggregate([])
     assert (counts_of(old), counts_of(new)) == ([[1, 3, 0]] * 2, [[0, 0, 0]] * 2)
@@ -372,7 +372,7 @@ def test_a_step_waits_for_no_copy(slow_copies, monkeypatch):
     stats = DecisionStats(torch.device("cuda"), reports=True)
     rows = rows_of("waiting")
     for arrived in (True, True, False, False, True):
-        stats.record(rows, decided([7, 7]), None)
+        stats.record(rows, make_decision([7, 7]), None)
         slow_copies[-1].arrived = arrived
     assert SlowCopy.waited == [] and counts_of(rows) == [[2, 6, 0]] * 2
     stats.aggregate()
@@ -382,8 +382,8 @@ def test_a_step_waits_for_no_copy(slow_copies, monkeypatch):
 def test_the_steps_after_the_end_of_a_request_are_not_waited_for(slow_copies):
     stats = DecisionStats(torch.device("cuda"), reports=True)
     rows = rows_of("ended")
-    stats.record(rows, decided([EOS, 7]), None)
-    stats.record(rows, decided([7, 7]), None)
+    stats.record(rows, make_decision([EOS, 7]), None)
+    stats.record(rows, make_decision([7, 7]), None)
     slow_copies[0].arrived = True
     stats.aggregate([rows.assignments[0].counts])
     assert SlowCopy.waited == [] and counts_of(rows)[0] == [1, 3, 0]

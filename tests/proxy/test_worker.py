@@ -399,7 +399,7 @@ def reject_only(llm: Any, name: str, token: int) -> None:
 
 
 def test_a_rejected_token_appears_only_when_forced(proxied):
-    token, other = 60, 61
+    token, other_token = 60, 61
     reject_only(proxied, "one", token)
     unconstrained = params("one", seed=1, max_tokens=200)
     # The rejected token is always the likelier of two, and only one rejection is allowed.
@@ -408,14 +408,14 @@ def test_a_rejected_token_appears_only_when_forced(proxied):
         seed=2,
         max_tokens=200,
         max_rejections=1,
-        allowed_token_ids=[token, other],
+        allowed_token_ids=[token, other_token],
         logit_bias={token: 9.0},
         temperature=2.0,
     )
-    unforced = params("one", seed=3, max_tokens=200, allowed_token_ids=[token, other])
+    unforced = params("one", seed=3, max_tokens=200, allowed_token_ids=[token, other_token])
     single = params("one", seed=4, max_tokens=20, allowed_token_ids=[token])
     without_rejections = params("one", seed=5, max_tokens=20, max_rejections=0)
-    greedy = params("one", temperature=0.0, max_tokens=20, allowed_token_ids=[token, other],
+    greedy = params("one", temperature=0.0, max_tokens=20, allowed_token_ids=[token, other_token],
                     logit_bias={token: 20.0})  # fmt: skip
     sampling = [unconstrained, forced, unforced, single, without_rejections, greedy]
     outputs = generate(proxied, PROMPTS, sampling)
@@ -424,10 +424,10 @@ def test_a_rejected_token_appears_only_when_forced(proxied):
 
     assert token not in texts[0] and counts[0]["forced"] == 0
     assert 0 < texts[1].count(token) == counts[1]["forced"] < 200
-    assert texts[2] == [other] * 200 and counts[2]["rejected"] > 0 == counts[2]["forced"]
+    assert texts[2] == [other_token] * 200 and counts[2]["rejected"] > 0 == counts[2]["forced"]
     assert texts[3] == [token] * 20 and counts[3]["rejected"] == counts[3]["forced"] == 0
     assert (counts[4]["proposed"], counts[4]["forced"]) == (0, 20)
-    assert texts[5] == [other] * 20 and counts[5]["rejected"] == 20
+    assert texts[5] == [other_token] * 20 and counts[5]["rejected"] == 20
 
 
 def test_max_rejections_zero_is_greedy_decoding(stock, proxied):
@@ -808,8 +808,8 @@ def test_aborted_requests_leave_nothing_behind(proxied):
     request_ids = ["gone", *(output.request_id for output in outputs)]
     assert len(rpc(proxied, "take_alignment_counts", request_ids)) == 7
     tracker = worker_of(proxied)._tracker
-    known = (*tracker._finished, *tracker._engine_ids)
-    assert not [req_id for req_id in known if req_id.split("-")[0] in request_ids]
+    known_ids = (*tracker._finished, *tracker._engine_ids)
+    assert not [req_id for req_id in known_ids if req_id.split("-")[0] in request_ids]
 
 
 def test_the_candidate_table_is_that_of_the_llms_embeddings(

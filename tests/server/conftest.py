@@ -125,10 +125,10 @@ def serving(
         *("--served-model-name", name),
     ]
     process = _start([*map(str, [*command, *flags])], log, environment or {}, warm)
-    running = Server(f"http://127.0.0.1:{port}", log, process)
+    server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
-        _wait_until_healthy(process, running)
-        yield running
+        _wait_until_healthy(process, server)
+        yield server
     finally:
         _stop(process)
 
@@ -169,8 +169,10 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     # As a user starts it.
-    with serving(log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}, warm=False) as running:
-        yield running
+    with serving(
+        log, *flags, environment={"TESTS_ADMIN_KEY": ADMIN_KEY}, warm=False
+    ) as session_server:
+        yield session_server
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,8 @@ def feedback_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Feedba
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     environment = {"TESTS_ADMIN_KEY": ADMIN_KEY}
-    with serving(directory / "server.log", *flags, environment=environment) as running:
-        yield FeedbackServer(running.url, running.log, running.process, feedback)
+    with serving(directory / "server.log", *flags, environment=environment) as base_server:
+        yield FeedbackServer(base_server.url, base_server.log, base_server.process, feedback)
 
 
 @pytest.fixture(scope="session")
@@ -215,9 +217,9 @@ def pytest_runtest_makereport(item):
     """Add the end of the server's log to the report of a failed test."""
     outcome = yield
     report = outcome.get_result()
-    running = getattr(item, "funcargs", {}).get("server")
-    if report.failed and running is not None:
-        report.sections.append(("the server's log", running.log_tail()))
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and server is not None:
+        report.sections.append(("the server's log", server.log_tail()))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -245,19 +247,19 @@ def free_port() -> int:
             return port
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes] | Command, running: Server) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes] | Command, server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     # One client for all attempts: making one takes a tenth of a second.
-    with httpx.Client(base_url=running.url, timeout=5) as client:
+    with httpx.Client(base_url=server.url, timeout=5) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                pytest.fail(f"the server ended with {process.returncode}:\n{running.log_tail()}")
+                pytest.fail(f"the server ended with {process.returncode}:\n{server.log_tail()}")
             try:
                 if client.get("/health").status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.2)
-    pytest.fail(f"no answer within {START_SECONDS} s:\n{running.log_tail()}")
+    pytest.fail(f"no answer within {START_SECONDS} s:\n{server.log_tail()}")
 
 
 def _stop(process: subprocess.Popen[bytes] | Command) -> None:

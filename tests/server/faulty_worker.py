@@ -25,6 +25,6 @@ class FaultyWorker(ProxyCPUWorker):
         return description
 
     def _write_loaded(self) -> None:
-        loaded = [(entry["name"], entry["version"]) for entry in self._registry.list()]
+        entries = [(entry["name"], entry["version"]) for entry in self._registry.list()]
         path = Path(os.environ["TESTS_LOADED"]) / str(self.parallel_config.data_parallel_index)
-        path.write_text(json.dumps(sorted(loaded)))
+        path.write_text(json.dumps(sorted(entries)))

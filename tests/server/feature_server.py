@@ -47,8 +47,8 @@ def feature_server(adapter: Path, log: Path) -> Iterator[Server]:
     """`python -m server` with both of the demo's proxies and the adapter in that directory."""
     flags = ["--enable-prefix-caching", "--enable-lora", "--lora-modules", f"{LORA}={adapter}"]
     flags += [word for flag in FLAGS.items() for word in flag]
-    with serving(log, *flags, *proxy_flags()) as running:
-        yield running
+    with serving(log, *flags, *proxy_flags()) as server:
+        yield server
 
 
 def make_adapter(directory: Path) -> PeftModel:

@@ -62,16 +62,16 @@ def test_the_engines_ids_are_those_it_was_given():
 
     async def run():
         worker_reader = reader(FixedEngine())
-        samples, others = await asyncio.gather(
+        samples, other_samples = await asyncio.gather(
             worker_reader.take(["chatcmpl-x-p1"]),
             worker_reader.take(["cmpl-0_y-12345678-p2", "resp_z_0-p3"]),
         )
-        return samples, others, await worker_reader.take([])
+        return samples, other_samples, await worker_reader.take([])
 
-    samples, others, empty = asyncio.run(run())
+    samples, other_samples, empty = asyncio.run(run())
     assert set(samples) == {("chatcmpl-x-p1", 0), ("chatcmpl-x-p1", 11)}
     assert sum_counts(samples) == {"proposed": 12, "accepted": 5, "rejected": 7, "forced": 1}
-    assert set(others) == {("cmpl-0_y-12345678-p2", 0), ("resp_z_0-p3", 0)}
+    assert set(other_samples) == {("cmpl-0_y-12345678-p2", 0), ("resp_z_0-p3", 0)}
     assert empty == {}
     assert sum_counts(empty) == {"proposed": 0, "accepted": 0, "rejected": 0, "forced": 0}
 
@@ -153,7 +153,7 @@ def test_a_client_that_gives_up_does_not_disturb_the_others():
 def test_clients_with_the_same_request_id(http):
     """No client gets another's counts or trace, even if both have chosen the same id."""
 
-    def ask(length):
+    def send(length):
         body = {
             "model": "assent-demo",
             "messages": [{"role": "user", "content": "Hi."}],
@@ -166,7 +166,7 @@ def test_clients_with_the_same_request_id(http):
 
     lengths = [10, 11, 24, 25, 40, 41]
     with ThreadPoolExecutor(len(lengths)) as pool:
-        for length, alignment in zip(lengths, pool.map(ask, lengths), strict=True):
+        for length, alignment in zip(lengths, pool.map(send, lengths), strict=True):
             assert alignment["accepted"] + alignment["forced"] == length
             assert [len(trace) for trace in alignment.get("trace", [])] == [length] * (
                 length % 2 == 0

@@ -223,12 +223,12 @@ def test_a_regex_constrains_what_the_proxy_may_see(client):
 
 
 def test_requests_that_finish_together_get_their_own_receipts(client):
-    def ask(seed):
+    def send(seed):
         model = ("assent-demo:aligned", "assent-demo:polite", "assent-demo")[seed % 3]
         return chat(client, model, seed=seed, max_tokens=16, extra={"ignore_eos": True})
 
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(ask, range(24)))
+        answers = list(pool.map(send, range(24)))
     for seed, answer in enumerate(answers):
         if seed % 3 == 2:
             assert "alignment" not in answer.model_extra

@@ -405,9 +405,11 @@ def test_every_option_of_ours_has_a_text():
     own_actions = [action for action in parser._actions if action.option_strings]
     assert len(own_actions) >= 12 and all(action.help for action in own_actions)
     assert all(action.option_strings[0] in help_text() for action in own_actions)
-    known = _make_parser()._option_string_actions
+    known_flags = _make_parser()._option_string_actions
     for usage in VLLM_OPTIONS:  # vLLM has them, by these names
-        assert all(word.rstrip(",") in known for word in usage.split() if word.startswith("--"))
+        assert all(
+            word.rstrip(",") in known_flags for word in usage.split() if word.startswith("--")
+        )
 
 
 def test_all_options(cli, capsys):

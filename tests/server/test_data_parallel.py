@@ -31,8 +31,8 @@ def two_engines(root, tmp_path_factory):
     flags += ["--dtype", "float32", "--worker-cls", "tests.server.faulty_worker.FaultyWorker"]
     log = tmp_path_factory.mktemp("two") / "log"
     with (
-        serving(log, *flags, environment={"TESTS_LOADED": str(root)}) as running,
-        httpx.Client(base_url=running.url, timeout=WAIT_SECONDS) as client,
+        serving(log, *flags, environment={"TESTS_LOADED": str(root)}) as server,
+        httpx.Client(base_url=server.url, timeout=WAIT_SECONDS) as client,
     ):
         yield client
 
@@ -122,6 +122,6 @@ def test_a_load_that_one_engine_cannot_do_is_undone_on_the_other(two_engines, ro
     assert response.status_code == 400 and "no room on the second engine" in response.text
     for answer in ask_all(two_engines, lambda number: MINE):
         assert answer["alignment"]["version"] == version
-    loaded = [json.loads((root / engine).read_text()) for engine in "01"]
-    assert loaded[0] == loaded[1]
-    assert [entry for entry in loaded[0] if entry[0] == "mine"] == [["mine", version]]
+    engine_proxies = [json.loads((root / engine).read_text()) for engine in "01"]
+    assert engine_proxies[0] == engine_proxies[1]
+    assert [entry for entry in engine_proxies[0] if entry[0] == "mine"] == [["mine", version]]

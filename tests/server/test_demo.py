@@ -25,7 +25,7 @@ def held_out() -> Iterator[Prompt]:
     return draw_prompts(validation, random.Random(12345))
 
 
-def ask(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> list[str]:
+def complete_all(client: openai.OpenAI, model: str, prompts: list[str], seed: int) -> list[str]:
     def complete(index: int) -> str:
         answer = client.chat.completions.create(
             model=model,
@@ -43,9 +43,9 @@ def test_proxies_align_the_frozen_model_each_in_its_way(
     client: openai.OpenAI, held_out: Iterator[Prompt]
 ) -> None:
     prompts = [prompt.text for prompt in islice(held_out, NUM_PROMPTS)]
-    frozen = ask(client, "assent-demo", prompts, seed=0)
-    aligned = ask(client, "assent-demo:aligned", prompts, seed=10_000)
-    polite = ask(client, "assent-demo:polite", prompts, seed=20_000)
+    frozen = complete_all(client, "assent-demo", prompts, seed=0)
+    aligned = complete_all(client, "assent-demo:aligned", prompts, seed=10_000)
+    polite = complete_all(client, "assent-demo:polite", prompts, seed=20_000)
     # The card says over 0.70, s.e. 0.02: falling below 0.59 by chance is 5 s.e. away, under 1e-6.
     rate, _ = win_rate(prompts, aligned, frozen)
     assert rate > 0.59

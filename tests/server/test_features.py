@@ -53,12 +53,12 @@ def llm(adapter):
 @pytest.fixture(scope="module")
 def feature_client(llm, adapter):
     with (
-        feature_server(adapter, adapter / "server.log") as running,
+        feature_server(adapter, adapter / "server.log") as server,
         openai.OpenAI(
-            base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS
         ) as client,
     ):
-        yield FeatureClient(client, running.url)
+        yield FeatureClient(client, server.url)
 
 
 def allowed_flags(llm, answer, options):
@@ -286,7 +286,7 @@ LONG = "I have 55 pounds for my aquarium. Is that enough? " * 12
 def ask_crowd(feature_client, max_tokens, *, at_once):
     """64 texts, 16 of each of CROWD, seeds 100 i to 100 i + 15."""
 
-    def ask(i):
+    def complete_group(i):
         model, prompt = CROWD[i]
         answer = feature_client.ask(
             prompt, model, n=16, seed=100 * i, max_tokens=max_tokens, ignore_eos=True
@@ -294,7 +294,7 @@ def ask_crowd(feature_client, max_tokens, *, at_once):
         return tokens(answer)
 
     with ThreadPoolExecutor(4 if at_once else 1) as pool:
-        return list(pool.map(ask, range(4)))
+        return list(pool.map(complete_group, range(4)))
 
 
 def ask_single(feature_client, i, choice, max_tokens):
@@ -338,23 +338,23 @@ def test_a_seed_says_the_same_after_preemption(feature_client):
 def test_a_seed_says_the_same_in_chunks_and_from_the_prefix_cache(feature_client, model):
     """A long prompt is computed in chunks unless the prefix cache knows most of it."""
 
-    def ask(salt):
+    def complete(salt):
         hits = metric(feature_client.url, "vllm:prefix_cache_hits_total{")
         answer = feature_client.ask(
             LONG, model, n=2, seed=3, max_tokens=24, ignore_eos=True, cache_salt=f"{model} {salt}"
         )
         return answer, metric(feature_client.url, "vllm:prefix_cache_hits_total{") - hits
 
-    first, _ = ask("first")
+    first, _ = complete("first")
     length = len(first.prompt_token_ids)
     assert length > CHUNK
-    cached, hits = ask("first")
+    cached, hits = complete("first")
     assert length - BLOCK <= hits / 2 <= length
     assert length - hits / 2 < CHUNK  # so this time without chunks
     assert tokens(cached) == tokens(first)
     with ThreadPoolExecutor(2) as pool:
         future = pool.submit(ask_crowd, feature_client, 32, at_once=True)
-        second, _ = pool.submit(ask, "second").result()
+        second, _ = pool.submit(complete, "second").result()
         future.result()
     assert tokens(second) == tokens(first)
 

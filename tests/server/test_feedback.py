@@ -34,14 +34,14 @@ CALLER = f"key {hashlib.sha256(hashlib.sha256(API_KEY.encode()).digest()).hexdig
 class CallerClients:
     """A caller's clients of a server that stores feedback in a file."""
 
-    def __init__(self, running: FeedbackServer) -> None:
-        self.running = running
+    def __init__(self, server: FeedbackServer) -> None:
+        self.server = server
         headers = {"Authorization": f"Bearer {API_KEY}"}
-        self.http = httpx.Client(base_url=running.url, headers=headers, timeout=WAIT_SECONDS)
-        self.client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY, max_retries=0)
+        self.http = httpx.Client(base_url=server.url, headers=headers, timeout=WAIT_SECONDS)
+        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0)
 
     def rows(self) -> list[Preference]:
-        feedback = Feedback(str(self.running.feedback), create=False)
+        feedback = Feedback(str(self.server.feedback), create=False)
         try:
             return list(feedback.rows())
         finally:
@@ -186,7 +186,7 @@ def test_verdicts_are_kept(clients: CallerClients) -> None:
         "judge", TURNS, pair["response_b"], pair["response_a"], None, row.confidence, caller=CALLER
     )
     assert row.confidence == pytest.approx(1 - verdict["probability"])
-    assert metric(clients.running.url, 'assent_feedback_rows_total{source="judge"}') >= 1
+    assert metric(clients.server.url, 'assent_feedback_rows_total{source="judge"}') >= 1
 
 
 def test_the_tournaments_verdicts_are_kept_too(clients: CallerClients) -> None:
@@ -211,7 +211,7 @@ def test_what_is_kept_can_be_exported_and_prepared(clients: CallerClients, tmp_p
     body = {"messages": WITH_TOOLS, "response_a": "Pull the plug first.", "response_b": "No."}
     assert clients.http.post("/feedback", json={**body, "better": "a"}).status_code == 201
     output = tmp_path / "preferences.jsonl"
-    export.main(export.Options(feedback=str(clients.running.feedback), output=output))
+    export.main(export.Options(feedback=str(clients.server.feedback), output=output))
     prepare.main(
         prepare.Options(
             model=str(DEMO / "model"),
@@ -287,10 +287,10 @@ def test_a_choice_that_there_is_not(clients: CallerClients) -> None:
 
 def test_a_locked_database_is_said_and_holds_up_nobody(clients: CallerClients) -> None:
     def num_lost() -> float:
-        return metric(clients.running.url, "assent_feedback_lost_total")
+        return metric(clients.server.url, "assent_feedback_lost_total")
 
     lost_before = num_lost()
-    connection = sqlite3.connect(clients.running.feedback)
+    connection = sqlite3.connect(clients.server.feedback)
     connection.execute("BEGIN EXCLUSIVE")
     try:
         body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
@@ -317,9 +317,9 @@ def test_a_full_disk_is_said_and_ends_nothing(clients: CallerClients) -> None:
     body = {"prompt": "x", "response_a": "a", "response_b": "b", "better": "a"}
     num_before, lost_before = (
         len(clients.rows()),
-        metric(clients.running.url, "assent_feedback_lost_total"),
+        metric(clients.server.url, "assent_feedback_lost_total"),
     )
-    process = psutil.Process(clients.running.process.pid)
+    process = psutil.Process(clients.server.process.pid)
     limits = process.rlimit(psutil.RLIMIT_FSIZE)
     process.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
     try:
@@ -331,7 +331,7 @@ def test_a_full_disk_is_said_and_ends_nothing(clients: CallerClients) -> None:
         )
         assert chat.choices
         wait_until(
-            lambda: metric(clients.running.url, "assent_feedback_lost_total") == lost_before + 1
+            lambda: metric(clients.server.url, "assent_feedback_lost_total") == lost_before + 1
         )
     finally:
         process.rlimit(psutil.RLIMIT_FSIZE, limits)

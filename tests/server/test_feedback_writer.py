@@ -35,8 +35,8 @@ def record_events(*events: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
     async def collect() -> list[str]:
         return [chunk async for chunk in record_stream(chunks(), "ours", recorded.append)]
 
-    *lines, last = asyncio.run(collect())
-    assert last == "data: [DONE]\n\n"
+    *lines, last_line = asyncio.run(collect())
+    assert last_line == "data: [DONE]\n\n"
     return [json.loads(line.removeprefix("data: "))["id"] for line in lines], recorded
 
 

@@ -145,8 +145,8 @@ def http(
     flags += [f"--judge={judges['probe']}"]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with (
-        serving(log, *flags) as running,
-        httpx.Client(base_url=running.url, timeout=WAIT_SECONDS) as client,
+        serving(log, *flags) as server,
+        httpx.Client(base_url=server.url, timeout=WAIT_SECONDS) as client,
     ):
         yield client
 

@@ -22,35 +22,35 @@ BODY = {
 }
 
 
-def complete(running):
-    url = f"{running.url}/v1/chat/completions"
+def complete(server):
+    url = f"{server.url}/v1/chat/completions"
     return httpx.post(url, json=BODY, timeout=WAIT_SECONDS)
 
 
-def stream_text(running, begun):
-    """The text of a stream; `begun` is set at its first line. None if the stream was cut off without an error."""
-    url, text = f"{running.url}/v1/chat/completions", ""
+def stream_text(server, started):
+    """The text of a stream; `started` is set at its first line. None if the stream was cut off without an error."""
+    url, text = f"{server.url}/v1/chat/completions", ""
     try:
         with httpx.stream(
             "POST", url, json=BODY | {"stream": True}, timeout=WAIT_SECONDS
         ) as answer:
             for line in answer.iter_lines():
                 text += line
-                begun.set()
+                started.set()
     except httpx.RemoteProtocolError:
         return None
     return text
 
 
-def find_process(running, name):
+def find_process(server, name):
     """The server's child processes, and the one that vLLM gives this name."""
-    children = psutil.Process(running.process.pid).children(recursive=True)
+    children = psutil.Process(server.process.pid).children(recursive=True)
     (process,) = [child for child in children if name in " ".join(child.cmdline())]
     return children, process
 
 
-def in_flight(running):
-    proxies = httpx.get(f"{running.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
+def in_flight(server):
+    proxies = httpx.get(f"{server.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
     return sum(proxy["in_flight"] for proxy in proxies)
 
 
@@ -59,10 +59,10 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """Only the server is killed, as by the kernel when memory runs out: the next server needs the device."""
     with serving(
         tmp_path / "log", *proxy_flags(), environment=SEPARATE_PROCESSES, warm=False
-    ) as running:
-        children = psutil.Process(running.process.pid).children(recursive=True)
+    ) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
         assert any("EngineCore" in " ".join(child.cmdline()) for child in children)
-        running.process.send_signal(signal.SIGKILL)
+        server.process.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs(children, timeout=WAIT_SECONDS)
         assert alive == []
 
@@ -71,16 +71,16 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
 def test_the_engine_is_killed(tmp_path, name):
     with serving(
         tmp_path / "log", *proxy_flags(), environment=SEPARATE_PROCESSES, warm=False
-    ) as running:
-        children, victim = find_process(running, name)
+    ) as server:
+        children, victim = find_process(server, name)
         events = [Event() for _ in range(3)]
         with ThreadPoolExecutor(4) as pool:
-            streams = [pool.submit(stream_text, running, event) for event in events]
+            streams = [pool.submit(stream_text, server, event) for event in events]
             assert all(event.wait(WAIT_SECONDS) for event in events)
             victim.send_signal(signal.SIGSTOP)  # from here on no answer ends
-            answer = pool.submit(complete, running)
+            answer = pool.submit(complete, server)
             wait_until(
-                lambda: in_flight(running) == 1 + sum(not stream.done() for stream in streams)
+                lambda: in_flight(server) == 1 + sum(not stream.done() for stream in streams)
             )
             victim.send_signal(signal.SIGKILL)
             response = answer.result(WAIT_SECONDS)
@@ -89,7 +89,7 @@ def test_the_engine_is_killed(tmp_path, name):
                 text = stream.result(WAIT_SECONDS)
                 # On a busy machine one may have ended before the engine was stopped.
                 assert text is None or '"error"' in text or '"finish_reason":"length"' in text
-        assert running.process.wait(WAIT_SECONDS) != 0  # so that a supervisor starts it again
+        assert server.process.wait(WAIT_SECONDS) != 0  # so that a supervisor starts it again
         _, alive = psutil.wait_procs(children, timeout=WAIT_SECONDS)
         assert alive == []
     lines = (tmp_path / "log").read_text(errors="replace").splitlines()

@@ -141,10 +141,10 @@ def test_hundreds_of_keys_have_a_proxy_each_and_some_are_loaded(
             assert proxy is not None and proxy.version == live[caller.name]
         await server.learned.wake("mine", callers[3])
         await server.learned.wake("mine", callers[0])
-        loaded = [
+        names = [
             caller.name for caller in callers if server.learned.find("mine", caller) is not None
         ]
-        assert loaded == ["key 0", "key 3", "key 5"]
+        assert names == ["key 0", "key 3", "key 5"]
         assert server.learned._proxies.names() == []
         # A version that another server has learned is found.
         own_proxy = server.learned.of(OWN_SPEC, "key 0")

@@ -107,8 +107,8 @@ def learning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learni
         *("--learn", "mine=own", "--learn", "ours=person"),
     ]
     log = directory / "server.log"
-    with serving(log, *flags, environment=ENVIRONMENT) as running:
-        yield LearningServer(running.url, root, feedback, running.process.pid)
+    with serving(log, *flags, environment=ENVIRONMENT) as server:
+        yield LearningServer(server.url, root, feedback, server.process.pid)
         assert "Traceback" not in log.read_text()
 
 
@@ -148,8 +148,8 @@ def test_ones_own_choices_become_ones_own_proxy_and_everybodys(
         assert answer.headers["Assent-Proxy"] == f"{name}@{version}"
         newest = status["versions"][0]
         assert newest["version"] == version and newest["learned"] == name
-        loaded = load(learning_server.root / newest["path"], base=identify(str(DEMO / "model")))
-        assert (loaded.version, loaded.config.top_k) == (version, 16)
+        checkpoint = load(learning_server.root / newest["path"], base=identify(str(DEMO / "model")))
+        assert (checkpoint.version, checkpoint.config.top_k) == (version, 16)
     by_name = learning_server.ask("alice", "POST", "/v1/chat/completions", json={
         "model": f"{MODEL}:mine", "messages": user("Hi"), "max_tokens": 4,
     }).json()  # fmt: skip

@@ -94,15 +94,15 @@ class Stream:
 def test_load_use_unload(live_http, client, proxy_root):
     answer = load_as(live_http, "live", "v2")
     assert answer.status_code == 201
-    loaded = answer.json()
+    entry = answer.json()
     version = load(proxy_root / "v2", base=None).version
-    assert (loaded["name"], loaded["version"]) == ("live", version)
-    assert (loaded["state"], loaded["in_flight"]) == ("serving", 0)
-    assert loaded["directory"] == str(proxy_root / "v2")
-    assert loaded["num_bytes"] > 4 * loaded["num_parameters"] > 0
-    assert loaded["training"]
-    assert loaded.pop("remembered") is True
-    assert loaded in live_http.get("/proxies").json()["data"]
+    assert (entry["name"], entry["version"]) == ("live", version)
+    assert (entry["state"], entry["in_flight"]) == ("serving", 0)
+    assert entry["directory"] == str(proxy_root / "v2")
+    assert entry["num_bytes"] > 4 * entry["num_parameters"] > 0
+    assert entry["training"]
+    assert entry.pop("remembered") is True
+    assert entry in live_http.get("/proxies").json()["data"]
     assert "assent-demo:live" in {model.id for model in client.models.list().data}
 
     chat_response = live_http.post("/v1/chat/completions", json=long_chat(max_tokens=8))
@@ -295,7 +295,7 @@ def test_traffic_while_versions_change(live_http):
     answers = []
     all_loaded = Event()
 
-    def ask():
+    def send_requests():
         while not all_loaded.is_set():
             answers.append(complete(live_http, **options))
 
@@ -306,7 +306,7 @@ def test_traffic_while_versions_change(live_http):
         return num_answers(version) >= times
 
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(ask) for _ in range(8)]
+        futures = [pool.submit(send_requests) for _ in range(8)]
         try:
             for path in ["v1", "v2", "v3"] * 3:
                 version = load_as(live_http, "live", path).json()["version"]

@@ -270,7 +270,7 @@ def test_strength_0_completes_as_the_frozen_llm(http):
 def test_two_requests_of_one_id_get_their_own_receipts(http):
     """Clients choose ids; none may get another's counts."""
 
-    def ask(num_tokens):
+    def send(num_tokens):
         body = ROUTES["/v1/completions"] | {"max_tokens": num_tokens, "ignore_eos": True}
         return http.post(
             "/v1/completions",
@@ -279,6 +279,6 @@ def test_two_requests_of_one_id_get_their_own_receipts(http):
         ).json()
 
     with ThreadPoolExecutor(8) as pool:
-        for num_tokens, answer in zip(range(20, 36), pool.map(ask, range(20, 36)), strict=True):
+        for num_tokens, answer in zip(range(20, 36), pool.map(send, range(20, 36)), strict=True):
             alignment = answer["alignment"]
             assert alignment["accepted"] + alignment["forced"] == num_tokens

@@ -53,8 +53,8 @@ DONE = "data: [DONE]\n\n"
     ],
 )
 def test_the_receipt_is_in_the_last_chunk_only(events):
-    *chunks, done = asyncio.run(attach(*events))
-    assert done == DONE
+    *chunks, last_line = asyncio.run(attach(*events))
+    assert last_line == DONE
     expected = parse_events(events[:-1])
     assert parse_events(chunks) == [*expected[:-1], expected[-1] | {"alignment": {"proxy": "a"}}]
 

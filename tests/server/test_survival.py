@@ -29,28 +29,28 @@ def killed_server(root, tmp_path_factory):
     """The loaded proxies, a text and the feedback file of a server before it was killed."""
     directory = tmp_path_factory.mktemp("killed")
     feedback = directory / "feedback.db"
-    with serving(directory / "log", "--proxy-root", root, "--feedback", feedback) as running:
+    with serving(directory / "log", "--proxy-root", root, "--feedback", feedback) as server:
         with ThreadPoolExecutor(4) as pool:  # what is acknowledged is kept, whatever the order
             names = ["mine", "other", "gone", "dark"]
-            loaded = dict(
-                zip(names, pool.map(lambda name: load(running, name), names), strict=True)
+            entries = dict(
+                zip(names, pool.map(lambda name: load(server, name), names), strict=True)
             )
-        assert all(answer["remembered"] for answer in loaded.values())
-        assert httpx.delete(f"{running.url}/proxies/gone", timeout=WAIT_SECONDS).status_code == 200
-        text = complete(running, "mine")
+        assert all(answer["remembered"] for answer in entries.values())
+        assert httpx.delete(f"{server.url}/proxies/gone", timeout=WAIT_SECONDS).status_code == 200
+        text = complete(server, "mine")
         for i in range(5):
             body = {"prompt": "x", "response_a": f"a{i}", "response_b": "b", "better": "a"}
             assert (
-                httpx.post(f"{running.url}/feedback", json=body, timeout=WAIT_SECONDS).status_code
+                httpx.post(f"{server.url}/feedback", json=body, timeout=WAIT_SECONDS).status_code
                 == 201
             )
-        children = psutil.Process(running.process.pid).children(recursive=True)
+        children = psutil.Process(server.process.pid).children(recursive=True)
         assert children  # the engine, at least
-        running.process.send_signal(signal.SIGKILL)  # only the server, as the kernel does
-        running.process.wait()
+        server.process.send_signal(signal.SIGKILL)  # only the server, as the kernel does
+        server.process.wait()
         _, alive = psutil.wait_procs(children, timeout=WAIT_SECONDS)
         assert alive == []  # the next server needs the device
-    return loaded, text, feedback
+    return entries, text, feedback
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +64,30 @@ def server_pair(killed_server, root, tmp_path_factory):
         yield a, b
 
 
-def load(running, name):
+def load(server, name):
     body = {"name": name, "path": "polite" if name == "other" else "aligned"}
     body["shadow"] = name == "dark"
-    answer = httpx.post(f"{running.url}/proxies", json=body, timeout=WAIT_SECONDS)
+    answer = httpx.post(f"{server.url}/proxies", json=body, timeout=WAIT_SECONDS)
     assert answer.status_code == 201, answer.text
     return answer.json()
 
 
-def proxy_states(running):
-    data = httpx.get(f"{running.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
+def proxy_states(server):
+    data = httpx.get(f"{server.url}/proxies", timeout=WAIT_SECONDS).json()["data"]
     return {proxy["name"]: (proxy["version"], proxy["state"]) for proxy in data}
 
 
-def complete(running, proxy):
+def complete(server, proxy):
     body = {"model": f"assent-demo:{proxy}", "messages": QUESTION, "seed": 5, "max_tokens": 30}
-    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=WAIT_SECONDS)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
 
 
 def test_a_killed_server_comes_back_with_its_proxies(killed_server, server_pair):
-    loaded, text, _ = killed_server
-    expected = {name: (loaded[name]["version"], "serving") for name in ("mine", "other")}
-    expected["dark"] = loaded["dark"]["version"], "shadow"
+    entries, text, _ = killed_server
+    expected = {name: (entries[name]["version"], "serving") for name in ("mine", "other")}
+    expected["dark"] = entries["dark"]["version"], "shadow"
     a, b = server_pair
     assert proxy_states(a) == expected
     assert {name: entry for name, entry in proxy_states(b).items() if name != "polite"} == expected
@@ -149,12 +149,12 @@ def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tm
     body = {"model": "assent-demo", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True}
     with serving(
         tmp_path / "log", "--drain-seconds", "1", environment=SEPARATE_PROCESSES, warm=False
-    ) as running:
-        url = f"{running.url}/v1/chat/completions"
-        assert httpx.get(f"{running.url}/ready", timeout=WAIT_SECONDS).status_code == 200
+    ) as server:
+        url = f"{server.url}/v1/chat/completions"
+        assert httpx.get(f"{server.url}/ready", timeout=WAIT_SECONDS).status_code == 200
         (engine,) = (
             child
-            for child in psutil.Process(running.process.pid).children(recursive=True)
+            for child in psutil.Process(server.process.pid).children(recursive=True)
             if "EngineCore" in child.name() + " ".join(child.cmdline())
         )
         with (
@@ -165,11 +165,11 @@ def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tm
             next(lines)
             engine.suspend()
             future = pool.submit(httpx.post, url, json=body, timeout=WAIT_SECONDS)
-            wait_until(lambda: httpx.get(f"{running.url}/ready", timeout=60).status_code == 503)
-            assert httpx.get(f"{running.url}/health", timeout=WAIT_SECONDS).status_code == 200
-            running.process.send_signal(signal.SIGTERM)
-            assert running.process.wait(WAIT_SECONDS) == 0
+            wait_until(lambda: httpx.get(f"{server.url}/ready", timeout=60).status_code == 503)
+            assert httpx.get(f"{server.url}/health", timeout=WAIT_SECONDS).status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(WAIT_SECONDS) == 0
             assert future.result().status_code == 503
             assert "This server is stopping" in [line for line in lines if line][-1]
-        assert "requests were not finished after 1 s and are aborted" in running.log.read_text()
+        assert "requests were not finished after 1 s and are aborted" in server.log.read_text()
         assert not engine.is_running()

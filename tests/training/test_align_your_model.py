@@ -135,19 +135,23 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_pa
         runner = PageRunner(tmp_path, stack, variables)
         for language, text in blocks(PAGE.read_text(encoding="utf-8")):
             printed.append(runner.run_block(language, text))
-    _, _, checked, direct, sampled, _, accuracies, probed, _, _, _, dialled, chat_output, loaded = (
-        printed
+    (
+        _, _, prepare_output, dpo_output, ppo_output, _, reward_output, probe_output, _, _, _, dial_output, chat_output,
+        proxies_output,
+    ) = printed  # fmt: skip
+    assert "121 pairs\n" in prepare_output and "skipped" not in prepare_output
+    assert "outside the LLM's nucleus" in dpo_output and "round 1: mean reward" in ppo_output
+    assert reward_output.count("eval_rewards/accuracies") == 2
+    assert (
+        "pairs right in 5-fold cross-validation" in probe_output
+        and "held-out pairs right" in probe_output
     )
-    assert "121 pairs\n" in checked and "skipped" not in checked
-    assert "outside the LLM's nucleus" in direct and "round 1: mean reward" in sampled
-    assert accuracies.count("eval_rewards/accuracies") == 2
-    assert "pairs right in 5-fold cross-validation" in probed and "held-out pairs right" in probed
     figures = json.loads((tmp_path / "runs/mine/figures.json").read_text())
     assert set(figures["rewards"]) == {"runs/mine/reward", "runs/mine/second-opinion"}
-    answers = re.findall(r'"proxy":"mine"', dialled.replace(" ", ""))
+    answers = re.findall(r'"proxy":"mine"', dial_output.replace(" ", ""))
     assert len(answers) == 3
     assert chat_output.strip()
-    names = {proxy["name"] for proxy in json.loads(loaded.splitlines()[-1])["data"]}
+    names = {proxy["name"] for proxy in json.loads(proxies_output.splitlines()[-1])["data"]}
     assert names == {"mine", "mine-too"}
 
 

@@ -164,8 +164,8 @@ def test_a_pad_token_beyond_the_embeddings(role: str, model: Path) -> None:
 def test_an_added_token_beyond_the_embeddings(model: Path, tmp_path: Path) -> None:
     """It is refused where the data has it: a model may have one that nobody uses."""
     token_id = add_token(model, None)
-    loaded, tokenizer = load_model(str(model))
-    refuse_unknown(loaded, tokenizer, [[token_id - 1], []])
+    loaded_model, tokenizer = load_model(str(model))
+    refuse_unknown(loaded_model, tokenizer, [[token_id - 1], []])
     rows = tmp_path / "rows.jsonl"
     user = {"role": "user", "content": "what is <|new|>?"}
     answer = {"role": "assistant", "content": "b"}

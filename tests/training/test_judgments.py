@@ -88,10 +88,10 @@ def test_a_judgment_in_both_orders(tokenizer) -> None:
 def test_the_rationale_follows_the_label_and_ends_the_turn(tokenizer) -> None:
     short_examples, full_examples = examples(tokenizer, PAIR), examples(tokenizer, PAIR | REASONS)
     texts = []
-    for short, example in zip(short_examples, full_examples, strict=True):
-        num_tokens = len(short.token_ids)
-        assert example.token_ids[:num_tokens] == short.token_ids
-        assert example.weights[:num_tokens] == short.weights
+    for short_example, example in zip(short_examples, full_examples, strict=True):
+        num_tokens = len(short_example.token_ids)
+        assert example.token_ids[:num_tokens] == short_example.token_ids
+        assert example.weights[:num_tokens] == short_example.weights
         assert set(example.weights[num_tokens:]) == {1.0}
         texts.append(tokenizer.decode(example.token_ids[num_tokens:]))
     assert texts == [
@@ -106,12 +106,12 @@ def test_a_pair_without_a_principle_is_by_the_first(tokenizer) -> None:
 
 
 def test_what_is_too_long_is_cut_and_what_leaves_no_room_refused(tokenizer) -> None:
-    long = PAIR | {"prompt": chat("Is my dog " * 999)} | REASONS
-    for example in examples(tokenizer, long, max_tokens=400):
+    long_pair = PAIR | {"prompt": chat("Is my dog " * 999)} | REASONS
+    for example in examples(tokenizer, long_pair, max_tokens=400):
         assert 390 < len(example.token_ids) <= 400
         assert example.token_ids[-1] == tokenizer.eos_token_id
     with pytest.raises(TrainingError, match="no room for its question in 50 tokens"):
-        examples(tokenizer, long, max_tokens=50)
+        examples(tokenizer, long_pair, max_tokens=50)
 
 
 @pytest.mark.parametrize(
@@ -208,5 +208,5 @@ def test_the_frozen_llm_judges_by_a_principle_of_its_own(work_dir: Path, frozen:
 def test_a_question_beyond_the_context_is_cut(frozen: Frozen) -> None:
     reward = load_reward("self-judge", replace(frozen))
     assert isinstance(reward, JudgeReward)
-    long = Question(chat("Is my dog " * 999), *ANSWERS[:2])
-    assert reward.judge.log_odds([long]).isfinite().all()
+    long_question = Question(chat("Is my dog " * 999), *ANSWERS[:2])
+    assert reward.judge.log_odds([long_question]).isfinite().all()

@@ -92,14 +92,14 @@ def test_a_version_of_verdicts_that_agree(learner: Learner) -> None:
     assert outcome.accuracy is not None and outcome.accuracy[0] > 0.9
     assert (outcome.verdicts, outcome.prompts, outcome.callers) == (40, 40, 1)
     path = learner.root / outcome.version
-    loaded = load(path, base=BASE)
-    assert loaded.version == outcome.version
-    assert loaded.training["verdicts"] == 40 and loaded.training["learned"] == "ours"
+    checkpoint = load(path, base=BASE)
+    assert checkpoint.version == outcome.version
+    assert checkpoint.training["verdicts"] == 40 and checkpoint.training["learned"] == "ours"
     assert rows_of(path) == {verdict.row: "alice" for verdict in verdicts}
     # What was preferred has become likelier.
     trial = Trial(verdicts, CONFIG, learner.embeddings, read_positions, Accelerator(cpu=True))
-    assert trial.is_right(loaded.network, range(40)).mean() > 0.9
-    assert trial.kl(loaded.network, range(40)) == pytest.approx(outcome.kl)
+    assert trial.is_right(checkpoint.network, range(40)).mean() > 0.9
+    assert trial.kl(checkpoint.network, range(40)) == pytest.approx(outcome.kl)
 
 
 def test_verdicts_that_contradict_each_other_teach_nothing(learner: Learner) -> None:

@@ -65,10 +65,10 @@ def test_a_prompt_read_once_for_both_answers(name: str, tmp_path: Path) -> None:
 def test_a_window_that_is_narrower_than_a_pair_is_not_read_through(tmp_path: Path) -> None:
     save_model("gemma2", tmp_path)  # its window has 16 tokens
     model, (pair, *_) = load_model(str(tmp_path))[0].eval(), make_pairs()
-    long = Pair(pair.prompt * 2, pair.chosen, pair.rejected)
-    reader = Reader(model, [pair, long])
+    long_pair = Pair(pair.prompt * 2, pair.chosen, pair.rejected)
+    reader = Reader(model, [pair, long_pair])
     assert not reader.shares
-    assert reader.tokens(long) == 2 * (18 + 6)
+    assert reader.tokens(long_pair) == 2 * (18 + 6)
 
 
 def test_a_model_that_heeds_no_mask_reads_answers_apart(

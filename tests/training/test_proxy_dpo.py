@@ -75,9 +75,9 @@ def test_from_pairs(
     printed = capsys.readouterr().out
     assert "lie outside the LLM's nucleus" in printed
     assert "held-out preferences are ordered correctly" in printed
-    loaded = load(run_options.output, base=identify(str(work_dir / "base")))
-    assert loaded.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
-    assert loaded.config.max_rejections == loaded.config.max_candidates == 16
+    checkpoint = load(run_options.output, base=identify(str(work_dir / "base")))
+    assert checkpoint.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
+    assert checkpoint.config.max_rejections == checkpoint.config.max_candidates == 16
 
 
 def test_a_reward_is_learned_from_prompts_and_a_second_round(

@@ -174,9 +174,9 @@ def test_every_rollout_has_the_weights_of_its_moment(
         responses[2] == responses[3]
         and responses[0] != responses[1] != responses[2] != responses[4]
     )
-    (loaded,) = engine._call("list_proxies")
+    (entry,) = engine._call("list_proxies")
     worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    assert [proxy.version for proxy in worker._registry.pool.proxies] == [loaded["version"]]
+    assert [proxy.version for proxy in worker._registry.pool.proxies] == [entry["version"]]
     assert not worker._tracker.stats.traces._entries and not worker._reads
 
 

@@ -133,10 +133,10 @@ def test_a_saved_lora_samples_as_the_policy_does(work_dir: Path, tmp_path: Path)
         trainer.step(index)
     trainer.save({})
     base_model = AutoModelForCausalLM.from_pretrained(work_dir / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base_model, tmp_path).eval()
+    lora_model = PeftModel.from_pretrained(base_model, tmp_path).eval()
     ids = torch.tensor([trainer.prompts[0].ids])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, trainer.policy(ids).logits, **ROUNDING)
+        torch.testing.assert_close(lora_model(ids).logits, trainer.policy(ids).logits, **ROUNDING)
 
 
 def test_a_whole_model_is_saved(work_dir: Path, tmp_path: Path) -> None:

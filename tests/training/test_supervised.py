@@ -74,10 +74,12 @@ def test_training_keeps_within_the_context(
     models_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """GPT-2 has no position after its last: one would be an index error."""
-    model, long = str(models_dir / "gpt2"), "my dog " * 999
+    model, long_text = str(models_dir / "gpt2"), "my dog " * 999
     rows, pairs = tmp_path / "sft.jsonl", tmp_path / "preferences.jsonl"
-    rows.write_text((data / "sft.jsonl").read_text() + json.dumps({"messages": chat("Hi", long)}))
-    answers = {key: chat("Hi", f"{key} {long}")[1:] for key in ("chosen", "rejected")}
+    rows.write_text(
+        (data / "sft.jsonl").read_text() + json.dumps({"messages": chat("Hi", long_text)})
+    )
+    answers = {key: chat("Hi", f"{key} {long_text}")[1:] for key in ("chosen", "rejected")}
     pair = {"prompt": chat("Hi"), **answers}
     pairs.write_text((data / "preferences.jsonl").read_text() + json.dumps(pair))
     sft.main(sft.Options(model=model, sft=str(rows), output=tmp_path / "sft", max_length=9999))

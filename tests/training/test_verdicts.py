@@ -29,10 +29,10 @@ def read_rows(
     chats: Conversations, rows: list[Preference], longest: int = 1000
 ) -> tuple[list[Verdict], Counter[str]]:
     """Read rows in the order of their ids. Returns the verdicts, and counts of what was left out."""
-    left_out = Counter[str]()
+    left_out_counts = Counter[str]()
     newest_first = [*enumerate(rows, start=1)][::-1]
     end = chats.tokenizer.eos_token_id
-    return read_verdicts(newest_first, chats, {end}, longest, left_out), +left_out
+    return read_verdicts(newest_first, chats, {end}, longest, left_out_counts), +left_out_counts
 
 
 def row_ids(result: tuple[list[Verdict], Counter[str]]) -> list[int]:
@@ -40,8 +40,8 @@ def row_ids(result: tuple[list[Verdict], Counter[str]]) -> list[int]:
 
 
 def test_a_verdict_is_two_responses_in_tokens(chats: Conversations) -> None:
-    ((verdict,), left_out) = read_rows(chats, [make_preference(1)])
-    assert not left_out
+    ((verdict,), left_out_counts) = read_rows(chats, [make_preference(1)])
+    assert not left_out_counts
     assert (verdict.row, verdict.caller) == (1, "alice")
     assert verdict.better.prompt == verdict.worse.prompt
     assert "Question 1?" in chats.tokenizer.decode(verdict.better.prompt)
@@ -76,18 +76,22 @@ def test_people_overrule_the_judge(chats: Conversations) -> None:
 
 
 def test_a_flood_does_not_outvote_the_others(chats: Conversations) -> None:
-    others = [make_preference(i, caller) for caller in ("bob", "carol") for i in range(3)]
+    other_rows = [make_preference(i, caller) for caller in ("bob", "carol") for i in range(3)]
     flood = [make_preference(100 + i) for i in range(10 * MOST_OF_A_CALLER)]
-    verdicts, left_out = read_rows(chats, others + flood)
+    verdicts, left_out_counts = read_rows(chats, other_rows + flood)
     counts = Counter(verdict.caller for verdict in verdicts)
     assert counts == {"bob": 3, "carol": 3, "alice": MOST_OF_A_CALLER}
-    assert left_out == {"of callers who gave many more than the others": 9 * MOST_OF_A_CALLER}
-    assert row_ids((verdicts, left_out))[0] == len(others + flood)  # the newest
+    assert left_out_counts == {
+        "of callers who gave many more than the others": 9 * MOST_OF_A_CALLER
+    }
+    assert row_ids((verdicts, left_out_counts))[0] == len(other_rows + flood)  # the newest
 
 
 def test_a_single_caller_floods_nobody(chats: Conversations) -> None:
-    verdicts, left_out = read_rows(chats, [make_preference(i) for i in range(3 * MOST_OF_A_CALLER)])
-    assert len(verdicts) == 3 * MOST_OF_A_CALLER and not left_out
+    verdicts, left_out_counts = read_rows(
+        chats, [make_preference(i) for i in range(3 * MOST_OF_A_CALLER)]
+    )
+    assert len(verdicts) == 3 * MOST_OF_A_CALLER and not left_out_counts
 
 
 def test_what_cannot_be_learned_is_counted(chats: Conversations) -> None:
