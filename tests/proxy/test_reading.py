@@ -133,10 +133,10 @@ def test_the_probes_scores(reader: Reader) -> None:
     """r2 is not to be scored; r0 comes in parts, of which the first two end before its response, and is preempted."""
     reader.probe = PROBE
     for _ in range(2):
-        run(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14}, SCORE)
-        run(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 1}, SCORE)
-        run(reader, [], {"r0": 3}, {"r0": 5}, SCORE)
-    run(reader, [], {"r0": 8}, {"r0": 4}, SCORE)
+        run_step(reader, ["r0", "r2"], {"r0": 0, "r2": 0}, {"r0": 2, "r2": 14}, SCORE)
+        run_step(reader, ["r1"], {"r1": 0, "r0": 2}, {"r1": 13, "r0": 1}, SCORE)
+        run_step(reader, [], {"r0": 3}, {"r0": 5}, SCORE)
+    run_step(reader, [], {"r0": 8}, {"r0": 4}, SCORE)
     assert not reader.is_busy
     expected = {name: (STATES[name][START:].mean(0) @ PROBE).item() for name in ("r0", "r1")}
     assert reader.take_scores(["r0", "r1", "r2", "never seen"]) == pytest.approx(
@@ -151,10 +151,10 @@ def test_a_score_that_nobody_takes_is_forgotten(
     monkeypatch.setattr(reading, "MAX_SCORES", 1)
     reader.probe = PROBE
     for name in ("r0", "r1"):
-        run(reader, [name], {name: 0}, {name: len(IDS[name])}, SCORE)
+        run_step(reader, [name], {name: 0}, {name: len(IDS[name])}, SCORE)
     assert list(reader.take_scores(["r0", "r1"])) == ["r1"]
 
 
 def test_without_a_probe_nothing_is_scored(reader: Reader) -> None:
-    run(reader, ["r0"], {"r0": 0}, {"r0": 12}, SCORE)
+    run_step(reader, ["r0"], {"r0": 0}, {"r0": 12}, SCORE)
     assert not reader.is_busy and reader.take_scores(["r0"]) == {}

@@ -1,4 +1,4 @@
-"""Judges that are LoRAs or a probe: what may be one, and what a real server makes of them, against transformers."""
+"""Judges that are LoRAs or a probe: their directories, and their verdicts on a real server, against transformers."""
 
 import json
 from argparse import Namespace
@@ -29,8 +29,8 @@ HIDDEN_SIZE, LAYERS, END_IDS = CONFIG.hidden_size, CONFIG.num_hidden_layers, [CO
 MANNERS = Principle(system="Choose the more polite.")
 
 
-def make(directory: Path, kind: str, rank: int = 4, base: BaseModelId = BASE) -> PeftModel:
-    """A random LoRA that can be felt, saved as the training commands save theirs."""
+def make_adapter(directory: Path, kind: str, rank: int = 4, base: BaseModelId = BASE) -> PeftModel:
+    """A random LoRA with a strong effect, saved as the training commands save theirs."""
     model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(rank)
@@ -62,24 +62,24 @@ def make_probe(directory: Path, layer: int = LAYERS) -> None:
 def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("judges")
     for name, kind, rank in (("pairwise", "judge", 4), ("likelihood", "implicit", 8)):
-        make(root / name, kind, rank)
+        make_adapter(root / name, kind, rank)
     make_probe(root / "probe")
     write_principles(root / "pairwise" / "principles.json", {"manners": MANNERS})
     return {path.name: path for path in root.iterdir()}
 
 
 def test_what_a_directory_says(judges: dict[str, Path]) -> None:
-    found = read_adapters([judges["pairwise"], judges["likelihood"]], BASE)
-    assert set(found) == {"pairwise", "likelihood"}
-    assert found["pairwise"].principles == {"manners": MANNERS}
-    assert (found["likelihood"].beta, found["likelihood"].rank) == (3.0, 8)
-    assert found["pairwise"].lora_id != found["likelihood"].lora_id
+    adapters = read_adapters([judges["pairwise"], judges["likelihood"]], BASE)
+    assert set(adapters) == {"pairwise", "likelihood"}
+    assert adapters["pairwise"].principles == {"manners": MANNERS}
+    assert (adapters["likelihood"].beta, adapters["likelihood"].rank) == (3.0, 8)
+    assert adapters["pairwise"].lora_id != adapters["likelihood"].lora_id
     (probe,) = read_adapters([judges["probe"]], BASE).values()
     assert (probe.kind, probe.rank, probe.end_ids) == ("probe", 0, END_IDS)
 
 
 @pytest.mark.parametrize(
-    ("theirs", "expected"),
+    ("args", "expected"),
     [
         (Namespace(enable_lora=False, max_loras=1, max_lora_rank=16), (True, 2, 8)),
         (Namespace(enable_lora=True, max_loras=2, max_lora_rank=64), (True, 4, 64)),
@@ -87,22 +87,22 @@ def test_what_a_directory_says(judges: dict[str, Path]) -> None:
     ],
 )
 def test_room_for_the_judges(
-    judges: dict[str, Path], theirs: Namespace, expected: tuple[bool, int, int]
+    judges: dict[str, Path], args: Namespace, expected: tuple[bool, int, int]
 ) -> None:
-    enable_adapters(theirs, read_adapters([*judges.values()], BASE))
-    assert (theirs.enable_lora, theirs.max_loras, theirs.max_lora_rank) == expected
+    enable_adapters(args, read_adapters([*judges.values()], BASE))
+    assert (args.enable_lora, args.max_loras, args.max_lora_rank) == expected
 
 
 def test_a_probe_needs_no_lora(judges: dict[str, Path]) -> None:
-    theirs = Namespace(enable_lora=False, max_loras=1, max_lora_rank=16)
-    enable_adapters(theirs, read_adapters([judges["probe"]], BASE))
-    assert not theirs.enable_lora
+    args = Namespace(enable_lora=False, max_loras=1, max_lora_rank=16)
+    enable_adapters(args, read_adapters([judges["probe"]], BASE))
+    assert not args.enable_lora
 
 
 def test_what_is_no_probe(judges: dict[str, Path], tmp_path: Path) -> None:
-    another = BASE.model_copy(update={"fingerprint": "0" * 64})
+    other_base = BASE.model_copy(update={"fingerprint": "0" * 64})
     with pytest.raises(AdapterError, match="was trained on"):
-        read_adapters([judges["probe"]], another)
+        read_adapters([judges["probe"]], other_base)
     make_probe(tmp_path, layer=LAYERS - 1)
     with pytest.raises(AdapterError, match=f"reads layer {LAYERS - 1}, and a server reads only"):
         read_adapters([tmp_path], BASE)
@@ -117,11 +117,11 @@ def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
         read_adapters([tmp_path], BASE)
     with pytest.raises(AdapterError, match="are both likelihood judges"):
         read_adapters([judges["likelihood"], judges["likelihood"]], BASE)
-    another = BASE.model_copy(update={"fingerprint": "0" * 64, "name": "another"})
+    other_base = BASE.model_copy(update={"fingerprint": "0" * 64, "name": "another"})
     with pytest.raises(
         AdapterError, match=f"was trained on .* but this is 'another' \\({'0' * 64}"
     ):
-        read_adapters([judges["likelihood"]], another)
+        read_adapters([judges["likelihood"]], other_base)
     (tmp_path / "reward.json").write_text((judges["likelihood"] / "reward.json").read_text())
     with pytest.raises(AdapterError, match="is not a LoRA: train the judge with --lora-rank"):
         read_adapters([tmp_path], BASE)
@@ -163,15 +163,15 @@ RESPONSES = [
 def scores(judges: dict[str, Path]) -> list[float]:
     """β log(π_lora / π_base) of each response, by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    plain = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(
+    base_model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    lora_model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32),
         judges["likelihood"],
     )
-    found = []
+    values = []
     for response in RESPONSES:
-        prompt, said = response_ids(tokenizer, TURNS, response)
-        ids = torch.tensor([prompt + said])
+        prompt, response_tokens = response_ids(tokenizer, TURNS, response)
+        ids = torch.tensor([prompt + response_tokens])
         with torch.no_grad():
             sums = [
                 model(ids)
@@ -180,10 +180,10 @@ def scores(judges: dict[str, Path]) -> list[float]:
                 .gather(-1, ids[0, len(prompt) :, None])
                 .sum()
                 .item()
-                for model in (tuned.eval(), plain.eval())
+                for model in (lora_model.eval(), base_model.eval())
             ]
-        found.append(3.0 * (sums[0] - sums[1]))
-    return found
+        values.append(3.0 * (sums[0] - sums[1]))
+    return values
 
 
 def test_likelihood_verdicts_are_the_ratio(http: httpx.Client, scores: list[float]) -> None:
@@ -213,23 +213,23 @@ def test_ranking_by_likelihood(http: httpx.Client, scores: list[float]) -> None:
         "kind": "likelihood",
         "strategy": "round-robin",
     }
-    receipt = http.post("/judge/rank", json=body).raise_for_status().json()
-    assert receipt["ranking"] == sorted(range(3), key=lambda i: -scores[i])
-    assert replay(receipt) == receipt["ranking"]
+    record = http.post("/judge/rank", json=body).raise_for_status().json()
+    assert record["ranking"] == sorted(range(3), key=lambda i: -scores[i])
+    assert replay(record) == record["ranking"]
 
 
 @pytest.fixture(scope="module")
-def probed(judges: dict[str, Path]) -> list[float]:
-    """What the probe makes of each response as a reward in training."""
+def probe_scores(judges: dict[str, Path]) -> list[float]:
+    """The probe's score of each response, as a reward in training."""
     frozen = frozen_of(DEMO / "model")
     samples = [Sample([], "", *response_ids(frozen.tokenizer, TURNS, text)) for text in RESPONSES]
     return load_reward(str(judges["probe"]), frozen)(samples).tolist()
 
 
 def test_a_probes_verdicts_are_those_of_the_trainings_reward(
-    http: httpx.Client, probed: list[float]
+    http: httpx.Client, probe_scores: list[float]
 ) -> None:
-    assert max(probed) - min(probed) > 0.5
+    assert max(probe_scores) - min(probe_scores) > 0.5
     pairs = [(0, 1), (1, 0), (0, 2), (1, 2)]
     body = {
         "kind": "probe",
@@ -242,62 +242,67 @@ def test_a_probes_verdicts_are_those_of_the_trainings_reward(
         answer = http.post("/judge", json=body).raise_for_status().json()
         for (a, b), verdict in zip(pairs, answer["verdicts"], strict=True):
             odds = torch.tensor(verdict["orders"], dtype=torch.float64).logit()
-            assert odds.tolist() == pytest.approx([probed[a] - probed[b]] * 2, rel=1e-3, abs=1e-3)
+            assert odds.tolist() == pytest.approx(
+                [probe_scores[a] - probe_scores[b]] * 2, rel=1e-3, abs=1e-3
+            )
             assert list(verdict["principles"]) == ["probe"]
     assert answer["usage"]["completion_tokens"] == 3  # each response is read once
     metrics = http.get("/metrics").text
     assert 'assent_judge_flip_rate{judge="probe"} 0.0' in metrics
 
 
-def test_ranking_by_a_probe(http: httpx.Client, probed: list[float]) -> None:
+def test_ranking_by_a_probe(http: httpx.Client, probe_scores: list[float]) -> None:
     body = {"messages": TURNS, "responses": RESPONSES, "kind": "probe", "strategy": "round-robin"}
-    receipt = http.post("/judge/rank", json=body).raise_for_status().json()
-    assert receipt["ranking"] == sorted(range(3), key=lambda i: -probed[i])
-    assert replay(receipt) == receipt["ranking"]
+    record = http.post("/judge/rank", json=body).raise_for_status().json()
+    assert record["ranking"] == sorted(range(3), key=lambda i: -probe_scores[i])
+    assert replay(record) == record["ranking"]
 
 
 def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Path]) -> None:
     """By its own principles; and the LLM that answers stays the frozen one."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    plain = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
-    tuned = PeftModel.from_pretrained(
+    base_model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+    lora_model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32),
         judges["pairwise"],
     ).eval()
     question = Question(TURNS, *RESPONSES[:2])
     a, b = label_ids(tokenizer, MANNERS)
     expected = []
-    for asked in (question, question.swapped):
-        ids = torch.tensor([judge_prompt_ids(tokenizer, asked, MANNERS)])
+    for ordered_question in (question, question.swapped):
+        ids = torch.tensor([judge_prompt_ids(tokenizer, ordered_question, MANNERS)])
         with torch.no_grad():
-            odds, unjudged = (
-                m(ids).logits[0, -1, a] - m(ids).logits[0, -1, b] for m in (tuned, plain)
+            lora_odds, base_odds = (
+                model(ids).logits[0, -1, a] - model(ids).logits[0, -1, b]
+                for model in (lora_model, base_model)
             )
-        assert abs(odds - unjudged) > 0.05
-        expected.append((odds if asked is question else -odds).sigmoid().item())
+        assert abs(lora_odds - base_odds) > 0.05
+        expected.append(
+            (lora_odds if ordered_question is question else -lora_odds).sigmoid().item()
+        )
     body = {"messages": TURNS, "response_a": RESPONSES[0], "response_b": RESPONSES[1]}
-    found = http.post("/judge", json=body).raise_for_status().json()
-    assert list(found["principles"]) == ["manners"]
-    assert found["orders"] == pytest.approx(expected, abs=2e-3)
+    verdict = http.post("/judge", json=body).raise_for_status().json()
+    assert list(verdict["principles"]) == ["manners"]
+    assert verdict["orders"] == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "probe"])
 def test_best_of_by_scores_beside_plain_requests(http: httpx.Client, kind: str) -> None:
-    def say(**options):
+    def complete(**options):
         body = {"model": "assent-demo", "messages": TURNS, "max_tokens": 24, "seed": 3} | options
         return http.post("/v1/chat/completions", json=body).raise_for_status().json()
 
-    plain = say(n=4)
-    best = say(alignment={"best_of": 4, "judge": {"kind": kind}})
-    receipt = best["alignment"]["judge"]
-    assert (receipt["kind"], receipt["principles"]) == (kind, [])
-    texts = [choice["message"]["content"] for choice in plain["choices"]]
-    assert best["choices"][0]["message"]["content"] == texts[receipt["winner"]]
-    assert say(n=4)["choices"] == plain["choices"]
+    answer = complete(n=4)
+    best = complete(alignment={"best_of": 4, "judge": {"kind": kind}})
+    record = best["alignment"]["judge"]
+    assert (record["kind"], record["principles"]) == (kind, [])
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert best["choices"][0]["message"]["content"] == texts[record["winner"]]
+    assert complete(n=4)["choices"] == answer["choices"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"kind": "likelihood", "principles": ["manners"]}, "a likelihood judge has none"),
         ({"kind": "likelihood", "rationale": True}, "cannot say why"),
@@ -307,8 +312,8 @@ def test_best_of_by_scores_beside_plain_requests(http: httpx.Client, kind: str) 
         ({"principles": ["overall"]}, "unknown principle 'overall'; known are: manners"),
     ],
 )
-def test_bad_requests(http: httpx.Client, change: dict[str, object], said: str) -> None:
+def test_bad_requests(http: httpx.Client, change: dict[str, object], message: str) -> None:
     body = {"messages": TURNS, "response_a": "a", "response_b": "b"} | change
     answer = http.post("/judge", json=body)
     assert answer.status_code == 400
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]

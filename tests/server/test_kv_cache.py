@@ -1,4 +1,4 @@
-"""The memory of a server on a CPU: what it takes of how much, and what the user's own options make of it."""
+"""The memory of a server on a CPU: its share of the free memory, and the effect of the user's own options."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ BLOCK = 128 * 4096  # tokens · keys and values of 4 layers, 4 heads, 64 numbers
 
 @pytest.fixture
 def plan(monkeypatch):
-    """Of a machine with 128 GiB."""
+    """The memory plan of a machine with 128 GiB."""
     from server import arguments, kv_cache
 
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
@@ -31,7 +31,7 @@ def plan(monkeypatch):
 
 
 def long_model(directory):
-    """The demo's, with a context of 131,072 tokens."""
+    """The demo's model, with a context of 131,072 tokens."""
     model = directory / "long"
     shutil.copytree(MODEL, model)
     config = json.loads((model / "config.json").read_text())
@@ -41,51 +41,51 @@ def long_model(directory):
 
 
 def test_room_for_all_that_runs_at_once(plan):
-    memory, chosen = plan()
+    memory, cache_bytes = plan()
     assert (memory.weights, memory.workers, memory.problem()) == (WEIGHTS, 1, None)
-    assert chosen == memory.cache == (128 * 512 // 128 + 1) * BLOCK
+    assert cache_bytes == memory.cache == (128 * 512 // 128 + 1) * BLOCK
     assert plan("--max-num-seqs", "4")[1] == (4 * 512 // 128 + 1) * BLOCK
     assert plan("--max-num-seqs", "4", "--max-model-len", "256")[1] == (4 * 256 // 128 + 1) * BLOCK
 
 
 def test_and_for_the_longest_request(plan, tmp_path):
     model = long_model(tmp_path)
-    memory, chosen = plan("--max-num-seqs", "4", model=model)
-    assert chosen == memory.longest == (1024 + 1) * BLOCK
+    memory, cache_bytes = plan("--max-num-seqs", "4", model=model)
+    assert cache_bytes == memory.longest == (1024 + 1) * BLOCK
     assert memory.problem() is None
     assert plan("--max-num-seqs", "4", "--max-model-len", "300", model=model)[1] == 11 * BLOCK
 
 
 def test_a_share_of_what_is_free(plan):
-    memory, chosen = plan("--max-num-seqs", "4096", free=4 * GIB)
-    assert chosen == memory.cache == int(0.8 * (4 * GIB - WEIGHTS - memory.processes))
+    memory, cache_bytes = plan("--max-num-seqs", "4096", free=4 * GIB)
+    assert cache_bytes == memory.cache == int(0.8 * (4 * GIB - WEIGHTS - memory.processes))
     assert memory.problem() is None
 
 
 def test_too_little_is_free(plan, tmp_path):
     memory, _ = plan(free=GIB)
     assert "more than is free" in memory.problem()
-    memory, chosen = plan(model=long_model(tmp_path), free=memory.processes + GIB // 4)
-    assert chosen == memory.longest  # vLLM decides: layers with a window take less
+    memory, cache_bytes = plan(model=long_model(tmp_path), free=memory.processes + GIB // 4)
+    assert cache_bytes == memory.longest  # vLLM decides: layers with a window take less
     assert "--max-model-len" in memory.problem()
 
 
 def test_the_users_choice(plan, monkeypatch, tmp_path):
-    memory, chosen = plan("--kv-cache-memory-bytes", "1G")
-    assert memory.cache == chosen == GIB
+    memory, cache_bytes = plan("--kv-cache-memory-bytes", "1G")
+    assert memory.cache == cache_bytes == GIB
     memory, _ = plan("--kv-cache-memory-bytes", "200M", model=long_model(tmp_path))
     assert "--kv-cache-memory-bytes" in memory.problem()
-    memory, chosen = plan("--gpu-memory-utilization", "0.25")
-    assert chosen is None and 30 * GIB < memory.cache < 32 * GIB
+    memory, cache_bytes = plan("--gpu-memory-utilization", "0.25")
+    assert cache_bytes is None and 30 * GIB < memory.cache < 32 * GIB
     assert "more than is free" in plan("--gpu-memory-utilization", "0.75")[0].problem()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-    memory, chosen = plan()
-    assert chosen is None and memory.cache == 2 * GIB
+    memory, cache_bytes = plan()
+    assert cache_bytes is None and memory.cache == 2 * GIB
 
 
 def test_engines_share_it(plan):
-    memory, chosen = plan("--data-parallel-size", "2")
-    assert memory.workers == 2 and memory.cache == 2 * chosen == 2 * 513 * BLOCK
+    memory, cache_bytes = plan("--data-parallel-size", "2")
+    assert memory.workers == 2 and memory.cache == 2 * cache_bytes == 2 * 513 * BLOCK
 
 
 def test_a_variable_that_is_no_number(plan, monkeypatch):

@@ -1,4 +1,4 @@
-"""A probe on small random models: what it reads, what the command makes, and the reward that is loaded from it."""
+"""A probe on small random models: the states that it reads, the command's files, and the reward loaded from them."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ from training.rewards import Frozen, Sample
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
-def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Frozen:
+def frozen_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Frozen:
     directory = tmp_path_factory.mktemp("model")
     save_model(request.param, directory)
     return frozen_of(directory)
@@ -33,25 +35,27 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def responses_of(frozen: Frozen) -> list[Response]:
     chats = Conversations(frozen.tokenizer)
-    return [Response(*chats.split_ids(chat(p), a)) for p in PROMPTS for a in ANSWERS]
+    return [
+        Response(*chats.split_ids(chat(prompt), answer)) for prompt in PROMPTS for answer in ANSWERS
+    ]
 
 
 @torch.inference_mode()
-def test_states_are_averaged_after_each_token_of_the_response(each: Frozen) -> None:
-    responses = [*responses_of(each), Response([5, 6], [])]
-    found = read_means(responses, (1, 2), model=each.model, max_tokens=64)
-    assert found.lengths.tolist() == [len(response) for _, response in responses]
-    for (prompt, response), mean in zip(responses[:-1], found.means, strict=False):
+def test_states_are_averaged_after_each_token_of_the_response(frozen_model: Frozen) -> None:
+    responses = [*responses_of(frozen_model), Response([5, 6], [])]
+    result = read_means(responses, (1, 2), model=frozen_model.model, max_tokens=64)
+    assert result.lengths.tolist() == [len(response) for _, response in responses]
+    for (prompt, response), mean in zip(responses[:-1], result.means, strict=False):
         ids = torch.tensor([prompt + response])
-        states = each.model(ids, output_hidden_states=True).hidden_states
-        last = each.model.base_model(ids).last_hidden_state
-        expected = [s[0, len(prompt) :].mean(0) for s in (states[1], last)]
+        states = frozen_model.model(ids, output_hidden_states=True).hidden_states
+        last = frozen_model.model.base_model(ids).last_hidden_state
+        expected = [layer_states[0, len(prompt) :].mean(0) for layer_states in (states[1], last)]
         torch.testing.assert_close(mean, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    assert not found.means[-1].any()
+    assert not result.means[-1].any()
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in `base`, and pairs of 48 prompts in which the polite answer is better."""
     directory = tmp_path_factory.mktemp("probe")
     save_model("qwen2", directory / "base")
@@ -66,22 +70,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def options_of(work: Path, output: Path, **more: Any) -> reward_model.Options:
-    common = {"model": str(work / "base"), "preferences": str(work / "pairs.jsonl")}
+def options_of(work_dir: Path, output: Path, **settings: Any) -> reward_model.Options:
+    common = {"model": str(work_dir / "base"), "preferences": str(work_dir / "pairs.jsonl")}
     return reward_model.Options(
-        **common | {"kind": "probe", "bf16": False, "output": output} | more
+        **common | {"kind": "probe", "bf16": False, "output": output} | settings
     )
 
 
 @pytest.fixture(scope="module")
-def trained(work: Path) -> Path:
-    reward_model.main(options_of(work, work / "probe", held_out=str(work / "pairs.jsonl")))
-    return work / "probe"
+def probe_dir(work_dir: Path) -> Path:
+    reward_model.main(
+        options_of(work_dir, work_dir / "probe", held_out=str(work_dir / "pairs.jsonl"))
+    )
+    return work_dir / "probe"
 
 
 @pytest.fixture
-def frozen(work: Path) -> Frozen:
-    return frozen_of(work / "base")
+def frozen(work_dir: Path) -> Frozen:
+    return frozen_of(work_dir / "base")
 
 
 @pytest.fixture
@@ -94,53 +100,55 @@ def samples(frozen: Frozen) -> list[Sample]:
     ]
 
 
-def test_what_the_command_writes(trained: Path, frozen: Frozen) -> None:
-    config = RewardFile.read(trained)
+def test_what_the_command_writes(probe_dir: Path, frozen: Frozen) -> None:
+    config = RewardFile.read(probe_dir)
     assert (config.kind, config.base) == ("probe", frozen.base)
     info = config.probe
     assert info is not None
     assert (info.layer, info.num_layers, info.end_ids) == (2, 2, sorted(frozen.end_ids))
     assert info.training["pairs"] == 48
-    # Two texts tell them apart.
+    # Two texts are enough to tell them apart.
     assert info.training["accuracy"] == info.training["held_out_accuracy"] == 1
-    assert load_weight(trained).shape == (32,)
+    assert load_weight(probe_dir).shape == (32,)
 
 
 @torch.inference_mode()
-def test_the_reward_is_the_heads_mean(trained: Path, frozen: Frozen, samples: list[Sample]) -> None:
-    weight = load_weight(trained)
+def test_the_reward_is_the_heads_mean(
+    probe_dir: Path, frozen: Frozen, samples: list[Sample]
+) -> None:
+    weight = load_weight(probe_dir)
     expected = []
     for sample in samples:
         ids = torch.tensor([sample.prompt_ids + sample.response_ids])
         states = frozen.model.base_model(ids).last_hidden_state[0, len(sample.prompt_ids) :]
         expected.append((states @ weight).mean().item())
-    reward = load_reward(str(trained), frozen)
+    reward = load_reward(str(probe_dir), frozen)
     assert reward(samples).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     # What a chat template adds after the end of the turn is not read.
-    longer = [s._replace(response_ids=[*s.response_ids, 7]) for s in samples]
-    torch.testing.assert_close(reward(longer), reward(samples))
+    longer_samples = [sample._replace(response_ids=[*sample.response_ids, 7]) for sample in samples]
+    torch.testing.assert_close(reward(longer_samples), reward(samples))
     scores = reward(samples).view(3, 3)
     assert (scores[:, 0] > scores[:, 1]).all()
 
 
 def test_a_lora_that_is_trained_does_not_change_it(
-    trained: Path, frozen: Frozen, samples: list[Sample]
+    probe_dir: Path, frozen: Frozen, samples: list[Sample]
 ) -> None:
-    expected = load_reward(str(trained), frozen)(samples)
+    expected = load_reward(str(probe_dir), frozen)(samples)
     model = get_peft_model(frozen.model, lora_config(4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    found = load_reward(str(trained), replace(frozen, model=model))(samples)
-    torch.testing.assert_close(found, expected)
+    actual = load_reward(str(probe_dir), replace(frozen, model=model))(samples)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_layers_are_chosen_by_cross_validation(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], frozen: Frozen,
+    work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], frozen: Frozen,
     samples: list[Sample],
 ) -> None:  # fmt: skip
-    reward_model.main(options_of(work, tmp_path / "probe", layers=(1, 2)))
+    reward_model.main(options_of(work_dir, tmp_path / "probe", layers=(1, 2)))
     lines = [line for line in capsys.readouterr().out.splitlines() if "layer" in line]
     losses = [float(line.partition("loss ")[2].partition(",")[0]) for line in lines[:2]]
     info = RewardFile.read(tmp_path / "probe").probe
@@ -149,31 +157,31 @@ def test_layers_are_chosen_by_cross_validation(
 
 
 def test_a_killed_run_reads_on(
-    work: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work_dir: Path, probe_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[int] = []
+    num_read: list[int] = []
 
-    def until_killed(responses: Sequence[Response], *args: Any, **more: Any) -> MeanStates:
-        if len(read) == 1:
-            read.append(0)
+    def until_killed(responses: Sequence[Response], *args: Any, **kwargs: Any) -> MeanStates:
+        if len(num_read) == 1:
+            num_read.append(0)
             raise KeyboardInterrupt
-        read.append(len(responses))
-        return read_means(responses, *args, **more)
+        num_read.append(len(responses))
+        return read_means(responses, *args, **kwargs)
 
     monkeypatch.setattr(part_cache, "_PART", 40)
     monkeypatch.setattr(probe, "read_means", until_killed)
     with pytest.raises(KeyboardInterrupt, match="the same command continues with --resume"):
-        reward_model.main(options_of(work, tmp_path / "probe"))
-    reward_model.main(options_of(work, tmp_path / "probe", resume=True))
-    assert read == [40, 0, 40, 16]
-    # Parts of other sizes round otherwise.
+        reward_model.main(options_of(work_dir, tmp_path / "probe"))
+    reward_model.main(options_of(work_dir, tmp_path / "probe", resume=True))
+    assert num_read == [40, 0, 40, 16]
+    # Parts of other sizes round differently.
     torch.testing.assert_close(
-        load_weight(tmp_path / "probe"), load_weight(trained), rtol=1e-3, atol=1e-4
+        load_weight(tmp_path / "probe"), load_weight(probe_dir), rtol=1e-3, atol=1e-4
     )
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"lora_rank": 4, "epochs": 2.0}, "--kind probe has no --epochs, --lora-rank: "),
         ({"kind": "scalar", "layers": (1,)}, "--layers is for --kind probe"),
@@ -181,29 +189,31 @@ def test_a_killed_run_reads_on(
         ({"max_rows": 4}, "pairs of 4 prompts cannot be cross-validated: 5 prompts are needed"),
     ],
 )
-def test_what_cannot_be(work: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
-        reward_model.main(options_of(work, tmp_path / "probe", **change))
+def test_what_cannot_be(
+    work_dir: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        reward_model.main(options_of(work_dir, tmp_path / "probe", **change))
     assert not (tmp_path / "probe").exists()
 
 
-def test_single_verdicts_are_no_pairs(work: Path, tmp_path: Path) -> None:
+def test_single_verdicts_are_no_pairs(work_dir: Path, tmp_path: Path) -> None:
     row = {"prompt": "Hi", "completion": "Hello", "label": True}
     (tmp_path / "verdicts.jsonl").write_text(json.dumps(row))
-    options = options_of(work, tmp_path / "probe", preferences=str(tmp_path / "verdicts.jsonl"))
+    options = options_of(work_dir, tmp_path / "probe", preferences=str(tmp_path / "verdicts.jsonl"))
     with pytest.raises(TrainingError, match="a probe needs pairs, and there are single verdicts"):
         reward_model.main(options)
 
 
-def test_a_probe_of_another_llm(trained: Path, frozen: Frozen) -> None:
-    other = replace(frozen, base=frozen.base.model_copy(update={"fingerprint": "0" * 64}))
+def test_a_probe_of_another_llm(probe_dir: Path, frozen: Frozen) -> None:
+    other_frozen = replace(frozen, base=frozen.base.model_copy(update={"fingerprint": "0" * 64}))
     with pytest.raises(FingerprintMismatch, match="was trained from 'base'"):
-        load_reward(str(trained), other)
+        load_reward(str(probe_dir), other_frozen)
 
 
-def test_damaged_weights(trained: Path, frozen: Frozen, tmp_path: Path) -> None:
+def test_damaged_weights(probe_dir: Path, frozen: Frozen, tmp_path: Path) -> None:
     for name in (PROBE_FILE, "reward.json"):
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
+        (tmp_path / name).write_bytes((probe_dir / name).read_bytes())
     (tmp_path / PROBE_FILE).write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="is not the weights of a probe"):
         load_reward(str(tmp_path), frozen)

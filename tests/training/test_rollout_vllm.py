@@ -115,9 +115,9 @@ def test_the_frozen_llm_answers_as_in_transformers(
     engine: VLLMBackend, frozen: PreTrainedModel, top_k: int
 ) -> None:
     decoding = replace(DECODING, temperature=0.7, top_k=top_k, top_p=0.8)
-    theirs = generate(Policy(frozen), PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
-    ours = engine.responses(None, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
-    assert ours == theirs.responses
+    expected = generate(Policy(frozen), PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    actual = engine.responses(None, PROMPTS, decoding, end_ids=ENDS, seeds=count(7 << 40))
+    assert actual == expected.responses
 
 
 def given_responses(model: PreTrainedModel, decoding: Decoding) -> list[Response]:
