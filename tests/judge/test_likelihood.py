@@ -59,9 +59,8 @@ def test_every_response_is_tokenized_once(engine):
 
     engine.tokenizer = CountingTokenizer(engine.tokenizer)
     compare(engine, [("good", "fair"), ("fair", "bad"), ("bad", "good")])
-    assert (
-        len(engine.tokenizer.texts) == 2 * 3
-    )  # for each response the prompt alone, and the prompt with it
+    # For each response the prompt alone, and the prompt with it.
+    assert len(engine.tokenizer.texts) == 2 * 3
 
 
 def test_every_response_is_read_once(engine):

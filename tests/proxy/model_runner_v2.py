@@ -59,9 +59,8 @@ def use_interpreter() -> None:
         def is_active() -> bool:
             return False
 
-    triton.backends["cpu"] = triton.Backend(
-        driver=NoDriver, compiler=None
-    )  # vLLM asks for one of this name
+    # vLLM asks for one of this name.
+    triton.backends["cpu"] = triton.Backend(driver=NoDriver, compiler=None)
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False

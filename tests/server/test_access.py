@@ -461,9 +461,8 @@ def test_bodies_that_are_too_large():
     middleware = AccessMiddleware(reading_app, make_access(), max_body_bytes=10)
     key = {"Authorization": "Bearer key"}
     assert asyncio.run(send_request(middleware, [b"12345", b"67890"], key))[0] == 200
-    assert (
-        asyncio.run(send_request(middleware, [b"12345", b"678901"], key))[0] == 413
-    )  # whatever the headers announce
+    # Whatever the headers announce.
+    assert asyncio.run(send_request(middleware, [b"12345", b"678901"], key))[0] == 413
     assert asyncio.run(send_request(middleware, [], key | {"Content-Length": "11"}))[0] == 413
 
 

@@ -63,12 +63,8 @@ def test_both_orders_of_each_pair_are_read(client):
         assert 0 <= first <= 1
         assert 0 <= second <= 1
         assert comparison["probability"] == pytest.approx((first + second) / 2)
-    assert record["usage"]["completion_tokens"] in (
-        0,
-        2,
-        4,
-        6,
-    )  # 2 a pair; identical ones are free
+    # 2 a pair; identical ones are free.
+    assert record["usage"]["completion_tokens"] in (0, 2, 4, 6)
 
 
 def test_the_same_seeds_give_the_same_answer(client):

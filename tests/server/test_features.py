@@ -179,9 +179,8 @@ def test_min_tokens_and_max_tokens(feature_client):
     longer = feature_client.ask(n=8, seed=0, min_tokens=40, max_tokens=64)
     for control_ids, longer_ids in zip(tokens(control), tokens(longer), strict=True):
         assert len(longer_ids) > 40 and EOS not in longer_ids[:40]
-        assert (
-            longer_ids[: len(control_ids) - 1] == control_ids[:-1]
-        )  # the same until it would have ended
+        # The same until it would have ended.
+        assert longer_ids[: len(control_ids) - 1] == control_ids[:-1]
     shorter = feature_client.ask(n=8, seed=0, max_tokens=5)
     assert tokens(shorter) == [token_ids[:5] for token_ids in tokens(control)]
     assert {choice.finish_reason for choice in shorter.choices} == {"length"}

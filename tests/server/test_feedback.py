@@ -299,9 +299,8 @@ def test_a_locked_database_is_said_and_holds_up_nobody(clients: CallerClients) -
                 model="assent-demo", messages=TURNS, max_tokens=4, n=2
             )
             assert chat.choices
-        assert (
-            num_lost() < lost_before + 2
-        )  # both would be lost if the answers waited for the database
+        # Both would be lost if the answers waited for the database.
+        assert num_lost() < lost_before + 2
         answer = clients.http.post("/feedback", json=body)
         assert answer.status_code == 503 and answer.headers["Retry-After"]
         assert "database is locked" in answer.json()["error"]["message"]

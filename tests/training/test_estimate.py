@@ -186,9 +186,8 @@ def test_the_peak_of_a_forward(config: Any, dtype: torch.dtype, tmp_path: Path) 
     responses = [row[tokens - num_positions + 1 :] for row in ids.tolist()]
     with TensorBytes() as reward:
         sequence_logprobs(model, prompts, responses, rows)
-    log_softmax_bytes = (
-        4 * rows * (num_positions - 1) * config.vocab_size
-    )  # inside log-softmax, which is not counted
+    # Inside log-softmax, which is not counted.
+    log_softmax_bytes = 4 * rows * (num_positions - 1) * config.vocab_size
     logits = float32_bytes(rows * (num_positions - 1) * config.vocab_size, size) - log_softmax_bytes
     # The tokens' hidden states are beside them.
     assert reward.peak == pytest.approx(max(activations, logits), rel=2 * PEAK_TOLERANCE)

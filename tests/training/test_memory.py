@@ -20,10 +20,8 @@ from training.memory import Need, Plan, Work, fit, need, responses_at_once
 from training.models import load_model
 from training.sizes import sizes_of
 
-LOWER, UPPER = (
-    0.7,
-    1.2,
-)  # of the count: the backward pass's temporary tensors are estimated, which matters with so few layers
+# Of the count: the backward pass's temporary tensors are estimated, which matters with so few layers.
+LOWER, UPPER = 0.7, 1.2
 GB = 10**9
 
 
@@ -138,9 +136,8 @@ def test_tokens_at_once(model_dir: Path) -> None:
 
     planned, _ = fits(700)
     assert planned == Plan(700, False) or planned == Plan(699, False)
-    planned, needed_with_checkpointing = fits(
-        150
-    )  # fewer than are needed: activations are computed again
+    # Fewer than are needed: activations are computed again.
+    planned, needed_with_checkpointing = fits(150)
     assert planned is not None and planned.checkpointing and planned.tokens >= 200
     assert needed_with_checkpointing.of(planned.tokens) <= needed.of(150)
     assert fit(work, Machine("cpu", 1e8, ""))[0] is None

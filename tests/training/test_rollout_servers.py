@@ -288,9 +288,8 @@ def test_what_is_refused_before_a_server_is_asked(
         with pytest.raises(TrainingError, match=f"--servers {url}: "):
             make_backend([url], tmp_path)
     long_decoding, network = replace(DECODING, max_new_tokens=5000), make_network(frozen, 0)
-    servers = make_backend(
-        ["http://127.0.0.1:9"], tmp_path
-    )  # the port of `discard`, where nobody listens
+    # The port of `discard`, where nobody listens.
+    servers = make_backend(["http://127.0.0.1:9"], tmp_path)
     with pytest.raises(TrainingError, match="--rollout servers: .* 5000 is over 4096"):
         servers.generate(network, PROMPTS, long_decoding, end_ids=ENDS, seeds=count(0))
     with pytest.raises(TrainingError, match="http://127.0.0.1:9: it cannot be reached"):
