@@ -34,7 +34,7 @@ from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
 from server.vllm_patches import install_plugin
 
-SMALL_MODEL_BYTES = 256 * 1024**2
+SMALL_MODEL_BYTES = 512 * 1024**2
 
 
 def serve(argv: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ GIB = 1024**3
 MAX_NUM_SEQS = 128  # vLLM's own on a CPU
 BLOCK_TOKENS = 128  # likewise
 REQUEST_TOKENS = 512
-PROCESS_BYTES = GIB  # of a process of vLLM, without weights and cache
+PROCESS_BYTES = 3 * GIB // 4  # of a process of vLLM, without weights and cache
 SHARE = 0.8  # of what weights and processes leave free
 
 
