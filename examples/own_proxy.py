@@ -1,6 +1,6 @@
 """A user who prefers short answers, and a server that learns it.
 
-    make serve ARGS="--feedback runs/feedback.db --proxy-root runs/proxies --learn mine=own"
+    make serve DEMO=toy ARGS="--feedback runs/feedback.db --proxy-root runs/proxies --learn mine=own"
     .venv/bin/python examples/own_proxy.py
 
 The user repeatedly requests two answers from its own proxy, if there is one yet, and sends which it prefers. To try

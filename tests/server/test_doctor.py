@@ -34,6 +34,7 @@ def test_a_start_that_would_do(findings, tmp_path):
     assert "a shadow" in by_subject["proxy dark"][0][1]
     assert list(by_subject)[:5] == ["vLLM", "device", "flags", "port", "model"]
     assert "labels are the tokens" in by_subject["principle overall"][0][1]
+    assert "of KV cache (65,664 tokens)" in by_subject["memory"][0][1]
 
 
 def errors(by_subject):
@@ -57,6 +58,7 @@ def test_all_that_is_wrong_at_once(findings, tmp_path, monkeypatch):
                 *("--model", MODEL, "--proxy", f"cut={weights.parent}", "--shadow", "x=/nowhere"),
                 *("--port", str(bound.getsockname()[1]), "--pipeline-parallel-size", "2"),
                 *("--proxy-root", "/nowhere", "--judge", str(tmp_path)),
+                *("--kv-cache-memory-bytes", "900000G"),
             )
         )
     assert "--tensor-parallel-size" in by_subject["flags"]
@@ -65,6 +67,7 @@ def test_all_that_is_wrong_at_once(findings, tmp_path, monkeypatch):
     assert "cannot be read" in by_subject["proxy x"]
     assert "no such directory" in by_subject["proxy root"]
     assert "no reward.json" in by_subject["judges"]
+    assert "more than is free" in by_subject["memory"]
     assert "are the same key" in by_subject["keys"]
 
 
