@@ -1,0 +1,96 @@
+"""The rewards that the demo's proxies are trained with, as functions that `--reward` takes.
+
+    python -m training.proxy_dpo --reward deploy.demo.smollm2.rewards:plain ...
+
+A formula checks the text, so that nobody has to label anything. It sees one aspect only: relevance and repetition are
+part of each reward, and `--fluency-weight` adds the LLM's own log-probability. The weights divide each term by its
+standard deviation among answers of SmolLM2 to the same prompt.
+
+`easy_words` and `polarity` are for `training.evaluate`: no proxy is trained with them.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import textstat
+from textblob import TextBlob
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+Messages = Sequence[dict[str, Any]]
+_WORD = re.compile(r"[A-Za-z']+")
+_WORST_GRADE = 30.0  # of an answer without a full stop
+
+
+def plain(prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    """Plain language: a low Flesch-Kincaid grade, that is, short sentences and words of few syllables."""
+    return [
+        -grade(answer) / 2.5 + sense(prompt[-1]["content"], answer)
+        for prompt, answer in zip(prompts, completions, strict=True)
+    ]
+
+
+def upbeat(prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    """A positive tone: the mean VADER sentiment of the sentences."""
+    return [
+        sentiment(answer) / 0.2 + sense(prompt[-1]["content"], answer)
+        for prompt, answer in zip(prompts, completions, strict=True)
+    ]
+
+
+def easy_words(prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    """Grades plain language by another formula than the one trained on: Dale-Chall's, of words that everybody knows."""
+    return [
+        -textstat.dale_chall_readability_score(finished(answer) or ".") for answer in completions
+    ]
+
+
+def polarity(prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    """Grades tone by another lexicon than the one trained on: TextBlob's polarity."""
+    return [TextBlob(answer).sentiment.polarity for answer in completions]
+
+
+def grade(answer: str) -> float:
+    """Years of school that the Flesch-Kincaid formula asks for."""
+    text = finished(answer)
+    return min(_WORST_GRADE, textstat.flesch_kincaid_grade(text)) if text else _WORST_GRADE
+
+
+def sentiment(answer: str) -> float:
+    """From -1 to 1."""
+    scores = [_vader().polarity_scores(text)["compound"] for text in sentences(finished(answer))]
+    return fmean(scores) if scores else 0.0
+
+
+def sense(prompt: str, answer: str) -> float:
+    """A bonus for words of the prompt, and a penalty for repeated triples of words."""
+    words = _words(answer)
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    repeated = 1 - len(set(triples)) / len(triples) if triples else 0.0
+    asked = {word[:5] for word in _words(prompt) if len(word) > 3}
+    answered = {word[:5] for word in words}
+    share = len(asked & answered) / len(asked) if asked else 1.0
+    return 0.3 * share / 0.18 - 0.3 * repeated / 0.06
+
+
+def sentences(text: str) -> list[str]:
+    parts = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
+    return [part for part in parts if _WORD.search(part)]
+
+
+def finished(answer: str) -> str:
+    """Without a last sentence that the limit of tokens has cut off, where there is another."""
+    *earlier, last = sentences(answer) or [""]
+    is_cut = not re.search(r"[.!?]\W*$", last)
+    return "\n".join(earlier if earlier and is_cut else [*earlier, last])
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+@cache
+def _vader() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
