@@ -25,7 +25,6 @@ GENERATION = {
     "pad_token_id": 2,
     "do_sample": True,
     "temperature": 0.3,
-    "top_p": 0.95,
 }
 """What a request without these gets. At temperature 1 so small a model rambles."""
 
