@@ -7,7 +7,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all lint check wheel soak format demo lock clean
+.PHONY: help install serve test test-all test-triton lint check wheel soak format demo lock clean
 
 DEVICE ?= cpu
 VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
@@ -51,6 +51,11 @@ test: install  ## run the tests, but for the slow ones (ARGS="tests/proxy -x")
 test-all: install  ## run all tests: before a release, and after a change to what the slow ones are about
 	$(PYTEST) $(ARGS)
 
+test-triton: install  ## run what is for GPUs in Triton's interpreter: our kernels, and engines of Model Runner V2
+	[ -d .triton ] || $(BIN)/python -m pip install --quiet --no-deps --target .triton triton==3.7.1
+	PYTHONPATH=.triton $(BIN)/python -m tests.proxy.gpu_kernel
+	PYTHONPATH=.triton $(BIN)/python -m tests.proxy.model_runner_v2
+
 lint: install  ## formatter, linter and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -59,7 +64,7 @@ lint: install  ## formatter, linter and types
 wheel: install  ## build the wheel, and try it in an empty environment and an empty directory
 	deploy/install/wheel.sh
 
-check: lint test wheel  ## all that CI runs
+check: lint test test-triton wheel  ## all that CI runs
 
 soak: install  ## a crowd of clients for 15 minutes, on a server of its own (ARGS="--minutes 1")
 	$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -75,5 +80,5 @@ lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest o
 	deploy/install/lock.sh $(ARGS)
 
 clean:  ## remove the environments and all caches (runs/ stays)
-	rm -rf .venv .venv-cuda .venv*.lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-cuda .venv*.lock .triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find judge proxy server training tests -name __pycache__ -prune -exec rm -rf {} +

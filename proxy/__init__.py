@@ -19,6 +19,6 @@ In vLLM:
 
 - `worker`         - vLLM's workers with proxies, and the calls that load and unload them.
 
-`engine/` has everything behind the worker, `cpu/` the compiled kernel for CPUs. Importing this package
+`engine/` has everything behind the worker, `cpu/` and `gpu/` the compiled kernels. Importing this package
 imports nothing.
 """

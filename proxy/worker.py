@@ -31,9 +31,11 @@ from proxy.engine.ranks import is_first_rank, on_all_ranks, raised_by_last_rank
 from proxy.engine.reading import Reader
 from proxy.engine.registry import Registry
 from proxy.engine.request_tracker import RequestTracker
+from proxy.engine.rows import warm_up
 from proxy.engine.runner import adapt
 from proxy.engine.unsupported import refuse_unsupported
 from proxy.likelihood import log_ratios
+from proxy.network import Weights
 from proxy.probe import load_weight
 
 
@@ -100,8 +102,9 @@ class ProxyGPUWorker(GPUWorker):
         """
         checkpoint = self._read_checkpoint(name, directory)
 
-        def table() -> Tensor:
-            return candidate_table(checkpoint.network.to(self.device), self._embeddings())
+        def tensors() -> tuple[Weights, Tensor]:
+            network = checkpoint.network.to(self.device)
+            return network.weights(), candidate_table(network, self._embeddings())
 
         def add_on_all_ranks(add: Callable[[], None]) -> None:
             def part() -> tuple[None, str]:
@@ -113,8 +116,16 @@ class ProxyGPUWorker(GPUWorker):
         self._free_unused()
         with torch.inference_mode():
             description = self._registry.load(
-                name, directory, checkpoint, table, add_on_all_ranks, shadow=shadow
+                name, directory, checkpoint, tensors, add_on_all_ranks, shadow=shadow
             )
+            if self.device.type == "cuda":
+                hidden_size = checkpoint.config.hidden_size
+                hidden = torch.zeros(
+                    2, hidden_size, dtype=self.model_config.dtype, device=self.device
+                )
+                logits = self._logits_of(hidden)
+                if logits is not None:
+                    warm_up(self._registry.pool, logits, hidden)
         self._tracker.forget_plan()
         return description
 

@@ -26,6 +26,17 @@ class BatchPlan(NamedTuple):
     divisors: Tensor | None  # [R] float32, the logits are divided by them; None = 1 everywhere
     shadows: list[ProxiedRows]  # one for each shadow proxy: the rows that it scores
 
+    def new_tokens(self, decided: Tensor | None) -> Tensor:
+        """[R] int64 with the tokens [A] that proxies decided; those of other rows are to be filled in."""
+        if decided is not None and not self.unproxied_rows:
+            return decided
+        tokens = torch.empty(
+            len(self.req_ids), dtype=torch.int64, device=self.unproxied_index.device
+        )
+        if decided is not None and self.proxied is not None:
+            tokens[self.proxied.index] = decided
+        return tokens
+
 
 _NO_PROXIES = BatchPlan([], None, [], torch.empty(0, dtype=torch.int64), None, [])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from proxy.checkpoint import ProxyCheckpoint, ProxyError
 from proxy.engine.pool import ProxyPool, ServedProxy
+from proxy.network import Weights
 
 
 class Registry:
@@ -29,7 +30,9 @@ class Registry:
         name: str,
         directory: str,
         checkpoint: ProxyCheckpoint,
-        make_table: Callable[[], Tensor],  # -> [V, 2 width], on the device
+        make_tensors: Callable[
+            [], tuple[Weights, Tensor]
+        ],  # and the table [V, 2 width], on the device
         on_all_ranks: Callable[[Callable[[], None]], None],
         *,
         shadow: bool,
@@ -52,9 +55,7 @@ class Registry:
         if proxy is None:
             proxy = ServedProxy(name, checkpoint.version, checkpoint.config)
             try:
-                on_all_ranks(
-                    lambda: self.pool.add(proxy, checkpoint.network.weights(), make_table())
-                )
+                on_all_ranks(lambda: self.pool.add(proxy, *make_tensors()))
             except ProxyError:
                 self.pool.retain({*self._loaded.values(), *self.retired})
                 raise

@@ -86,6 +86,11 @@ class ProxiedRows:
                 logits, hidden, positions, temperature_applied=temperature_applied
             )
             return decision, None
+        if self._device.type == "cuda" and not self.any_traced and self.gpu_rows is not None:
+            decision = self.gpu_rows.decide(
+                logits, hidden, positions, temperature_applied=temperature_applied
+            )
+            return decision, None
         settings = self.settings
         candidates = self.candidates(logits, None if temperature_applied else settings.temperature)
         scores = self.accept_logits(hidden, candidates)
@@ -158,6 +163,32 @@ class ProxiedRows:
         )
 
     @cached_property
+    def gpu_rows(self) -> Any:
+        """The rows for the GPU's kernels; None where these do not apply, and tensor functions decide."""
+        from proxy.gpu.rows import KernelRows, supports, tiles_of  # imports Triton
+
+        weights, tables = self._pool.tensors
+        # Of the whole pool: the kernels are compiled for it, not for every batch.
+        max_candidates = max(proxy.config.max_candidates for proxy in self._pool.proxies)
+        if not supports(max_candidates, tables.shape[-1] // 2, self._vocab_size):
+            return None
+        slots = [proxy.slot for proxy in self.proxies]
+        integers, floats = [], []
+        for row, slot, size, a in zip(self.rows, slots, self._sizes, self.assignments, strict=True):
+            top_k, top_p = a.truncation
+            top_k = top_k or self._vocab_size
+            integers.append((row, slot, size, a.max_rejections, a.key, top_k, a.is_greedy))
+            floats.append((top_p, a.divisor, a.sharpness, a.strength))
+        return KernelRows(
+            to_device(integers, torch.int64, self._device),
+            to_device(floats, torch.float32, self._device),
+            to_device(tiles_of(slots), torch.int32, self._device),
+            weights,
+            tables,
+            max_candidates=max_candidates,
+        )
+
+    @cached_property
     def _kernel_rows(self) -> Any:
         from proxy.cpu.rows import KernelRows, proxy_arrays  # imports numba: only a CPU needs it
 
@@ -169,6 +200,21 @@ class ProxiedRows:
             slots=[proxy.slot for proxy in self.proxies],
             sizes=self._sizes,
         )
+
+
+def warm_up(pool: ProxyPool, logits: Tensor, hidden: Tensor) -> None:
+    """Compile what decides the rows of this pool now: it would delay the first request by seconds.
+
+    Args:
+        pool: of one proxy or more.
+        logits, hidden: [R, V] and [R, H] as the LLM's head gives and takes them.
+    """
+    proxy = pool.proxies[0]
+    assignments = [Assignment(f"warm-up {row}", proxy) for row in range(len(logits))]
+    rows = ProxiedRows([*range(len(logits))], assignments, pool, logits.device, covers_batch=True)
+    positions = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    for batch in {logits.dtype: logits, torch.float32: logits.float()}.values():
+        rows.decide(batch, hidden, positions, temperature_applied=False)
 
 
 def _scorer(proxies: Sequence[ServedProxy], pool: ProxyPool, device: torch.device) -> ProxyScorer:

@@ -188,7 +188,12 @@ class RunnerV2:
         discarded = None
         if (computed < batch.prefill_len_np).any():
             discarded = seq_lens < requests.prefill_len.gpu[batch.idx_mapping]
-        return SamplingInputs(state.hidden_states[batch.logits_indices], seq_lens, discarded)
+        hidden = state.hidden_states
+        if batch.num_tokens == batch.num_reqs:  # one token each: saves a kernel's launch
+            hidden = hidden[: batch.num_reqs]
+        else:
+            hidden = hidden[batch.logits_indices]
+        return SamplingInputs(hidden, seq_lens, discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
         state = self._runner.execute_model_state

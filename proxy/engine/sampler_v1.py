@@ -98,10 +98,10 @@ class ProxySampler(Sampler):
         if wants_processed and not md.all_greedy:
             processed = self._processed(logits, md, mode)
 
-        sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        decided = None
         if plan.proxied is not None:
-            index = ... if plan.proxied.index is None else plan.proxied.index
-            sampled[index] = sample_proxied_rows(step, logits, temperature_applied=True)
+            decided = sample_proxied_rows(step, logits, temperature_applied=True)
+        sampled = plan.new_tokens(decided)
         if plan.unproxied_rows:
             drawn = self._draw_unproxied(logits[plan.unproxied_index], md, plan, greedy_sampled)
             sampled[plan.unproxied_index] = drawn

@@ -72,16 +72,14 @@ class ProxySamplerV2(Sampler):
                 use_fused_sampler,
             )
         plan = step.plan
-        sampled = torch.empty(
-            len(processed_logits), dtype=torch.int64, device=processed_logits.device
-        )
         # vLLM skips the temperature, with all other processing, if no request of the batch needs any.
         temperature_applied = bool(self.needs_logits_processing[idx_mapping_np].any())
+        decided = None
         if plan.proxied is not None:
-            index = ... if plan.proxied.index is None else plan.proxied.index
-            sampled[index] = sample_proxied_rows(
+            decided = sample_proxied_rows(
                 step, processed_logits, temperature_applied=temperature_applied
             )
+        sampled = plan.new_tokens(decided)
         if plan.unproxied_rows:
             index = plan.unproxied_index
             drawn, _ = super()._sample_random(

@@ -1,9 +1,7 @@
 """Model Runner V2 (MRV2) in real engines on a CPU: Triton's interpreter runs its kernels.
 
-Not part of the test suite: Triton's wheel is several hundred MB, and vLLM's CPU build does not ask
-for it. By hand, from the repository's root, in an environment that also has triton 3.7:
-
-    python -m tests.proxy.model_runner_v2
+`make test-triton` installs Triton, whose wheel is some 200 MB and which vLLM's CPU build does not ask for,
+and runs this.
 
 It prints a line for each check that passed, and ends with an error at the first that failed.
 Of MRV2 it leaves out what needs a GPU: compiled kernels and CUDA graphs, flashinfer, and the Triton
