@@ -1,6 +1,6 @@
 """A LoRA on the frozen LLM: with it, without it, or with another one, per call."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,11 +15,11 @@ class CausalLM(Protocol):
     def __call__(self, **inputs: Any) -> Any: ...
 
 
-def lora_config(rank: int) -> LoraConfig:
+def lora_config(
+    rank: int, task_type: Literal["CAUSAL_LM", "FEATURE_EXTRACTION"] = "CAUSAL_LM"
+) -> LoraConfig:
     """A LoRA on all linear layers but the head, with α = 2 · rank, as arXiv 2405.09673 recommends."""
-    return LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task_type)
 
 
 class WithAdapter:

@@ -1,4 +1,4 @@
-"""Full RLHF: PPO on all weights of an actor and a critic, the baseline for Proxy-RLHF.
+"""Full RLHF: PPO on all weights of an actor and a critic, or on LoRAs on them, the baseline for Proxy-RLHF.
 
     python -m training.rlhf_ppo --model runs/base --reward runs/reward --prompts prompts.jsonl --output runs/rlhf
 
@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import get_peft_model
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from judge.options import NonNegative, Positive, Share
 from proxy.checkpoint import resolve_model_dir
 from training import output, ppo_trainer
+from training.adapters import lora_config
 from training.console import TrainingError, main_guard, read_options
 from training.logprobs import response_logprobs
 from training.memory import Work, plan
@@ -45,6 +48,8 @@ class Options(ppo_trainer.Options):
     """Adam's learning rate, decreasing linearly to 0. 5e-5 suits a small model; use about 1e-6 for a pretrained LLM."""
     critic_learning_rate: Positive = 2e-4
     """The learning rate of the critic."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of a LoRA on all linear layers, trained instead of the weights, of the actor and of the critic; 0 = none."""
     kl_weight: NonNegative = 0.1
     """w: penalty for a nat of divergence from the reference, in standard deviations of the score."""
     gae_lambda: Share = 0.95
@@ -75,18 +80,26 @@ class Batch(NamedTuple):
 
 
 class Critic(nn.Module):
-    """The LLM's body with a linear head: [N, T] ids -> the value of the state after each token, [N, T]."""
+    """The LLM's body with a linear head: [N, T] ids -> the value of the state after each token, [N, T].
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of the LLM.
+        dtype: of the body.
+        lora_rank: of a LoRA that is trained instead of the body; 0 = none.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype, lora_rank: int) -> None:
         super().__init__()
         with loading(f"the critic from {directory}"):
-            self.body = AutoModel.from_pretrained(directory, dtype=torch.float32)
+            self.body = AutoModel.from_pretrained(directory, dtype=dtype)
+        if lora_rank:
+            self.body = get_peft_model(self.body, lora_config(lora_rank, "FEATURE_EXTRACTION"))
         self.head = nn.Linear(self.body.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(ids).last_hidden_state).squeeze(-1)
+        return self.head(self.body(ids).last_hidden_state.float()).squeeze(-1)
 
 
 class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
@@ -103,20 +116,31 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         super().__init__(options, accelerator)
         directory, device = resolve_model_dir(options.model), accelerator.device
         # Not copies of `self.model`: a reward may have added its LoRA to that.
-        self.actor = load_model(str(directory))[0]
-        self.critic = Critic(directory)
-        self.trained = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).to(device).eval()
-        # A copy of the actor in `dtype`, which samples faster.
+        dtype = self.model.dtype if options.lora_rank else torch.float32
+        # Without a LoRA it samples faster as a copy in `dtype`.
         self.sampler = load_model(str(directory), dtype=self.model.dtype)[0].to(device).eval()
+        self.actor: Any = (
+            get_peft_model(self.sampler, lora_config(options.lora_rank))
+            if options.lora_rank
+            else load_model(str(directory))[0].to(device).eval()
+        )
+        self.critic = Critic(directory, dtype, options.lora_rank).to(device).eval()
+        actor, critic = (
+            [p for p in module.parameters() if p.requires_grad]
+            for module in (self.actor, self.critic)
+        )
+        self.trained = nn.ParameterList([*actor, *critic])
         self.optimiser = torch.optim.Adam(
             [
-                {"params": list(self.actor.parameters()), "lr": options.learning_rate},
-                {"params": list(self.critic.parameters()), "lr": options.critic_learning_rate},
+                {"params": actor, "lr": options.learning_rate},
+                {"params": critic, "lr": options.critic_learning_rate},
             ]
         )
         accelerator.print(f"{sum(p.numel() for p in self.trained.parameters()):,} parameters train")
 
     def other_bytes(self) -> float:
+        if self.options.lora_rank:  # a LoRA takes little beside the weights
+            return super().other_bytes() + 2 * self.weights
         learned = (
             2 * 16 * self.sizes.parameters
         )  # actor and critic, with gradients and Adam's moments
@@ -127,6 +151,7 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         work = Work(
             model=str(resolve_model_dir(options.model)),
             longest=self.longest + options.decoding.max_new_tokens,
+            lora_rank=options.lora_rank,
             bf16=options.dtype == "bfloat16",
             other_bytes=super().other_bytes() + 2 * self.weights,
             graphs=2,
@@ -136,7 +161,8 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
         return super().plan_memory()
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Iterable[int]) -> Rollout:
-        self.sampler.load_state_dict(self.actor.state_dict())
+        if not self.options.lora_rank:
+            self.sampler.load_state_dict(self.actor.state_dict())
         return generate(
             Policy(self.sampler),
             prompts,
@@ -231,7 +257,9 @@ class RLHFTrainer(ppo_trainer.PPOTrainer[Options]):
 
     def save(self, training: dict[str, Any]) -> str:
         with saving(self.options.output) as directory:
-            self.actor.to(torch.bfloat16).save_pretrained(directory)
+            if not self.options.lora_rank:
+                self.actor.to(torch.bfloat16)
+            self.actor.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         return str(self.options.output)
 

@@ -33,6 +33,7 @@ def options(work_dir: Path, tmp_path: Path) -> Callable[..., Options]:
         "reward": str(work_dir / "reward-aligned"),
         "episodes": 32,
         "decoding": Decoding(top_k=0, top_p=1.0, max_new_tokens=24),
+        "dtype": "float32",
     }
 
     def make(**settings: Any) -> Options:
@@ -40,7 +41,6 @@ def options(work_dir: Path, tmp_path: Path) -> Callable[..., Options]:
             model=str(work_dir / "base"),
             prompts=str(work_dir / "world/prompts.jsonl"),
             output=tmp_path,
-            dtype="float32",
             **defaults | settings,
         )
 
@@ -94,6 +94,28 @@ def test_a_reward_s_lora_stays_out_of_the_actor(
     assert trainer.step(0)["reward_std"] > 0
     trainer.save({})
     assert load_file(tmp_path / "model.safetensors").keys() == names
+
+
+def test_a_lora_learns_and_only_it_is_saved(
+    options: Callable[..., Options], tmp_path: Path
+) -> None:
+    trainer = RLHFTrainer(
+        options(steps=8, learning_rate=1e-2, kl_weight=0.0, lora_rank=4, dtype="bfloat16"), start()
+    )
+    trainer.reward = brevity
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    rows = [trainer.step(index) for index in range(8)]
+    # The rollouts' standard errors are about 1 token.
+    assert rows[-1]["tokens_per_response"] < rows[0]["tokens_per_response"] - 6
+    assert all(p.dtype == torch.float32 for p in trainer.trained.parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.state_dict().items())
+    trainer.save({})
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    critic = sum(p.numel() for p in trainer.critic.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trainer.trained.parameters())
+    assert sum(p.numel() for p in saved.values()) == trained - critic
+    assert critic > trainer.critic.head.weight.numel() + 1
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(
