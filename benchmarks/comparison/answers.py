@@ -80,24 +80,40 @@ def grade(evaluation: EvaluationSet, answers: Answers, frozen: Sequence[str]) ->
 
 @torch.inference_mode()
 def divergence(
-    evaluation: EvaluationSet, responses: Sequence[list[int]], policy: Policy, decoding: Decoding
+    evaluation: EvaluationSet,
+    responses: Sequence[list[int]],
+    policy: Policy,
+    decoding: Decoding,
+    *,
+    prompts: Sequence[list[int]] | None = None,
+    chunk: int = _CHUNK,
 ) -> tuple[float, float]:
-    """Divergence in nats a response and its standard error, over the first `len(responses)` prompts."""
+    """Divergence in nats a response and its standard error, over the first `len(responses)` prompts.
+
+    Args:
+        evaluation: the frozen LLM and the prompts that it reads.
+        responses: of the policy.
+        policy: which is measured.
+        decoding: under which it answers.
+        prompts: that the policy reads, if they are others, for example with a system prompt.
+        chunk: responses at once; a large vocabulary needs few.
+    """
     sums: list[float] = []
-    for start in range(0, len(responses), _CHUNK):
-        batch = responses[start : start + _CHUNK]
-        ids, is_response = pad_responses(evaluation.prompts[start : start + len(batch)], batch)
+    for start in range(0, len(responses), chunk):
+        batch = responses[start : start + chunk]
+        plain = evaluation.prompts[start : start + len(batch)]
+        read = plain if prompts is None else prompts[start : start + len(batch)]
+        ids, is_response = pad_responses(read, batch)
         drawn = is_response[:, 1:]
         with HeadInput(policy.model) as head:
             logits = policy.model(ids).logits[:, :-1][drawn]
         candidates = policy.candidates(logits, decoding)
         accept_logits = policy.accept_logits(head.states[:, :-1][drawn], candidates)
         probabilities = policy.emission(candidates, accept_logits, decoding)
-        frozen = (
-            logits
-            if policy.model is evaluation.model
-            else evaluation.model(ids).logits[:, :-1][drawn]
-        )
+        frozen = logits
+        if policy.model is not evaluation.model or prompts is not None:
+            ids, is_response = pad_responses(plain, batch)
+            frozen = evaluation.model(ids).logits[:, :-1][is_response[:, 1:]]
         reference = frozen.double().log_softmax(-1).gather(-1, candidates.token_ids)
         ratios = probabilities.clamp(min=1e-300).log() - reference
         terms = torch.where(probabilities > 0, probabilities * ratios, 0.0).sum(-1)

@@ -22,16 +22,12 @@ from benchmarks.models import DEMO
 from judge.options import read_options
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Directories and sizes of a comparison."""
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """The LLM, the directory of the jobs, and the scale of a comparison on any data."""
 
     model: Path
     work: Path
-    num_test: int
-    num_divergence: int
-    num_pairs: int
-    episodes: int
     scale: float
 
     def updates(self, count: int) -> int:
@@ -41,11 +37,21 @@ class Setting:
     def directory(self, job: str) -> Path:
         return self.work / job
 
-    def data(self, name: str) -> str:
-        return str(self.work / "world" / f"{name}.jsonl")
-
     def result(self, job: str) -> dict[str, Any]:
         return json.loads((self.directory(job) / "result.json").read_text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Workplace):
+    """Directories and sizes of a comparison on the toy data."""
+
+    num_test: int
+    num_divergence: int
+    num_pairs: int
+    episodes: int
+
+    def data(self, name: str) -> str:
+        return str(self.work / "world" / f"{name}.jsonl")
 
 
 def setting_of(model: Path, work: Path, scale: float) -> Setting:
@@ -87,10 +93,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """`run(setting, directory)` returns the content of `result.json`."""
+    """`run(setting, directory)` returns the content of `result.json`; the setting is the comparison's own."""
 
     name: str
-    run: Callable[[Setting, Path], dict[str, Any]]
+    run: Callable[[Any, Path], dict[str, Any]]
     needs: tuple[str, ...] = ()
 
 
@@ -103,20 +109,28 @@ def command(
     """The command line of a comparison: runs all jobs, then writes the report."""
     options = read_options(Options, description)
     setting = setting_of(options.model, options.work, options.scale)
-    jobs = plan(options.seeds)
+    if run(options, setting, plan(options.seeds), module):
+        report(setting, options.seeds, options.output)
+
+
+def run(options: Options, setting: Workplace, jobs: list[Job], module: str) -> bool:
+    """Run the job that the options name, or all of them; whether it was all, so that a report can be written."""
     if options.job is not None:
-        return run_job(setting, next(job for job in jobs if job.name == options.job))
+        run_job(setting, next(job for job in jobs if job.name == options.job))
+        return False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the jobs too
     run_all(setting, jobs, module, options.processes)
-    report(setting, options.seeds, options.output)
+    return True
 
 
-def run_job(setting: Setting, job: Job) -> None:
-    """Run a job and write its result, replacing files of an earlier attempt."""
+def run_job(setting: Workplace, job: Job) -> None:
+    """Run a job and write its result, with the CPU seconds of all of it, replacing files of an earlier attempt."""
     torch.set_num_threads(1)
+    start = time.process_time()
     directory = setting.directory(job.name)
     directory.mkdir(parents=True, exist_ok=True)
     result = job.run(setting, directory)
+    result = result | {"job_cpu_seconds": time.process_time() - start}
     temporary = directory / ".result.json"
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     temporary.replace(directory / "result.json")
@@ -131,7 +145,7 @@ def timed(result: dict[str, Any]) -> Iterator[None]:
     result["train_wall_seconds"] = time.monotonic() - wall
 
 
-def run_all(setting: Setting, jobs: list[Job], module: str, processes: int) -> None:
+def run_all(setting: Workplace, jobs: list[Job], module: str, processes: int) -> None:
     """Run every unfinished job as soon as the jobs that it needs are finished, each in its own process.
 
     Raises:
@@ -160,7 +174,7 @@ def run_all(setting: Setting, jobs: list[Job], module: str, processes: int) -> N
             process.terminate()
 
 
-def _begin(setting: Setting, module: str, name: str) -> subprocess.Popen[bytes]:
+def _begin(setting: Workplace, module: str, name: str) -> subprocess.Popen[bytes]:
     """Start the comparison's command with `--job`."""
     log = log_of(setting, name)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -170,5 +184,5 @@ def _begin(setting: Setting, module: str, name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
 
-def log_of(setting: Setting, name: str) -> Path:
+def log_of(setting: Workplace, name: str) -> Path:
     return (setting.work / name).with_suffix(".log")

@@ -1,0 +1,149 @@
+"""Jobs that train methods: DPO, full RLHF and SELF-JUDGE as LoRAs, and proxies."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from benchmarks.comparison.jobs import Job, timed
+from benchmarks.real.rewards import LORA, reward_job, reward_path, train_implicit
+from benchmarks.real.setting import DECODING, FLUENCY_WEIGHT, TRAINED, Setting
+from proxy.checkpoint import WEIGHTS_FILE
+from training import proxy_dpo, proxy_ppo, rlhf_ppo, self_judge
+from training.policy import Decoding
+
+ROLLOUT_MEMORY = 0.15  # of the RAM, at most
+MAX_CANDIDATES = 16
+
+
+def make_dpo(seed: int) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        result = train_implicit(setting, directory / TRAINED, "pairs_a", seed)
+        return result | {"parameters": _stored(directory / TRAINED)}
+
+    return Job(f"dpo/{seed}", run, ("data",))
+
+
+def make_rlhf(seed: int) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = rlhf_ppo.Options(
+            model=str(setting.model),
+            reward=str(reward_path(setting, "probe", seed)),
+            prompts=str(setting.data("prompts_a")),
+            output=directory / TRAINED,
+            overwrite=True,
+            steps=setting.updates(10),
+            episodes=setting.scaled(64, 8),
+            epochs=2,
+            lora_rank=LORA["lora_rank"],
+            learning_rate=LORA["learning_rate"],
+            critic_learning_rate=LORA["learning_rate"],
+            kl_weight=0.1,
+            decoding=Decoding(top_k=0, top_p=1.0, max_new_tokens=DECODING.max_new_tokens),
+            seed=seed,
+        )
+        return _train(rlhf_ppo.main, options, directory)
+
+    return Job(f"rlhf/{seed}", run, ("data", "reward-probe"))
+
+
+def make_self_training(seed: int) -> Job:
+    """SELF-JUDGE: self-training of a LoRA by the judge that JSFT made of the same LLM."""
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        steps = setting.updates(10)
+        options = self_judge.Options(
+            model=str(setting.model),
+            judge=str(reward_path(setting, "jsft", seed)),
+            prompts=str(setting.data("prompts_a")),
+            held_out=str(setting.data("prompts_validation")),
+            num_held_out=setting.scaled(16, 2),
+            output=directory / TRAINED,
+            overwrite=True,
+            steps=steps,
+            check_every=steps,
+            pairs=setting.scaled(32, 4),
+            lora_rank=LORA["lora_rank"],
+            learning_rate=LORA["learning_rate"],
+            soft_labels=True,
+            decoding=DECODING,
+            # A run that stops early would stop the comparison.
+            max_flips=1.0,
+            min_diversity=0.0,
+            max_length_ratio=100.0,
+            seed=seed,
+        )
+        return _train(self_judge.main, options, directory)
+
+    return Job(f"self-training/{seed}", run, ("data", "reward-jsft"))
+
+
+def make_proxy_ppo(seed: int) -> Job:
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = proxy_ppo.Options(
+            model=str(setting.model),
+            reward=str(reward_path(setting, "probe", seed)),
+            prompts=str(setting.data("prompts_a")),
+            output=directory / TRAINED,
+            overwrite=True,
+            steps=setting.updates(20),
+            episodes=setting.scaled(160, 16),
+            max_candidates=MAX_CANDIDATES,
+            decoding=DECODING,
+            rollout=setting.rollout,
+            rollout_memory=ROLLOUT_MEMORY,
+            seed=seed,
+        )
+        return _train(proxy_ppo.main, options, directory)
+
+    return Job(f"proxy-ppo/{seed}", run, ("data", "reward-probe"))
+
+
+def make_proxy(reward: str, seed: int) -> Job:
+    """A proxy with DPO on the frozen LLM's own answers, ranked by the reward.
+
+    The reward of harm and help ranks answers to prompts of both kinds, and has the log-probability as a third part.
+    """
+    is_both = reward == "both"
+
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = proxy_dpo.Options(
+            model=str(setting.model),
+            prompts=str(setting.data("prompts_both" if is_both else "prompts_a")),
+            reward=str(reward_path(setting, reward, seed)),
+            fluency_weight=FLUENCY_WEIGHT if is_both else 0.0,
+            output=directory / TRAINED,
+            overwrite=True,
+            max_rows=setting.scaled(300, 8),
+            samples=4,
+            max_candidates=MAX_CANDIDATES,
+            decoding=DECODING,
+            rollout=setting.rollout,
+            rollout_memory=ROLLOUT_MEMORY,
+            seed=seed,
+        )
+        return _train(proxy_dpo.main, options, directory)
+
+    return Job(f"proxy-{reward}/{seed}", run, ("data", reward_job(reward, seed)))
+
+
+def _train(main: Callable[[Any], None], options: Any, directory: Path) -> dict[str, Any]:
+    """Run a training command; what it took, and how many parameters it saved."""
+    result: dict[str, Any] = {}
+    with timed(result):
+        main(options)
+    return result | {"parameters": _stored(directory / TRAINED)}
+
+
+def _stored(directory: Path) -> int:
+    """Parameters of a LoRA or a proxy."""
+    path = next(
+        path
+        for name in ("adapter_model.safetensors", WEIGHTS_FILE)
+        for path in [directory / name]
+        if path.exists()
+    )
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
