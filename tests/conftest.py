@@ -1,7 +1,7 @@
 """How the tests run: one thread a process, every test with the same random numbers, and what is started is shared.
 
 Under pytest-xdist (`make test`) the tests of a file stay on one worker. So do those of a directory whose files share a
-server or a training run, which is then started once.
+server, which is then started once.
 """
 
 import os
@@ -23,22 +23,35 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A missing file is an error. It is not downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SHARED = {"tests/server", "tests/training"}
-# Files in these directories that take long and do not use what is shared.
+SHARED = {"tests/server"}
+# Files in this directory that take long and do not use what is shared.
 APART = {
-    *(f"tests/server/test_{name}.py" for name in (
-        "judge_adapters", "data_parallel", "features", "kill", "survival",
-    )),
-    *(f"tests/training/test_{name}.py" for name in (
-        "architectures", "decides_alike", "estimate", "judgments", "pair_judges", "rewards", "rollout_servers",
-        "rollout_vllm", "self_judge", "supervised",
-    )),
-}  # fmt: skip
-# Other files that take long. They start early, or the other workers would wait for them at the end.
-LONG = {
-    *("tests/deploy/test_balancer.py", "tests/deploy/test_monitoring.py"),
-    *("tests/proxy/test_architectures.py", "tests/proxy/test_tensor_parallel.py"),
+    f"tests/server/test_{name}.py"
+    for name in ("judge_adapters", "data_parallel", "features", "kill", "survival")
 }
+# Other files that take long, the longest first. They start early, or the other workers would wait for them at the end.
+LONG = (
+    *(
+        f"tests/training/test_{name}.py"
+        for name in (
+            *(
+                "proxy_ppo",
+                "align_your_model",
+                "checkpoints",
+                "architectures",
+                "estimate",
+                "rlhf_ppo",
+            ),
+            *("metrics", "proxy_dpo", "output", "commands", "rollout_servers", "pair_judges"),
+        )
+    ),
+    *(
+        "tests/proxy/test_exactness.py",
+        "tests/deploy/test_monitoring.py",
+        "tests/deploy/test_balancer.py",
+    ),
+    *("tests/proxy/test_architectures.py", "tests/proxy/test_tensor_parallel.py"),
+)
 
 
 def group_of(nodeid: str) -> str:
@@ -63,9 +76,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups first, so that the workers end at about the same time."""
 
+    order = {group: rank for rank, group in enumerate((*SHARED, LONG[0], *APART, *LONG[1:]))}
+
     def rank(item: pytest.Item) -> int:
-        group = group_of(item.nodeid)
-        return 0 if group in SHARED else 1 if group in APART | LONG else 2
+        return order.get(group_of(item.nodeid), len(order))
 
     items.sort(key=rank)
 

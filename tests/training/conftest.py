@@ -1,6 +1,9 @@
-"""One tiny run of the whole training path for all tests of it."""
+"""One tiny run of the whole training path for all tests of it. No test changes what is shared here."""
 
+import fcntl
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +18,38 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.metrics.draw_curves", lambda rows, path: None)
 
 
+MakeOnce = Callable[[str, Callable[[Path], None]], Path]
+"""(name, a function that fills a directory) -> the directory"""
+
+
 @pytest.fixture(scope="session")
-def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Directories that all workers of pytest-xdist share: the first to want one makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def directory_of(name: str, make: Callable[[Path], None]) -> Path:
+        directory, is_made = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+                make(directory)
+                is_made.touch()
+        return directory
+
+    return directory_of
+
+
+@pytest.fixture(scope="session")
+def work_dir(make_once: MakeOnce) -> Path:
     """The work directory of `training.demo`, run at 1/200 of its size; `demo/` in it is what it publishes."""
-    directory = tmp_path_factory.mktemp("training")
-    result = run(
-        "training.demo", "--work", directory, "--output", directory / "demo", "--scale", "0.005"
+    return make_once(
+        "training",
+        lambda output: run_command(
+            "training.demo", "--work", output, "--output", output / "demo", "--scale", "0.005"
+        ),
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return directory
 
 
 def run_command(*arguments: str | Path) -> None:
@@ -69,57 +95,56 @@ def reward_arguments(work_dir: Path, kind: str) -> list[str | Path]:
 
 
 @pytest.fixture(scope="session")
-def sft(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_once(make_once: MakeOnce) -> Callable[..., Path]:
+    """Runs a command once for all workers: (name, *arguments without `--output`) -> its output directory."""
+
+    def output_of(name: str, *arguments: str | Path) -> Path:
+        return make_once(name, lambda output: run_command(*arguments, "--output", output))
+
+    return output_of
+
+
+@pytest.fixture(scope="session")
+def sft(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A model that `training.sft` made."""
-    output = tmp_path_factory.mktemp("sft")
-    run_command(*sft_arguments(work_dir), "--output", output)
-    return output
+    return run_once("sft", *sft_arguments(work_dir))
 
 
 @pytest.fixture(scope="session")
-def implicit_reward(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def implicit_reward(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """An implicit reward, evaluated on held-out pairs."""
-    output = tmp_path_factory.mktemp("implicit")
-    run_command(*reward_arguments(work_dir, "implicit"), "--output", output)
-    return output
+    return run_once("implicit", *reward_arguments(work_dir, "implicit"))
 
 
 @pytest.fixture(scope="session")
-def scalar_reward(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scalar_reward(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A scalar reward, evaluated on held-out pairs."""
-    output = tmp_path_factory.mktemp("scalar")
-    run_command(*reward_arguments(work_dir, "scalar"), "--output", output)
-    return output
+    return run_once("scalar", *reward_arguments(work_dir, "scalar"))
 
 
 @pytest.fixture(scope="session")
-def dpo(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dpo(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A model that `training.dpo` made."""
-    output = tmp_path_factory.mktemp("dpo")
-    run_command("training.dpo", *pair_arguments(work_dir), "--output", output)
-    return output
+    return run_once("dpo", "training.dpo", *pair_arguments(work_dir))
 
 
 @pytest.fixture(scope="session")
-def rlhf(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rlhf(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A model that `training.rlhf_ppo` made in three updates."""
-    output = tmp_path_factory.mktemp("rlhf")
-    run_command(*rlhf_arguments(work_dir), "--output", output)
-    return output
+    return run_once("rlhf", *rlhf_arguments(work_dir))
 
 
 @pytest.fixture(scope="session")
-def self_judged(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def self_judged(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A LoRA that `training.self_judge` made in three updates."""
-    output = tmp_path_factory.mktemp("self_judge")
-    run_command(
+    return run_once(
+        "self_judge",
         "training.self_judge", "--model", work_dir / "base", "--prompts", work_dir / "world/prompts.jsonl", "--steps",
         "3",
         "--held-out", work_dir / "world/prompts_validation.jsonl", "--num-held-out", "4", "--pairs", "8",
         "--check-every", "2", "--decoding.max-new-tokens", "8", "--max-flips", "1",
-        "--outside", "tests.training.models:length", "--min-agreement", "0", "--output", output,
+        "--outside", "tests.training.models:length", "--min-agreement", "0",
     )  # fmt: skip
-    return output
 
 
 def rlhf_arguments(work_dir: Path) -> list[str | Path]:
@@ -131,29 +156,29 @@ def rlhf_arguments(work_dir: Path) -> list[str | Path]:
 
 
 @pytest.fixture(scope="session")
-def evaluations(
-    work_dir: Path, scalar_reward: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
+def evaluations(work_dir: Path, scalar_reward: Path, make_once: MakeOnce) -> list[Path]:
     """The figures of a proxy on 5 prompts: by the reference scorer, and by two rewards."""
-    directory = tmp_path_factory.mktemp("evaluations")
-    outputs = [directory / "gold.json", directory / "rewards.json"]
     rewards = ("--reward", work_dir / "reward-aligned", scalar_reward)
-    for output, extra in zip(outputs, ((), rewards), strict=True):
-        run_command(
-            "training.evaluate", "--model", work_dir / "base", "--proxy", work_dir / "proxy-aligned", "--output",
-            output,
-            "--prompts", work_dir / "world/prompts_validation.jsonl", "--num-prompts", "5", *extra,
-        )  # fmt: skip
-    return outputs
+    of_scorers = {"gold.json": (), "rewards.json": rewards}
+
+    def evaluate(directory: Path) -> None:
+        for name, extra in of_scorers.items():
+            run_command(
+                "training.evaluate", "--model", work_dir / "base", "--proxy", work_dir / "proxy-aligned", "--output",
+                directory / name,
+                "--prompts", work_dir / "world/prompts_validation.jsonl", "--num-prompts", "5", *extra,
+            )  # fmt: skip
+
+    directory = make_once("evaluations", evaluate)
+    return [directory / name for name in of_scorers]
 
 
 @pytest.fixture(scope="session")
-def direct_proxy(work_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def direct_proxy(work_dir: Path, run_once: Callable[..., Path]) -> Path:
     """A proxy that `training.proxy_dpo` made."""
-    output = tmp_path_factory.mktemp("direct")
-    run_command(
-        "training.proxy_dpo", "--model", work_dir / "base", "--max-rows", "40", "--output", output,
+    return run_once(
+        "direct",
+        "training.proxy_dpo", "--model", work_dir / "base", "--max-rows", "40",
         "--preferences", work_dir / "world/preferences.jsonl",
         "--held-out", work_dir / "world/preferences_validation.jsonl",
     )  # fmt: skip
-    return output
