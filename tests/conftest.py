@@ -23,12 +23,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A missing file is an error. It is not downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SHARED = {"tests/server"}
+# Tuples: every worker has to find the same order.
+SHARED = ("tests/server",)
 # Files in this directory that take long and do not use what is shared.
-APART = {
+APART = tuple(
     f"tests/server/test_{name}.py"
-    for name in ("judge_adapters", "data_parallel", "features", "kill", "survival")
-}
+    for name in ("survival", "kill", "features", "data_parallel", "judge_adapters")
+)
 # Other files that take long, the longest first. They start early, or the other workers would wait for them at the end.
 LONG = (
     *(
