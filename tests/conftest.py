@@ -32,27 +32,14 @@ APART = tuple(
 )
 # Other files that take long, the longest first. They start early, or the other workers would wait for them at the end.
 LONG = (
-    *(
-        f"tests/training/test_{name}.py"
-        for name in (
-            *(
-                "proxy_ppo",
-                "align_your_model",
-                "checkpoints",
-                "architectures",
-                "estimate",
-                "rlhf_ppo",
-            ),
-            *("metrics", "proxy_dpo", "output", "commands", "rollout_servers", "pair_judges"),
-        )
-    ),
-    *(
-        "tests/proxy/test_exactness.py",
-        "tests/deploy/test_monitoring.py",
-        "tests/deploy/test_balancer.py",
-    ),
-    *("tests/proxy/test_architectures.py", "tests/proxy/test_tensor_parallel.py"),
-)
+    "tests/training/test_proxy_ppo.py", "tests/training/test_align_your_model.py",
+    "tests/training/test_checkpoints.py", "tests/training/test_architectures.py",
+    "tests/training/test_estimate.py", "tests/training/test_rlhf_ppo.py",
+    "tests/training/test_metrics.py", "tests/training/test_proxy_dpo.py",
+    "tests/proxy/test_exactness.py", "tests/deploy/test_monitoring.py",
+    "tests/deploy/test_balancer.py", "tests/proxy/test_architectures.py",
+    "tests/proxy/test_tensor_parallel.py",
+)  # fmt: skip
 
 
 def group_of(nodeid: str) -> str:
@@ -76,7 +63,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups first, so that the workers end at about the same time."""
-
     order = {group: rank for rank, group in enumerate((*SHARED, LONG[0], *APART, *LONG[1:]))}
 
     def rank(item: pytest.Item) -> int:

@@ -1,7 +1,7 @@
 """What one pass of the frozen LLM over given texts yields, kept on disk in parts.
 
-A directory is named by a hash of LLM, data type, settings and texts, so a resumed run continues with the next part, and
-another run with the same four reads nothing again.
+A part is named by a hash of LLM, data type, settings and its texts. So a resumed run continues with the next part, and
+where texts are appended, such as those of another round, the earlier parts are not read again.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ TensorsT = TypeVar("TensorsT", bound=Tensors)
 
 
 class PartCache:
-    """`directory/<hash>/<part>.safetensors`, each part complete or missing."""
+    """`directory/<hash>.safetensors`, each part complete or missing."""
 
     def __init__(
         self, directory: Path, base: BaseModelId, dtype: str, accelerator: Accelerator
@@ -62,31 +62,29 @@ class PartCache:
             reader: reads some of the items.
             make: the class of its result.
         """
-        target = self._directory / self._key(items, settings)
-        target.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
-        starts = range(0, len(items), _PART)
-        paths = [target / f"{i:05}.safetensors" for i in range(len(starts))]
+        batches = [items[start : start + _PART] for start in range(0, len(items), _PART)]
+        paths = [self._path(batch, settings) for batch in batches]
         parts = [_load(path, make) for path in paths]
         missing = [i for i, part in enumerate(parts) if part is None]
-        total = sum(len(items[starts[i] : starts[i] + _PART]) for i in missing)
+        total = sum(len(batches[i]) for i in missing)
         self._accelerator.wait_for_everyone()  # all processes have found the same parts
         with tqdm(total=total, unit="response", desc="hidden states", disable=index > 0) as bar:
             for number, i in enumerate(missing):
-                batch = items[starts[i] : starts[i] + _PART]
                 if number % processes == index:
-                    _save(paths[i], reader(batch))
-                bar.update(len(batch))
+                    _save(paths[i], reader(batches[i]))
+                bar.update(len(batches[i]))
         self._accelerator.wait_for_everyone()
         for i in missing:
             parts[i] = _load(paths[i], make)
         return [part for part in parts if part is not None]
 
-    def _key(self, items: Sequence[ItemT], settings: Any) -> str:
+    def _path(self, items: Sequence[ItemT], settings: Any) -> Path:
         digest = hashlib.sha256()
         for part in (*self._llm, settings, *items):
             digest.update(json.dumps(part).encode())
-        return digest.hexdigest()[:16]
+        return self._directory / f"{digest.hexdigest()[:16]}.safetensors"
 
 
 def _save(path: Path, part: Tensors) -> None:

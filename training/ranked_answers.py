@@ -57,6 +57,7 @@ class RankedAnswers:
         self._backend = backend
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]
+        self._collection = Collection()  # in the order of sampling: the next round appends to it
 
     def sample(self, round_number: int, network: ProxyNetwork | None) -> None:
         """Sample a round of answers. Rankings include the answers of earlier rounds. network None = the frozen LLM
@@ -80,7 +81,10 @@ class RankedAnswers:
                 self._options.output / SAMPLES / name, indices, round_number, network
             ):
                 prompt = self._prompts[row["prompt"]].ids
-                self._answers[row["prompt"]] += [Response(prompt, ids) for ids in row["responses"]]
+                responses = [Response(prompt, ids) for ids in row["responses"]]
+                for response in responses:
+                    self._collection.index(response)
+                self._answers[row["prompt"]] += responses
                 self._rewards[row["prompt"]] += row["rewards"]
                 rewards += row["rewards"]
         print_once(
@@ -93,15 +97,17 @@ class RankedAnswers:
         Raises:
             TrainingError: there is none.
         """
-        collection = Collection()
-        for answers, rewards in zip(self._answers, self._rewards, strict=True):
-            for better, worse in rank(answers, rewards):
-                collection.add_pair(answers[better], answers[worse])
-        if not collection.preferences.pairs:
+        index = self._collection.index
+        pairs = [
+            (index(answers[better]), index(answers[worse]))
+            for answers, rewards in zip(self._answers, self._rewards, strict=True)
+            for better, worse in rank(answers, rewards)
+        ]
+        if not pairs:
             raise TrainingError(
                 "the reward gives all answers to a prompt the same score: there is nothing to learn"
             )
-        return collection.preferences
+        return Preferences([*self._collection.preferences.responses], pairs, [])
 
     def _rows(
         self, path: Path, indices: Sequence[int], round_number: int, network: ProxyNetwork | None

@@ -84,8 +84,7 @@ def test_what_was_read_is_not_read_again(
     cache = Cache(tmp_path, frozen.base, "float32", Accelerator(cpu=True))
     reader = partial(read, model=frozen.model, max_tokens=64)
     first_read = cache.read(responses, config, reader)
-    (directory,) = tmp_path.iterdir()
-    files = sorted(directory.iterdir())
+    files = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert len(files) == 3
     files[1].write_bytes(files[1].read_bytes()[:100])
     files[2].unlink()
@@ -99,6 +98,8 @@ def test_what_was_read_is_not_read_again(
     assert num_read == [4, 1]
     for expected, actual in zip(first_read, second_read, strict=True):
         torch.testing.assert_close(expected, actual, rtol=0, atol=0)
+    cache.read([*responses, *responses[:2]], config, counted)  # another round appends
+    assert num_read[2:] == [3]
     narrower = config.model_copy(update={"top_p": 0.5})
     assert len(cache.read(responses, narrower, reader).slots) < len(first_read.slots)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3 + 1 + 3
