@@ -2,7 +2,7 @@
 
 `proxy.acceptance` is the definition, and `proxy.network` that of the scores. As tensor functions they
 are some sixty small operations, whose launches cost a small LLM more than its own sampler. Given the
-same noise, kernels and definition decide alike, up to rounding (`tests/proxy/test_gpu_kernel.py`).
+same noise, kernels and definition decide alike, up to rounding (`tests/proxy/gpu_kernel.py`).
 
 `read_kernel` reads what is large, in parallel:
 
