@@ -3,7 +3,6 @@
 R = logits rows, A = those of them that a proxy decides, K = candidates.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from proxy.acceptance import Candidates, Decision, decide, nucleus
 from proxy.engine.assignment import Assignment
 from proxy.engine.device import to_device
-from proxy.engine.pool import ProxyPool, ServedProxy
-from proxy.engine.scoring import ProxyScorer
+from proxy.engine.pool import ProxyPool
+from proxy.engine.scoring import ProxyScorer, tiles_of
 from proxy.noise import draw_noise, seeded_noise
 
 
@@ -65,7 +64,6 @@ class ProxiedRows:
         size_of = {p: min(p.config.max_candidates, self._vocab_size) for p in set(self.proxies)}
         self._sizes = [size_of[proxy] for proxy in self.proxies]
         self._max_size = max(size_of.values())
-        self._scorer = _scorer(self.proxies, pool, device)
 
     def select_rows(self, x: Tensor) -> Tensor:
         """These rows of a tensor with one row for each row of the batch: [R, ...] -> [A, ...]."""
@@ -139,6 +137,15 @@ class ProxiedRows:
         return torch.where(is_seeded.view(-1, 1, 1), seeded, fresh)
 
     @cached_property
+    def _scorer(self) -> ProxyScorer:
+        """Where all rows have the same proxy, one object serves every batch."""
+        proxies, pool = self.proxies, self._pool
+        if len({*proxies}) > 1:
+            return ProxyScorer(proxies, pool, self._device)
+        (proxy,) = {*proxies}
+        return pool.derived(proxy, lambda: ProxyScorer([proxy], pool, self._device))
+
+    @cached_property
     def settings(self) -> Settings:
         """Row by row, on the device."""
 
@@ -165,24 +172,28 @@ class ProxiedRows:
     @cached_property
     def gpu_rows(self) -> Any:
         """The rows for the GPU's kernels; None where these do not apply, and tensor functions decide."""
-        from proxy.gpu.rows import KernelRows, supports, tiles_of  # imports Triton
+        from proxy.gpu.kernel import TILE  # imports Triton
+        from proxy.gpu.rows import KernelRows, supports
 
         weights, tables = self._pool.tensors
         # Of the whole pool: the kernels are compiled for it, not for every batch.
         max_candidates = max(proxy.config.max_candidates for proxy in self._pool.proxies)
         if not supports(max_candidates, tables.shape[-1] // 2, self._vocab_size):
             return None
-        slots = [proxy.slot for proxy in self.proxies]
+        tiles = tiles_of(self.proxies, TILE.value)
+        padded = [[*tile, *[-1] * (TILE.value - len(tile))] for tile in tiles]
         integers, floats = [], []
-        for row, slot, size, a in zip(self.rows, slots, self._sizes, self.assignments, strict=True):
+        for row, proxy, size, a in zip(
+            self.rows, self.proxies, self._sizes, self.assignments, strict=True
+        ):
             top_k, top_p = a.truncation
             top_k = top_k or self._vocab_size
-            integers.append((row, slot, size, a.max_rejections, a.key, top_k, a.is_greedy))
+            integers.append((row, proxy.slot, size, a.max_rejections, a.key, top_k, a.is_greedy))
             floats.append((top_p, a.divisor, a.sharpness, a.strength))
         return KernelRows(
             to_device(integers, torch.int64, self._device),
             to_device(floats, torch.float32, self._device),
-            to_device(tiles_of(slots), torch.int32, self._device),
+            to_device(padded, torch.int32, self._device),
             weights,
             tables,
             max_candidates=max_candidates,
@@ -215,11 +226,3 @@ def warm_up(pool: ProxyPool, logits: Tensor, hidden: Tensor) -> None:
     positions = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
     for batch in {logits.dtype: logits, torch.float32: logits.float()}.values():
         rows.decide(batch, hidden, positions, temperature_applied=False)
-
-
-def _scorer(proxies: Sequence[ServedProxy], pool: ProxyPool, device: torch.device) -> ProxyScorer:
-    """Of rows with these proxies; where all are the same, one object serves every batch."""
-    if len(set(proxies)) > 1:
-        return ProxyScorer(proxies, pool, device)
-    proxy = proxies[0]
-    return pool.derived(proxy, lambda: ProxyScorer([proxy], pool, device))

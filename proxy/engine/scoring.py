@@ -28,26 +28,32 @@ class Tiles(NamedTuple):
     places: Tensor  # [A] int64, where each row is in the flattened rectangle
 
 
+def tiles_of(proxies: Sequence[ServedProxy], size: int) -> list[list[int]]:
+    """The rows with these proxies, by proxy, at most `size` at a time."""
+    members: dict[int, list[int]] = {}
+    for row, proxy in enumerate(proxies):
+        members.setdefault(proxy.slot, []).append(row)
+    return [
+        rows[start : start + size]
+        for rows in members.values()
+        for start in range(0, len(rows), size)
+    ]
+
+
 class ProxyScorer:
     """Scores each row by its own proxy."""
 
     def __init__(
         self, proxies: Sequence[ServedProxy], pool: ProxyPool, device: torch.device
     ) -> None:
-        members: dict[int, list[int]] = {}
-        for row, proxy in enumerate(proxies):
-            members.setdefault(proxy.slot, []).append(row)
         self._tiles: Tiles | None = None
-        if len(members) == 1:
+        num_proxies = len({proxy.slot for proxy in proxies})
+        if num_proxies == 1:
             self._weights, self._table = pool.single(proxies[0])
             return
-        size = -(-len(proxies) // len(members))
-        tiles: list[list[int]] = []
-        slots: list[int] = []  # of each tile's proxy
-        for slot, rows in members.items():
-            for start in range(0, len(rows), size):
-                tiles.append(rows[start : start + size])
-                slots.append(slot)
+        size = -(-len(proxies) // num_proxies)
+        tiles = tiles_of(proxies, size)
+        slots = [proxies[tile[0]].slot for tile in tiles]
         places = {row: t * size + c for t, tile in enumerate(tiles) for c, row in enumerate(tile)}
         padded = [[*tile, *[tile[0]] * (size - len(tile))] for tile in tiles]
         self._tiles = Tiles(

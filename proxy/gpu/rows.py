@@ -3,7 +3,6 @@
 A = rows that proxies decide, of the batch's R; K = candidates, W = width, P = loaded proxies.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ import triton
 from torch import Tensor
 
 from proxy.acceptance import Decision
-from proxy.gpu.kernel import BLOCK, CHUNK, GROUP, SLICE, TILE, decide_kernel, read_kernel
+from proxy.gpu.kernel import BLOCK, CHUNK, GROUP, SLICE, decide_kernel, read_kernel
 from proxy.network import Weights
 
 READ_WARPS, DECIDE_WARPS = 4, 8
@@ -25,20 +24,6 @@ def supports(max_candidates: int, width: int, vocab_size: int) -> bool:
     )
 
 
-def tiles_of(slots: Sequence[int]) -> list[list[int]]:
-    """Rows by proxy, `TILE` at a time: [T, TILE] indices into the rows; -1 fills the rest."""
-    size = int(TILE)
-    members: dict[int, list[int]] = {}
-    for row, slot in enumerate(slots):
-        members.setdefault(slot, []).append(row)
-    tiles = [
-        rows[start : start + size]
-        for rows in members.values()
-        for start in range(0, len(rows), size)
-    ]
-    return [[*tile, *[-1] * (size - len(tile))] for tile in tiles]
-
-
 class KernelRows:
     """Made when the batch changes; the scratch memory is used at every step."""
 
@@ -46,7 +31,7 @@ class KernelRows:
         self,
         integers: Tensor,  # [A, kernel.INTEGERS] int64
         floats: Tensor,  # [A, kernel.FLOATS] float32
-        tiles: Tensor,  # [T, TILE] int32, from `tiles_of`
+        tiles: Tensor,  # [T, TILE] int32, rows of one proxy, indices into A; -1 = none
         weights: Weights,
         tables: Tensor,  # [P, V, 2W]
         *,
