@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups first, so that the workers end at about the same time."""
-    order = {group: rank for rank, group in enumerate((*SHARED, LONG[0], *APART, *LONG[1:]))}
+    order = {group: rank for rank, group in enumerate((*SHARED, *LONG, *APART))}
 
     def rank(item: pytest.Item) -> int:
         return order.get(group_of(item.nodeid), len(order))
