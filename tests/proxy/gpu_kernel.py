@@ -9,18 +9,17 @@ It prints a line for each case, and ends with an error at the first that failed.
 
 import argparse
 import os
-from dataclasses import replace
 from math import isclose
 from typing import NamedTuple
 
 import torch
 
 from proxy.acceptance import UNDERFLOW
-from proxy.engine.assignment import Assignment
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.engine.rows import ProxiedRows
 from proxy.network import MIN_LOGPROB, NORM_FLOOR, ProxyConfig, ProxyNetwork, Weights
-from proxy.noise import GOLDEN_GAMMA, MIX, POSITION_STEP, noise_key
+from proxy.noise import GOLDEN_GAMMA, MIX, POSITION_STEP
+from tests.proxy.proxies import every_setting
 
 
 class Case(NamedTuple):
@@ -74,31 +73,12 @@ def make_pool(case: Case, device: torch.device) -> ProxyPool:
     return pool
 
 
-def make_assignments(pool: ProxyPool, case: Case) -> list[Assignment]:
-    """Every setting, in turns of different lengths."""
-    return [
-        Assignment(
-            f"r{row}",
-            pool.proxies[row % len(pool.proxies)],
-            strength=(0.5, 1.0, 3.0)[row % 3],
-            max_rejections=(8, 0, 1, 2, 3)[row % 5],
-            temperature=(1.0, 0.6, 0.0)[row // 2 % 3],
-            top_k=(0, 5, 0, case.vocab_size)[row % 4],
-            top_p=(1.0, 0.95, 0.5)[row % 3],
-            key=noise_key(row),
-            is_seeded=True,
-        )
-        for row in range(case.rows)
-    ]
-
-
 @torch.inference_mode()
 def check(case: Case, device: torch.device) -> None:
     from proxy.gpu.rows import KernelRows
 
     torch.manual_seed(0)
     pool = make_pool(case, device)
-    assignments = make_assignments(pool, case)
     places = [*range(0, 2 * case.rows, 2)]
     logits = torch.randn(2 * case.rows, case.vocab_size, device=device) * 2.5
     if case.has_ties:
@@ -110,13 +90,20 @@ def check(case: Case, device: torch.device) -> None:
     hidden = torch.randn(len(logits), case.hidden_size, device=device).to(case.dtype)
     positions = torch.arange(len(logits), device=device, dtype=torch.int32) * 3
 
-    rows = ProxiedRows(places, assignments, pool, device, covers_batch=False)
-    kernel_rows = rows.gpu_rows
+    by_kernels, by_tensors = (
+        ProxiedRows(
+            places,
+            every_setting(pool, case.rows, traced=traced),
+            pool,
+            device,
+            covers_batch=False,
+        )
+        for traced in (False, True)
+    )
+    kernel_rows = by_kernels.gpu_rows
     assert isinstance(kernel_rows, KernelRows)
     applied = case.temperature_applied
     actual = kernel_rows.decide(logits, hidden, positions, temperature_applied=applied)
-    traced = [replace(assignment, traced=True) for assignment in assignments]
-    by_tensors = ProxiedRows(places, traced, pool, device, covers_batch=False)
     expected, _ = by_tensors.decide(logits, hidden, positions, temperature_applied=applied)
     num_different = int((actual.columns != expected.columns).any(0).sum())
     print(f"{case}: {num_different} decisions differ")

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from proxy.engine.assignment import Assignment
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.network import ProxyConfig, ProxyNetwork
+from proxy.noise import noise_key
 
 H, V = 12, 40
 EMBEDDINGS = torch.randn(V, H, generator=torch.Generator().manual_seed(0))  # the LLM's
@@ -65,4 +67,24 @@ def different_proxies(pool: ProxyPool) -> list[Proxy]:
             ),
         ),
         add_proxy(pool, "d", random_network(4, width=9, max_candidates=64)),  # more than V
+    ]
+
+
+def every_setting(pool: ProxyPool, count: int, *, traced: bool) -> list[Assignment]:
+    """Seeded requests with the pool's proxies and all kinds of settings, in turns of different lengths."""
+    proxies = pool.proxies
+    return [
+        Assignment(
+            f"r{row}",
+            proxies[row % len(proxies)],
+            strength=(0.5, 1.0, 3.0)[row % 3],
+            max_rejections=(8, 0, 1, 2, 3)[row % 5],
+            temperature=(1.0, 0.6, 0.0)[row // 2 % 3],
+            top_k=(0, 5, 0, proxies[0].config.vocab_size)[row % 4],
+            top_p=(1.0, 0.95, 0.5)[row % 3],
+            key=noise_key(row),
+            is_seeded=True,
+            traced=traced,
+        )
+        for row in range(count)
     ]

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from proxy.engine.assignment import Assignment
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.engine.rows import ProxiedRows
 from proxy.network import ProxyConfig, ProxyNetwork
-from proxy.noise import noise_key
+from tests.proxy.proxies import every_setting
 
 H, V, WIDTH = 64, 500, 16
 CPU = torch.device("cpu")
@@ -24,21 +23,7 @@ def threads():
 
 def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
     """A trace makes a CPU use the tensor functions."""
-    assignments = [
-        Assignment(
-            f"r{row}",
-            pool.proxies[row % len(pool.proxies)],
-            strength=(0.5, 1.0, 3.0)[row % 3],
-            max_rejections=(8, 0, 1, 2, 3)[row % 5],
-            temperature=(1.0, 0.6, 0.0)[row // 2 % 3],
-            top_k=(0, 5, 0, V)[row % 4],
-            top_p=(1.0, 0.95, 0.5)[row % 3],
-            key=noise_key(row),
-            is_seeded=True,
-            traced=traced,
-        )
-        for row in range(count)
-    ]
+    assignments = every_setting(pool, count, traced=traced)
     return ProxiedRows(list(range(count)), assignments, pool, CPU, covers_batch=True)
 
 
