@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2Config
 
+from benchmarks.figures import write_figures
 from benchmarks.models import make_proxy
 from benchmarks.throughput import SAMPLINGS, SamplingName
 from judge.options import read_options
@@ -224,9 +225,7 @@ def main(options: Options) -> None:
     random.seed(0)
     rows = measure(options)
     print(markdown(rows))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, rows)
 
 
 if __name__ == "__main__":

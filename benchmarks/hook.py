@@ -13,7 +13,6 @@ With `--device cuda` a first pass runs with `torch.cuda.set_sync_debug_mode("err
 waits for the device. `benchmarks/clock.py` explains the columns and the times.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
+from benchmarks.figures import write_figures
 from judge.options import read_options
 from proxy.engine.assignment import Assignment
 from proxy.engine.batch_plan import BatchPlan, make_plan
@@ -255,9 +255,7 @@ def show(figures: dict[str, Any]) -> None:
 def main(options: Options) -> None:
     figures = measure(options)
     show(figures)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, figures)
 
 
 if __name__ == "__main__":

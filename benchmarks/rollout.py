@@ -7,7 +7,6 @@ projecting the embeddings. Starting the engine is not.
 On a CPU there is one thread, and times are its CPU seconds: they vary less than wall time on a shared machine.
 """
 
-import json
 import random
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.clock import Clock
+from benchmarks.figures import write_figures
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import compare
 from benchmarks.toy_prompts import held_out_prompts
@@ -150,9 +150,7 @@ def show(figures: dict[str, Any]) -> None:
 def main(options: Options) -> None:
     figures = measure(options)
     show(figures)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, figures)
 
 
 if __name__ == "__main__":

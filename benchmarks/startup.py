@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import ServerKind, make_llm, serve
+from benchmarks.figures import write_figures
 from benchmarks.models import Model, ModelName, get_model, make_proxy
 from judge.options import read_options
 
@@ -105,9 +106,7 @@ def main(options: Options) -> None:
     if options.proxies:
         figures |= memory(model, options.proxies)
     show(figures)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, figures)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ shared machine. Unproxied ("plain") and proxied ("aligned") rounds alternate; th
 in milliseconds a step. The overhead of the timers, some microseconds a step, counts in the enclosing part.
 """
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from transformers import AutoConfig
 import proxy.engine.sampler_v1
 from benchmarks.clock import SAMPLING_PARTS, Clock, timed_sampling
 from benchmarks.engines import make_llm
+from benchmarks.figures import write_figures
 from benchmarks.models import Model, ModelName, get_model
 from benchmarks.throughput import SAMPLINGS, SamplingName
 from judge.options import read_options
@@ -168,9 +168,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main(options: Options) -> None:
     rows = measure(options, get_model(options.model))
     print(markdown(rows))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.engines import Server, serve
+from benchmarks.figures import write_figures
 from benchmarks.models import Model, ModelName, get_model
 from judge.options import read_options
 
@@ -259,9 +260,7 @@ def main(options: Options) -> None:
         rows.append(row)
         case = ", ".join(str(row[key]) for key in ("model", "shape", "concurrency", "sampling"))
         console.print(f"{case}: {row['aligned_over_plain']['ratio']:.2f}", highlight=False)
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.output, rows)
 
     for name in options.models:
         measure_model(name, options, report)
