@@ -7,7 +7,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all test-triton lint check wheel soak format demo lock clean
+.PHONY: help install serve test test-all test-triton lint docs check wheel soak format demo lock clean
 
 DEVICE ?= cpu
 VENV := .venv$(if $(filter cuda,$(DEVICE)),-cuda)
@@ -61,10 +61,20 @@ lint: install  ## formatter, linter and types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+docs: install .docs  ## build the docs site into site/ (ARGS=serve: show it while you write)
+	$(BIN)/python -m deploy.docs.http_page docs/reference/http.md
+	.docs/bin/zensical $(or $(ARGS),build --strict)
+
+.docs: pyproject.toml
+	$(BIN)/python -m venv --clear $@
+	$@/bin/python -m pip install --quiet --upgrade pip
+	$@/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 wheel: install  ## build the wheel, and try it in an empty environment and an empty directory
 	deploy/install/wheel.sh
 
-check: lint test test-triton wheel  ## all that CI runs
+check: lint docs test test-triton wheel  ## all that CI runs
 
 soak: install  ## a crowd of clients for 15 minutes, on a server of its own (ARGS="--minutes 1")
 	$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -80,5 +90,5 @@ lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest o
 	deploy/install/lock.sh $(ARGS)
 
 clean:  ## remove the environments and all caches (runs/ stays)
-	rm -rf .venv .venv-cuda .venv*.lock .triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-cuda .venv*.lock .triton .docs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find judge proxy server training tests -name __pycache__ -prune -exec rm -rf {} +

@@ -70,6 +70,7 @@ def parse(argv: Sequence[str]) -> Namespace:
             setattr(args, name, [*getattr(args, name), *getattr(given, name)])
         args.judge = [Path(path).expanduser() for path in args.judge]
         args.model = args.model or args.model_tag
+        args.enable_offline_docs &= not args.disable_fastapi_docs
         _expand_home(args)
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
@@ -219,6 +220,7 @@ def _make_parser() -> FlexibleArgumentParser:
     add_own_options(parser)
     parser.set_defaults(
         disable_uvicorn_access_log=True,
+        enable_offline_docs=True,  # /docs with the files in vLLM's package
         **{name: [] for name in REPEATED},
         model=None,
         host="127.0.0.1",

@@ -25,7 +25,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest, Compl
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
@@ -61,6 +61,7 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "LoRARequest",
+    "ModelList",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from judge.feedback import Feedback
 from judge.principles import DEFAULT, Principle
 from proxy.checkpoint import BaseModelId, resolve_model_dir
-from server import vllm_patches
+from server import openapi, vllm_patches
 from server.access import Access
 from server.alignment_stats import WorkerReader
 from server.app_state import AppState
@@ -71,6 +71,8 @@ class AssentPlugin:
         """Called by vLLM when its own routes are complete."""
         for module in ROUTES:
             app.include_router(module.router)
+        if app.openapi_url is not None:
+            openapi.describe(app)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
         # The last one added is the first to see a request.

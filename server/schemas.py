@@ -97,6 +97,9 @@ class AlignmentOptions(Alignment):
         )
 
 
+ALIGNMENT = "Which proxy aligns the response, and how; whether a judge chooses among samples."
+
+
 class ChatRequest(ChatCompletionRequest):
     """vLLM's chat request, plus `alignment`.
 
@@ -105,7 +108,7 @@ class ChatRequest(ChatCompletionRequest):
 
     field_names: ClassVar[set[str] | None] = None  # vLLM's cache must not be shared with the parent
 
-    alignment: AlignmentOptions | None = None
+    alignment: AlignmentOptions | None = Field(None, description=ALIGNMENT)
 
 
 class TextRequest(CompletionRequest):
@@ -113,7 +116,7 @@ class TextRequest(CompletionRequest):
 
     field_names: ClassVar[set[str] | None] = None
 
-    alignment: AlignmentOptions | None = None
+    alignment: AlignmentOptions | None = Field(None, description=ALIGNMENT)
 
 
 class LoadRequest(BaseModel):

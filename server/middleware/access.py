@@ -75,7 +75,7 @@ class AccessMiddleware:
             return UNAUTHORIZED
         if not self.access.callers and _may_be_rebound(scope, headers):
             return UNKNOWN_HOST
-        if not caller.admin and _needs_admin(method, path):
+        if not caller.admin and needs_admin(method, path):
             return NO_ADMIN
         if method in ("POST", None) and (refusal := _over_limit(caller)):
             return refusal
@@ -141,7 +141,7 @@ def _too_many(message: str, wait: float) -> HTTPErrorResponse:
     return HTTPErrorResponse(429, "RateLimitError", message, {"Retry-After": str(int(wait) + 1)})
 
 
-def _needs_admin(method: str | None, path: str) -> bool:
+def needs_admin(method: str | None, path: str) -> bool:
     if method in ("GET", "HEAD", "OPTIONS", None):
         return False
     return path.startswith(ADMIN_PATHS) or not path.startswith(USER_PATHS)

@@ -22,25 +22,31 @@ from server.engine import (
 )
 from server.engine_wrapper import current_request
 from server.feedback_writer import FeedbackWriter, new_id, record_stream, responses_of
+from server.responses import ChatResponse
 from server.schemas import ChatRequest
 
-router = APIRouter()
+router = APIRouter(tags=["Generation"])
 
 
 @router.post(
     CHAT,
     dependencies=[Depends(validate_json_request)],
     responses={
-        200: {"content": {"text/event-stream": {}}},
+        200: {"model": ChatResponse, "content": {"text/event-stream": {}}},
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse},
         500: {"model": ErrorResponse},
+        503: {
+            "model": ErrorResponse,
+            "description": "No sample is left to judge, or the server stops.",
+        },
+        504: {"model": ErrorResponse, "description": "No sample was finished in time."},
     },
 )
 @with_cancellation
 @load_aware_call
 async def create_chat_completion(request: ChatRequest, raw_request: Request) -> Response:
-    """Every stage of an admitted chat request."""
+    """A chat completion: vLLM's, aligned by a proxy, or the best of N by the judge."""
     state, admitted = get_state(raw_request), current_request()
     assert admitted is not None, "a body that fits ChatRequest was admitted"
     if state.chat is None:

@@ -8,16 +8,17 @@ from server.answers import add_alignment_stats, respond
 from server.app_state import get_state
 from server.engine import ErrorResponse, load_aware_call, validate_json_request, with_cancellation
 from server.engine_wrapper import current_request
+from server.responses import TextResponse
 from server.schemas import TextRequest
 
-router = APIRouter()
+router = APIRouter(tags=["Generation"])
 
 
 @router.post(
     COMPLETIONS,
     dependencies=[Depends(validate_json_request)],
     responses={
-        200: {"content": {"text/event-stream": {}}},
+        200: {"model": TextResponse, "content": {"text/event-stream": {}}},
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse},
         500: {"model": ErrorResponse},
@@ -26,7 +27,7 @@ router = APIRouter()
 @with_cancellation
 @load_aware_call
 async def create_completion(request: TextRequest, raw_request: Request) -> Response:
-    """Every stage of an admitted completion request."""
+    """A completion: vLLM's, aligned by a proxy."""
     state, admitted = get_state(raw_request), current_request()
     assert admitted is not None, "a body that fits TextRequest was admitted"
     if state.completion is None:

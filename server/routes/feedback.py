@@ -17,17 +17,19 @@ from server.access import CALLER
 from server.app_state import get_state
 from server.engine import ErrorResponse, create_error_response, validate_json_request
 from server.feedback_writer import FeedbackWriter
+from server.responses import FeedbackKept, Forgotten
 from server.schemas import FeedbackRequest
 
-router = APIRouter()
+router = APIRouter(tags=["Feedback"])
 
 
 @router.post(
     "/feedback",
+    status_code=201,
     dependencies=[Depends(validate_json_request)],
     responses={
-        201: {"description": "The choice is on the disk."},
-        400: {"model": ErrorResponse},
+        201: {"model": FeedbackKept, "description": "The choice is on the disk."},
+        400: {"model": ErrorResponse, "description": "Training could not use it."},
         403: {"model": ErrorResponse, "description": "The server keeps no feedback."},
         404: {"model": ErrorResponse, "description": "No answer with this id is known."},
         503: {"model": ErrorResponse, "description": "The choice could not be written: try again."},
@@ -50,8 +52,11 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
 @router.delete(
     "/feedback",
     responses={
-        200: {"description": "The rows are deleted."},
-        403: {"model": ErrorResponse},
+        200: {"model": Forgotten, "description": "The rows are deleted."},
+        403: {
+            "model": ErrorResponse,
+            "description": "It keeps no feedback, or the key is not an administrator's.",
+        },
         503: {"model": ErrorResponse, "description": "Nothing was deleted: try again."},
     },
 )

@@ -25,10 +25,11 @@ from server.engine import (
     with_cancellation,
 )
 from server.judges import Judges
+from server.responses import PairResponse, PairsResponse, Tournament
 from server.schemas import JudgeRequest, RankRequest
 from server.streams import DONE, as_event
 
-router = APIRouter()
+router = APIRouter(tags=["Judge"])
 
 Rationales = dict[str, str]
 """By principle."""
@@ -38,8 +39,9 @@ Rationales = dict[str, str]
     "/judge",
     dependencies=[Depends(validate_json_request)],
     responses={
-        200: {"content": {"text/event-stream": {}}},
+        200: {"model": PairResponse | PairsResponse, "content": {"text/event-stream": {}}},
         400: {"model": ErrorResponse},
+        404: {"model": ErrorResponse, "description": "The proxy that is to judge is not loaded."},
         500: {"model": ErrorResponse},
     },
 )
@@ -94,7 +96,12 @@ def _answer(request: JudgeRequest, judge: Judge, verdicts: list[dict[str, Any]])
 @router.post(
     "/judge/rank",
     dependencies=[Depends(validate_json_request)],
-    responses={400: {"model": ErrorResponse}, 500: {"model": ErrorResponse}},
+    responses={
+        200: {"model": Tournament},
+        400: {"model": ErrorResponse},
+        404: {"model": ErrorResponse, "description": "The proxy that is to judge is not loaded."},
+        500: {"model": ErrorResponse},
+    },
 )
 @with_cancellation
 @load_aware_call

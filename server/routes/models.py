@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request
 from server.access import CALLER
 from server.admission import proxy_names
 from server.app_state import get_state
+from server.engine import ModelList
 
-router = APIRouter()
+router = APIRouter(tags=["Generation"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses={200: {"model": ModelList}})
 async def list_models(raw_request: Request) -> dict[str, Any]:
     """The LLM under its own names, its LoRA adapters, and one `<model>:<proxy>` for each of these.
 

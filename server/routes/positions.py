@@ -15,7 +15,7 @@ from proxy.positions import Positions, joined
 from server.app_state import get_state
 from server.engine import ErrorResponse, read_responses, validate_json_request
 
-router = APIRouter()
+router = APIRouter(tags=["Proxies"])
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -53,6 +53,10 @@ class PositionsRequest(BaseModel):
         400: {
             "model": ErrorResponse,
             "description": "A response that is too long, or an unknown token.",
+        },
+        503: {
+            "model": ErrorResponse,
+            "description": "Too much is read at once, or the server stops.",
         },
     },
 )

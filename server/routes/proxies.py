@@ -15,14 +15,21 @@ from server.app_state import get_state
 from server.engine import ErrorResponse, validate_json_request
 from server.proxies import PROXY_NAME, ProxyStateError, check_name, find_below
 from server.proxy_manifest import Entry
+from server.responses import (
+    LearningPasses,
+    LearningStatus,
+    LoadedProxy,
+    ProxyDescription,
+    ProxyList,
+)
 from server.schemas import LearnRequest, LoadRequest
 
-router = APIRouter()
+router = APIRouter(tags=["Proxies"])
 
 LearnedName = Annotated[str, PathParameter(pattern=f"^{PROXY_NAME.pattern}$")]
 
 
-@router.get("/proxies")
+@router.get("/proxies", responses={200: {"model": ProxyList}})
 async def list_proxies(raw_request: Request) -> dict[str, Any]:
     """Every loaded version: its sizes and training, its state, and how many requests use it.
 
@@ -39,8 +46,14 @@ async def list_proxies(raw_request: Request) -> dict[str, Any]:
     "/proxies",
     dependencies=[Depends(validate_json_request)],
     responses={
-        200: {"description": "It was loaded already; if it had been replaced, it serves again."},
-        201: {"description": "It was loaded. Requests that arrive from now on get it."},
+        200: {
+            "model": LoadedProxy,
+            "description": "It was loaded already; if it had been replaced, it serves again.",
+        },
+        201: {
+            "model": LoadedProxy,
+            "description": "It was loaded. Requests that arrive from now on get it.",
+        },
         400: {"model": ErrorResponse, "description": "No such checkpoint, or not for this LLM."},
         403: {"model": ErrorResponse, "description": "The server has no --proxy-root."},
         409: {"model": ErrorResponse, "description": "The name stands for something else."},
@@ -78,9 +91,10 @@ async def load_proxy(request: LoadRequest, raw_request: Request) -> Response:
 @router.delete(
     "/proxies/{name}",
     responses={
-        200: {"description": "It is unloaded."},
+        200: {"model": ProxyDescription, "description": "It is unloaded."},
         202: {
-            "description": "No new request gets it; it is unloaded after the last one that uses it."
+            "model": ProxyDescription,
+            "description": "No new request gets it; it is unloaded after the last one that uses it.",
         },
         404: {"model": ErrorResponse, "description": "There is no such proxy."},
     },
@@ -106,6 +120,7 @@ async def unload_proxy(name: str, raw_request: Request, version: str | None = No
 @router.get(
     "/proxies/{name}/learn",
     responses={
+        200: {"model": LearningStatus},
         400: {
             "model": ErrorResponse,
             "description": "Not a name that a proxy can be learned under.",
@@ -134,7 +149,7 @@ async def learning_status(name: LearnedName, raw_request: Request) -> dict[str, 
 @router.post(
     "/proxies/{name}/learn",
     responses={
-        200: {"description": "The outcome of each pass."},
+        200: {"model": LearningPasses, "description": "The outcome of each pass."},
         400: {"model": ErrorResponse, "description": "Not such a name, or no source of verdicts."},
         403: {
             "model": ErrorResponse,

@@ -140,14 +140,15 @@ def known_good(http):
     return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
 
 
-OUR_ROUTES = "^/(judge|proxies|feedback|v1/(chat/completions|completions|models))"
+OUR_ROUTES = "^/(judge|proxies|positions|ready|feedback|v1/(chat/completions|completions|models))"
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
 def test_every_route_of_ours(server, http, tmp_path):
-    """Requests that fit its OpenAPI schema, and some that nearly do."""
+    """Requests that fit its OpenAPI schema, and some that nearly do. Every response fits it too."""
     program = Path(sys.executable).with_name("st")
     command = [program, "run", f"{server.url}/openapi.json", "--include-path-regex", OUR_ROUTES]
-    command += ["--checks", "not_a_server_error", "--phases", "fuzzing", "--seed", "1"]
+    command += ["--checks", CHECKS, "--phases", "examples,fuzzing", "--seed", "1"]
     # A busy machine may be slow at both.
     command += ["--request-timeout", str(WAIT_SECONDS), "--suppress-health-check", "too_slow"]
     command += ["--max-examples", "20", "-H", f"Authorization: Bearer {ADMIN_KEY}"]

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from proxy.checkpoint import identify, load
+from server.responses import LearningPasses, LearningStatus
 from tests.server.conftest import ADMIN_KEY, DEMO, MODEL, WAIT_SECONDS, metric, serving, wait_until
 from training.toy_data import reference_scorer
 from training.toy_data.files import draw_prompts, split_combinations, user
@@ -64,7 +65,9 @@ class LearningServer:
             assert answer.status_code == 201, answer.text
 
     def learning(self, caller: str, name: str) -> dict[str, Any]:
-        status: dict[str, Any] = self.ask(caller, "GET", f"/proxies/{name}/learn").json()
+        answer = self.ask(caller, "GET", f"/proxies/{name}/learn")
+        LearningStatus.model_validate_json(answer.text)  # as documented
+        status: dict[str, Any] = answer.json()
         return status
 
     def has_passed(self, caller: str, name: str) -> bool:
@@ -193,7 +196,8 @@ def test_metrics_say_what_is_learned(learning_server: LearningServer) -> None:
 
 def test_an_administrator_may_have_it_learn_at_once(learning_server: LearningServer) -> None:
     assert learning_server.ask("alice", "POST", "/proxies/ours/learn").status_code == 403
-    (result,) = learning_server.ask("root", "POST", "/proxies/ours/learn").json()["passes"]
+    answer = learning_server.ask("root", "POST", "/proxies/ours/learn")
+    (result,) = LearningPasses.model_validate_json(answer.text).passes
     # Nothing is new, or a pass of its own ran while they came in, and what it made is still the best.
     assert result["verdicts"] == VERDICTS and result["version"] is None
     assert "the live version" in result["reason"]
