@@ -134,7 +134,7 @@ async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) 
         while True:
             results = await compare_round(pairs)
             rounds.append(
-                [_comparison(pair, result) for pair, result in zip(pairs, results, strict=True)]
+                [comparison_of(pair, result) for pair, result in zip(pairs, results, strict=True)]
             )
             pairs = games.send(results)
     except StopIteration as end:
@@ -171,7 +171,8 @@ def draw(num: int, seed: int) -> list[int]:
     return sorted(range(num), key=drawn.__getitem__)
 
 
-def _comparison(pair: Pair, result: PairResult) -> Comparison:
+def comparison_of(pair: Pair, result: PairResult) -> Comparison:
+    """The record of one result."""
     return Comparison(
         pair=pair,
         orders={name: verdict.orders for name, verdict in result.by_principle.items()},

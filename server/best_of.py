@@ -7,7 +7,7 @@ takes too long drops out. When the client disconnects, all samples and judgments
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
@@ -17,7 +17,7 @@ from fastapi import Request
 from judge.messages import text_of
 from judge.prompts import Question
 from judge.protocol import Usage
-from judge.tournament import Pair, TournamentRecord, play
+from judge.tournament import Pair, TournamentRecord, comparison_of, play
 from judge.verdict import PairResult
 from server import metrics
 from server.access import CALLER, Caller
@@ -130,7 +130,9 @@ async def _rank(
         questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
         results = await judges.compare(judge, questions, principles, caller)
         compared += len(pairs)
-        report(samples[0], {"stage": "judging", "done": compared})
+        comparisons = [asdict(comparison_of(*game)) for game in zip(pairs, results, strict=True)]
+        progress = {"stage": "judging", "done": compared, "comparisons": comparisons}
+        report(samples[0], progress)
         return results
 
     async with judging_proxy(settings, state, caller) as proxy:
@@ -167,7 +169,8 @@ async def _sample_all(
         if not task.cancelled() and task.exception() is None:
             sample = task.result()
             if not isinstance(sample, DroppedSample):
-                report(sample, {"stage": "sampling", "done": done, "of": len(tasks)})
+                finished = {"index": tasks.index(task), "text": _text(sample)}
+                report(sample, {"stage": "sampling", "done": done, "of": len(tasks)} | finished)
 
     for task in tasks:
         task.add_done_callback(count)

@@ -192,6 +192,7 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
         }
     ),
     ("POST /feedback", 201): _json({"kept": True}),
+    ("GET /feedback", 200): _json({"enabled": True, "person": 12, "judge": 0}),
     ("DELETE /feedback", 200): _json(
         {"forgotten": {"preferences": 12, "answers": 3, "versions": 1}}
     ),
@@ -200,6 +201,9 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
     ("POST /proxies", 201): _json(_PROXY | {"remembered": True}),
     ("DELETE /proxies/{name}", 200): _json(_PROXY | {"state": "unloaded"}),
     ("DELETE /proxies/{name}", 202): _json(_PROXY | {"state": "draining", "in_flight": 3}),
+    ("GET /proxies/{name}/card", 200): {
+        "text/markdown": "# Short answers\n\nTrained on 40 choices."
+    },
     ("GET /proxies/{name}/learn", 200): _json(
         _LEARNING
         | {"from": ["person"], "live": _VERSION, "last_pass": _PASS}
@@ -243,6 +247,9 @@ ERRORS: dict[str, dict[int, str]] = {
         404: "no answer is known by the id 'chatcmpl-unknown' to this caller: those with n of 2 or more are kept",
         503: _DATABASE,
     },
+    "GET /feedback": {
+        503: _DATABASE,
+    },
     "DELETE /feedback": {
         403: _NOT_KEPT,
         503: _DATABASE,
@@ -254,6 +261,9 @@ ERRORS: dict[str, dict[int, str]] = {
     },
     "DELETE /proxies/{name}": {
         404: "No proxy 'nobody' is loaded. Loaded are: aligned 6af7d9c6775a.",
+    },
+    "GET /proxies/{name}/card": {
+        404: "No proxy 'nobody' is loaded.",
     },
     "GET /proxies/{name}/learn": {
         400: "1 validation error: String should match pattern",

@@ -39,9 +39,20 @@ from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
 from server.proxy_manifest import ProxyManifest
 from server.readiness import Readiness
-from server.routes import chat, completions, feedback, health, judge, models, positions, proxies
+from server.routes import (
+    cards,
+    chat,
+    completions,
+    feedback,
+    health,
+    judge,
+    models,
+    page,
+    positions,
+    proxies,
+)
 
-ROUTES = (chat, completions, feedback, health, judge, models, proxies, positions)
+ROUTES = (cards, chat, completions, feedback, health, judge, models, page, proxies, positions)
 
 
 @dataclass(kw_only=True)
@@ -71,6 +82,7 @@ class AssentPlugin:
         """Called by vLLM when its own routes are complete."""
         for module in ROUTES:
             app.include_router(module.router)
+        app.mount("/page", page.PageFiles())
         if app.openapi_url is not None:
             openapi.describe(app)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.

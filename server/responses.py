@@ -241,6 +241,17 @@ class FeedbackKept(_Body):
     kept: Literal[True]
 
 
+class FeedbackCounts(_Body):
+    """The preferences kept of the caller."""
+
+    enabled: bool = Field(description="Whether this server keeps feedback.")
+    person: int = Field(description="A person's choices.")
+    judge: int = Field(description="The judge's verdicts.")
+    database: str | None = Field(
+        None, description="Its address without the password; for administrators."
+    )
+
+
 class ForgottenRows(_Body):
     """How much was deleted."""
 

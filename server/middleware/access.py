@@ -22,7 +22,9 @@ USER_PATHS = (
 later version of vLLM adds."""
 ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Exceptions below `USER_PATHS`."""
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready", "/")
+PAGE_FILES = "/page/"
+"""Prefix of the files of the page at /. They need no key either."""
 UNAUTHORIZED = HTTPErrorResponse(
     401,
     "AuthenticationError",
@@ -55,7 +57,7 @@ class AccessMiddleware:
             return await self.app(scope, receive, send)
         path = route_path(scope)
         headers = Headers(scope=scope)
-        is_open = path in OPEN_PATHS or _is_preflight(scope, headers)
+        is_open = path in OPEN_PATHS or path.startswith(PAGE_FILES) or _is_preflight(scope, headers)
         caller = self.access.anybody if is_open else self.access.find(headers)
         scope[CALLER] = caller
         error = self._check(scope, headers, path, caller)

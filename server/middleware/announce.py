@@ -1,4 +1,4 @@
-"""The last lines of the start-up log: the address, the models and proxies, and a request to try next."""
+"""The last lines of the start-up log: the addresses, the models and proxies, and a request to try next."""
 
 import asyncio
 import json
@@ -74,7 +74,10 @@ def startup_lines(
     scheme = "https" if args.ssl_certfile else "http"
     host = f"[{args.host}]" if args.host and ":" in args.host else args.host or "0.0.0.0"
     address = f"the socket {args.uds}" if args.uds else f"{scheme}://{host}:{args.port}"
-    lines = [f"Assent serves on {address}", f"Models: {', '.join(models)}"]
+    lines = [f"Assent serves on {address}"]
+    if not args.uds:
+        lines.append(f"See it in a browser: {_url(args, scheme)}/")
+    lines.append(f"Models: {', '.join(models)}")
     if proxies:
         names = ", ".join(f"{models[0]}:{name}" for name in proxies)
         lines.append(f"Proxies: {', '.join(proxies)} (ask for {names})")
@@ -89,6 +92,13 @@ def startup_lines(
     return [*lines, f"Try: {_curl(args, scheme, models, proxies, needs_key, can_chat)}"]
 
 
+def _url(args: Namespace, scheme: str) -> str:
+    """The address on this machine."""
+    local = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
+    host = f"[{local}]" if ":" in local else local
+    return f"{scheme}://{host}:{args.port}"
+
+
 def _curl(
     args: Namespace,
     scheme: str,
@@ -98,9 +108,7 @@ def _curl(
     can_chat: bool,
 ) -> str:
     """A command line that any shell runs on this machine."""
-    local = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
-    host = f"[{local}]" if ":" in local else local
-    url = "http://localhost" if args.uds else f"{scheme}://{host}:{args.port}"
+    url = "http://localhost" if args.uds else _url(args, scheme)
     body: dict[str, object] = {"model": f"{models[0]}:{proxies[0]}" if proxies else models[0]}
     if can_chat:
         path = "/v1/chat/completions"

@@ -4,7 +4,9 @@
 - `completions` - POST /v1/completions: vLLM's, with a proxy.
 - `models`      - GET /v1/models.
 - `judge`       - POST /judge and /judge/rank.
-- `feedback`    - POST and DELETE /feedback.
+- `feedback`    - GET, POST and DELETE /feedback.
 - `proxies`     - GET, POST and DELETE /proxies, and GET and POST /proxies/NAME/learn.
+- `cards`       - GET /proxies/NAME/card.
+- `page`        - GET /: the page in `server/page/`.
 - `positions`   - POST /positions: hidden states of given responses, for a training elsewhere.
 """

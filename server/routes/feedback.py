@@ -1,4 +1,4 @@
-"""POST /feedback keeps what people chose, in the database of `--feedback`. DELETE /feedback forgets it.
+"""POST /feedback keeps what people chose, in the database of `--feedback`. GET counts it, and DELETE forgets it.
 
 A choice is acknowledged when it is on the disk, and kept only if training can read it. The judge's verdicts are in the
 same database; they are written later, and a metric counts those that could not be written.
@@ -10,14 +10,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
-from judge.feedback import FeedbackError, Preference
+from judge.feedback import SOURCES, FeedbackError, Preference
+from judge.feedback_tables import without_password
 from judge.messages import Message, Unusable, read_messages, text_of
 from judge.rows import PrefersNothing
 from server.access import CALLER
 from server.app_state import get_state
 from server.engine import ErrorResponse, create_error_response, validate_json_request
 from server.feedback_writer import FeedbackWriter
-from server.responses import FeedbackKept, Forgotten
+from server.responses import FeedbackCounts, FeedbackKept, Forgotten
 from server.schemas import FeedbackRequest
 
 router = APIRouter(tags=["Feedback"])
@@ -47,6 +48,30 @@ async def give_feedback(request: FeedbackRequest, raw_request: Request) -> Respo
     except FeedbackError as error:
         return _unavailable(error)
     return JSONResponse({"kept": True}, status_code=201)
+
+
+@router.get(
+    "/feedback",
+    responses={
+        200: {"model": FeedbackCounts},
+        503: {"model": ErrorResponse, "description": "The database cannot be read."},
+    },
+)
+async def count_feedback(raw_request: Request) -> Response:
+    """The number of preferences kept of the caller: a person's choices, and the judge's verdicts.
+
+    `enabled` is whether the server keeps feedback. Where it lies, `database`, is for administrators.
+    """
+    writer, caller = get_state(raw_request).feedback_writer, raw_request.scope[CALLER]
+    answer: dict[str, Any] = {"enabled": writer is not None} | dict.fromkeys(SOURCES, 0)
+    if writer is not None:
+        try:
+            counts = await writer.counts()
+        except FeedbackError as error:
+            return _unavailable(error)
+        answer |= {source: counts.get((source, caller.identity), 0) for source in SOURCES}
+        answer |= {"database": without_password(writer.feedback.url)} if caller.admin else {}
+    return JSONResponse(answer)
 
 
 @router.delete(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -35,6 +36,7 @@ API_KEY = "sk-the-tests"
 ADMIN_KEY = "sk-the-tests-admin"
 LIMITED_KEY = "sk-the-tests-limited"
 JUDGING_KEY = "sk-the-tests-judging"
+SLOW_KEY = "sk-the-tests-slow"
 ACCESS = f"""
 [keys.admin]
 env = "TESTS_ADMIN_KEY"
@@ -49,6 +51,10 @@ trace = false
 [keys.judging]
 sha256 = "{hashlib.sha256(JUDGING_KEY.encode()).hexdigest()}"
 max_judgments = 4
+
+[keys.slow]
+sha256 = "{hashlib.sha256(SLOW_KEY.encode()).hexdigest()}"
+requests_per_minute = 1
 """
 
 START_SECONDS = 900  # a busy machine that must compile the bytecode of all it imports first
@@ -210,6 +216,22 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=WAIT_SECONDS
     ) as client:
         yield client
+
+
+@pytest.fixture(scope="module")  # while it runs, no test can start an event loop of its own
+def browser() -> Iterator[Any]:
+    from tests.server.browser import running_browser
+
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    from tests.server.browser import opened_pages
+
+    with opened_pages(browser) as open_page:
+        yield open_page
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -30,6 +30,9 @@ GUARDED = [
     ("POST", "/invocations"),
     ("GET", "/nowhere"),
     ("GET", "/health/x"),
+    ("GET", "/page"),
+    ("GET", "/proxies/aligned/card"),
+    ("GET", "/feedback"),
 ]
 
 
@@ -44,8 +47,9 @@ def test_no_way_in_without_the_key(server, method, path, key):
     assert "Authorization: Bearer" in error["message"]
 
 
-def test_health_is_open(server):
-    assert httpx.get(f"{server.url}/health").status_code == 200
+@pytest.mark.parametrize("path", ["/health", "/ready", "/", "/page/app.js"])
+def test_what_is_open(server, path):
+    assert httpx.get(f"{server.url}{path}", timeout=WAIT_SECONDS).status_code == 200
 
 
 def test_the_openai_client_understands_the_401(server):

@@ -113,6 +113,12 @@ def test_a_stream_tells_of_progress(client):
     progress = [chunk.alignment["progress"] for chunk in chunks[:-1]]
     assert [entry["done"] for entry in progress if entry["stage"] == "sampling"] == [1, 2, 3, 4]
     assert [entry["done"] for entry in progress if entry["stage"] == "judging"] == [2, 3]
+    comparisons = [entry["comparisons"] for entry in progress if entry["stage"] == "judging"]
+    record = chunks[-1].alignment["judge"]
+    assert comparisons == record["rounds"]
+    texts = {entry["index"]: entry["text"] for entry in progress if entry["stage"] == "sampling"}
+    assert sorted(texts) == [0, 1, 2, 3]
+    assert texts[record["winner"]] == chunks[-1].choices[0].delta.content
     assert all(not chunk.choices[0].delta.content for chunk in chunks[:-1])
 
 

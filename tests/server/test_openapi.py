@@ -107,7 +107,7 @@ def test_statistics_have_the_documented_form(http, document):
         assert ("judge" in alignment) != ("trace" in alignment)
 
 
-@pytest.mark.parametrize("path", ["/proxies", "/v1/models"])
+@pytest.mark.parametrize("path", ["/feedback", "/proxies", "/v1/models"])
 def test_lists_have_the_documented_form(http, document, own_operations, path):
     responses = own_operations[f"GET {path}"]["responses"]
     validate(

@@ -1,4 +1,4 @@
-"""The last lines of the start-up log: what is served, and a command that works."""
+"""The last lines of the start-up log: what is served, the page, and a command that works."""
 
 import json
 import shlex
@@ -37,6 +37,7 @@ def test_all_that_is_served():
     lines = make_lines(models=["llm", "lora"], shadows=["next"], learned=["mine"])
     assert lines[:-1] == [
         "Assent serves on http://127.0.0.1:8000",
+        "See it in a browser: http://127.0.0.1:8000/",
         "Models: llm, lora",
         "Proxies: polite (ask for llm:polite)",
         "Shadow proxies, which only score: next",
@@ -49,7 +50,7 @@ def test_all_that_is_served():
 
 def test_without_proxies_or_a_chat_template():
     lines = make_lines(proxies=[], can_chat=False, needs_key=True)
-    assert "--proxy NAME=DIR" in lines[2]
+    assert "--proxy NAME=DIR" in lines[3]
     words, body = parse_command(lines)
     assert words[1].endswith("/v1/completions") and body["model"] == "llm"
     assert "Authorization: Bearer $ASSENT_API_KEY" in words
@@ -68,6 +69,7 @@ def test_without_proxies_or_a_chat_template():
 def test_addresses(options, address, url):
     lines = make_lines(**options)
     assert lines[0] == f"Assent serves on {address}"
+    assert (lines[1] == f"See it in a browser: {url}/") == ("uds" not in options)
     words, _ = parse_command(lines)
     assert words[1] == f"{url}/v1/chat/completions"
     assert ("--unix-socket" in words) == ("uds" in options)
