@@ -7,6 +7,7 @@ The start:
 - `arguments`        - the command line: our options, and vLLM's.
 - `checks`           - everything that can be refused before the engine starts.
 - `cli`              - every stage of the start.
+- `tool_calls`       - which of vLLM's parsers reads the model's tool calls.
 - `kv_cache`         - how much memory a server takes on a CPU, and the size of its cache.
 - `doctor`           - `python -m server doctor`: the same checks without a start.
 - `plugin`           - adds our routes and middleware to vLLM's server.

@@ -1,7 +1,7 @@
 """Every name of vLLM's that the routes use, and the requests to its engine that are our own.
 
-The start uses vLLM in `arguments`, `cli`, `doctor` and `plugin`; `vllm_patches` replaces methods. No other file of the
-server imports vLLM.
+The start uses vLLM in `arguments`, `cli`, `doctor`, `kv_cache`, `plugin` and `tool_calls`; `vllm_patches` replaces
+methods. No other file of the server imports vLLM.
 """
 
 import asyncio

@@ -175,15 +175,18 @@ def test_structured_outputs(client):
 
 
 def test_a_call_of_a_tool(client):
-    """The judge reads the calls; the grammar makes sure that there are some."""
-    call = r'<tool_call>\{"name": "note", "arguments": \{"object": "(puzzle|rose)"\}\}</tool_call>'
+    """The judge reads the calls, which the request forces."""
+    schema = {"type": "object", "properties": {"object": {"enum": ["puzzle", "rose"]}}}
+    function = {"name": "note", "parameters": schema | {"required": ["object"]}}
     answer = client.chat.completions.create(
         model="assent-demo:aligned",
         messages=QUESTION,
         max_tokens=64,
         seed=1,
-        tools=[{"type": "function", "function": {"name": "note", "parameters": {}}}],
-        extra_body={"alignment": {"best_of": 4}, "structured_outputs": {"regex": call}},
+        tools=[{"type": "function", "function": function}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        extra_body={"alignment": {"best_of": 4}},
     )
     (tool_call,) = answer.choices[0].message.tool_calls
     assert json.loads(tool_call.function.arguments)["object"] in ("puzzle", "rose")
