@@ -25,7 +25,7 @@ Answer: TypeAlias = ErrorResponse | Whole | AsyncGenerator[str, None]
 
 
 async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: AppState) -> Answer:
-    """Report what the proxy did: `alignment` in the response, or in the last chunk of a stream."""
+    """Report what the proxy did: `alignment` in the response, or in the first and last chunk of a stream."""
     admission, counts = admitted
     if isinstance(answer, ErrorResponse) or not admission.wants_stats:
         return answer
@@ -38,7 +38,8 @@ async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: 
 
     if not isinstance(answer, Whole):
         advance = trace.advance if trace is not None else None
-        return attach_to_stream(answer, make_stats=make_stats, trace=advance)
+        opening = proxy_and_version(admission)
+        return attach_to_stream(answer, opening=opening, make_stats=make_stats, trace=advance)
     # The trace first: the worker forgets a request whose counts were taken.
     entries = await trace.advance() if trace is not None else []
     best_of = (answer.model_extra or {}).get("alignment", {})
@@ -52,12 +53,16 @@ async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: 
 async def alignment_stats(admission: Admission, counts: AlignmentCounts) -> dict[str, Any]:
     """The proxy, the version that the request is pinned to, and its counts over all choices."""
     if admission.pinned is None:
-        return {"proxy": None, "version": None} | dict.fromkeys(COUNTS, 0)
-    stats: dict[str, Any] = {
-        "proxy": admission.pinned.shown_name,
-        "version": admission.pinned.version,
-    }
-    return stats | (await counts.total() if counts.in_response else {})
+        return proxy_and_version(admission) | dict.fromkeys(COUNTS, 0)
+    return proxy_and_version(admission) | (await counts.total() if counts.in_response else {})
+
+
+def proxy_and_version(admission: Admission) -> dict[str, Any]:
+    """What is known of a response before its first token."""
+    pinned = admission.pinned
+    if pinned is None:
+        return {"proxy": None, "version": None}
+    return {"proxy": pinned.shown_name, "version": pinned.version}
 
 
 def respond(answer: Answer, raw_request: Request) -> Response:

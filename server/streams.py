@@ -59,16 +59,26 @@ class Event(NamedTuple):
 async def attach_to_stream(
     chunks: AsyncGenerator[str, None],
     *,
+    opening: dict[str, Any],
     make_stats: Callable[[], Awaitable[dict[str, Any]]],
     trace: Callable[[], Awaitable[Trace]] | None = None,
 ) -> AsyncGenerator[str, None]:
     """vLLM's events, with the alignment statistics in the last chunk, and trace entries with their tokens.
 
     A chunk that may be the last is held back until the next one comes; all others go out at once.
+
+    Args:
+        opening: what the first chunk's `alignment` says. Clients that put a stream together into one response, such as
+            openai's `.stream()`, keep only the first chunk's unknown fields.
+        make_stats: of the whole response.
+        trace: the entries since the last call.
     """
     held: Event | None = None
+    is_open = False
     async for chunk in chunks:
         event = Event.parse(chunk)
+        if not is_open and event.choices is not None:
+            event, is_open = event.with_alignment(opening), True
         if event.is_done:
             if held is not None:
                 rest = {"trace": await trace()} if trace is not None else {}

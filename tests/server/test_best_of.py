@@ -110,10 +110,32 @@ def test_streamed(client):
 
 def test_a_stream_tells_of_progress(client):
     chunks = list(best_of(client, 4, seed=1, stream=True))
-    progress = [chunk.alignment["progress"] for chunk in chunks[:-1]]
+    opening = {key: chunks[-1].alignment[key] for key in ("proxy", "version", "best_of")}
+    assert chunks[0].alignment == opening
+    progress = [chunk.alignment["progress"] for chunk in chunks[1:-1]]
     assert [entry["done"] for entry in progress if entry["stage"] == "sampling"] == [1, 2, 3, 4]
     assert [entry["done"] for entry in progress if entry["stage"] == "judging"] == [2, 3]
     assert all(not chunk.choices[0].delta.content for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_openais_stream_helper_has_the_same_message_and_all_of_alignment(client, n):
+    answer = best_of(client, 3, seed=8, n=n)
+    with client.chat.completions.stream(
+        model="assent-demo:aligned",
+        messages=QUESTION,
+        max_tokens=32,
+        seed=8,
+        n=n,
+        extra_body={"alignment": {"best_of": 3}},
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.alignment == answer.alignment
+    assert final.alignment["proxy"] == "aligned" and "progress" not in final.alignment
+    for choice, expected in zip(final.choices, answer.choices, strict=True):
+        assert choice.message.role == "assistant"
+        assert choice.message.content == expected.message.content
+        assert choice.finish_reason == expected.finish_reason
 
 
 def test_streamed_without_usage(client):
