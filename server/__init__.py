@@ -20,6 +20,7 @@ A request (`middleware/`, then `routes/`):
 
 - `http_protocol`    - uvicorn's HTTP protocol with limits of time and size.
 - `body_shape`       - limits on the shape of a JSON body.
+- `alignment_field`  - `alignment` in a header, and misspelt.
 - `access`           - API keys, administrators and limits.
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.

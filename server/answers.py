@@ -1,7 +1,8 @@
 """Adds alignment statistics and traces to vLLM's responses, whole or streamed, and sends them."""
 
+import json
 from collections.abc import AsyncGenerator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,7 +18,8 @@ from server.engine import (
     metrics_header,
     with_sse_keep_alive,
 )
-from server.streams import attach_to_stream
+from server.engine_wrapper import current_request
+from server.streams import attach_to_stream, attach_to_typed_stream
 from server.traces import Trace
 
 Whole: TypeAlias = ChatCompletionResponse | CompletionResponse
@@ -48,6 +50,34 @@ async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: 
         by_choice = {choice["index"]: choice["entries"] for choice in entries}
         answer.alignment["trace"] = [by_choice.get(i, []) for i in range(len(answer.choices))]
     return answer
+
+
+async def add_to_response(response: Response | None) -> Response:
+    """The same for the response of a route of vLLM's, to the request under way.
+
+    Args:
+        response: as the route made it; None = the client has disconnected.
+    """
+    admitted = current_request()
+    assert admitted is not None, "a body that fits a request was admitted"
+    admission, counts = admitted
+    if response is None:
+        return Response()
+    if response.status_code >= 400 or not admission.wants_stats:
+        return response
+
+    async def make_stats() -> dict[str, Any]:
+        return await alignment_stats(admission, counts)
+
+    if isinstance(response, StreamingResponse):
+        opening = proxy_and_version(admission)
+        events = cast(AsyncGenerator[str, None], response.body_iterator)
+        response.body_iterator = attach_to_typed_stream(
+            events, opening=opening, make_stats=make_stats
+        )
+        return response
+    data = json.loads(bytes(response.body))
+    return JSONResponse(data | {"alignment": await make_stats()})
 
 
 async def alignment_stats(admission: Admission, counts: AlignmentCounts) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from itertools import chain
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.anthropic.api_router import create_messages
+from vllm.entrypoints.anthropic.protocol import AnthropicErrorResponse, AnthropicMessagesRequest
 from vllm.entrypoints.generate.base.serving import decode_token_ids
 from vllm.entrypoints.generate.label_reads import next_token_label_reads
 from vllm.entrypoints.openai.chat_completion.api_router import (
@@ -24,8 +26,9 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.api_router import create_responses
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
@@ -53,6 +56,8 @@ from proxy.request import (
 __all__ = [
     "LOAD_FORMAT_HEADER",
     "UNPROXIED_EXTRA_ARGS",
+    "AnthropicErrorResponse",
+    "AnthropicMessagesRequest",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
     "CompletionRequest",
@@ -61,6 +66,7 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "LoRARequest",
+    "ModelList",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",
@@ -71,6 +77,8 @@ __all__ = [
     "VLLMValidationError",  # a 400
     "Workers",
     "create_error_response",
+    "create_messages",
+    "create_responses",
     "decode_token_ids",
     "load_aware_call",
     "metrics_header",

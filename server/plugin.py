@@ -34,14 +34,29 @@ from server.learning import Learning
 from server.middleware.access import AccessMiddleware
 from server.middleware.alignment import AlignmentMiddleware
 from server.middleware.announce import AnnounceMiddleware
+from server.middleware.anthropic_errors import AnthropicErrorMiddleware
 from server.middleware.drain import DrainMiddleware
 from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
 from server.proxy_manifest import ProxyManifest
 from server.readiness import Readiness
-from server.routes import chat, completions, feedback, health, judge, models, positions, proxies
+from server.routes import (
+    chat,
+    completions,
+    feedback,
+    health,
+    judge,
+    messages,
+    models,
+    positions,
+    proxies,
+    responses,
+)
 
-ROUTES = (chat, completions, feedback, health, judge, models, proxies, positions)
+ROUTES = (
+    *(chat, completions, responses, messages),
+    *(feedback, health, judge, models, proxies, positions),
+)
 
 
 @dataclass(kw_only=True)
@@ -77,6 +92,7 @@ class AssentPlugin:
         app.add_middleware(AlignmentMiddleware)
         app.add_middleware(AccessMiddleware, access=self.access, max_body_bytes=self.max_body_bytes)
         app.add_middleware(DrainMiddleware, seconds=self.drain_seconds)
+        app.add_middleware(AnthropicErrorMiddleware)
         app.add_middleware(RequestLogMiddleware, texts=self.log_texts)
         app.add_middleware(AnnounceMiddleware, access=self.access)
 

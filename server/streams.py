@@ -97,6 +97,35 @@ async def attach_to_stream(
         yield held.text
 
 
+WHOLE_RESPONSES = {
+    **dict.fromkeys(("response.created", "response.in_progress"), ("response", False)),
+    **dict.fromkeys(("response.completed", "response.incomplete"), ("response", True)),
+    "message_start": ("message", False),
+    "message_delta": (None, True),
+}
+"""Events of /v1/responses and /v1/messages that tell of the whole response: the field that it is in, if any, and
+whether it is complete."""
+
+
+async def attach_to_typed_stream(
+    chunks: AsyncGenerator[str, None],
+    *,
+    opening: dict[str, Any],
+    make_stats: Callable[[], Awaitable[dict[str, Any]]],
+) -> AsyncGenerator[str, None]:
+    """vLLM's events of other protocols than chat's, with `alignment` in WHOLE_RESPONSES; arguments as above."""
+    async for chunk in chunks:
+        kind, _, content = chunk.removeprefix("event: ").partition("\ndata: ")
+        if kind not in WHOLE_RESPONSES:
+            yield chunk
+            continue
+        data = from_json(content)
+        field, is_complete = WHOLE_RESPONSES[kind]
+        response = data[field] if field is not None else data
+        response["alignment"] = await make_stats() if is_complete else opening
+        yield f"event: {kind}\n{as_event(data)}"
+
+
 def as_event(data: dict[str, Any]) -> str:
     """A server-sent event with JSON as vLLM writes it."""
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

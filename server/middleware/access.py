@@ -26,7 +26,7 @@ OPEN_PATHS = ("/health", "/ready")
 UNAUTHORIZED = HTTPErrorResponse(
     401,
     "AuthenticationError",
-    "This server needs an API key: send 'Authorization: Bearer <key>'.",
+    "This server needs an API key: send 'Authorization: Bearer <key>', or 'X-Api-Key: <key>'.",
     {"WWW-Authenticate": "Bearer"},
 )
 NO_ADMIN = HTTPErrorResponse(

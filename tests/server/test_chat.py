@@ -145,7 +145,6 @@ def test_streaming_says_the_same_and_ends_with_the_receipt(client):
     with client.chat.completions.stream(
         model="assent-demo:aligned",
         messages=[{"role": "user", "content": PROMPTS[0]}],
-        max_tokens=4,
     ) as stream:
         assert stream.get_final_completion().alignment == named
     assert chunks[-1].usage == answer.usage
