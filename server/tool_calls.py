@@ -47,8 +47,9 @@ class ForcedCalls(ToolParser):
     """
 
     def adjust_request(self, request: Any) -> Any:
+        # One call: a model that does not know of the tools might go on with more to the end.
         schema = get_json_schema_from_tools(
-            request.tool_choice, request.tools, request.parallel_tool_calls
+            request.tool_choice, request.tools, parallel_tool_calls=False
         )
         if schema is None or not isinstance(request, ChatCompletionRequest):
             return super().adjust_request(request)

@@ -207,7 +207,6 @@ def test_a_call_of_a_tool(client):
         seed=1,
         tools=[{"type": "function", "function": function}],
         tool_choice="required",
-        parallel_tool_calls=False,
         extra_body={"alignment": {"best_of": 4}},
     )
     (tool_call,) = answer.choices[0].message.tool_calls

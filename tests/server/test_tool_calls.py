@@ -101,7 +101,7 @@ def test_tools_do_no_harm_to_a_model_that_does_not_know_them(client, choice, ali
 @pytest.mark.parametrize("alignment", [{}, {"best_of": 2}])
 @pytest.mark.parametrize("choice", ["required", BY_NAME])
 def test_a_forced_call_fits_its_schema(client, choice, alignment):
-    options = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    options = {"tools": TOOLS, "tool_choice": choice}
     answer = ask(client, alignment=alignment, **options)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "note"
