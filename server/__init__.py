@@ -7,6 +7,7 @@ The start:
 - `arguments`        - the command line: our options, and vLLM's.
 - `checks`           - everything that can be refused before the engine starts.
 - `cli`              - every stage of the start.
+- `tool_calls`       - which of vLLM's parsers reads the model's tool calls.
 - `kv_cache`         - how much memory a server takes on a CPU, and the size of its cache.
 - `doctor`           - `python -m server doctor`: the same checks without a start.
 - `plugin`           - adds our routes and middleware to vLLM's server.
@@ -19,6 +20,7 @@ A request (`middleware/`, then `routes/`):
 
 - `http_protocol`    - uvicorn's HTTP protocol with limits of time and size.
 - `body_shape`       - limits on the shape of a JSON body.
+- `alignment_field`  - `alignment` in a header, and misspelt.
 - `access`           - API keys, administrators and limits.
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.

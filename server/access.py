@@ -148,7 +148,9 @@ class Access(NamedTuple):
         """The caller; None where a key is needed and the request has no valid one."""
         if not self.callers:
             return self.anybody
-        scheme, _, given = headers.get("Authorization", "").partition(" ")
+        # Anthropic's clients send X-Api-Key.
+        authorization = headers.get("Authorization", f"Bearer {headers.get('X-Api-Key', '')}")
+        scheme, _, given = authorization.partition(" ")
         given_digest = hashlib.sha256(given.encode("latin-1")).digest()
         match: Caller | None = None
         # Compare every key, each in constant time: the response time must not depend on the key.

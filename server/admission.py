@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
 from server.access import Caller, Limits
+from server.alignment_field import check_names, take_header
 from server.alignment_stats import AlignmentCounts
 from server.app_state import AppState
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
@@ -23,19 +24,21 @@ from server.schemas import AlignmentOptions, JudgeOptions, JudgeSettings
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+BATCH = "/v1/chat/completions/batch"
 
 GENERATING = {
     CHAT,
     COMPLETIONS,
     RESPONSES,
-    "/v1/chat/completions/batch",
-    "/v1/messages",
+    BATCH,
+    MESSAGES,
     "/cohere/v2/chat",
     "/inference/v1/generate",
     "/invocations",
 }
 """Routes that generate text, so that a proxy can align it. All of them draw through `engine_wrapper`."""
-COUNTING = {"/tokenize", "/v1/messages/count_tokens"}
+COUNTING = {"/tokenize", f"{MESSAGES}/count_tokens"}
 """Routes that generate nothing: `<model>:<proxy>` means just the model."""
 
 
@@ -74,6 +77,24 @@ async def load_own_proxy(body: dict[str, Any], state: AppState, caller: Caller) 
     name = name or split_model_name(body.get("model"), state.models)[1]
     if isinstance(name, str):
         await state.learning.learned.wake(name, caller)
+
+
+def read_fields(path: str, body: dict[str, Any], header: str | None) -> None:
+    """Put the header's alignment into the body, and refuse misspelt fields.
+
+    Args:
+        header: the value of `Assent-Alignment`; None = the request has none.
+
+    Raises VLLMValidationError (400).
+    """
+    if path in GENERATING:
+        n = body.get("n") if path == COMPLETIONS else None
+        # OpenAI's `best_of` of completions selects nothing where it is n.
+        takes_best_of = path == BATCH or (isinstance(n, int) and body.get("best_of") == n)
+        check_names(body, takes_best_of=takes_best_of)
+    if header is not None:
+        # A client that sends the header with each request may count tokens.
+        take_header(header, dict(body) if path in COUNTING else body)
 
 
 def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> AdmittedRequest:

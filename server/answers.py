@@ -1,7 +1,8 @@
 """Adds alignment statistics and traces to vLLM's responses, whole or streamed, and sends them."""
 
+import json
 from collections.abc import AsyncGenerator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,7 +18,8 @@ from server.engine import (
     metrics_header,
     with_sse_keep_alive,
 )
-from server.streams import attach_to_stream
+from server.engine_wrapper import current_request
+from server.streams import attach_to_stream, attach_to_typed_stream
 from server.traces import Trace
 
 Whole: TypeAlias = ChatCompletionResponse | CompletionResponse
@@ -25,7 +27,7 @@ Answer: TypeAlias = ErrorResponse | Whole | AsyncGenerator[str, None]
 
 
 async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: AppState) -> Answer:
-    """Report what the proxy did: `alignment` in the response, or in the last chunk of a stream."""
+    """Report what the proxy did: `alignment` in the response, or in the first and last chunk of a stream."""
     admission, counts = admitted
     if isinstance(answer, ErrorResponse) or not admission.wants_stats:
         return answer
@@ -38,7 +40,8 @@ async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: 
 
     if not isinstance(answer, Whole):
         advance = trace.advance if trace is not None else None
-        return attach_to_stream(answer, make_stats=make_stats, trace=advance)
+        opening = proxy_and_version(admission)
+        return attach_to_stream(answer, opening=opening, make_stats=make_stats, trace=advance)
     # The trace first: the worker forgets a request whose counts were taken.
     entries = await trace.advance() if trace is not None else []
     best_of = (answer.model_extra or {}).get("alignment", {})
@@ -49,15 +52,47 @@ async def add_alignment_stats(answer: Answer, admitted: AdmittedRequest, state: 
     return answer
 
 
+async def add_to_response(response: Response | None) -> Response:
+    """The same for the response of a route of vLLM's, to the request under way.
+
+    Args:
+        response: as the route made it; None = the client has disconnected.
+    """
+    admitted = current_request()
+    assert admitted is not None, "a body that fits a request was admitted"
+    admission, counts = admitted
+    if response is None:
+        return Response()
+    if response.status_code >= 400 or not admission.wants_stats:
+        return response
+
+    async def make_stats() -> dict[str, Any]:
+        return await alignment_stats(admission, counts)
+
+    if isinstance(response, StreamingResponse):
+        opening = proxy_and_version(admission)
+        events = cast(AsyncGenerator[str, None], response.body_iterator)
+        response.body_iterator = attach_to_typed_stream(
+            events, opening=opening, make_stats=make_stats
+        )
+        return response
+    data = json.loads(bytes(response.body))
+    return JSONResponse(data | {"alignment": await make_stats()})
+
+
 async def alignment_stats(admission: Admission, counts: AlignmentCounts) -> dict[str, Any]:
     """The proxy, the version that the request is pinned to, and its counts over all choices."""
     if admission.pinned is None:
-        return {"proxy": None, "version": None} | dict.fromkeys(COUNTS, 0)
-    stats: dict[str, Any] = {
-        "proxy": admission.pinned.shown_name,
-        "version": admission.pinned.version,
-    }
-    return stats | (await counts.total() if counts.in_response else {})
+        return proxy_and_version(admission) | dict.fromkeys(COUNTS, 0)
+    return proxy_and_version(admission) | (await counts.total() if counts.in_response else {})
+
+
+def proxy_and_version(admission: Admission) -> dict[str, Any]:
+    """What is known of a response before its first token."""
+    pinned = admission.pinned
+    if pinned is None:
+        return {"proxy": None, "version": None}
+    return {"proxy": pinned.shown_name, "version": pinned.version}
 
 
 def respond(answer: Answer, raw_request: Request) -> Response:

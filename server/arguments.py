@@ -34,6 +34,8 @@ VLLM_OPTIONS = {
     "--api-key KEY [KEY ...]": "Keys that requests must send; or the variable ASSENT_API_KEYS.",
     "--max-model-len N": "Tokens of a prompt with its response. Default: the model's own limit.",
     "--tensor-parallel-size N": "Number of GPUs that share the model. Default: 1.",
+    "--tool-call-parser NAME": "Of the model's tool calls. Default: by its chat template.",
+    "--no-enable-auto-tool-choice": "Refuse requests with tools, as vLLM does by default.",
     "--config FILE": "YAML file of options, ours among them.",
 }
 """Shown by --help beside our own."""
@@ -226,6 +228,7 @@ def _make_parser() -> FlexibleArgumentParser:
         host="127.0.0.1",
         worker_cls=_worker_class(),
         enforce_eager=current_platform.is_cpu(),  # compilation doubles the time of a start
+        enable_auto_tool_choice=None,  # by the chat template: `tool_calls`
     )
     return parser
 

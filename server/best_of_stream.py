@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from server.admission import AdmittedRequest
-from server.answers import Answer, add_alignment_stats
+from server.answers import Answer, add_alignment_stats, proxy_and_version
 from server.app_state import AppState
 from server.best_of import best_of
 from server.engine import ChatCompletionResponse, ErrorResponse, create_error_response
@@ -49,25 +49,31 @@ async def stream_best_of(
         raise
     if first is None:
         return await task
-    return _events(task, queue, first, include_usage)
+    opening = proxy_and_version(admitted.admission) | {"best_of": admitted.admission.best_of}
+    return _events(task, queue, first, opening, include_usage)
 
 
 async def _events(
     task: asyncio.Task[Answer],
     queue: asyncio.Queue[Progress | None],
     first: Progress,
+    opening: dict[str, Any],
     include_usage: bool,
 ) -> AsyncGenerator[str, None]:
     head = {"id": first[0].id, "created": first[0].created, "model": first[0].model}
     head["object"] = "chat.completion.chunk"
-    delta: dict[str, Any] = {"role": "assistant", "content": ""}
+
+    def chunk(delta: dict[str, Any], alignment: dict[str, Any]) -> str:
+        # Each event has a choice, even an empty one: many clients read the first choice without a check.
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        return as_event(head | {"choices": [choice], "alignment": alignment})
+
+    yield chunk({"role": "assistant", "content": ""}, opening)
     progress: Progress | None = first
     try:
         while progress is not None:
-            # Each event has a choice, even an empty one: many clients read the first choice without a check.
-            choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield as_event(head | {"choices": [choice], "alignment": {"progress": progress[1]}})
-            delta, progress = {}, await queue.get()
+            yield chunk({}, {"progress": progress[1]})
+            progress = await queue.get()
         answer = await task
         if isinstance(answer, ErrorResponse):
             yield as_event(answer.model_dump())
@@ -85,13 +91,20 @@ async def _events(
 
 
 def winners(answer: ChatCompletionResponse, head: dict[str, Any], include_usage: bool) -> list[str]:
-    """The finished response as events: each choice in one piece, then usage where the client wants it."""
+    """The finished response as events: each choice in one piece, then usage where the client wants it.
+
+    The first message has `alignment` too: clients that add deltas up, such as openai's `.stream()`, keep a message's
+    unknown fields, but of the chunks' own only the first.
+    """
     data = answer.model_dump(exclude_none=True)
     chunks: list[dict[str, Any]] = []
     for choice in data["choices"]:
         message = choice.pop("message")
         for index, call in enumerate(message.get("tool_calls", ())):
             call["index"] = index
+        if choice["index"] == 0:
+            del message["role"]  # the first chunk said it, and deltas are added up
+            message["alignment"] = data["alignment"]
         chunks.append(head | {"choices": [choice | {"delta": message}]})
     if include_usage:
         chunks.append(head | {"choices": [], "usage": data["usage"]})

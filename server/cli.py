@@ -32,6 +32,7 @@ from server.http_protocol import bound_connections
 from server.kv_cache import prefer_cache_size, weight_bytes
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
+from server.tool_calls import prefer_tool_calls
 from server.vllm_patches import install_plugin
 
 SMALL_MODEL_BYTES = 512 * 1024**2
@@ -121,6 +122,7 @@ def prefer_settings(args: Namespace) -> None:
     A step of a small model is too short to be shared among threads or processes; with more than one
     OpenMP thread its throughput collapses at random. A large model needs vLLM's own settings.
     """
+    prefer_tool_calls(args)
     if current_platform.is_cuda():
         return
     prefer_cache_size(args)

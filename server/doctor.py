@@ -28,6 +28,7 @@ from server import checks
 from server.access import read_access
 from server.arguments import parse
 from server.kv_cache import GIB, plan_memory, weight_bytes
+from server.tool_calls import find_tool_calls
 
 VLLM_VERSION = "0.32.0"
 
@@ -133,7 +134,8 @@ def _model(args: Namespace) -> tuple[list[Finding], BaseModelId | None]:
     sizes = f"hidden size {text.hidden_size}, vocabulary {text.vocab_size}"
     about = Finding("ok", "model", f"{name}, {sizes}, fingerprint {base.fingerprint[:12]}")
     if args.chat_template or tokenizer.chat_template:
-        return [about, Finding("ok", "chat template", "there is one")], base
+        tool_calls = Finding("ok", "tool calls", find_tool_calls(args).explanation)
+        return [about, Finding("ok", "chat template", "there is one"), tool_calls], base
     nobody = "there is none, so chat requests fail: name a file with --chat-template"
     return [about, Finding("warning", "chat template", nobody)], base
 

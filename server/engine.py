@@ -1,7 +1,7 @@
 """Every name of vLLM's that the routes use, and the requests to its engine that are our own.
 
-The start uses vLLM in `arguments`, `cli`, `doctor` and `plugin`; `vllm_patches` replaces methods. No other file of the
-server imports vLLM.
+The start uses vLLM in `arguments`, `cli`, `doctor`, `kv_cache`, `plugin` and `tool_calls`; `vllm_patches` replaces
+methods. No other file of the server imports vLLM.
 """
 
 import asyncio
@@ -11,6 +11,12 @@ from itertools import chain
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.anthropic.api_router import create_messages
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicErrorResponse,
+    AnthropicMessagesRequest,
+    AnthropicMessagesResponse,
+)
 from vllm.entrypoints.generate.base.serving import decode_token_ids
 from vllm.entrypoints.generate.label_reads import next_token_label_reads
 from vllm.entrypoints.openai.chat_completion.api_router import (
@@ -24,8 +30,14 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList, UsageInfo
+from vllm.entrypoints.openai.responses.api_router import create_responses
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.serve.engine.protocol import (
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    UsageInfo,
+)
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
@@ -53,6 +65,9 @@ from proxy.request import (
 __all__ = [
     "LOAD_FORMAT_HEADER",
     "UNPROXIED_EXTRA_ARGS",
+    "AnthropicErrorResponse",
+    "AnthropicMessagesRequest",
+    "AnthropicMessagesResponse",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
     "CompletionRequest",
@@ -61,17 +76,21 @@ __all__ = [
     "EngineDeadError",
     "ErrorResponse",
     "LoRARequest",
+    "ModelCard",
     "ModelList",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingModels",
     "OwnExtraArgs",
     "ResponsesRequest",
+    "ResponsesResponse",
     "UsageInfo",
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400
     "Workers",
     "create_error_response",
+    "create_messages",
+    "create_responses",
     "decode_token_ids",
     "load_aware_call",
     "metrics_header",

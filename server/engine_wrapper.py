@@ -15,7 +15,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from proxy.request import EXTRA_ARGS_KEY
+from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
 from server import vllm_patches
 from server.access import Limits
 from server.admission import AdmittedRequest
@@ -65,6 +65,7 @@ def wrap_engine(
             outputs = original(prompt, params, request_id, **options)
             return _count_judgment(outputs, request)
         if admission.alignment is not None:
+            _check_logprobs(params, admission.alignment)
             params = copy.copy(params)  # the handler may use its own again
             params.extra_args = {**(params.extra_args or {}), **admission.alignment.to_extra_args()}
             # Clients choose request ids, and may choose the same one: no client must get another's trace or counts.
@@ -109,6 +110,16 @@ def _check_arguments(params: Any, prompt_logprobs_refused: str | None) -> None:
         raise VLLMValidationError(f"the extra argument {EXTRA_ARGS_KEY!r} is reserved")
     if params.prompt_logprobs is not None and prompt_logprobs_refused is not None:
         raise VLLMValidationError(prompt_logprobs_refused, parameter="prompt_logprobs")
+
+
+def _check_logprobs(params: Any, alignment: WorkerAlignment) -> None:
+    """Refuse the log-likelihood of given text under a proxy, which would be the frozen LLM's."""
+    if params.prompt_logprobs is not None and alignment.acts:
+        raise VLLMValidationError(
+            "prompt_logprobs, or echo with logprobs: log-likelihoods of a prompt are the frozen LLM's, not those under "
+            f"the proxy {alignment.proxy!r}: ask for them without it",
+            parameter="prompt_logprobs",
+        )
 
 
 async def _count(

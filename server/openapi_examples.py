@@ -15,6 +15,7 @@ TOO_MANY = HTTPErrorResponse(
 """As `middleware.access` sends these two, with numbers."""
 
 _CHAT, _TEXT = "POST /v1/chat/completions", "POST /v1/completions"
+_RESPONSES = "POST /v1/responses"
 _MESSAGES = [{"role": "user", "content": "Can I open my kettle with a fork?"}]
 _ALIGNMENT = {"proxy": "aligned", "strength": 0.5}
 _PAIR = {
@@ -49,6 +50,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
             "max_tokens": 8,
             "alignment": _ALIGNMENT,
         }
+    },
+    _RESPONSES: {
+        "a proxy": {"model": "assent-demo", "input": "Hello.", "alignment": _ALIGNMENT}
+        | {"max_output_tokens": 16}
     },
     "POST /judge": {
         "a pair": _PAIR,
@@ -152,6 +157,38 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
     | {"text/event-stream": _CHUNK},
     (_TEXT, 200): _json(_completion("text_completion", {"text": " more"}))
     | {"text/event-stream": "data: [DONE]\n\n"},
+    (_RESPONSES, 200): _json(
+        {
+            "id": "resp_9df33124a466fe6a",
+            "object": "response",
+            "created_at": 1795850307,
+            "status": "completed",
+            "model": "assent-demo:aligned",
+            "output": [
+                {
+                    "id": "msg_9df33124a466fe6a",
+                    "type": "message",
+                    "role": "assistant",
+                    "status": "completed",
+                    "content": [{"type": "output_text", "text": "Hello.", "annotations": []}],
+                }
+            ],
+            "parallel_tool_calls": True,
+            "temperature": 1.0,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": 1.0,
+            "background": False,
+            "max_output_tokens": 16,
+            "service_tier": "auto",
+            "truncation": "disabled",
+            "alignment": _STATS,
+        }
+    )
+    | {"text/event-stream": "event: response.completed\ndata: {}\n\n"},
+    ("GET /v1/models/{name}", 200): _json(
+        {"id": "assent-demo:aligned", "object": "model", "parent": "assent-demo"}
+    ),
     ("GET /v1/models", 200): _json(
         {
             "object": "list",
@@ -230,6 +267,14 @@ ERRORS: dict[str, dict[int, str]] = {
         400: "alignment.best_of is taken by /v1/chat/completions only (parameter=alignment.best_of)",
         404: _NOBODY,
         500: _STOPPED,
+    },
+    _RESPONSES: {
+        400: "alignment.best_of is taken by /v1/chat/completions only (parameter=alignment.best_of)",
+        404: _NOBODY,
+        500: _STOPPED,
+    },
+    "GET /v1/models/{name}": {
+        404: "The model 'nobody' does not exist: GET /v1/models lists all.",
     },
     "POST /judge": {
         400: _UNKNOWN,

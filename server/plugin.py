@@ -34,6 +34,7 @@ from server.learning import Learning
 from server.middleware.access import AccessMiddleware
 from server.middleware.alignment import AlignmentMiddleware
 from server.middleware.announce import AnnounceMiddleware
+from server.middleware.anthropic_errors import AnthropicErrorMiddleware
 from server.middleware.drain import DrainMiddleware
 from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
@@ -46,13 +47,18 @@ from server.routes import (
     feedback,
     health,
     judge,
+    messages,
     models,
     page,
     positions,
     proxies,
+    responses,
 )
 
-ROUTES = (cards, chat, completions, feedback, health, judge, models, page, proxies, positions)
+ROUTES = (
+    *(chat, completions, responses, messages, models),
+    *(judge, feedback, proxies, cards, positions, health, page),
+)
 
 
 @dataclass(kw_only=True)
@@ -91,6 +97,7 @@ class AssentPlugin:
         app.add_middleware(AlignmentMiddleware)
         app.add_middleware(AccessMiddleware, access=self.access, max_body_bytes=self.max_body_bytes)
         app.add_middleware(DrainMiddleware, seconds=self.drain_seconds)
+        app.add_middleware(AnthropicErrorMiddleware)
         app.add_middleware(RequestLogMiddleware, texts=self.log_texts)
         app.add_middleware(AnnounceMiddleware, access=self.access)
 

@@ -4,7 +4,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.engine import ChatCompletionResponse, CompletionResponse
+from server.engine import (
+    AnthropicMessagesResponse,
+    ChatCompletionResponse,
+    CompletionResponse,
+    ResponsesResponse,
+)
 
 Probability = float
 
@@ -122,6 +127,20 @@ class TextResponse(CompletionResponse):
     """vLLM's completion, with `alignment` if a proxy took part."""
 
     field_names: ClassVar[set[str] | None] = None
+
+    alignment: AlignmentStats | None = None
+
+
+class ResponseObject(ResponsesResponse):
+    """vLLM's response, with `alignment` if a proxy took part."""
+
+    field_names: ClassVar[set[str] | None] = None
+
+    alignment: AlignmentStats | None = None
+
+
+class MessageResponse(AnthropicMessagesResponse):
+    """vLLM's message in Anthropic's API, with `alignment` if a proxy took part."""
 
     alignment: AlignmentStats | None = None
 

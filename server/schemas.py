@@ -8,7 +8,12 @@ from judge.feedback import Source
 from judge.messages import Message
 from judge.prompts import Question
 from proxy.request import Alignment, WorkerAlignment
-from server.engine import ChatCompletionRequest, CompletionRequest
+from server.engine import (
+    AnthropicMessagesRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+)
 from server.judge_adapters import JudgeKind
 from server.proxies import NAME_RULE, PROXY_NAME
 
@@ -115,6 +120,20 @@ class TextRequest(CompletionRequest):
     """vLLM's completion request, plus `alignment`, as with ChatRequest."""
 
     field_names: ClassVar[set[str] | None] = None
+
+    alignment: AlignmentOptions | None = Field(None, description=ALIGNMENT)
+
+
+class ResponseRequest(ResponsesRequest):
+    """vLLM's request of a response, plus `alignment`, as with ChatRequest."""
+
+    field_names: ClassVar[set[str] | None] = None
+
+    alignment: AlignmentOptions | None = Field(None, description=ALIGNMENT)
+
+
+class MessageRequest(AnthropicMessagesRequest):
+    """vLLM's request in Anthropic's API, plus `alignment`, as with ChatRequest."""
 
     alignment: AlignmentOptions | None = Field(None, description=ALIGNMENT)
 

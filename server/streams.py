@@ -59,16 +59,26 @@ class Event(NamedTuple):
 async def attach_to_stream(
     chunks: AsyncGenerator[str, None],
     *,
+    opening: dict[str, Any],
     make_stats: Callable[[], Awaitable[dict[str, Any]]],
     trace: Callable[[], Awaitable[Trace]] | None = None,
 ) -> AsyncGenerator[str, None]:
     """vLLM's events, with the alignment statistics in the last chunk, and trace entries with their tokens.
 
     A chunk that may be the last is held back until the next one comes; all others go out at once.
+
+    Args:
+        opening: what the first chunk's `alignment` says. Clients that put a stream together into one response, such as
+            openai's `.stream()`, keep only the first chunk's unknown fields.
+        make_stats: of the whole response.
+        trace: the entries since the last call.
     """
     held: Event | None = None
+    is_open = False
     async for chunk in chunks:
         event = Event.parse(chunk)
+        if not is_open and event.choices is not None:
+            event, is_open = event.with_alignment(opening), True
         if event.is_done:
             if held is not None:
                 rest = {"trace": await trace()} if trace is not None else {}
@@ -85,6 +95,35 @@ async def attach_to_stream(
             yield event.text
     if held is not None:
         yield held.text
+
+
+WHOLE_RESPONSES = {
+    **dict.fromkeys(("response.created", "response.in_progress"), ("response", False)),
+    **dict.fromkeys(("response.completed", "response.incomplete"), ("response", True)),
+    "message_start": ("message", False),
+    "message_delta": (None, True),
+}
+"""Events of /v1/responses and /v1/messages that tell of the whole response: the field that it is in, if any, and
+whether it is complete."""
+
+
+async def attach_to_typed_stream(
+    chunks: AsyncGenerator[str, None],
+    *,
+    opening: dict[str, Any],
+    make_stats: Callable[[], Awaitable[dict[str, Any]]],
+) -> AsyncGenerator[str, None]:
+    """vLLM's events of other protocols than chat's, with `alignment` in WHOLE_RESPONSES; arguments as above."""
+    async for chunk in chunks:
+        kind, _, content = chunk.removeprefix("event: ").partition("\ndata: ")
+        if kind not in WHOLE_RESPONSES:
+            yield chunk
+            continue
+        data = from_json(content)
+        field, is_complete = WHOLE_RESPONSES[kind]
+        response = data[field] if field is not None else data
+        response["alignment"] = await make_stats() if is_complete else opening
+        yield f"event: {kind}\n{as_event(data)}"
 
 
 def as_event(data: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ VLLM_FILES = {
     "server/engine.py",
     "server/kv_cache.py",
     "server/plugin.py",
+    "server/tool_calls.py",
     "server/vllm_patches.py",
     "training/rollout_vllm.py",
     "training/rollout_worker.py",

@@ -28,7 +28,7 @@ PAGE_FILES = "/page/"
 UNAUTHORIZED = HTTPErrorResponse(
     401,
     "AuthenticationError",
-    "This server needs an API key: send 'Authorization: Bearer <key>'.",
+    "This server needs an API key: send 'Authorization: Bearer <key>', or 'X-Api-Key: <key>'.",
     {"WWW-Authenticate": "Bearer"},
 )
 NO_ADMIN = HTTPErrorResponse(

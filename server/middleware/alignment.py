@@ -8,7 +8,8 @@
 variable while the app answers, and the proxy's version stays pinned until the response has ended: sent, failed or
 abandoned by the client. `admission` refuses what it cannot honour, so a new route of vLLM's never drops a proxy.
 
-The response header `Assent-Proxy` names the proxy and its version.
+The request header `Assent-Alignment` may take the place of the body's `alignment`. The response header `Assent-Proxy`
+names the proxy and its version.
 """
 
 import asyncio
@@ -23,7 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.request import EXTRA_ARGS_KEY
 from server.access import CALLER
-from server.admission import RESPONSES, Admission, AdmittedRequest, admit, load_own_proxy
+from server.admission import (
+    RESPONSES,
+    Admission,
+    AdmittedRequest,
+    admit,
+    load_own_proxy,
+    read_fields,
+)
+from server.alignment_field import ALIGNMENT_HEADER
 from server.app_state import AppState
 from server.body_shape import check_responses_items, check_shape, check_text
 from server.engine import VLLMNotFoundError, VLLMValidationError, create_error_response
@@ -62,6 +71,7 @@ class AlignmentMiddleware:
         model, has_alignment = body.get("model"), EXTRA_ARGS_KEY in body
         try:
             check_text(content, body)
+            read_fields(path, body, Headers(scope=scope).get(ALIGNMENT_HEADER))
             check_shape(body)
             if path == RESPONSES:
                 check_responses_items(body)

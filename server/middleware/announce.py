@@ -89,6 +89,7 @@ def startup_lines(
         lines.append(f"Shadow proxies, which only score: {', '.join(shadows)}")
     if learned:
         lines.append(f"Learned while serving: {', '.join(learned)}")
+    lines.append(f"Tool calls: {args.tool_calls}")
     return [*lines, f"Try: {_curl(args, scheme, models, proxies, needs_key, can_chat)}"]
 
 

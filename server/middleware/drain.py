@@ -6,7 +6,6 @@ raised for vLLM. SIGINT itself (Ctrl-C) does not wait. `server.ending` ends the 
 """
 
 import asyncio
-import json
 import logging
 import signal
 from contextlib import suppress
@@ -108,8 +107,7 @@ class _Response:
         if self._headers is None:
             await STOPPING(scope, receive, self._send)
         elif self._headers.get("content-type", "").startswith("text/event-stream"):
-            error = {"message": STOPPING.message, "type": STOPPING.kind, "code": STOPPING.status}
-            body = f"data: {json.dumps({'error': error})}\n\n".encode()
+            body = STOPPING.as_event(scope)
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
         else:
             raise asyncio.CancelledError

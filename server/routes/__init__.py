@@ -2,6 +2,8 @@
 
 - `chat`        - POST /v1/chat/completions: vLLM's, with a proxy, best of N and recorded choices.
 - `completions` - POST /v1/completions: vLLM's, with a proxy.
+- `responses`   - POST /v1/responses: vLLM's, with a proxy.
+- `messages`    - POST /v1/messages: vLLM's, with a proxy.
 - `models`      - GET /v1/models.
 - `judge`       - POST /judge and /judge/rank.
 - `feedback`    - GET, POST and DELETE /feedback.

@@ -1,4 +1,4 @@
-"""GET /v1/models: the names that a request may use."""
+"""GET /v1/models: the names that a request may use; GET /v1/models/NAME: one of them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from server.access import CALLER
 from server.admission import proxy_names
 from server.app_state import get_state
-from server.engine import ModelList
+from server.engine import ErrorResponse, ModelCard, ModelList, VLLMNotFoundError
 
 router = APIRouter(tags=["Generation"])
 
@@ -18,6 +18,25 @@ async def list_models(raw_request: Request) -> dict[str, Any]:
 
     `root`, where a model's files lie, is for administrators.
     """
+    return (await _show_models(raw_request)).model_dump()
+
+
+@router.get(
+    "/v1/models/{name:path}",
+    responses={
+        200: {"model": ModelCard},
+        404: {"model": ErrorResponse, "description": "No model has this name."},
+    },
+)
+async def retrieve_model(name: str, raw_request: Request) -> dict[str, Any]:
+    """One of the list. A name may have slashes."""
+    for card in (await _show_models(raw_request)).data:
+        if card.id == name:
+            return card.model_dump()
+    raise VLLMNotFoundError(f"The model {name!r} does not exist: GET /v1/models lists all.")
+
+
+async def _show_models(raw_request: Request) -> ModelList:
     state = get_state(raw_request)
     listed = await state.models.show_available_models()
     if not raw_request.scope[CALLER].admin:
@@ -27,4 +46,4 @@ async def list_models(raw_request: Request) -> dict[str, Any]:
         for card in listed.data
         for proxy in proxy_names(state)
     ]
-    return listed.model_dump()
+    return listed

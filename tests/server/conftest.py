@@ -172,7 +172,6 @@ def server(proxy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     flags = [
         *("--api-key", API_KEY, "--access", access, "--proxy-root", proxy_root),
         *("--dtype", "float32", "--enable-scale-out", *proxy_flags()),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     # As a user starts it.
     with serving(

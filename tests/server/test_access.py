@@ -43,7 +43,8 @@ def test_no_way_in_without_the_key(server, method, path, key):
     answer = httpx.request(method, server.url + path, headers=headers)
     assert answer.status_code == 401
     error = answer.json()["error"]
-    assert (error["type"], error["code"]) == ("AuthenticationError", 401)
+    anthropics = path == "/v1/messages"
+    assert error["type"] == ("authentication_error" if anthropics else "AuthenticationError")
     assert "Authorization: Bearer" in error["message"]
 
 
@@ -200,6 +201,10 @@ def test_models(client):
     models = {model.id: model for model in client.models.list().data}
     assert list(models) == ["assent-demo", "assent-demo:aligned", "assent-demo:polite"]
     assert models["assent-demo:polite"].parent == "assent-demo"
+    for name, model in models.items():
+        assert client.models.retrieve(name).parent == model.parent
+    with pytest.raises(openai.NotFoundError, match="'assent-demo:stern' does not exist"):
+        client.models.retrieve("assent-demo:stern")
     assert models["assent-demo:polite"].max_model_len == models["assent-demo"].max_model_len
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 MESSAGES = [{"role": "user", "content": "My desk is much better now."}]
+ANTHROPIC_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
 GOOD = {"model": "assent-demo", "messages": MESSAGES, "max_tokens": 4}
 
 
@@ -19,9 +20,14 @@ def still_answers(http):
 
 
 def assert_refused(answer, code, *messages):
+    """In OpenAI's shape, or in Anthropic's where the route is Anthropic's."""
     error = answer.json()["error"]
-    assert answer.status_code == error["code"] == code, answer.text
-    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.status_code == code, answer.text
+    if answer.request.url.path.startswith("/v1/messages"):
+        assert answer.json()["type"] == "error" and set(error) == {"type", "message"}
+        assert error["type"] == ANTHROPIC_TYPES[code]
+    else:
+        assert error["code"] == code and set(error) == {"message", "type", "param", "code"}
     for message in messages:
         assert message in error["message"]
 

@@ -110,7 +110,9 @@ def test_streamed(client):
 
 def test_a_stream_tells_of_progress(client):
     chunks = list(best_of(client, 4, seed=1, stream=True))
-    progress = [chunk.alignment["progress"] for chunk in chunks[:-1]]
+    opening = {key: chunks[-1].alignment[key] for key in ("proxy", "version", "best_of")}
+    assert chunks[0].alignment == opening
+    progress = [chunk.alignment["progress"] for chunk in chunks[1:-1]]
     assert [entry["done"] for entry in progress if entry["stage"] == "sampling"] == [1, 2, 3, 4]
     assert [entry["done"] for entry in progress if entry["stage"] == "judging"] == [2, 3]
     comparisons = [entry["comparisons"] for entry in progress if entry["stage"] == "judging"]
@@ -120,6 +122,26 @@ def test_a_stream_tells_of_progress(client):
     assert sorted(texts) == [0, 1, 2, 3]
     assert texts[record["winner"]] == chunks[-1].choices[0].delta.content
     assert all(not chunk.choices[0].delta.content for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_openais_stream_helper_has_the_same_message_and_all_of_alignment(client, n):
+    answer = best_of(client, 3, seed=8, n=n)
+    with client.chat.completions.stream(
+        model="assent-demo:aligned",
+        messages=QUESTION,
+        max_tokens=32,
+        seed=8,
+        n=n,
+        extra_body={"alignment": {"best_of": 3}},
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.alignment == answer.alignment
+    assert final.alignment["proxy"] == "aligned" and "progress" not in final.alignment
+    for choice, expected in zip(final.choices, answer.choices, strict=True):
+        assert choice.message.role == "assistant"
+        assert choice.message.content == expected.message.content
+        assert choice.finish_reason == expected.finish_reason
 
 
 def test_streamed_without_usage(client):
@@ -181,15 +203,17 @@ def test_structured_outputs(client):
 
 
 def test_a_call_of_a_tool(client):
-    """The judge reads the calls; the grammar makes sure that there are some."""
-    call = r'<tool_call>\{"name": "note", "arguments": \{"object": "(puzzle|rose)"\}\}</tool_call>'
+    """The judge reads the calls, which the request forces."""
+    schema = {"type": "object", "properties": {"object": {"enum": ["puzzle", "rose"]}}}
+    function = {"name": "note", "parameters": schema | {"required": ["object"]}}
     answer = client.chat.completions.create(
         model="assent-demo:aligned",
         messages=QUESTION,
         max_tokens=64,
         seed=1,
-        tools=[{"type": "function", "function": {"name": "note", "parameters": {}}}],
-        extra_body={"alignment": {"best_of": 4}, "structured_outputs": {"regex": call}},
+        tools=[{"type": "function", "function": function}],
+        tool_choice="required",
+        extra_body={"alignment": {"best_of": 4}},
     )
     (tool_call,) = answer.choices[0].message.tool_calls
     assert json.loads(tool_call.function.arguments)["object"] in ("puzzle", "rose")

@@ -137,8 +137,16 @@ def test_streaming_says_the_same_and_ends_with_the_receipt(client):
     assert text == answer.choices[0].message.content
     assert len(chunks) > 2  # a busy server sends several tokens at once
     assert {chunk.model for chunk in chunks} == {"assent-demo:aligned"}
-    assert ["alignment" in chunk.model_extra for chunk in chunks].index(True) == len(chunks) - 1
+    proxied = [i for i, chunk in enumerate(chunks) if "alignment" in chunk.model_extra]
+    assert proxied == [0, len(chunks) - 1]
+    named = {key: answer.alignment[key] for key in ("proxy", "version")}
+    assert chunks[0].alignment == named
     assert chunks[-1].alignment == answer.alignment
+    with client.chat.completions.stream(
+        model="assent-demo:aligned",
+        messages=[{"role": "user", "content": PROMPTS[0]}],
+    ) as stream:
+        assert stream.get_final_completion().alignment == named
     assert chunks[-1].usage == answer.usage
 
 

@@ -170,6 +170,59 @@ def test_counting_tokens_takes_the_models_name_with_a_proxy(http, path):
     )
 
 
+@pytest.mark.parametrize("path", sorted(ROUTES))
+def test_the_alignment_object_in_a_header(http, path):
+    alignment = {"proxy": "aligned", "max_rejections": 0}
+    body = ROUTES[path] | {"model": "assent-demo"}
+    header = {"Assent-Alignment": json.dumps(alignment)}
+    for fields in ({}, {"alignment": alignment}, {"alignment": None}):
+        answer = http.post(path, json=body | fields, headers=header)
+        assert answer.headers["assent-proxy"].split("@")[0] == "aligned", answer.text
+    other = body | {"alignment": {"proxy": "polite"}}
+    refused = http.post(path, json=other, headers=header)
+    assert_refused(refused, 400, "Assent-Alignment", "differs from the body's")
+    refused = http.post(path, json=body, headers={"Assent-Alignment": '{"strenght": 1}'})
+    assert_refused(refused, 400, "alignment.strenght")
+
+
+def test_the_header_means_nothing_to_other_routes(http):
+    header = {"Assent-Alignment": '{"proxy": "aligned"}'}
+    answer = http.post("/judge", json={}, headers=header)
+    assert_refused(answer, 400, "`alignment` means nothing to /judge")
+    body = {"model": "assent-demo", "messages": MESSAGES}
+    for path in ("/tokenize", "/v1/messages/count_tokens"):  # which may count for such a request
+        assert http.post(path, json=body, headers=header).status_code == 200
+        assert_refused(http.post(path, json=body, headers={"Assent-Alignment": "{"}), 400, "JSON")
+
+
+@pytest.mark.parametrize("path", sorted(ROUTES))
+def test_what_belongs_into_alignment(http, path):
+    body = ROUTES[path] | {"model": "assent-demo"}
+    refused = http.post(path, json=body | {"strength": 2})
+    assert_refused(refused, 400, 'send {"alignment": {"strength": 2}}')
+    assert_refused(http.post(path, json=body | {"alignement": {}}), 400, "did you mean `alignment`")
+    assert http.post(path, json=body | {"unknown": 1, "strength": None}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_likelihoods_under_a_proxy_are_refused(http, stream):
+    """They would be the frozen LLM's, without a word."""
+    requests = [
+        ("/v1/completions", {"echo": True, "logprobs": 1, "stream": stream}),
+        ("/v1/completions", {"prompt_logprobs": 1}),
+        ("/v1/chat/completions", {"prompt_logprobs": 1}),
+        ("/inference/v1/generate", {"sampling_params": {"max_tokens": 1, "prompt_logprobs": 1}}),
+    ]
+    for path, options in requests:
+        body = ROUTES[path] | {"max_tokens": 1} | options
+        answer = http.post(path, json=body | {"model": "assent-demo:aligned"})
+        assert_refused(answer, 400, "log-likelihoods", "'aligned'")
+        assert http.post(path, json=body | {"model": "assent-demo"}).status_code == 200
+    body = ROUTES["/v1/completions"] | {"echo": True, "logprobs": 1, "model": "assent-demo"}
+    frozen = body | {"alignment": {"proxy": "aligned", "strength": 0}}
+    assert http.post("/v1/completions", json=frozen).status_code == 200
+
+
 # --- nonsense in raw extra arguments ---
 
 NONSENSE = [
@@ -257,8 +310,8 @@ def test_a_streamed_completion_ends_with_the_receipt(http):
     chunks = events(complete(http, model="assent-demo:aligned", seed=1, stream=True))
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
     assert text == answer["choices"][0]["text"]
-    assert [chunk for chunk in chunks if "alignment" in chunk] == chunks[-1:]
-    assert chunks[-1]["alignment"] == answer["alignment"]
+    assert [chunk for chunk in chunks if "alignment" in chunk] == [chunks[0], chunks[-1]]
+    assert chunks[0]["alignment"] == chunks[-1]["alignment"] == answer["alignment"]
 
 
 def test_strength_0_completes_as_the_frozen_llm(http):

@@ -13,7 +13,7 @@ from tests.server.conftest import API_KEY, WAIT_SECONDS
 def make_lines(host="127.0.0.1", **changes):
     from server.middleware.announce import startup_lines
 
-    args = Namespace(host=host, port=8000, uds=None, ssl_certfile=None)
+    args = Namespace(host=host, port=8000, uds=None, ssl_certfile=None, tool_calls="off")
     options = {
         "models": ["llm"],
         "proxies": ["polite"],
@@ -42,6 +42,7 @@ def test_all_that_is_served():
         "Proxies: polite (ask for llm:polite)",
         "Shadow proxies, which only score: next",
         "Learned while serving: mine",
+        "Tool calls: off",
     ]
     words, body = parse_command(lines)
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]

@@ -26,13 +26,13 @@ async def attach(*events, traces=None):
             yield line
 
     async def make_stats():
-        return {"proxy": "a"}
+        return STATS
 
     async def next_trace():
         return traces.pop(0)
 
     trace = None if traces is None else next_trace
-    attached = attach_to_stream(stream(), make_stats=make_stats, trace=trace)
+    attached = attach_to_stream(stream(), opening=OPENING, make_stats=make_stats, trace=trace)
     return [chunk async for chunk in attached]
 
 
@@ -40,6 +40,8 @@ def parse_events(events):
     return [json.loads(line.removeprefix("data: ")) for line in events]
 
 
+OPENING = {"proxy": "a", "version": "1"}
+STATS = OPENING | {"proposed": 3}
 USAGE = event(id="1", model="llm", choices=[], usage={"total_tokens": 2})
 DONE = "data: [DONE]\n\n"
 
@@ -52,11 +54,18 @@ DONE = "data: [DONE]\n\n"
         [delta("Hi", "stop"), delta("Ho", None), delta("", "length"), DONE],
     ],
 )
-def test_the_receipt_is_in_the_last_chunk_only(events):
+def test_the_first_chunk_names_the_proxy_and_the_last_one_has_the_counts(events):
     *chunks, last_line = asyncio.run(attach(*events))
     assert last_line == DONE
-    expected = parse_events(events[:-1])
-    assert parse_events(chunks) == [*expected[:-1], expected[-1] | {"alignment": {"proxy": "a"}}]
+    first, *middle, last = parse_events(events[:-1])
+    expected = [first | {"alignment": OPENING}, *middle, last | {"alignment": STATS}]
+    assert parse_events(chunks) == expected
+    assert len({chunk["id"] for chunk in parse_events(chunks)}) == 1
+
+
+def test_a_single_chunk_has_both():
+    chunk, _ = asyncio.run(attach(delta("Hi", "stop"), DONE))
+    assert parse_events([chunk])[0]["alignment"] == STATS
 
 
 def test_a_trace_goes_with_the_chunks():
@@ -64,9 +73,9 @@ def test_a_trace_goes_with_the_chunks():
     events = [delta("a"), delta("b"), delta("c", "stop"), DONE]
     *chunks, _ = asyncio.run(attach(*events, traces=[["1"], [], ["2", "3"], ["4"]]))
     assert [chunk.get("alignment") for chunk in parse_events(chunks)] == [
-        {"trace": ["1"]},
+        OPENING | {"trace": ["1"]},
         None,
-        {"trace": ["2", "3", "4"], "proxy": "a"},
+        STATS | {"trace": ["2", "3", "4"]},
     ]
 
 
