@@ -33,7 +33,8 @@ def wait_for_answers(page):
 
 
 def answer(page, letter):
-    return page.locator(".turn:last-child .answer", has=page.get_by_text(letter, exact=True))
+    mark = page.locator(".letter", has_text=letter)
+    return page.locator(".turn:last-child .answer", has=mark)
 
 
 def text_of(page, letter):
