@@ -50,7 +50,12 @@ def text_of(page, letter):
 def record_requests(page):
     """The bodies of the chat requests that the page sends from now on."""
     bodies = []
-    page.on("request", lambda r: r.url.endswith(CHAT) and bodies.append(r.post_data_json))
+
+    def record(request):
+        if request.url.endswith(CHAT):
+            bodies.append(request.post_data_json)
+
+    page.on("request", record)
     return bodies
 
 
@@ -67,7 +72,12 @@ def set_slider(page, label, key):
 
 def test_both_answer_as_a_stream_what_the_api_answers(page, http):
     bodies, types = record_requests(page), []
-    page.on("response", lambda r: r.url.endswith(CHAT) and types.append(r.headers["content-type"]))
+
+    def record_type(response):
+        if response.url.endswith(CHAT):
+            types.append(response.headers["content-type"])
+
+    page.on("response", record_type)
     page.wait_for_selector("#examples .example")
     page.evaluate("""() => {
         window.additions = 0;
@@ -189,7 +199,7 @@ def test_the_judge_compares_in_both_orders_and_says_why(page, http):
     expected = http.post("/judge", json=body).json()
     bars = [bar.get_attribute("aria-label") for bar in panel.locator(".bar").all()]
     for label, p in zip(bars, [*expected["orders"], expected["probability"]], strict=True):
-        shown = int(re.search(r"(\d+) %", label)[1])
+        (shown,) = map(int, re.findall(r"(\d+) %", label))
         assert abs(shown - 100 * p) < 0.6
     assert panel.locator(".badge").count() == (not expected["consistent"])
     panel.get_by_role("button", name="Why?").click()

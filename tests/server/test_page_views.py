@@ -84,7 +84,7 @@ def test_a_match_a_verdict_and_the_feedback(open_page, feedback_server):
     details.get_by_role("button", name="Why?").click()
     expect(details.locator(".rationale")).to_have_text(re.compile(".{4}"))
     summary = page.locator("#feedback-summary")
-    before = int(re.search(r"(\d+) choice", summary.inner_text())[1])
+    (before,) = map(int, re.findall(r"(\d+) choice", summary.inner_text()))
     details.get_by_role("button", name="is better").first.click()
     expect(details.locator(".kept")).to_have_text("Kept.")
     expect(summary).to_contain_text(f"{before + 1} choice")
