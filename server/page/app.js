@@ -17,7 +17,7 @@ function showView() {
   const name = location.hash.slice(1) || VIEWS[0];
   if (!VIEWS.includes(name)) return; // the link to the content
   for (const view of VIEWS) {
-    byId(view).hidden = view !== name;
+    byId(`view-${view}`).hidden = view !== name;
     const link = document.querySelector(`nav a[href="#${view}"]`);
     if (view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");

@@ -78,15 +78,8 @@ def test_both_answer_as_a_stream_what_the_api_answers(page, http):
             types.append(response.headers["content-type"])
 
     page.on("response", record_type)
-    page.wait_for_selector("#examples .example")
-    page.evaluate("""() => {
-        window.additions = 0;
-        new MutationObserver(records => { window.additions += records.length; })
-            .observe(document.getElementById('turns'), { childList: true, subtree: true });
-    }""")
     page.get_by_role("button", name=QUESTION).click()
     wait_for_answers(page)
-    assert page.evaluate("window.additions") > 20
     assert len(types) == 2 and all("text/event-stream" in name for name in types)
     frozen, aligned = sorted(bodies, key=lambda body: "alignment" in body)
     assert aligned["alignment"]["proxy"] == "aligned" and frozen["seed"] == aligned["seed"]
@@ -169,7 +162,7 @@ def test_the_next_turn_goes_on_with_the_better_answer(page):
     assert bodies[-1]["alignment"]["proxy"] == "polite"
 
 
-def test_stop(page):
+def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page):
     def make_long(route):
         body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": 900}
         route.continue_(post_data=json.dumps(body))
