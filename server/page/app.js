@@ -17,7 +17,7 @@ function showView() {
   const name = location.hash.slice(1) || VIEWS[0];
   if (!VIEWS.includes(name)) return; // the link to the content
   for (const view of VIEWS) {
-    byId(view).hidden = view !== name;
+    byId(`view-${view}`).hidden = view !== name;
     const link = document.querySelector(`nav a[href="#${view}"]`);
     if (view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -36,9 +36,14 @@ function setUpTheme() {
   });
 }
 
+function setUpDialogs() {
+  for (const button of document.querySelectorAll("dialog .close")) {
+    button.addEventListener("click", () => button.closest("dialog").close());
+  }
+}
+
 function setUpKey() {
   byId("open-key").addEventListener("click", openKeyDialog);
-  byId("close-key").addEventListener("click", () => byId("key-dialog").close());
   byId("key-form").addEventListener("submit", () => {
     apiKey.set(byId("key").value.trim());
     byId("key").value = "";
@@ -71,6 +76,7 @@ async function start() {
 }
 
 setUpTheme();
+setUpDialogs();
 setUpKey();
 setUpStatus();
 setUpSnippets();

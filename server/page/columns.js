@@ -2,7 +2,7 @@
 
 import { button, byId, el, fill, replace } from "./dom.js";
 import { numberField, slider } from "./controls.js";
-import { session } from "./session.js";
+import { defaultTemperature, session } from "./session.js";
 
 const LETTERS = ["A", "B", "C"];
 const FROZEN = "";
@@ -92,7 +92,7 @@ export class Setup {
 
   #refresh() {
     if (!this.columns.length) {
-      this.temperature.set(session.proxies[0]?.temperature ?? 0.7); // that of its training
+      this.temperature.set(defaultTemperature());
       for (const proxy of [FROZEN, ...session.names.slice(0, 1)]) this.columns.push(this.#column(proxy));
     }
     for (const column of this.columns) column.refresh();

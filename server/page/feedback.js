@@ -1,7 +1,7 @@
 // How much feedback the server keeps of this person, and how to train on it.
 
 import { button, byId, el } from "./dom.js";
-import { session } from "./session.js";
+import { countFeedback, session } from "./session.js";
 import { copy } from "./snippets.js";
 
 function draw() {
@@ -28,4 +28,7 @@ python -m server --model ${model} --proxy mine=runs/mine`;
 
 export function setUpFeedback() {
   session.addEventListener("change", draw);
+  byId("feedback").addEventListener("toggle", () => {
+    if (byId("feedback").open && session.model) countFeedback().catch(() => {}); // the header says what is wrong
+  });
 }

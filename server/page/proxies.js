@@ -80,7 +80,7 @@ function draw() {
 }
 
 async function refresh() {
-  if (byId("proxies").hidden || document.hidden || !session.model) return;
+  if (byId("view-proxies").hidden || document.hidden || !session.model) return;
   try {
     session.proxies = (await json("GET", "proxies")).data;
     draw();

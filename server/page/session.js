@@ -32,9 +32,16 @@ export async function loadSession() {
 /** Keep a person's choice between two answers to a conversation. */
 export async function keepChoice(messages, better, worse) {
   await json("POST", "feedback", { messages, response_a: better, response_b: worse, better: "a" });
+  await countFeedback();
+}
+
+export async function countFeedback() {
   session.feedback = await json("GET", "feedback");
   session.dispatchEvent(new Event("change"));
 }
+
+/** That of the first proxy's training. */
+export const defaultTemperature = () => session.proxies[0]?.temperature ?? 0.7;
 
 /** Prompts that suit the LLM: the toy demo's speaks of household things alone. */
 export function examples() {

@@ -25,7 +25,6 @@ export function openSnippets(path, body, method = "POST") {
 
 export function setUpSnippets() {
   byId("copy-snippet").addEventListener("click", () => copy(byId("snippet")));
-  byId("close-snippets").addEventListener("click", () => byId("snippets").close());
 }
 
 /** Copy what an element says. Without https a browser may not allow it: then it is selected. */

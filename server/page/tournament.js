@@ -5,7 +5,7 @@ import { Bracket } from "./bracket.js";
 import { announce, button, byId, el, fill } from "./dom.js";
 import { numberField, selectField, slider } from "./controls.js";
 import { errorBox, isStop } from "./errors.js";
-import { examples, session } from "./session.js";
+import { defaultTemperature, examples, session } from "./session.js";
 import { openSnippets } from "./snippets.js";
 
 const PATH = "v1/chat/completions";
@@ -35,6 +35,7 @@ class Tournament {
   }
 
   #refresh() {
+    if (!byId("tournament-examples").children.length) this.temperature.set(defaultTemperature());
     const names = session.names.map((name) => [name, `Proxy ${name}`]);
     fill(this.proxy.select, [["", "Frozen LLM"], ...names]);
     fill(this.judge.select, [["", "The LLM itself"], ...names]);
