@@ -52,7 +52,8 @@ def test_paths_in_the_text_exist(page):
 
 def options_of(module):
     """The dataclass of a command's options."""
-    is_package = find_spec(module).submodule_search_locations is not None
+    spec = find_spec(module)
+    is_package = spec is not None and spec.submodule_search_locations is not None
     imported = importlib.import_module(f"{module}.__main__" if is_package else module)
     return getattr(imported, "Options", jobs.Options)  # the comparisons share theirs
 

@@ -78,11 +78,8 @@ def test_litellm(server, tmp_path):
         "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(24)}",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    command = [
-        Path(sys.executable).with_name("litellm"),
-        "--config",
-        EXAMPLES / "litellm/config.yaml",
-    ]
+    program = Path(sys.executable).with_name("litellm")
+    command: list[str | Path] = [program, "--config", EXAMPLES / "litellm/config.yaml"]
     gateway = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=tmp_path
     )

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_bash(request: pytest.FixtureRequest, block: Block, tmp_path: Path) -> N
 def test_the_closed_form_on_the_page(capsys):
     """docs/how-it-works.md says what it prints."""
     (block,) = (b for b in RUN if b.page == "docs/how-it-works.md" and b.language == "python")
-    values: dict = {}
+    values: dict[str, Any] = {}
     exec(compile(block.text, block.page, "exec"), values)
     # Standard errors are 0.0011 at most; the seed is fixed.
     assert (values["frequencies"] - values["exact"]).abs().max() < 0.003
