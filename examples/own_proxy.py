@@ -7,6 +7,7 @@ The user repeatedly requests two answers from its own proxy, if there is one yet
 another taste, change `taste`; to try another LLM, change `PROMPTS`.
 """
 
+import argparse
 import os
 import random
 import time
@@ -39,14 +40,18 @@ def taste(text: str) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="in each round")
+    options = parser.parse_args()
     client = OpenAI(base_url=f"{URL}/v1", api_key=KEY)
     http = httpx.Client(base_url=URL, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
     model = client.models.list().data[0].id
     alignment = {"alignment": {"proxy": "mine"}}
     sent = 0
-    for round_number in range(4):
+    for round_number in range(options.rounds):
         lengths: list[int] = []
-        for prompt in random.sample(PROMPTS, len(PROMPTS)):
+        for prompt in random.sample(PROMPTS, options.prompts):
             answer = client.chat.completions.create(
                 model=model,
                 messages=[{"role": "user", "content": prompt}],

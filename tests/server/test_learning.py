@@ -2,7 +2,9 @@
 
 import json
 import random
+import runpy
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,17 +19,28 @@ import pytest
 
 from proxy.checkpoint import identify, load
 from server.responses import LearningPasses, LearningStatus
-from tests.server.conftest import ADMIN_KEY, DEMO, MODEL, WAIT_SECONDS, metric, serving, wait_until
+from tests.server.conftest import (
+    ADMIN_KEY,
+    DEMO,
+    MODEL,
+    REPOSITORY,
+    WAIT_SECONDS,
+    metric,
+    serving,
+    wait_until,
+)
 from training.toy_data import reference_scorer
 from training.toy_data.files import draw_prompts, split_combinations, user
 from training.toy_data.grammar import draw_answer
 
-KEYS = {"alice": "sk-alice", "bob": "sk-bob", "root": ADMIN_KEY}
+KEYS = {"alice": "sk-alice", "bob": "sk-bob", "carol": "sk-carol", "root": ADMIN_KEY}
 ACCESS = """
 [keys.alice]
 env = "KEY_OF_ALICE"
 [keys.bob]
 env = "KEY_OF_BOB"
+[keys.carol]
+env = "KEY_OF_CAROL"
 [keys.root]
 env = "KEY_OF_ROOT"
 admin = true
@@ -268,3 +281,19 @@ def test_what_is_forgotten_is_gone_with_all_that_was_learned_of_it(
         "forgotten"
     ]
     assert forgotten_again["preferences"] == 1
+
+
+def test_the_simulated_user_of_the_examples(
+    learning_server: LearningServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ASSENT_URL", learning_server.url)
+    monkeypatch.setenv("ASSENT_API_KEY", KEYS["carol"])
+    monkeypatch.setattr(sys, "argv", ["own_proxy.py", "--rounds", "1", "--prompts", "20"])
+    runpy.run_path(str(REPOSITORY / "examples/own_proxy.py"), run_name="__main__")
+    assert "characters an answer" in (output := capsys.readouterr().out)
+    status = learning_server.learning("carol", "mine")
+    # Two samples may be the same: of 20 pairs most are not.
+    assert 10 <= status["last_pass"]["rows"] <= 20
+    assert f"version {status['live']} serves" in output

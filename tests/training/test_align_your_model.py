@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-import pytest
-
+from tests.pages import blocks
 from tests.server.conftest import Server, _stop, _wait_until_healthy, free_port
 from tests.warm import Command
 
@@ -118,13 +117,6 @@ class PageRunner:
         return ""
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
-    """(language, text) of every fenced block."""
-    matches = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert page.count("```") == 2 * len(matches), "a fence that no block begins or ends with"
-    return matches
-
-
 def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_path: Path) -> None:
     preferences = tmp_path / "my_preferences.jsonl"
     with (work_dir / "world/preferences.jsonl").open(encoding="utf-8") as file:
@@ -153,11 +145,3 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_pa
     assert chat_output.strip()
     names = {proxy["name"] for proxy in json.loads(proxies_output.splitlines()[-1])["data"]}
     assert names == {"mine", "mine-too"}
-
-
-@pytest.mark.parametrize(
-    "page", ["    ```bash\n    ls\n    ```", "```bash\nls\n```\n~~~\n```", "```c++\nint\n```"]
-)
-def test_a_block_that_would_not_be_run_is_noticed(page: str) -> None:
-    with pytest.raises(AssertionError, match="fence"):
-        blocks(page)
