@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import assent as assent_package
 from assent.__main__ import COMMANDS, TRAIN_PACKAGES, training_commands
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +85,24 @@ def test_the_packages_that_training_needs_are_those_of_the_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(TRAIN_PACKAGES) <= set(project["optional-dependencies"]["train"])
     assert not set(TRAIN_PACKAGES) & set(project["dependencies"])
+
+
+def test_importing_the_client_imports_nothing_heavy():
+    code = (
+        "import sys; import assent; assert 'httpx' not in sys.modules\n"
+        "from assent import Alignment, AssentError, AsyncClient, Client\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'pydantic', 'openai', 'numpy', 'server', 'training', 'proxy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_every_public_name_is_there():
+    assert dir(assent_package) == sorted(assent_package.__all__)
+    for name in assent_package.__all__:
+        assert getattr(assent_package, name).__module__.startswith("assent.")
+    with pytest.raises(AttributeError, match="no attribute 'Clientt'"):
+        _ = assent_package.Clientt
