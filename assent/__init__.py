@@ -4,6 +4,13 @@
     from assent import Judge, load_proxy        # a transformers model in this process, without a server
 
 Importing this package imports nothing else: names are loaded when they are first used. `docs/python.md` shows each.
+
+- `client`     - the clients, synchronous and asynchronous.
+- `calls`      - the server's routes, each written once for both.
+- `streams`    - puts a streamed answer together.
+- `results`    - what the clients return.
+- `local`      - a proxy or a judge on a transformers model.
+- `completion` - completion of the command in shells.
 """
 
 from importlib import import_module

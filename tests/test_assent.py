@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import assent as assent_package
-from assent.__main__ import COMMANDS, TRAIN_PACKAGES, training_commands
+from assent.__main__ import COMMANDS, PURPOSES, TRAIN_PACKAGES, training_commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +56,40 @@ def test_training_commands_are_listed_with_a_summary():
     assert not {"ppo", "models", "learner"} & set(commands)  # modules that are no commands
     for name, summary in commands.items():
         assert summary and f"{name} " in result.stdout and summary in result.stdout
+
+
+def test_every_training_command_has_one_purpose():
+    names = [name for group in PURPOSES.values() for name in group]
+    assert sorted(names) == sorted(training_commands())
+
+
+def complete(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last word."""
+    line = " ".join(f"{word!r}" for word in ("assent", *words))
+    code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _assent; echo ${{COMPREPLY[@]}}"
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    return set(result.stdout.split())
+
+
+def test_bash_completes_commands_and_options(tmp_path):
+    result = assent("--print-completion", "bash")
+    assert result.returncode == 0, result.stderr
+    script = tmp_path / "completion.bash"
+    script.write_text(result.stdout)
+    assert complete(script, "") >= {*COMMANDS, "train"}
+    assert complete(script, "train", "proxy") == {"proxy-dpo", "proxy-ppo"}
+    assert complete(script, "train", "proxy-dpo", "--decoding.t") == {
+        "--decoding.temperature", "--decoding.top-k", "--decoding.top-p",
+    }  # fmt: skip
+    assert complete(script, "train", "proxy-dpo", "--config", "x", "--push") == {"--push-to-hub"}
+    assert {"--proxy", "--proxy-root", "--port"} <= complete(script, "serve", "--p")
+
+
+def test_a_shell_without_completion_is_refused():
+    result = assent("--print-completion", "fish")
+    assert result.returncode == 2
+    assert result.stderr == "assent --print-completion: name a shell: bash or zsh\n"
 
 
 @pytest.mark.parametrize("name", ["export", "proxy_dpo"])  # either spelling
