@@ -6,6 +6,9 @@
     assent plan        python -m judge.plan         choose between proxy and best of N
     assent train NAME  python -m training.NAME      training commands; `assent train` lists them
 
+    assent --version
+    assent --print-completion bash|zsh              for the shell: `assent.completion` says where to put it
+
 The module runs in this process's place, with the same arguments. The current directory is not searched for it: a
 directory `server` or `training` of your own does no harm.
 """
@@ -26,6 +29,15 @@ COMMANDS = {
     "plan": ["judge.plan"],
 }
 TRAIN = "train"
+COMPLETION = "--print-completion"
+PURPOSES = {
+    "Data": ("prepare", "export"),
+    "A proxy": ("proxy-dpo", "proxy-ppo", "evaluate", "estimate"),
+    "A reward or a judge": ("reward-model", "jsft"),
+    "The LLM's own weights, for comparison": ("dpo", "rlhf-ppo", "self-judge", "sft"),
+    "From nothing": ("demo", "base-model"),
+}
+"""Of the training commands, in the order of a project."""
 TRAIN_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "pyarrow")
 HELP = ("-h", "--help")
 
@@ -39,6 +51,8 @@ def main() -> NoReturn:
     if name == "--version":
         print(f"assent {version('assent')}")
         sys.exit()
+    if name == COMPLETION:
+        print_completion(rest)
     if name == TRAIN:
         train(rest)
     if name not in COMMANDS:
@@ -54,8 +68,11 @@ def train(arguments: list[str]) -> NoReturn:
     if not arguments or arguments[0] in HELP:
         print("assent train NAME [options]; --help after a name lists its options\n")
         width = max(map(len, commands))
-        for name, summary in commands.items():
-            print(f"    {name:{width}}  {summary}")
+        for purpose, names in PURPOSES.items():
+            print(f"{purpose}:")
+            for name in names:
+                print(f"    {name:{width}}  {commands[name]}")
+            print()
         sys.exit(0 if arguments else 2)
     name, *rest = arguments
     command = name.replace("_", "-")
@@ -63,6 +80,17 @@ def train(arguments: list[str]) -> NoReturn:
         refuse("assent train", name, list(commands))
     need_train_extra("assent train")
     run(f"training.{command.replace('-', '_')}", *rest)
+
+
+def print_completion(arguments: list[str]) -> NoReturn:
+    """Print the script that completes this command in a shell."""
+    from assent.completion import SHELLS, script
+
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        _end(f"assent {COMPLETION}: name a shell: {' or '.join(SHELLS)}")
+    need_train_extra(f"assent {COMPLETION}")
+    print(script(arguments[0], [*COMMANDS], [*training_commands()]), end="")
+    sys.exit()
 
 
 def training_commands() -> dict[str, str]:

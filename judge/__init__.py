@@ -26,6 +26,7 @@ Judging:
 Commands:
 
 - `options`       - options of all commands.
+- `config_file`   - the YAML file of `--config`.
 - `client`        - API key and error messages of commands that ask a running server.
 - `functions`     - functions that a command line names as `module:function`.
 - `evaluate`      - `python -m judge.evaluate`: how good is a judge?

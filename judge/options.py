@@ -1,5 +1,6 @@
 """Options of commands, one dataclass each: types with bounds, and reading a command line into one."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
+
+from judge.config_file import FLAG, ConfigError, with_config
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -23,12 +26,16 @@ class OptionError(ValueError):
 
 
 def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
-    """The command line as a dataclass, with `~` expanded.
+    """The command line, and the file of its `--config`, as a dataclass, with `~` expanded.
 
     Raises:
-        OptionError: a number is out of the bounds of its field.
+        OptionError: a number is out of the bounds of its field, or the file cannot be used.
     """
-    parsed = _expand_home(tyro.cli(options, description=description))
+    try:
+        arguments = with_config(options, sys.argv[1:])
+    except ConfigError as error:
+        raise OptionError(str(error)) from None
+    parsed = _expand_home(tyro.cli(options, args=arguments, description=_with_hint(description)))
     try:
         TypeAdapter(options).validate_python(asdict(parsed))
     except ValidationError as error:
@@ -36,6 +43,10 @@ def read_options(options: type[OptionsT], description: str | None) -> OptionsT:
         flag = ".".join(str(part).replace("_", "-") for part in problem["loc"])
         raise OptionError(f"--{flag} {problem['input']}: {problem['msg']}") from None
     return parsed
+
+
+def _with_hint(description: str | None) -> str:
+    return f"{description or ''}\n\n{FLAG} FILE reads options from a YAML file; those of the command line win."
 
 
 def refuse_existing(directory: Path, names: Iterable[str], source: str, *, overwrite: bool) -> None:

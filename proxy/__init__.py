@@ -7,6 +7,7 @@ The algorithm, which the engine, the trainer and the judge share:
 - `exact`          - the same in closed form: the probability of each token.
 - `network`        - the network that scores the candidates of a row.
 - `checkpoint`     - a trained network on disk, with the fingerprint of its LLM.
+- `hub`            - checkpoints on the Hub: `org/repo@revision` as a directory.
 - `reward_file`    - `reward.json`: what a reward or judge on disk is, and its LLM.
 - `probe`          - a linear head on the LLM's hidden states: a reward, and a judge.
 - `likelihood`     - how much likelier responses are with a proxy: a reward, and a judge.

@@ -105,7 +105,8 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--proxy",
         action="append",
         metavar="NAME=DIR",
-        help="Load the proxy checkpoint in DIR under NAME. May be repeated.",
+        help="Load the proxy checkpoint in DIR under NAME. DIR is a directory, or a repository of the Hub: ORG/REPO or "
+        "ORG/REPO@REVISION. May be repeated.",
     )
     proxies.add_argument(
         "--shadow",
@@ -125,8 +126,9 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
         "--judge",
         action="append",
         metavar="DIR",
-        help="Judge with the LoRA or probe in DIR: a LoRA from training.jsft replaces the LLM itself as the judge, one "
-        "from training.reward_model is added as kind `likelihood`, and a probe as kind `probe`. May be repeated.",
+        help="Judge with the LoRA or probe in DIR, a directory or a repository of the Hub: a LoRA from training.jsft "
+        "replaces the LLM itself as the judge, one from training.reward_model is added as kind `likelihood`, and a "
+        "probe as kind `probe`. May be repeated.",
     )
     judging.add_argument(
         "--principles",

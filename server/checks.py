@@ -15,6 +15,7 @@ from judge.feedback import SOURCES, FeedbackError
 from judge.principles import Principle, PrincipleError, principles_of, read_principles
 from proxy.checkpoint import WEIGHTS_FILE, BaseModelId, ProxyError, identify, load
 from proxy.engine.unsupported import unsupported_in_arguments
+from proxy.hub import resolve_dir
 from server.access import AccessError
 from server.arguments import StartupError, not_an_option
 from server.judge_adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
@@ -97,7 +98,12 @@ def _check_hub_model(args: Namespace) -> None:
 
 
 def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Checkpoint]:
-    """The NAME=DIR of --proxy and --shadow; directories become absolute."""
+    """The NAME=DIR of --proxy and --shadow; directories become absolute, repositories of the Hub directories.
+
+    Raises:
+        StartupError: one is malformed, or a name is given twice.
+        ProxyError: a repository cannot be had.
+    """
     proxies: dict[str, Checkpoint] = {}
     flags = [("--proxy", entry) for entry in named] + [("--shadow", entry) for entry in shadows]
     for flag, entry in flags:
@@ -108,7 +114,7 @@ def parse_proxies(named: Sequence[str], shadows: Sequence[str] = ()) -> list[Che
             raise StartupError(f"{flag} {entry!r}: the name {name!r} is not valid: {NAME_RULE}")
         if name in proxies:
             raise StartupError(f"{flag} {entry!r}: the name {name!r} is given twice")
-        path = Path(directory).expanduser().absolute()
+        path = resolve_dir(directory).absolute()
         proxies[name] = Checkpoint(name, path, shadow=flag == "--shadow")
     return list(proxies.values())
 
@@ -193,7 +199,7 @@ def check_judges(args: Namespace, base: BaseModelId | None) -> dict[JudgeKind, A
     if not args.judge:
         return {}
     assert base is not None, "the LLM is identified where there is a judge"
-    directories = [path.absolute() for path in args.judge]
+    directories = [resolve_dir(path).absolute() for path in args.judge]
     adapters = read_adapters(directories, base)
     enable_adapters(args, adapters)
     return adapters

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from assent.__main__ import COMMANDS, TRAIN_PACKAGES, training_commands
+import assent as assent_package
+from assent.__main__ import COMMANDS, PURPOSES, TRAIN_PACKAGES, training_commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +58,40 @@ def test_training_commands_are_listed_with_a_summary():
         assert summary and f"{name} " in result.stdout and summary in result.stdout
 
 
+def test_every_training_command_has_one_purpose():
+    names = [name for group in PURPOSES.values() for name in group]
+    assert sorted(names) == sorted(training_commands())
+
+
+def complete(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last word."""
+    line = " ".join(f"{word!r}" for word in ("assent", *words))
+    code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _assent; echo ${{COMPREPLY[@]}}"
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    return set(result.stdout.split())
+
+
+def test_bash_completes_commands_and_options(tmp_path):
+    result = assent("--print-completion", "bash")
+    assert result.returncode == 0, result.stderr
+    script = tmp_path / "completion.bash"
+    script.write_text(result.stdout)
+    assert complete(script, "") >= {*COMMANDS, "train"}
+    assert complete(script, "train", "proxy") == {"proxy-dpo", "proxy-ppo"}
+    assert complete(script, "train", "proxy-dpo", "--decoding.t") == {
+        "--decoding.temperature", "--decoding.top-k", "--decoding.top-p",
+    }  # fmt: skip
+    assert complete(script, "train", "proxy-dpo", "--config", "x", "--push") == {"--push-to-hub"}
+    assert {"--proxy", "--proxy-root", "--port"} <= complete(script, "serve", "--p")
+
+
+def test_a_shell_without_completion_is_refused():
+    result = assent("--print-completion", "fish")
+    assert result.returncode == 2
+    assert result.stderr == "assent --print-completion: name a shell: bash or zsh\n"
+
+
 @pytest.mark.parametrize("name", ["export", "proxy_dpo"])  # either spelling
 def test_a_command_gets_its_arguments(name):
     result = assent("train", name, "--no-such-option", "1")
@@ -84,3 +119,24 @@ def test_the_packages_that_training_needs_are_those_of_the_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(TRAIN_PACKAGES) <= set(project["optional-dependencies"]["train"])
     assert not set(TRAIN_PACKAGES) & set(project["dependencies"])
+
+
+def test_importing_the_client_imports_nothing_heavy():
+    code = (
+        "import sys; import assent; assert 'httpx' not in sys.modules\n"
+        "from assent import Alignment, AssentError, AsyncClient, Client\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'pydantic', 'openai', 'numpy', 'server', 'training', 'proxy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_every_public_name_is_there():
+    assert dir(assent_package) == sorted(assent_package.__all__)
+    for name in assent_package.__all__:
+        assert getattr(assent_package, name).__module__.startswith("assent.")
+    with pytest.raises(AttributeError, match="no attribute 'Clientt'"):
+        _ = assent_package.Clientt

@@ -83,6 +83,11 @@ Runs:
 - `output`          - the output directory of a run.
 - `output_checks`   - what is refused before anything is written.
 - `run_marker`      - `assent_run.json`, by which a run is recognised.
+- `model_card`      - the model card of any directory that holds a proxy, reward, judge or model.
+- `publish`         - uploads a finished run to the Hub.
+- `run_card`        - the model card of a run.
+- `run_options`     - where a run's metrics and its result go.
+- `trackers`        - the trackers of `--report-to`.
 - `saving`          - saves a directory as a whole.
 - `checkpoints`     - resumes runs of transformers' trainer.
 - `state`           - resumes the other runs.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.metrics import METRICS_FILES, TrainerMetrics
+from training.model_card import CARD_FILE
 from training.output import Run, remove
 from training.saving import MODEL_FILES
 
@@ -18,7 +19,7 @@ _CHECKPOINTS = f"{_DIRECTORY}/checkpoint-*"
 PLAN_FILE, REFERENCE_FILE = f"{_DIRECTORY}/plan.json", f"{_DIRECTORY}/reference.safetensors"
 """Kept by `training.memory` and `training.pair_trainer` for a run that is resumed."""
 _FILES = (_CHECKPOINTS, PLAN_FILE, REFERENCE_FILE)
-WRITES = (*METRICS_FILES, *MODEL_FILES, *_FILES)
+WRITES = (*METRICS_FILES, *MODEL_FILES, *_FILES, CARD_FILE)
 """The files of such a run, as `training.output` expects them."""
 _STATE_FILE = "trainer_state.json"
 

@@ -16,6 +16,7 @@ from judge.options import PositiveShare, Seed
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from training import base_model, jsft, output, proxy_ppo, reward_model
 from training.console import Interrupted, main_guard, read_options
+from training.model_card import CARD_FILE
 from training.toy_data import files as toy_files
 
 MODEL_FILES = (
@@ -26,7 +27,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-PROXY_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+PROXY_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 PROXIES = {"aligned": ("preferences.jsonl", 60), "polite": ("preferences_manners.jsonl", 20)}
 """Each proxy: the preferences that it is trained on, and its number of updates. Manners need few updates; more would
 fit the noise of a reward that measures nothing else.
@@ -150,7 +151,7 @@ def _make_proxy(options: Options, name: str, preferences: Path, pairs: int, upda
         ),
     )
     stage(
-        proxy / "config.json",
+        proxy / CARD_FILE,
         lambda: proxy_ppo.main(
             proxy_ppo.Options(
                 model=str(base),

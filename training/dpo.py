@@ -21,9 +21,9 @@ from training import checkpoints, output
 from training.adapters import lora_config
 from training.console import main_guard, read_options
 from training.conversations import Conversations
-from training.data import RowOptions
 from training.memory import Plan, Work, plan
 from training.metrics import TrainerMetrics
+from training.model_card import Score
 from training.models import (
     context_of,
     end_ids,
@@ -35,11 +35,14 @@ from training.models import (
 from training.output import Run
 from training.pair_trainer import ImplicitTrainer
 from training.pairs import Pair, load_pairs
+from training.publish import publish
+from training.run_card import write_card
+from training.run_options import RunOptions
 from training.saving import saving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RowOptions):
+class Options(RunOptions):
     """Options of training on preference pairs."""
 
     model: str
@@ -114,9 +117,10 @@ def train(options: Options, run: Run) -> tuple[Any, Any]:
         beta=options.beta,
         resume=options.resume,
         max_tokens=planned.tokens,
-        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
+        callbacks=[TrainerMetrics(options), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)
+    run.scores = pair_scores(trainer)
     return trainer, tokenizer
 
 
@@ -167,6 +171,17 @@ def arguments(options: Options, planned: Plan) -> TrainingArguments:
     )
 
 
+def pair_scores(trainer: Any) -> list[Score]:
+    """How many of the held-out pairs are scored correctly after the last pass."""
+    name = "eval_rewards/accuracies"
+    shares = [row[name] for row in trainer.state.log_history if name in row]
+    if not shares:
+        return []
+    count = len(trainer.eval_dataset)
+    error = (shares[-1] * (1 - shares[-1]) / count) ** 0.5
+    return [Score("chosen response scored higher", shares[-1], error, count, "held-out pairs")]
+
+
 def save(
     options: Options,
     trainer: Any,
@@ -189,6 +204,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.dpo", reads=READS, writes=checkpoints.WRITES) as run:
         if not run.is_finished:
             save(options, *train(options, run))
+            write_card(run, options)
+    publish(run, options)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
+from proxy.hub import resolve_dir
 from training.console import TrainingError, main_guard, read_options
 from training.conversations import Conversations
 from training.data import Message, Row, RowOptions, read_as
@@ -45,7 +46,7 @@ class Options(RowOptions):
     model: str
     """The frozen LLM: a directory or a hub id."""
     proxy: Path
-    """A proxy checkpoint."""
+    """A proxy checkpoint: a directory, or a repository of the Hub, `org/repo` or `org/repo@revision`."""
     prompts: str
     """JSON lines or Parquet of `prompt`, or a data set's name."""
     reward: tuple[str, ...] = ()
@@ -97,7 +98,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(directory, dtype=dtype)[0]
     model.to(device).eval()
-    proxy = load(options.proxy, base=base)
+    proxy = load(resolve_dir(options.proxy), base=base)
     proxy.network.to(device)
     ends = end_ids(model, tokenizer)
     frozen = Frozen(model, tokenizer, base, options.decoding, ends, batch_size)

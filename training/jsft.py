@@ -26,6 +26,8 @@ from training.conversations import Conversations
 from training.judgments import judgment_examples, read_pairs
 from training.models import context_of, load_tokenizer, read_config
 from training.output import Run
+from training.publish import publish
+from training.run_card import write_card
 from training.supervised import read_answers, train
 
 
@@ -58,6 +60,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.jsft", reads=reads, writes=WRITES) as run:
         if not run.is_finished:
             _train(options, run)
+            write_card(run, options)
+    publish(run, options)
 
 
 def _train(options: Options, run: Run) -> None:

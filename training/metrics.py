@@ -1,4 +1,4 @@
-"""A run's metrics: `metrics.jsonl`, TensorBoard's event files beside it, and a picture of the curves at the end.
+"""A run's metrics: `metrics.jsonl`, the trackers of `--report-to`, and a picture of the curves at the end.
 
 `docs/metrics.md` defines each metric.
 """
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from training.output import remove
-from training.run_marker import write_whole
+from training.run_marker import settings_of, write_whole
+from training.trackers import EVENTS_DIRECTORY, Trackers
 
-METRICS_FILE, CURVES_FILE, EVENTS_DIRECTORY = "metrics.jsonl", "curves.png", "tensorboard"
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _EVENTS = f"{EVENTS_DIRECTORY}/events.out.tfevents.*"
 METRICS_FILES = (METRICS_FILE, CURVES_FILE, _EVENTS)
 """Files of a run's metrics, as `training.output` expects them."""
@@ -24,12 +24,13 @@ METRICS_FILES = (METRICS_FILE, CURVES_FILE, _EVENTS)
 class Metrics:
     """Rows of metrics, each with its `step`; a context manager that draws the curves at the end."""
 
-    def __init__(self, directory: Path, *, after: int | None = None) -> None:
+    def __init__(self, options: Any, *, after: int | None = None) -> None:
         """
         Args:
-            directory: where the files are written.
+            options: of the run, with its `output` and `report_to`.
             after: keep an earlier run's rows up to this step; None = start anew.
         """
+        directory: Path = options.output
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self.rows = [row for row in read_metrics(directory) if row["step"] <= (after or 0)]
@@ -38,9 +39,7 @@ class Metrics:
         self._file = (directory / METRICS_FILE).open("a", encoding="utf-8")
         if after is None:
             remove(directory, [_EVENTS])
-        self._events = SummaryWriter(
-            str(directory / EVENTS_DIRECTORY), purge_step=None if after is None else after + 1
-        )
+        self._trackers = Trackers(options.report_to, directory, settings_of(options, ()), after)
 
     def __enter__(self) -> Self:
         return self
@@ -51,7 +50,7 @@ class Metrics:
     def close(self) -> None:
         """Draw the curves; no row can be added after this."""
         self._file.close()
-        self._events.close()
+        self._trackers.close()
         if self.rows:
             draw_curves(self.rows, self._directory / CURVES_FILE)
 
@@ -60,21 +59,19 @@ class Metrics:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, row["step"])
+        self._trackers.add(row)
 
 
 class TrainerMetrics(TrainerCallback):
     """Passes the logs of transformers' trainer to `Metrics`, in the main process."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, options: Any) -> None:
+        self._options = options
         self._metrics: Metrics | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._metrics = Metrics(self._directory, after=state.global_step or None)
+            self._metrics = Metrics(self._options, after=state.global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if self._metrics:

@@ -8,7 +8,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -24,20 +24,22 @@ from tqdm import tqdm
 from judge.options import Positive, Seed
 from proxy.checkpoint import BaseModelId, identify, resolve_model_dir
 from training.console import TrainingError
-from training.data import RowOptions
 from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
+from training.model_card import CARD_FILE, Score
 from training.models import end_ids, load_model, load_tokenizer, read_config, refuse_unknown
 from training.output import Run
 from training.policy import Decoding
 from training.prompts import Prompt, read_prompts, samples_of
 from training.rewards import Frozen, Sample
+from training.run_marker import settings_of
+from training.run_options import RunOptions
 from training.sizes import sizes_of
 from training.state import STATE_FILES, load_state, save_state
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RowOptions):
+class Options(RunOptions):
     """Options of all trainers that learn from their own samples."""
 
     model: str
@@ -121,6 +123,10 @@ class OnPolicyTrainer(ABC, Generic[OptionsT]):
         Raises:
             TrainingError: stops the run.
         """
+
+    def scores(self, row: dict[str, Any]) -> list[Score]:
+        """What the last update's metrics say of the result, for the model card."""
+        return []
 
     def plan_memory(self) -> int:
         """How many responses are sampled and scored at once; printed before anything is loaded."""
@@ -224,14 +230,13 @@ def start() -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-WRITES = (*METRICS_FILES, *STATE_FILES)
+WRITES = (*METRICS_FILES, *STATE_FILES, CARD_FILE)
 """The files that `train` writes, as `training.output` expects them."""
 
 
 def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
     """Run all updates, with progress bar, metrics and states to resume from; then save the result."""
     options, accelerator = trainer.options, trainer.accelerator
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     run.start()
     num_done = 0
     if options.resume:
@@ -245,7 +250,7 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
         for index in range(num_done, options.steps):
             trainer.step(index)
         return
-    with Metrics(options.output, after=num_done or None) as metrics:
+    with Metrics(options, after=num_done or None) as metrics:
         bar = tqdm(
             range(num_done, options.steps), initial=num_done, total=options.steps, unit="update"
         )
@@ -258,4 +263,5 @@ def train(trainer: OnPolicyTrainer[Any], run: Run) -> None:
             if (index + 1) % options.save_every == 0 or index + 1 == options.steps:
                 save_state(options.output, trainer.trained, trainer.optimiser, updates=index + 1)
                 run.saved = f"update {index + 1} of {options.steps}"
-    print(trainer.save({"options": settings, "last": metrics.rows[-1]}))
+    print(trainer.save({"options": settings_of(options, ()), "last": metrics.rows[-1]}))
+    run.scores = trainer.scores(metrics.rows[-1])

@@ -23,6 +23,7 @@ from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 
 from training.console import Interrupted, TrainingError
+from training.model_card import Score
 from training.output_checks import (
     listed,
     refuse_foreign,
@@ -37,6 +38,7 @@ from training.run_marker import (
     settings_of,
     write_marker,
 )
+from training.run_options import refuse_unreportable
 
 
 class Run:
@@ -58,6 +60,18 @@ class Run:
         """Whether there is nothing to do: the run to be resumed is finished."""
         self.saved: str | None = None
         """The state that `--resume` would continue from; None = there is none."""
+        self.scores: list[Score] = []
+        """What the command measured, for the model card."""
+
+    @property
+    def command(self) -> str:
+        """The module's name."""
+        return self._marker.command
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the run's main process."""
+        return _is_main_process()
 
     def check(self, *, overwrite: bool) -> None:
         """
@@ -148,6 +162,7 @@ def run(
         TrainingError: the directory cannot be written, or holds files that must not be touched.
         Interrupted: the user pressed Ctrl-C; its message, and that of a full disk, say what was saved.
     """
+    refuse_unreportable(options)
     target = options.output if directory is None else directory
     resumes = getattr(options, "resume", False) if resume is None else resume
     inputs = {name: getattr(options, name) for name in reads}

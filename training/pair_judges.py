@@ -13,6 +13,7 @@ from torch import Tensor
 from judge.messages import Message
 from judge.prompts import Question
 from judge.verdict import PairResult, Verdict
+from proxy.hub import resolve_dir
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.reward_loading import load_reward, model_judges
@@ -84,7 +85,7 @@ def load_judges(
         )
     reward = load_reward(name, frozen)
     if isinstance(reward, JudgeReward):
-        return {**model_judges(reward.judge.model, frozen, Path(name), principles)}
+        return {**model_judges(reward.judge.model, frozen, resolve_dir(name), principles)}
     if principles:
         raise TrainingError(f"{name!r} judges by scores: it has no principles")
     return {"score": RewardJudge(reward, frozen)}

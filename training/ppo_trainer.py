@@ -14,6 +14,7 @@ from torch import Tensor
 from judge.options import NonNegative, Positive
 from training import on_policy
 from training.console import TrainingError
+from training.model_card import Score
 from training.reward_loading import load_reward, reward_bytes
 from training.rewards import Reward
 from training.rollout import Rollout
@@ -27,8 +28,9 @@ class Options(on_policy.Options):
     """Options of all PPO trainers."""
 
     reward: str
-    """A directory from `training.reward_model` or `training.jsft --lora-rank`, a proxy, a sequence-classification model
-    (directory or hub id), `self-judge`, or `module:function`.
+    """A directory from `training.reward_model` or `training.jsft --lora-rank`, a proxy, a sequence-classification
+    model, or one of these as a repository of the Hub (`org/repo` or `org/repo@revision`); `self-judge`, or
+    `module:function`.
     """
     fluency_weight: NonNegative = 0.0
     """Adds to the reward this times the mean log-probability of a response's tokens under the frozen LLM, in nats."""
@@ -81,6 +83,18 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
     def check(self, rows: list[dict[str, Any]]) -> None:
         """Stop a run whose last updates had nothing to learn from."""
         refuse_constant_reward(rows)
+
+    def scores(self, row: dict[str, Any]) -> list[Score]:
+        of, count = (
+            "responses of the last update, to prompts of the training",
+            self.options.episodes,
+        )
+        scores = [
+            Score(f"reward (`{self.options.reward}`)", row["reward"], row["reward_se"], count, of)
+        ]
+        if "acceptance_rate" in row:
+            scores.append(Score("candidates accepted", row["acceptance_rate"], None, count, of))
+        return scores
 
     def step(self, index: int) -> dict[str, float]:
         """Roll out, score, estimate advantages, take PPO's gradient steps."""

@@ -3,6 +3,7 @@
 from proxy.positions import Positions
 from training.console import TrainingError
 from training.machine import print_once
+from training.model_card import Score
 
 MOST_OUTSIDE = 0.1
 """Share of tokens outside the nucleus above which a proxy learns little."""
@@ -10,11 +11,20 @@ MOST_OUTSIDE = 0.1
 
 def report_fit(row: dict[str, float], count: int) -> None:
     """Print the held-out accuracy and KL of the proxy."""
-    share = row["held_out_accuracy"]
-    error = (share * (1 - share) / count) ** 0.5
+    accuracy, kl = fit_scores(row, count)
     print_once(
-        f"after pass {row['step']:.0f}: {share:.1%} ± {error:.1%} of {count} held-out preferences are ordered "
-        f"correctly by Σ log π/p, at {row['held_out_kl']:.2f} nats of KL a response"
+        f"after pass {row['step']:.0f}: {accuracy.value:.1%} ± {accuracy.error:.1%} of {count} held-out preferences "
+        f"are ordered correctly by Σ log π/p, at {kl.value:.2f} nats of KL a response"
+    )
+
+
+def fit_scores(row: dict[str, float], count: int) -> tuple[Score, Score]:
+    """The held-out accuracy and KL of the proxy, from the kept pass's metrics and the number of preferences."""
+    share, of = row["held_out_accuracy"], "held-out preferences, by which the pass was chosen"
+    error = (share * (1 - share) / count) ** 0.5
+    return (
+        Score("preferences ordered correctly by Σ log π/p", share, error, count, of),
+        Score("KL(proxied ‖ frozen), nats a response", row["held_out_kl"], None, count, of),
     )
 
 

@@ -17,6 +17,7 @@ from training.console import TrainingError
 from training.conversations import Conversations
 from training.mean_states import MeanStates, num_layers_of, read_means
 from training.memory import MOST_TOKENS
+from training.model_card import CARD_FILE, Score
 from training.models import (
     context_of,
     end_ids,
@@ -41,7 +42,7 @@ from training.probe_fit import (
 from training.saving import saving
 
 STATES = "states"
-WRITES = (PROBE_FILE, REWARD_FILE, f"{STATES}/*")
+WRITES = (PROBE_FILE, REWARD_FILE, CARD_FILE, f"{STATES}/*")
 
 
 def train(options: dpo.Options, layers: Sequence[int], run: Run) -> None:
@@ -82,6 +83,7 @@ def train(options: dpo.Options, layers: Sequence[int], run: Run) -> None:
     if not accelerator.is_main_process:
         return
     layer, weight, training = _fit(layers, states, pairs, held_out, options.seed)
+    run.scores = _scores(training, held_out)
     probe = ProbeInfo(layer=layer, num_layers=last, end_ids=sorted(ends), training=training)
     with saving(options.output) as saved:
         save_weight(saved, weight)
@@ -125,6 +127,17 @@ def _fit(
         print(f"layer {layer}: {_percent(right)} of {len(held_out)} held-out pairs right")
         training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
     return layer, weight, training
+
+
+def _scores(training: dict[str, float], held_out: Preferences | None) -> list[Score]:
+    right, pairs = "chosen response scored higher", int(training["pairs"])
+    accuracy, error = training["accuracy"], training["accuracy_se"]
+    of = f"pairs, {FOLDS}-fold cross-validation by prompt"
+    scores = [Score(right, accuracy, error, pairs, of)]
+    if held_out is not None:
+        accuracy, error = training["held_out_accuracy"], training["held_out_accuracy_se"]
+        scores.append(Score(right, accuracy, error, len(held_out), "held-out pairs"))
+    return scores
 
 
 def _read_pairs(

@@ -39,11 +39,11 @@ from proxy.network import ProxyNetwork
 from training import output
 from training.console import TrainingError, main_guard, read_options
 from training.conversations import Conversations
-from training.data import RowOptions
 from training.direct import Fit, Row, Settings, sized_for
 from training.machine import print_once
 from training.memory import responses_at_once
 from training.metrics import METRICS_FILES, Metrics
+from training.model_card import CARD_FILE
 from training.models import (
     context_of,
     end_ids,
@@ -57,10 +57,11 @@ from training.output import Run
 from training.policy import Decoding, default_config
 from training.positions import Cache
 from training.preference_losses import Loss
-from training.preference_report import report_fit, report_positions
+from training.preference_report import fit_scores, report_fit, report_positions
 from training.preferences import Preferences, read_preferences, split, together
 from training.prompts import Prompt, read_prompts
 from training.proxy_ppo import decoding_settings
+from training.publish import publish
 from training.ranked_answers import SAMPLES, RankedAnswers
 from training.reward_loading import reward_bytes
 from training.rewards import Frozen
@@ -70,12 +71,14 @@ from training.rollout_backends import (
     make_backend,
     refuse_incomplete_servers,
 )
+from training.run_card import write_card
 from training.run_marker import settings_of
+from training.run_options import RunOptions
 from training.sizes import sizes_of
 
 POSITIONS = "positions"
 WRITES = (
-    *(*METRICS_FILES, WEIGHTS_FILE, CONFIG_FILE),
+    *(*METRICS_FILES, WEIGHTS_FILE, CONFIG_FILE, CARD_FILE),
     *(f"{POSITIONS}/*", f"{SAMPLES}/*.jsonl"),
 )
 READS = ("model", "preferences", "held_out", "prompts", "reward")
@@ -84,7 +87,7 @@ _ASIDE, _FEW = 500, 500  # preferences: maximum to set aside, and minimum to set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RowOptions, BackendOptions):
+class Options(RunOptions, BackendOptions):
     """Options of training a proxy on preferences."""
 
     model: str
@@ -223,7 +226,7 @@ class ProxyDPOTrainer:
         backend = self._make_backend(longest, len(parts[0].responses))
         run.start()
         with closing(backend), self._metrics() as metrics:
-            return self._fit(*parts, backend, metrics)
+            return self._fit(*parts, backend, metrics, run)
 
     def _from_answers(self, run: Run) -> tuple[ProxyNetwork, Row]:
         options = self.options
@@ -246,7 +249,7 @@ class ProxyDPOTrainer:
                 answers.sample(number, network)
                 run.saved = f"round {number + 1} of {options.rounds}"
                 parts = self._parts(answers.preferences())
-                network, row = self._fit(*parts, backend, metrics)
+                network, row = self._fit(*parts, backend, metrics, run)
         assert network is not None, "there is a round"
         return network, row
 
@@ -277,7 +280,7 @@ class ProxyDPOTrainer:
 
     def _metrics(self) -> Any:
         is_main = self.accelerator.is_main_process
-        return Metrics(self.options.output) if is_main else nullcontext()
+        return Metrics(self.options) if is_main else nullcontext()
 
     def _fit(
         self,
@@ -285,6 +288,7 @@ class ProxyDPOTrainer:
         held_out: Preferences,
         backend: RolloutBackend,
         metrics: Metrics | None,
+        run: Run,
     ) -> tuple[ProxyNetwork, Row]:
         """The best proxy and its metrics."""
         options = self.options
@@ -321,6 +325,7 @@ class ProxyDPOTrainer:
                 metrics.add(row | {"step": len(metrics.rows) + 1})
         if len(held_out):
             report_fit(fit.best_row, len(held_out))
+            run.scores = [*fit_scores(fit.best_row, len(held_out))]
         return fit.best, fit.best_row
 
 
@@ -357,6 +362,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.proxy_dpo", reads=READS, writes=WRITES) as run:
         if not run.is_finished:
             ProxyDPOTrainer(options, start()).train(run)
+            write_card(run, options)
+    publish(run, options)
 
 
 if __name__ == "__main__":

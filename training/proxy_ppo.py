@@ -32,6 +32,7 @@ from torch import Tensor
 
 from judge.options import Finite, NonNegative, Positive
 from proxy.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
+from proxy.hub import resolve_dir
 from proxy.network import ProxyNetwork
 from training import output, ppo_trainer
 from training.console import TrainingError, main_guard, read_options
@@ -39,8 +40,10 @@ from training.on_policy import WRITES, average_steps, start, train
 from training.policy import Decoding, Policy, default_config
 from training.ppo import action_entropy, action_logprobs, policy_losses, whiten
 from training.ppo_trainer import PATIENCE, Episodes
+from training.publish import publish
 from training.rollout import Decisions, Rollout
 from training.rollout_backends import BackendOptions, make_backend, refuse_incomplete_servers
+from training.run_card import write_card
 from training.sizes import decision_bytes
 
 
@@ -104,7 +107,7 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
         options = self.options
         sampled_with = decoding_settings(options.decoding)
         if options.start_from is not None:
-            loaded = load(options.start_from, base=self.base)
+            loaded = load(resolve_dir(options.start_from), base=self.base)
             network = ProxyNetwork(loaded.config.model_copy(update=sampled_with))
             network.load_state_dict(loaded.network.state_dict())
             return network
@@ -243,10 +246,11 @@ def main(options: Options) -> None:
         (*WRITES, WEIGHTS_FILE, CONFIG_FILE),
     )
     with output.run(options, "training.proxy_ppo", reads=reads, writes=writes) as run:
-        if run.is_finished:
-            return
-        with closing(ProxyPPOTrainer(options, start())) as trainer:
-            train(trainer, run)
+        if not run.is_finished:
+            with closing(ProxyPPOTrainer(options, start())) as trainer:
+                train(trainer, run)
+            write_card(run, options)
+    publish(run, options)
 
 
 if __name__ == "__main__":

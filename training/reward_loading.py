@@ -17,6 +17,7 @@ from proxy.checkpoint import (
     load,
     resolve_model_dir,
 )
+from proxy.hub import resolve_dir
 from proxy.probe import load_weight
 from proxy.reward_file import REWARD_FILE, RewardFile
 from training.adapters import CausalLM, SwitchedAdapter, WithAdapter
@@ -63,7 +64,7 @@ def _load_named(name: str, frozen: Frozen) -> Reward:
             frozen.without_adapter, frozen, directory, (principle,) if principle else ()
         ).values()
         return JudgeReward(judge, frozen)
-    directory = Path(name)
+    directory = resolve_dir(name)
     if (directory / REWARD_FILE).is_file():
         return _load_trained(directory, frozen)
     if (directory / WEIGHTS_FILE).is_file():
@@ -71,7 +72,7 @@ def _load_named(name: str, frozen: Frozen) -> Reward:
     if name.partition(":")[2] and not directory.exists():
         with loading(f"the reward {name!r}"):
             return FunctionReward(name, load_function(name))
-    return _load_classifier(name, frozen)
+    return _load_classifier(str(directory), frozen)
 
 
 def _load_trained(directory: Path, frozen: Frozen) -> Reward:
@@ -102,12 +103,12 @@ def _load_trained(directory: Path, frozen: Frozen) -> Reward:
 
 def reward_bytes(name: str, dtype: torch.dtype) -> float:
     """Memory of the reward's weights, in addition to the frozen LLM's."""
+    if ":" in name or name == SELF_JUDGE:
+        return 0.0
     directory = Path(name)
     if not directory.is_dir():
-        if ":" in name or name == SELF_JUDGE:
-            return 0.0
         try:
-            directory = resolve_model_dir(name)
+            directory = resolve_model_dir(str(resolve_dir(name)))
         except ProxyError:  # `load_reward` reports the error
             return 0.0
     stored = sum(path.stat().st_size for path in directory.glob("*.safetensors"))

@@ -26,6 +26,8 @@ from training.metrics import TrainerMetrics
 from training.models import attention_of, load_tokenizer, loading, refuse_unknown
 from training.output import Run
 from training.pair_trainer import ScalarTrainer
+from training.publish import publish
+from training.run_card import write_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,20 @@ def main(options: Options) -> None:
     _refuse_unused(options)
     writes = probe.WRITES if options.kind == "probe" else checkpoints.WRITES
     with output.run(options, "training.reward_model", reads=dpo.READS, writes=writes) as run:
-        if run.is_finished:
-            return
-        if options.kind == "probe":
-            probe.train(options, options.layers, run)
-            return
-        train = dpo.train if options.kind == "implicit" else _train_scalar
-        trainer, tokenizer = train(options, run)
-        base = identify(options.model)
-        reward = RewardFile(kind=options.kind, beta=options.beta, base=base)
-        dpo.save(options, trainer, tokenizer, reward.write)
+        if not run.is_finished:
+            _train(options, run)
+            write_card(run, options)
+    publish(run, options)
+
+
+def _train(options: Options, run: Run) -> None:
+    if options.kind == "probe":
+        probe.train(options, options.layers, run)
+        return
+    train = dpo.train if options.kind == "implicit" else _train_scalar
+    trainer, tokenizer = train(options, run)
+    reward = RewardFile(kind=options.kind, beta=options.beta, base=identify(options.model))
+    dpo.save(options, trainer, tokenizer, reward.write)
 
 
 def _refuse_unused(options: Options) -> None:
@@ -97,9 +103,10 @@ def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:
         dpo.arguments(options, planned),
         *pairs,
         max_tokens=planned.tokens,
-        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
+        callbacks=[TrainerMetrics(options), planned.record(options.output)],
     )
     checkpoints.train(trainer, options, run)
+    run.scores = dpo.pair_scores(trainer)
     return trainer, tokenizer
 
 

@@ -36,7 +36,9 @@ from training.on_policy import WRITES, average_steps, start, train
 from training.policy import Decoding, Policy
 from training.ppo import gae, policy_losses, whiten
 from training.ppo_trainer import Episodes
+from training.publish import publish
 from training.rollout import Rollout, generate
+from training.run_card import write_card
 from training.saving import MODEL_FILES, saving
 
 
@@ -269,6 +271,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.rlhf_ppo", reads=reads, writes=writes) as run:
         if not run.is_finished:
             train(RLHFTrainer(options, start()), run)
+            write_card(run, options)
+    publish(run, options)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _FREE = (
     *("output", "work", "resume", "overwrite", "save_every"),
     *("servers", "proxy_root", "server_requests", "cache"),
     *("strict", "max_skipped"),
+    *("report_to", "push_to_hub", "hub_private_repo"),
 )
 
 

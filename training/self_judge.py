@@ -39,6 +39,7 @@ from training.console import TrainingError, main_guard, read_options
 from training.logprobs import response_logprobs
 from training.memory import Work, plan
 from training.micro_batches import split_by_tokens
+from training.model_card import Score
 from training.model_inputs import pad_responses
 from training.models import load_model
 from training.on_policy import WRITES, average_steps, start, train
@@ -46,9 +47,11 @@ from training.pair_judges import judge_pairs, load_judges
 from training.policy import Decoding, Policy
 from training.preference_losses import preference_losses
 from training.prompts import Prompt, read_prompts
+from training.publish import publish
 from training.reward_loading import load_reward, reward_bytes
 from training.rewards import Reward
 from training.rollout import generate
+from training.run_card import write_card
 from training.saving import MODEL_FILES, saving
 
 
@@ -282,6 +285,19 @@ class SelfJudgeTrainer(on_policy.OnPolicyTrainer[Options]):
             metrics["outside_reward"] = self.gather(scores).mean().item()
         return metrics
 
+    def scores(self, row: dict[str, Any]) -> list[Score]:
+        of, count = "held-out prompts", len(self.held_out)
+        names = {
+            "flips": "pairs on which the judge's two orders disagree",
+            "diversity": "distinct word pairs",
+            "agreement": "pairs on which the judge agrees with the outside reward",
+        }
+        return [
+            Score(text, row[f"held_out_{name}"], None, count, of)
+            for name, text in names.items()
+            if f"held_out_{name}" in row
+        ]
+
     def check(self, rows: list[dict[str, Any]]) -> None:
         """Stop if a limit is exceeded; else save the model."""
         last, options = rows[-1], self.options
@@ -348,6 +364,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.self_judge", reads=reads, writes=writes) as run:
         if not run.is_finished:
             train(SelfJudgeTrainer(options, start()), run)
+            write_card(run, options)
+    publish(run, options)
 
 
 if __name__ == "__main__":

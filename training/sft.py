@@ -11,6 +11,8 @@ from training.console import main_guard, read_options
 from training.conversations import Conversations
 from training.models import load_tokenizer
 from training.output import Run
+from training.publish import publish
+from training.run_card import write_card
 from training.supervised import read_answers, train
 
 
@@ -26,6 +28,8 @@ def main(options: Options) -> None:
     with output.run(options, "training.sft", reads=("model", "sft"), writes=WRITES) as run:
         if not run.is_finished:
             _train(options, run)
+            write_card(run, options)
+    publish(run, options)
 
 
 def _train(options: Options, run: Run) -> None:

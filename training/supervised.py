@@ -24,18 +24,19 @@ from training import checkpoints
 from training.adapters import lora_config
 from training.console import TrainingError
 from training.conversations import Conversations
-from training.data import Row, RowOptions, read_as
+from training.data import Row, read_as
 from training.logprobs import token_logprobs
 from training.memory import Plan, Work, plan
 from training.metrics import TrainerMetrics
 from training.micro_batches import MicroBatchTrainer, split_by_tokens
 from training.models import context_of, load_model, read_config, refuse_unknown
 from training.output import Run
+from training.run_options import RunOptions
 from training.saving import saving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RowOptions):
+class Options(RunOptions):
     """Options of both commands."""
 
     model: str
@@ -258,7 +259,7 @@ def train(
         args=_arguments(options, planned, batch_size, steps),
         train_dataset=[{"input_ids": e.token_ids, "weights": e.weights} for e in kept],
         data_collator=partial(_collate, limit=limit),
-        callbacks=[TrainerMetrics(options.output), planned.record(options.output)],
+        callbacks=[TrainerMetrics(options), planned.record(options.output)],
     )
     trainer.loss_divisor = batch_size * sum(sum(e.weights) for e in kept) / len(kept)
     trainer.compiled = options.compile

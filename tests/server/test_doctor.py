@@ -1,11 +1,16 @@
 """The doctor's findings, without a start of the server."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from tests.server.conftest import DEMO
+from proxy.checkpoint import load
+from tests.hub import running
+from tests.server.conftest import DEMO, REPOSITORY, free_port
 
 MODEL = str(DEMO / "model")
 
@@ -94,3 +99,17 @@ def test_its_exit_code_and_its_page(capsys):
     assert exit_info.value.code == 1
     printed = capsys.readouterr().out
     assert "error" in printed and "--tensor-parallel-size" in printed
+
+
+def test_a_proxy_on_the_hub(tmp_path):
+    """In a process of its own: `huggingface_hub` reads its environment when it is imported."""
+    with running() as hub:
+        hub.add("org/polite", DEMO / "proxies" / "polite")
+        flags = ["--model", MODEL, "--proxy", "polite=org/polite@main", "--port", str(free_port())]
+        result = subprocess.run(
+            [sys.executable, "-m", "server", "doctor", *flags],
+            env=os.environ | hub.environment(tmp_path), capture_output=True, text=True, cwd=REPOSITORY, check=False,
+        )  # fmt: skip
+    version = load(DEMO / "proxies" / "polite", base=None).version
+    assert f"version {version}" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
+from training.metrics import CURVES_FILE, read_metrics
+from training.trackers import EVENTS_DIRECTORY
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 COMMAND = re.compile(r"`(training\.\w+(?: --kind \w+)?)`")

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from tests.training.conftest import run_command, run_on_two_processes
 from tests.warm import Command, run
 from training.console import TrainingError
-from training.metrics import CURVES_FILE, EVENTS_DIRECTORY, read_metrics
+from training.metrics import CURVES_FILE, read_metrics
 from training.policy import Decoding
 from training.ppo_trainer import PATIENCE, refuse_constant_reward
 from training.proxy_ppo import Options, main, refuse_idle_proxy
 from training.run_marker import MARKER
 from training.state import STATE_FILE
+from training.trackers import EVENTS_DIRECTORY
 
 
 def arguments_of(work_dir: Path, output: Path, *extra: str | Path) -> list[str]:

@@ -1,0 +1,119 @@
+"""Writes the model cards of the demos' proxies: `python -m deploy.demo.cards`, after `make demo` and `benchmarks.demo`.
+
+The checkpoints say how they were trained, `figures.json` what the toy demo's score; SmolLM2's scores are those of
+`deploy/demo/README.md`.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from judge.sources import raw_rows
+from proxy.checkpoint import load
+from training import proxy_ppo
+from training.model_card import Card, DataFile, Score
+from training.policy import Decoding
+from training.run_card import command_of, settings_that_differ
+
+DEMO = Path(__file__).parent
+TOY = DEMO / "proxies"
+PLAIN = DEMO / "smollm2" / "proxies" / "plain"
+ABOUT = {
+    "aligned": "Trained on preferences for overall quality.",
+    "polite": "Trained on pairs of answers that differ in manners alone.",
+}
+LIMITS = {
+    "aligned": "14 % of its answers state the wrong fact or none, 7 % name the wrong object.",
+    "polite": "It removes all rudeness (12 % to 0 %), and names the wrong object or none in 27 % of the answers (the "
+    "frozen LLM: 13 %): its reward knows nothing but manners.",
+}
+
+
+def toy_card(name: str) -> Card:
+    """The card of one of the toy demo's proxies."""
+    checkpoint = load(TOY / name, base=None)
+    record: dict[str, Any] = checkpoint.training["options"]
+    known = {field.name for field in fields(proxy_ppo.Options)}
+    decoding = Decoding(**record["decoding"])
+    paths = {"output": Path(record["output"]), "decoding": decoding}
+    given = {key: value for key, value in record.items() if key in known}
+    options = proxy_ppo.Options(**given | paths)
+    rows = json.loads((DEMO / "figures.json").read_bytes())["rows"]
+    row = next(row for row in rows if row["name"] == f"proxy `{name}`")
+    count, flaws = row["prompts"], row["flaw_rates"]["any"]
+    of, last = "held-out test prompts, one training seed", checkpoint.training["last"]
+    return Card(
+        name=name,
+        kind="proxy",
+        base=checkpoint.base,
+        license="apache-2.0",
+        about=f"{ABOUT[name]} It is the toy demo of Assent: the LLM, in `deploy/demo/model`, speaks only of household "
+        "things, and was taught bad habits on purpose. `deploy/demo/README.md` says how both were made.",
+        parameters=checkpoint.network.num_parameters(),
+        data=[DataFile("prompts", record["prompts"], 8000)],
+        command=command_of("training.proxy_ppo", options),
+        settings=settings_that_differ(options),
+        metrics=last,
+        scores=[
+            Score("share of answers that win against the frozen LLM's, by the reference scorer, ties half",
+                  row["win_rate"], row["win_rate_se"], count, of),
+            Score("answers with a flaw", flaws, (flaws * (1 - flaws) / count) ** 0.5, count, of),
+            Score("candidates accepted", row["acceptance_rate"], None, count, of),
+            Score(f"reward (`{options.reward}`)", last["reward"], last["reward_se"], options.episodes,
+                  "responses of the last update"),
+        ],
+        decoding=checkpoint.config,
+        serve="make serve DEMO=toy",
+        limits=[LIMITS[name]],
+    )  # fmt: skip
+
+
+def plain_card() -> Card:
+    """The card of SmolLM2's proxy."""
+    checkpoint = load(PLAIN, base=None)
+    last = checkpoint.training["last"]
+    prompts = "deploy/demo/smollm2/prompts/train.jsonl"
+    count = sum(1 for _ in raw_rows(str(DEMO / "smollm2" / "prompts" / "train.jsonl")))
+    of = "held-out pairs of the training"
+    readers = "validation prompts, by two blind readers in both orders"
+    return Card(
+        name="plain",
+        kind="proxy",
+        base=checkpoint.base,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+        about="It prefers plain language: short sentences and common words. It is an experiment. The LLM is the 4-bit "
+        "conversion of `deploy/demo/smollm2/convert.py`, whose fingerprint is not that of the original weights. DPO on "
+        "8 answers of the LLM itself to each prompt, ranked by `deploy/demo/smollm2/rewards.py` and the LLM's own "
+        "log-probability; three pairs a prompt, β 0.1, weight decay 0.1, width 96, the last of 5 passes. "
+        "`deploy/demo/README.md` names the command that does nearly the same.",
+        parameters=checkpoint.network.num_parameters(),
+        data=[DataFile("prompts", prompts, count)],
+        metrics=last,
+        scores=[
+            Score("pairs ordered correctly by Σ log π/p", last["held_out_accuracy"], of=of),
+            Score("KL(proxied ‖ frozen), nats a response", last["held_out_kl"], of=of),
+            Score("wins: which is plainer", 0.675, 0.044, 100, readers),
+            Score("wins: which is better apart from that", 0.485, 0.047, 100, readers),
+            Score("wins by Flesch-Kincaid grade", 0.59, 0.05, 100, "test prompts"),
+            Score("wins by Dale-Chall score, which no training saw", 0.62, 0.05, 100, "test prompts"),
+        ],
+        decoding=checkpoint.config,
+        serve="make serve",
+        limits=[
+            "A system prompt that asks for plain language does as much by the formulas (50 ± 5 %, 42 ± 5 % of 100 test "
+            "prompts).",
+            "The scores are of one training seed, one sample a prompt, 128 tokens, temperature 0.3.",
+        ],
+    )  # fmt: skip
+
+
+def main() -> None:
+    for name in ABOUT:
+        toy_card(name).write(TOY / name)
+    plain_card().write(PLAIN)
+
+
+if __name__ == "__main__":
+    main()
