@@ -22,17 +22,18 @@ FOLLOWED = {"docs/align-your-model.md": "tests/training/test_align_your_model.py
 NOT_RUN = {
     ("README.md", "make serve   # installs"): "the commands of CI",
     ("README.md", "make serve DEMO=toy ARGS="): "takes minutes; tests/server/test_learning.py",
-    (
-        "README.md",
-        "source .venv/bin/activate",
-    ): "takes half an hour; tests/training runs each command",
-    ("README.md", "python -m training.proxy_dpo"): "tests/training/test_proxy_dpo.py",
+    ("README.md", "python -m training.proxy_dpo"): "needs an LLM; tests/training/test_proxy_dpo.py",
     ("docs/index.md", "make serve   # installs"): "a command of CI",
     ("docs/judge.md", "python -m training.jsft"): "tests/training/test_supervised.py",
     ("docs/judge.md", "python -m training.reward_model"): "tests/training/test_probe.py",
     ("docs/operations.md", "docker build"): "needs Docker; tests/deploy",
     ("docs/quality-cost.md", "make serve DEMO=toy"): "takes minutes; tests/server/test_plan.py",
     ("docs/results/real.md", "python -m benchmarks.real"): "hours; tests/benchmarks/test_real.py",
+    (
+        "docs/training.md",
+        "source .venv/bin/activate",
+    ): "takes half an hour; tests/training runs each command",
+    ("docs/training.md", "python -m training.proxy_dpo"): "tests/training/test_proxy_dpo.py",
     ("docs/seven-b.md", "model=Qwen/Qwen2.5-7B-Instruct"): "needs a GPU and a 7B model",
 }
 """(page, how the block begins) -> why `test_snippets` does not run it, or what does. Its commands are parsed."""
