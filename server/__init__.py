@@ -35,6 +35,7 @@ A request (`middleware/`, then `routes/`):
 - `alignment_stats`  - what the worker counted of a request.
 - `traces`           - what the worker traced, token by token.
 - `readiness`        - whether the engine answers.
+- `tracing`          - a span for each request, the parent of vLLM's.
 - `metrics`          - counters on GET /metrics.
 
 Proxies, judges and feedback:

@@ -81,6 +81,7 @@ def make_plugin(args: Namespace) -> AssentPlugin:
         access=take_access(args),
         max_body_bytes=args.max_body_bytes,
         log_texts=args.log_texts,
+        tracing=args.otlp_traces_endpoint is not None,
         drain_seconds=args.drain_seconds,
     )
 

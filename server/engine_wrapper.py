@@ -26,6 +26,7 @@ from server.engine import (
     VLLMValidationError,
     prompt_length,
 )
+from server.tracing import TRACE_HEADERS
 
 CURRENT_REQUEST: ContextVar[AdmittedRequest | None] = ContextVar("current_request", default=None)
 
@@ -60,6 +61,7 @@ def wrap_engine(
         if not (is_own and admission.best_of > 1):
             check_prompt(limits, prompt)
         if is_own:
+            options["trace_headers"] = TRACE_HEADERS.get()
             counts.num_judgments += 1
             _check_limit("max_judgments", counts.num_judgments, limits.max_judgments)
             outputs = original(prompt, params, request_id, **options)

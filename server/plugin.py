@@ -73,6 +73,8 @@ class AssentPlugin:
     access: Access
     max_body_bytes: int
     log_texts: bool
+    tracing: bool
+    """Whether vLLM exports spans."""
     drain_seconds: float
     base: BaseModelId | None = None
     """Identity of the LLM; None = unknown."""
@@ -98,7 +100,7 @@ class AssentPlugin:
         app.add_middleware(AccessMiddleware, access=self.access, max_body_bytes=self.max_body_bytes)
         app.add_middleware(DrainMiddleware, seconds=self.drain_seconds)
         app.add_middleware(AnthropicErrorMiddleware)
-        app.add_middleware(RequestLogMiddleware, texts=self.log_texts)
+        app.add_middleware(RequestLogMiddleware, texts=self.log_texts, tracing=self.tracing)
         app.add_middleware(AnnounceMiddleware, access=self.access)
 
     async def init_state(

@@ -20,9 +20,10 @@ import re
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any
 
+from opentelemetry.trace import Span
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,7 @@ from server import metrics
 from server.access import CALLER
 from server.admission import AdmittedRequest
 from server.middleware import route_path
+from server.tracing import begin_span, end_span
 
 ADMITTED, TEXTS, BODY = "assent.admitted", "assent.texts", "assent.body"
 """Keys of an ASGI scope: the admitted request, whether texts are logged, and the original body if they are."""
@@ -55,8 +57,8 @@ def write_to_stdout() -> None:
 class RequestLogMiddleware:
     """ASGI middleware, outside all others: logs every request, repeats its id, and counts disconnected clients."""
 
-    def __init__(self, app: ASGIApp, texts: bool = False) -> None:
-        self.app, self.texts = app, texts
+    def __init__(self, app: ASGIApp, texts: bool = False, tracing: bool = False) -> None:
+        self.app, self.texts, self.tracing = app, texts, tracing
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,6 +75,7 @@ class RequestLogMiddleware:
             "status": None,
             "complete": False,
         }
+        span = begin_span(scope) if self.tracing else None
         start, is_disconnected = monotonic(), False
 
         async def note_disconnect() -> Message:
@@ -101,15 +104,16 @@ class RequestLogMiddleware:
             line["seconds"] = round(monotonic() - start, 4)
             if is_disconnected:
                 metrics.CANCELLED.labels(getattr(scope.get("route"), "path", "unknown")).inc()
-            if logger.isEnabledFor(logging.INFO) or is_disconnected:
+            if logger.isEnabledFor(logging.INFO) or is_disconnected or span is not None:
                 # The client has its response already when the worker's counts are read. Reading makes the worker
                 # forget them, and the trace of a client that disconnected.
-                task = asyncio.create_task(_write(line, scope))
+                task = asyncio.create_task(_write(line, scope, span, time_ns()))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
 
-async def _write(line: dict[str, Any], scope: Scope) -> None:
+async def _write(line: dict[str, Any], scope: Scope, span: Span | None, end: int) -> None:
+    """Complete the line and write it; end the span, if there is one, at `end`."""
     if (caller := scope.get(CALLER)) is not None:
         line["caller"] = caller.name
     admitted: AdmittedRequest | None = scope.get(ADMITTED)
@@ -118,6 +122,8 @@ async def _write(line: dict[str, Any], scope: Scope) -> None:
     if BODY in scope:
         line["request"] = json.loads(scope[BODY])
     logger.info(json.dumps(line))
+    if span is not None:
+        end_span(span, line, end)
 
 
 async def _fields(admitted: AdmittedRequest) -> dict[str, Any]:
@@ -129,7 +135,7 @@ async def _fields(admitted: AdmittedRequest) -> dict[str, Any]:
         with suppress(Exception):  # the line is needed most when the engine is dead
             fields["proxy_counts"] = await asyncio.wait_for(counts.total(), _COUNTS_SECONDS)
     if admission.best_of > 1:
-        fields["best_of"] = admission.best_of
+        fields |= {"best_of": admission.best_of, "judge": admission.judge.kind}
     if counts.tokens:
         fields |= {"ids": counts.engine_ids, "tokens": dict(counts.tokens)}
     if counts.texts is not None:
