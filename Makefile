@@ -90,5 +90,5 @@ lock:  ## pin the dependencies in pyproject.toml again (ARGS=--upgrade: newest o
 	deploy/install/lock.sh $(ARGS)
 
 clean:  ## remove the environments and all caches (runs/ stays)
-	rm -rf .venv .venv-cuda .venv*.lock .triton .docs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-cuda .venv*.lock .triton .docs .cache site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find judge proxy server training tests -name __pycache__ -prune -exec rm -rf {} +

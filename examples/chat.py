@@ -16,15 +16,15 @@ KEY = os.environ.get("ASSENT_API_KEY", "none")
 
 def main() -> None:
     prompt = sys.argv[1] if len(sys.argv) > 1 else "How do I look after my kettle?"
-    client = OpenAI(base_url=f"{URL}/v1", api_key=KEY)
-    frozen, *proxied = [model.id for model in client.models.list()]
-    proxy = proxied[0].partition(":")[2]  # the model `<model>:<proxy>`
-    print(f"{frozen}: {ask(client, frozen, prompt, {})}")
-    for strength in (0.25, 1):
-        alignment = {"proxy": proxy, "strength": strength}
-        print(f"{proxy}, strength {strength}: {ask(client, frozen, prompt, alignment)}")
-    alignment = {"proxy": proxy, "best_of": 4}
-    print(f"{proxy}, best of 4: {ask(client, frozen, prompt, alignment)}")
+    with OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:
+        frozen, *proxied = [model.id for model in client.models.list()]
+        proxy = proxied[0].partition(":")[2]  # the model `<model>:<proxy>`
+        print(f"{frozen}: {ask(client, frozen, prompt, {})}")
+        for strength in (0.25, 1):
+            alignment = {"proxy": proxy, "strength": strength}
+            print(f"{proxy}, strength {strength}: {ask(client, frozen, prompt, alignment)}")
+        alignment = {"proxy": proxy, "best_of": 4}
+        print(f"{proxy}, best of 4: {ask(client, frozen, prompt, alignment)}")
 
 
 def ask(client: OpenAI, model: str, prompt: str, alignment: dict[str, Any]) -> str:

@@ -44,14 +44,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="in each round")
     options = parser.parse_args()
-    client = OpenAI(base_url=f"{URL}/v1", api_key=KEY)
-    http = httpx.Client(base_url=URL, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with (
+        OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client,
+        httpx.Client(base_url=URL, headers=headers, timeout=600) as http,
+    ):
+        teach(client, http, options.rounds, options.prompts)
+
+
+def teach(client: OpenAI, http: httpx.Client, num_rounds: int, num_prompts: int) -> None:
+    """Prompts and choices, as a user sends them."""
     model = client.models.list().data[0].id
     alignment = {"alignment": {"proxy": "mine"}}
     sent = 0
-    for round_number in range(options.rounds):
+    for round_number in range(num_rounds):
         lengths: list[int] = []
-        for prompt in random.sample(PROMPTS, options.prompts):
+        for prompt in random.sample(PROMPTS, num_prompts):
             answer = client.chat.completions.create(
                 model=model,
                 messages=[{"role": "user", "content": prompt}],

@@ -16,12 +16,12 @@ KEY = os.environ.get("ASSENT_API_KEY", "none")
 
 def main() -> None:
     prompt = sys.argv[1] if len(sys.argv) > 1 else "How do I look after my kettle?"
-    client = OpenAI(base_url=f"{URL}/v1", api_key=KEY)
-    model = client.models.list().data[1].id  # `<model>:<proxy>`
-    print("With its trace:", end=" ", flush=True)
-    show(client, model, prompt, {"trace": True})
-    print("The best of 4:", end=" ", flush=True)
-    show(client, model, prompt, {"best_of": 4})
+    with OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:
+        model = client.models.list().data[1].id  # `<model>:<proxy>`
+        print("With its trace:", end=" ", flush=True)
+        show(client, model, prompt, {"trace": True})
+        print("The best of 4:", end=" ", flush=True)
+        show(client, model, prompt, {"best_of": 4})
 
 
 def show(client: OpenAI, model: str, prompt: str, alignment: dict[str, Any]) -> None:

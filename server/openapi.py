@@ -27,13 +27,14 @@ DESCRIPTION = (
     "finished responses. `alignment` is an optional object in the requests of every route that generates text; the "
     "model name `<model>:<proxy>` selects a proxy too. Errors have OpenAI's shape."
 )
+VLLM = "vLLM"
 TAGS = {
     "Generation": "Chat, completions and models: vLLM's, with `alignment`.",
     "Judge": "Which of several responses is best.",
     "Proxies": "The loaded proxies, changed while serving, and learned from feedback.",
     "Feedback": "What people chose. Needs `--feedback`.",
     "Operation": "For load balancers.",
-    "vLLM": "vLLM's other routes, as vLLM describes them.",
+    VLLM: "vLLM's other routes, as vLLM describes them.",
 }
 MIDDLEWARE_ERRORS = {
     "Unauthorized": UNAUTHORIZED,
@@ -99,7 +100,7 @@ def _complete(document: Json) -> Json:
         if path in GENERATING:
             _align(operation, components["schemas"])
         if "tags" not in operation:
-            operation["tags"] = ["vLLM"]
+            operation["tags"] = [VLLM]
             continue
         operation["responses"].pop("422", None)
         _add_middleware(method, path, operation)

@@ -24,6 +24,7 @@ NOT_RUN = {
     ("README.md", "make serve DEMO=toy ARGS="): "takes minutes; tests/server/test_learning.py",
     ("README.md", "python -m training.proxy_dpo"): "needs an LLM; tests/training/test_proxy_dpo.py",
     ("docs/index.md", "make serve   # installs"): "a command of CI",
+    ("examples/README.md", "make serve DEMO=toy"): "starts what the tests have",
     ("docs/judge.md", "python -m training.jsft"): "tests/training/test_supervised.py",
     ("docs/judge.md", "python -m training.reward_model"): "tests/training/test_probe.py",
     ("docs/operations.md", "docker build"): "needs Docker; tests/deploy",

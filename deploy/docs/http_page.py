@@ -48,9 +48,10 @@ def make_page(document: Json) -> str:
     """All operations by tag, and the schemas that their requests share."""
     parts = [INTRODUCTION, _middleware_errors(document)]
     for tag, description in openapi.TAGS.items():
+        if tag == openapi.VLLM:
+            continue
         found = [item for item in openapi.operations(document) if item[2]["tags"] == [tag]]
-        if found:
-            parts.append(f"## {tag}\n\n{description}\n")
+        parts.append(f"## {tag}\n\n{description}\n")
         parts += [_operation(*item, document["components"]["schemas"]) for item in found]
     return "\n".join(parts)
 

@@ -117,7 +117,8 @@ def test_lm_eval(server, tmp_path):
 def test_the_task_scores_as_the_reference_scorer():
     """Without lm-eval: the task's function on its own prompts."""
     score = runpy.run_path(str(EXAMPLES / "lm_eval/scoring.py"))["score"]
-    rows = [json.loads(line) for line in (EXAMPLES / "lm_eval/prompts.jsonl").open()]
+    lines = (EXAMPLES / "lm_eval/prompts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert len(rows) == 60
     rude = score(rows[0], ["Go away."])
     assert rude == {"flawless": 0.0, "words": 2.0}
@@ -148,17 +149,19 @@ def test_the_notebook(server, proxy_root, tmp_path):
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     program = tmp_path / "align.py"
     program.write_text("\n\n".join(cells))
-    rows = (EXAMPLES / "lm_eval/prompts.jsonl").read_text().splitlines()
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows[:24]))
+    things = runpy.run_path(str(EXAMPLES / "own_proxy.py"))["THINGS"]
+    rows = [json.dumps({"prompt": f"How do I look after my {thing}?"}) for thing in things]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
     environment = os.environ | {
         "ASSENT_URL": server.url,
         "ASSENT_API_KEY": ADMIN_KEY,
         "MODEL": str(DEMO / "model"),
         "PROXY_ROOT": str(proxy_root),
         "PROMPTS": str(tmp_path / "prompts.jsonl"),
-        "NUM_PROMPTS": "16",
-        "NUM_HELD_OUT": "8",
+        "NUM_PROMPTS": "10",
+        "NUM_HELD_OUT": "5",
         "MAX_TOKENS": "24",
+        "SIGNS": ",",
         "PYTHONPATH": str(REPOSITORY),
     }
     result = subprocess.run(
@@ -167,5 +170,5 @@ def test_the_notebook(server, proxy_root, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "held-out prompts" in result.stdout
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    unloaded = httpx.delete(f"{server.url}/proxies/brief", headers=headers, timeout=WAIT_SECONDS)
+    unloaded = httpx.delete(f"{server.url}/proxies/spoken", headers=headers, timeout=WAIT_SECONDS)
     assert unloaded.status_code == 200

@@ -8,11 +8,13 @@ import httpx
 import jsonschema
 import pytest
 
+from deploy.docs import http_page
 from server import openapi
+from server.arguments import parse
 from server.openapi_examples import ERRORS, REQUESTS, TOO_LARGE
-from tests.server.conftest import API_KEY, WAIT_SECONDS
+from tests.server.conftest import API_KEY, DEMO, WAIT_SECONDS
 
-OURS = set(openapi.TAGS) - {"vLLM"}
+OURS = set(openapi.TAGS) - {openapi.VLLM}
 PLACES = {"/proxies/{name}/learn": "/proxies/nobody/learn", "/proxies/{name}": "/proxies/nobody"}
 
 
@@ -176,6 +178,13 @@ def test_alignment_is_documented_on_every_route_that_generates(document):
         assert "Assent-Proxy" in operation["responses"]["200"]["headers"]
 
 
+def test_the_page_of_the_docs_has_every_route(document, own_operations):
+    page = http_page.make_page(document)
+    titles = re.findall(r"^### (.+)$", page, re.MULTILINE)
+    assert sorted(titles) == sorted(own_operations)
+    assert page.count("```") % 2 == 0 and "| `best_of` | integer |" in page
+
+
 # --- /docs ---
 
 
@@ -195,3 +204,10 @@ def test_it_needs_a_key_as_every_other_route_does(server):
         headers = {"Authorization": f"Bearer {API_KEY}"}
         answer = httpx.get(f"{server.url}{path}", headers=headers, timeout=WAIT_SECONDS)
         assert answer.status_code == 200
+
+
+def test_both_can_be_switched_off():
+    model = ["--model", str(DEMO / "model")]
+    assert parse(model).enable_offline_docs
+    options = parse([*model, "--disable-fastapi-docs"])
+    assert options.disable_fastapi_docs and not options.enable_offline_docs

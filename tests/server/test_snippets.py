@@ -45,7 +45,10 @@ def name_of(block: Block) -> str:
 
 @pytest.mark.parametrize("block", [b for b in RUN if b.language == "python"], ids=name_of)
 def test_python(server, block, capsys):
-    exec(compile(adapted(block, server.url), block.page, "exec"), {"__name__": "__main__"})
+    values: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(adapted(block, server.url), block.page, "exec"), values)
+    if (client := values.get("client")) is not None:
+        client.close()
     assert capsys.readouterr().out.strip()
 
 
