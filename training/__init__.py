@@ -83,6 +83,7 @@ Runs:
 - `output`          - the output directory of a run.
 - `output_checks`   - what is refused before anything is written.
 - `run_marker`      - `assent_run.json`, by which a run is recognised.
+- `card_texts`      - what model cards say of each kind.
 - `model_card`      - the model card of any directory that holds a proxy, reward, judge or model.
 - `publish`         - uploads a finished run to the Hub.
 - `run_card`        - the model card of a run.

@@ -27,6 +27,7 @@ from training.console import TrainingError, main_guard, read_options
 from training.conversations import Conversations
 from training.data import Message, Row, RowOptions, read_as
 from training.memory import responses_at_once
+from training.model_card import CARD_FILE, Score, add_scores
 from training.models import end_ids, load_model, load_tokenizer, refuse_unknown
 from training.output import check_file
 from training.policy import Decoding, Policy
@@ -65,6 +66,8 @@ class Options(RowOptions):
     """A JSON file for the metrics."""
     overwrite: bool = False
     """Replace that file if it exists."""
+    card: bool = False
+    """Add the figures to the proxy's model card."""
     seed: Seed = 1
     """Seed of the proxied answers; that of the frozen LLM's answers is derived from it."""
 
@@ -215,17 +218,41 @@ def show(figures: dict[str, Any]) -> None:
         console.print(flaws)
 
 
+def card_scores(options: Options, figures: dict[str, Any]) -> list[Score]:
+    """The figures in the form of a model card."""
+    of = f"prompts of `{options.prompts}`, strength {options.strength:g}, seed {options.seed}"
+    gold = {name: figures.get(f"gold_{name}") for name in ("win_rate", "win_rate_se")}
+    by_reward = figures.get("rewards") or {"the reference scorer": gold}
+    count = figures["prompts"]
+    scores = [
+        Score(f"share of answers that win against the frozen LLM's, by {name}",
+              found["win_rate"], found["win_rate_se"], count, of)
+        for name, found in by_reward.items()
+    ]  # fmt: skip
+    if "kl_nats_per_response" in figures:
+        kl, error = figures["kl_nats_per_response"], figures["kl_nats_per_response_se"]
+        scores.append(Score("KL(proxied ‖ frozen), nats a response", kl, error, count, of))
+    scores.append(Score("candidates accepted", figures["acceptance_rate"], None, count, of))
+    return scores
+
+
 def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4f}"
 
 
 def main(options: Options) -> None:
+    card = options.proxy / CARD_FILE
+    if options.card and not card.is_file():
+        raise TrainingError(f"--card: there is no {card}: train the proxy, which writes it")
     if options.output:
         check_file(options, reads=("model", "proxy", "prompts", "reward"))
     figures = evaluate(options)
     show(figures)
     if options.output:
         write_whole(options.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    if options.card:
+        text = card.read_text(encoding="utf-8")
+        write_whole(card, add_scores(text, card_scores(options, figures)))
 
 
 if __name__ == "__main__":

@@ -7,75 +7,19 @@ command, how good, how to serve it, and what it cannot do. `training.run_card` m
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from proxy.checkpoint import BaseModelId
 from proxy.network import ProxyConfig
+from training.card_texts import LIMITS, USE, WHAT, Kind
 
 CARD_FILE = "README.md"
 UNKNOWN_LICENSE = "unknown"
 """The Hub's word for it."""
 
-Kind = Literal["proxy", "adapter judge", "adapter reward", "probe", "reward", "adapter", "model"]
-"""A proxy; a LoRA that judges, or whose likelihood ratio does; a probe; a reward model with weights of its own; any
-other LoRA; any other LLM.
-"""
-
-_WHAT: dict[Kind, str] = {
-    "proxy": "A proxy for {base}. It accepts or rejects every candidate token of that frozen LLM while it is sampled "
-    "(Proxy-RLHF, arXiv 2403.04283); the LLM's own weights stay as they are.",
-    "adapter judge": "A judge: a LoRA on {base} that is shown two responses to a prompt and names the better one "
-    "(SELF-JUDGE, arXiv 2402.11253).",
-    "adapter reward": "A reward: a LoRA on {base}. The log-ratio of a response's likelihoods, with and without the "
-    "LoRA, is its score (the implicit reward of DPO, arXiv 2305.18290).",
-    "probe": "A reward: one linear head on the hidden states of {base}, averaged over a response. No weight of the LLM "
-    "was trained.",
-    "reward": "A reward model, trained from {base}. It scores a response to a prompt.",
-    "adapter": "A LoRA on {base}.",
-    "model": "An LLM, trained from {base}.",
-}
-
-_USE: dict[Kind, str] = {
-    "proxy": "python -m server --model {model} --proxy {name}=DIR",
-    "adapter judge": "python -m server --model {model} --judge DIR",
-    "adapter reward": "python -m server --model {model} --judge DIR",
-    "probe": "python -m server --model {model} --judge DIR",
-    "reward": "python -m training.proxy_ppo --model {model} --reward DIR --prompts prompts.jsonl --output runs/proxy",
-    "adapter": "python -m server --model {model} --enable-lora --lora-modules {name}=DIR",
-    "model": "python -m server --model DIR",
-}
-
-_LIMITS: dict[Kind, tuple[str, ...]] = {
-    "proxy": (
-        "It works with this one LLM. The server compares the fingerprint and refuses any other.",
-        "It chooses among the tokens that the LLM proposes: it cannot teach the LLM what it does not know.",
-        "It learned what its reward or its preferences pay for, mistakes included. It is no safety filter.",
-    ),
-    "adapter judge": (
-        "It works with this one LLM.",
-        "It is sure of pairs like those that it was trained on, and may favour a position or a length: the server asks "
-        "in both orders.",
-    ),
-    "adapter reward": (
-        "It works with this one LLM.",
-        "Scores compare responses to one prompt; they have no unit and no zero of their own.",
-    ),
-    "probe": (
-        "It works with this one LLM.",
-        "Scores compare responses to one prompt; they have no unit and no zero of their own.",
-    ),
-    "reward": (
-        "Scores compare responses to one prompt; they have no unit and no zero of their own.",
-        "A policy that is trained on it finds its mistakes: check it with a reward of another kind.",
-    ),
-    "adapter": (
-        "It works with this one LLM.",
-        "It learned what its data shows, mistakes included.",
-    ),
-    "model": ("It learned what its data shows, mistakes included.",),
-}
+_SCORES = "figure | value | measured on"
 _ADAPTERS = ("proxy", "probe", "adapter", "adapter judge", "adapter reward")
 
 
@@ -144,13 +88,11 @@ class Card:
             _section("Data", self._data()),
             _section("Settings", self._settings()),
             _section("Curves", self._curves()),
-            _section(
-                "Scores", _table("figure | value | measured on", map(_score_row, self.scores))
-            ),
+            _section("Scores", _table(_SCORES, map(_score_row, self.scores))),
             _section("Decoding", self._decoding()),
             _section("Use", self._use()),
             _section(
-                "Limits", "\n".join(f"- {limit}" for limit in (*_LIMITS[self.kind], *self.limits))
+                "Limits", "\n".join(f"- {limit}" for limit in (*LIMITS[self.kind], *self.limits))
             ),
             _section("Licence", self._licence()),
         ]
@@ -161,7 +103,7 @@ class Card:
         (directory / CARD_FILE).write_text(self.text(), encoding="utf-8")
 
     def _metadata(self) -> ModelCardData:
-        tags = ["assent", "alignment", *self.kind.split()]
+        tags = ["assent", "alignment", *self.kind.replace("adapter", "lora").split()]
         if self.kind == "proxy":
             tags.append("proxy-rlhf")
         more: dict[str, Any] = {}
@@ -177,7 +119,7 @@ class Card:
         )
 
     def _what(self) -> str:
-        what = _WHAT[self.kind].format(base=f"`{self.base_model or self.base.name}`")
+        what = WHAT[self.kind].format(base=f"`{self.base_model or self.base.name}`")
         if self.parameters is not None:
             what += f" {self.parameters:,} parameters were trained."
         return f"{what}\n\n{self.about}" if self.about else what
@@ -242,11 +184,14 @@ class Card:
         )
 
     def _use(self) -> str:
-        model = self.base_model or f"{self.base.name}"
-        command = self.serve or _USE[self.kind].format(model=model, name=self.name)
+        model = self.base_model or "MODEL"
+        command = self.serve or USE[self.kind].format(model=model, name=self.name)
         text = f"```bash\n{command}\n```"
         if not self.serve:
-            text = f"`DIR` is this directory, or the id of its repository on the Hub.\n\n{text}"
+            where = "`DIR` is this directory, or the id of its repository on the Hub"
+            if self.base_model is None and "MODEL" in command:
+                where += "; `MODEL` is the base LLM's directory"
+            text = f"{where}.\n\n{text}"
         if self.kind == "proxy":
             text += f'\n\nA request chooses it with `"alignment": {{"proxy": "{self.name}"}}`, or with the model name '
             text += (
@@ -261,6 +206,23 @@ class Card:
             "Not stated yet. Whoever publishes this sets `license` above; the licences of the LLM and of the data may "
             "bind them."
         )
+
+
+def add_scores(text: str, scores: Sequence[Score]) -> str:
+    """A card's text with more scores; those of the same figure, measured on the same, are replaced."""
+    new = [_score_row(score) for score in scores]
+    lines = text.splitlines()
+    if "## Scores" not in lines:
+        place = next(i for i, line in enumerate(lines) if line in ("## Decoding", "## Use"))
+        lines[place:place] = ["## Scores", "", f"| {_SCORES} |", "|---|---|---|", ""]
+    end = start = lines.index("## Scores") + 4  # after a blank line and the table's head
+    while end < len(lines) and lines[end].startswith("|"):
+        end += 1
+    replaced = {(name, of) for name, _, of in new}
+    old = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start:end]]
+    rows = [*(row for row in old if (row[0], row[-1]) not in replaced), *new]
+    lines[start:end] = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _section(title: str, text: str) -> str:

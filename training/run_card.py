@@ -9,9 +9,11 @@ from typing import Any
 from judge.sources import SourceError, raw_rows
 from proxy.checkpoint import WEIGHTS_FILE, BaseModelId, identify, load
 from proxy.reward_file import REWARD_FILE, RewardFile
+from training.card_texts import Kind
 from training.metrics import CURVES_FILE, METRICS_FILE, read_metrics
-from training.model_card import Card, DataFile, Kind
+from training.model_card import Card, DataFile
 from training.output import Run
+from training.trackers import EVENTS_DIRECTORY
 
 _LORA_FILE = "adapter_config.json"  # peft's name
 _NOT_SETTINGS = ("output", "resume", "overwrite", "report-to", "push-to-hub", "hub-private-repo")
@@ -33,14 +35,18 @@ def card_of(run: Run, options: Any) -> Card:
     reward = RewardFile.read(directory) if is_reward else None
     rows = read_metrics(directory)
     base = proxy.base if proxy else reward.base if reward else identify(options.model)
-    files = [name for name in (CURVES_FILE, METRICS_FILE) if (directory / name).is_file()]
+    files = [
+        name
+        for name in (CURVES_FILE, METRICS_FILE, EVENTS_DIRECTORY)
+        if (directory / name).exists()
+    ]
     data = data_files(options)
     return Card(
         name=directory.resolve().name,
         kind="proxy" if proxy else _kind(directory, reward),
         base=base,
         base_model=hub_id(options.model, base),
-        datasets=[file.source.partition(":")[0] for file in data if file.rows is None],
+        datasets=[file.source.partition(":")[0] for file in data if not file.sha256],
         parameters=proxy.network.num_parameters() if proxy else None,
         data=data,
         command=command_of(run.command, options),
@@ -89,7 +95,7 @@ def _data_file(option: str, source: str) -> DataFile:
     try:
         return DataFile(option, source, sum(1 for _ in raw_rows(source)), digest)
     except SourceError:  # it has changed since the training read it
-        return DataFile(option, source, 0, digest)
+        return DataFile(option, source, None, digest)
 
 
 def settings_that_differ(options: Any) -> dict[str, tuple[Any, Any]]:

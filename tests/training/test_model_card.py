@@ -16,7 +16,7 @@ from proxy.checkpoint import identify, load
 from tests.training.conftest import run_command
 from training import proxy_dpo
 from training.console import TrainingError
-from training.model_card import CARD_FILE, Card, DataFile
+from training.model_card import CARD_FILE, Card, DataFile, Score, add_scores
 from training.run_marker import MARKER, settings_of
 
 
@@ -50,7 +50,7 @@ def runs(
         "proxy-rlhf": work_dir / "proxy-aligned",
         "reward": scalar_reward,
         "model": sft,
-        "adapter": self_judged,
+        "lora": self_judged,
     }
 
 
@@ -137,3 +137,36 @@ def test_the_demos_cards_are_up_to_date() -> None:
     for name in cards.ABOUT:
         assert cards.toy_card(name).text() == (cards.TOY / name / CARD_FILE).read_text()
     assert cards.plain_card().text() == (cards.PLAIN / CARD_FILE).read_text()
+
+
+def test_evaluate_adds_what_it_measured(direct_proxy: Path, work_dir: Path, tmp_path: Path) -> None:
+    proxy = tmp_path / "mine"
+    shutil.copytree(direct_proxy, proxy)
+    arguments = [
+        "training.evaluate", "--model", work_dir / "base", "--proxy", proxy, "--num-prompts", "5", "--card",
+        "--prompts", work_dir / "world/prompts_validation.jsonl", "--decoding.max-new-tokens", "8",
+    ]  # fmt: skip
+    run_command(*arguments)
+    first = (proxy / CARD_FILE).read_text()
+    added = set(first.splitlines()) - set((direct_proxy / CARD_FILE).read_text().splitlines())
+    assert len(added) == 3 and all("| 5 prompts of `" in line for line in added)
+    assert any(
+        "win against the frozen LLM's, by the reference scorer | 0." in line for line in added
+    )
+    run_command(*arguments)  # replaces its own
+    assert (proxy / CARD_FILE).read_text() == first
+    assert ModelCard(first).content == first
+
+
+def test_scores_are_added_to_a_card_without_any(direct_proxy: Path) -> None:
+    base = load(direct_proxy, base=None).base
+    bare = Card(name="mine", kind="probe", base=base).text()
+    scores = [Score("share", 0.25, 0.125, 4, "pairs"), Score("KL", 1.5)]
+    text = add_scores(bare, scores)
+    assert (
+        "## Scores\n\n| figure | value | measured on |\n|---|---|---|\n| share | 0.25 ± 0.125 | 4 pairs |"
+        in text
+    )
+    assert text == Card(name="mine", kind="probe", base=base, scores=scores).text()
+    assert add_scores(text, [Score("KL", 2.0)]).count("| KL | 2 |") == 1
+    assert "1.5" not in add_scores(text, [Score("KL", 2.0)])
