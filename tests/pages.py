@@ -14,9 +14,13 @@ PAGES = sorted(
         *REPOSITORY.glob("examples/*.md"),
     }
     - {GENERATED, REPOSITORY / "CHANGELOG.md"}
+    - {*REPOSITORY.glob("deploy/demo/**/proxies/*/README.md")}  # model cards, which training writes
 )
 
-FOLLOWED = {"docs/align-your-model.md": "tests/training/test_align_your_model.py"}
+FOLLOWED = {
+    "docs/align-your-model.md": "tests/training/test_align_your_model.py",
+    "docs/python.md": "tests/server/test_python_page.py",
+}
 """Pages whose blocks another test runs, all of them in order."""
 
 NOT_RUN = {
@@ -25,6 +29,8 @@ NOT_RUN = {
     ("README.md", "python -m training.proxy_dpo"): "needs an LLM; tests/training/test_proxy_dpo.py",
     ("docs/index.md", "make serve   # installs"): "a command of CI",
     ("examples/README.md", "make serve DEMO=toy"): "starts what the tests have",
+    ("docs/integrations.md", "lm_eval"): "needs lm-eval; tests/server/test_examples.py",
+    ("docs/integrations.md", "python -m server"): "needs a collector; tests/server/test_tracing.py",
     ("docs/judge.md", "python -m training.jsft"): "tests/training/test_supervised.py",
     ("docs/judge.md", "python -m training.reward_model"): "tests/training/test_probe.py",
     ("docs/operations.md", "docker build"): "needs Docker; tests/deploy",
