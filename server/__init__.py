@@ -32,6 +32,8 @@ A request (`middleware/`, then `routes/`):
 - `readiness`        - whether the engine answers.
 - `metrics`          - counters on GET /metrics.
 
+The page at `/` is in `page/`: no Python, and `routes.page` serves it.
+
 Proxies, judges and feedback:
 
 - `proxies`          - the loaded versions, what a name stands for, and which requests use them.
