@@ -38,6 +38,8 @@ A request (`middleware/`, then `routes/`):
 - `tracing`          - a span for each request, the parent of vLLM's.
 - `metrics`          - counters on GET /metrics.
 
+The page at `/` is in `page/`: no Python, and `routes.page` serves it.
+
 Proxies, judges and feedback:
 
 - `proxies`          - the loaded versions, what a name stands for, and which requests use them.

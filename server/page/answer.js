@@ -39,26 +39,22 @@ export class Answer {
     this.isComplete = false;
     const view = new TraceView();
     this.#show(view);
-    try {
-      await this.#read(view, controller.signal);
-      this.isComplete = true;
-    } catch (error) {
-      view.finish();
-      if (controller !== this.#controller) return; // it has been asked again meanwhile
-      if (isStop(error)) this.counts.textContent = "Stopped.";
-      else this.body.append(errorBox(error, () => this.run()));
-      if (error.status === 404) loadSession().catch(() => {}); // the proxy was unloaded: show what there is
-    }
+    const error = await this.#read(view, controller.signal).catch((reason) => reason);
+    view.finish();
+    if (controller !== this.#controller) return; // it has been asked again meanwhile
+    this.isComplete = !error;
+    if (error) this.#showError(error);
     this.#controller = null;
     this.element.removeAttribute("aria-busy");
     this.onEnd();
   }
 
   async #read(view, signal) {
-    const response = await send({ method: "POST", path: "v1/chat/completions", body: this.request }, signal);
     const start = performance.now();
+    const response = await send({ method: "POST", path: "v1/chat/completions", body: this.request }, signal);
     let [usage, alignment] = [null, null];
     for await (const event of events(response)) {
+      signal.throwIfAborted();
       const text = event.choices[0]?.delta.content ?? "";
       const entries = (event.alignment?.trace ?? []).flatMap((part) => part.entries);
       this.text += text;
@@ -66,7 +62,7 @@ export class Answer {
       usage = event.usage ?? usage;
       if (event.alignment && "proposed" in event.alignment) alignment = event.alignment;
     }
-    view.finish();
+    signal.throwIfAborted();
     this.#summarize(usage, alignment, (performance.now() - start) / 1000);
   }
 
@@ -78,6 +74,12 @@ export class Answer {
     this.body.replaceChildren(view.element);
     this.counts.textContent = "";
     this.element.setAttribute("aria-busy", "true");
+  }
+
+  #showError(error) {
+    if (isStop(error)) this.counts.textContent = "Stopped.";
+    else this.body.append(errorBox(error, () => this.run()));
+    if (error.status === 404) loadSession().catch(() => {}); // the proxy was unloaded: show what there is
   }
 
   #summarize(usage, alignment, seconds) {

@@ -21,8 +21,9 @@ def get(server, path, key=None):
 def test_every_file_is_served_to_anybody_and_names_no_other_host(server):
     files = {"/": "index.html"} | {f"/page/{path.name}": path.name for path in PAGE.iterdir()}
     types = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg"}
-    for path, name in files.items():
-        response = get(server, path)
+    with httpx.Client(base_url=server.url, timeout=WAIT_SECONDS) as client:
+        responses = {name: client.get(path) for path, name in files.items()}
+    for name, response in responses.items():
         assert response.status_code == 200
         assert response.headers["content-type"].startswith(types[name.rpartition(".")[2]])
         assert response.headers["content-security-policy"].startswith("default-src 'self';")

@@ -176,6 +176,7 @@ def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page):
     assert page.locator(".counts").all_inner_texts() == ["Stopped.", "Stopped."]
     length = len(text_of(page, "A"))
     assert 20 < length < 2000
+    page.unroute(f"**{CHAT}")
     ask(page)  # the page goes on
 
 
@@ -288,24 +289,3 @@ def test_a_proxy_that_was_unloaded_meanwhile(open_page, server):
     assert "'brief' is not loaded" in error_of(page, "B")
     option = page.get_by_label("Column B").locator("option:checked")
     expect(option).to_have_text("Proxy brief (not loaded)")
-
-
-def test_tokens_that_are_no_whole_characters(page):
-    """A character of several tokens arrives with its last one; the end of the turn has no text."""
-    script = """async () => {
-        const { Pairing } = await import('./page/trace.js');
-        const entry = (token) => ({ token });
-        const pairing = new Pairing();
-        const pairs = [
-            ...pairing.push('', [entry('Hi')]),
-            ...pairing.push('Hi', []),
-            ...pairing.push('', [entry('\\ufffd'), entry('\\ufffd')]),
-            ...pairing.push('\\u{1F600} yes', [entry(' yes')]),
-            ...pairing.push('', [entry('<end>')]),
-            ...pairing.finish(),
-        ];
-        return pairs.map(([text, entry]) => [text, entry.token]);
-    }"""
-    assert page.evaluate(script) == [
-        ["Hi", "Hi"], ["", "\ufffd"], ["\U0001f600", "\ufffd"], [" yes", " yes"], ["", "<end>"],
-    ]  # fmt: skip

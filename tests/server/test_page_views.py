@@ -196,3 +196,25 @@ def test_a_theme_of_ones_own(open_page, server):
     expect(page.locator("#status")).to_have_text(MODEL)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == "rgb(20, 21, 19)"
+
+
+def test_tokens_that_are_no_whole_characters(open_page, server):
+    """A character of several tokens arrives with its last one; the end of the turn has no text."""
+    page = open_page(server.url, key=API_KEY)
+    script = """async () => {
+        const { Pairing } = await import('./page/trace.js');
+        const entry = (token) => ({ token });
+        const pairing = new Pairing();
+        const pairs = [
+            ...pairing.push('', [entry('Hi')]),
+            ...pairing.push('Hi', []),
+            ...pairing.push('', [entry('\\ufffd'), entry('\\ufffd')]),
+            ...pairing.push('\\u{1F600} yes', [entry(' yes')]),
+            ...pairing.push('', [entry('<end>')]),
+            ...pairing.finish(),
+        ];
+        return pairs.map(([text, entry]) => [text, entry.token]);
+    }"""
+    assert page.evaluate(script) == [
+        ["Hi", "Hi"], ["", "\ufffd"], ["\U0001f600", "\ufffd"], [" yes", " yes"], ["", "<end>"],
+    ]  # fmt: skip
