@@ -25,7 +25,7 @@ A request (`middleware/`, then `routes/`):
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.
 - `schemas`          - the bodies of requests.
-- `responses`        - the bodies of responses, for the API's docs.
+- `response_schemas` - the bodies of responses, for the API's docs.
 - `openapi`          - the OpenAPI document, and the page /docs.
 - `openapi_examples` - its examples.
 - `best_of`          - N samples, a tournament, the best as the answer.

@@ -22,7 +22,7 @@ from server.engine import (
 )
 from server.engine_wrapper import current_request
 from server.feedback_writer import FeedbackWriter, new_id, record_stream, responses_of
-from server.responses import ChatResponse
+from server.response_schemas import ChatResponse
 from server.schemas import ChatRequest
 
 router = APIRouter(tags=["Generation"])

@@ -8,7 +8,7 @@ from server.answers import add_alignment_stats, respond
 from server.app_state import get_state
 from server.engine import ErrorResponse, load_aware_call, validate_json_request, with_cancellation
 from server.engine_wrapper import current_request
-from server.responses import TextResponse
+from server.response_schemas import TextResponse
 from server.schemas import TextRequest
 
 router = APIRouter(tags=["Generation"])

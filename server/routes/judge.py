@@ -25,7 +25,7 @@ from server.engine import (
     with_cancellation,
 )
 from server.judges import Judges
-from server.responses import PairResponse, PairsResponse, Tournament
+from server.response_schemas import PairResponse, PairsResponse, Tournament
 from server.schemas import JudgeRequest, RankRequest
 from server.streams import DONE, as_event
 

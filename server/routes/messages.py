@@ -6,7 +6,7 @@ from fastapi.responses import Response
 from server.admission import MESSAGES
 from server.answers import add_to_response
 from server.engine import AnthropicErrorResponse, create_messages, validate_json_request
-from server.responses import MessageResponse
+from server.response_schemas import MessageResponse
 from server.schemas import MessageRequest
 
 router = APIRouter()  # without a tag: its errors have another shape than those of our routes

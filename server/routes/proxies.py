@@ -15,7 +15,7 @@ from server.app_state import get_state
 from server.engine import ErrorResponse, validate_json_request
 from server.proxies import PROXY_NAME, ProxyStateError, check_name, find_below
 from server.proxy_manifest import Entry
-from server.responses import (
+from server.response_schemas import (
     LearningPasses,
     LearningStatus,
     LoadedProxy,

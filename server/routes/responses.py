@@ -6,7 +6,7 @@ from fastapi.responses import Response
 from server.admission import RESPONSES
 from server.answers import add_to_response
 from server.engine import ErrorResponse, create_responses, validate_json_request
-from server.responses import ResponseObject
+from server.response_schemas import ResponseObject
 from server.schemas import ResponseRequest
 
 router = APIRouter(tags=["Generation"])
