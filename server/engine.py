@@ -39,6 +39,7 @@ from vllm.entrypoints.serve.engine.protocol import (
     UsageInfo,
 )
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
     should_include_usage,
@@ -88,6 +89,7 @@ __all__ = [
     "VLLMNotFoundError",  # a 404
     "VLLMValidationError",  # a 400
     "Workers",
+    "clean_loc_for_param",
     "create_error_response",
     "create_messages",
     "create_responses",

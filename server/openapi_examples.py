@@ -311,12 +311,12 @@ ERRORS: dict[str, dict[int, str]] = {
         404: "No proxy 'nobody' is loaded.",
     },
     "GET /proxies/{name}/learn": {
-        400: "1 validation error: String should match pattern",
+        400: "name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$'",
         403: _CANNOT_LEARN,
         404: "nothing is learned as 'nobody': the server's --learn says what is",
     },
     "POST /proxies/{name}/learn": {
-        400: "1 validation error: Input should be 'person' or 'judge'",
+        400: "from.0: Input should be 'person' or 'judge'",
         403: _CANNOT_LEARN,
         409: "'a:b' is the name of a served model: take another",
     },

@@ -54,6 +54,7 @@ from server.routes import (
     proxies,
     responses,
 )
+from server.validation_errors import validation_error_handler
 
 ROUTES = (
     *(chat, completions, responses, messages, models),
@@ -95,6 +96,7 @@ class AssentPlugin:
             openapi.describe(app)
         # vLLM handles FastAPI's HTTPException; an unknown path raises Starlette's.
         app.add_exception_handler(HTTPException, http_exception_handler)
+        vllm_patches.replace_validation_handler(validation_error_handler)
         # The last one added is the first to see a request.
         app.add_middleware(AlignmentMiddleware)
         app.add_middleware(AccessMiddleware, access=self.access, max_body_bytes=self.max_body_bytes)

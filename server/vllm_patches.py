@@ -8,18 +8,22 @@
   `<model>:<proxy>`.
 - `on_shutdown` replaces the engine's `shutdown`. vLLM ends with exit code 0 when its engine has died; a supervisor must
   see a failure.
+- `replace_validation_handler` replaces `validation_exception_handler`, which vLLM registers after the plugin has had its
+  turn. Its message is Python's representation of every error.
 
 Nothing is patched for our routes, which replace vLLM's of the same path (`plugin`), and for SIGTERM, whose handler
 `middleware.drain` sets after vLLM has set its own. `tests/server/test_vllm_patches.py` fails when vLLM changes what is
 replaced.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import vllm.plugins
+from fastapi.responses import Response
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.exception_handling import register
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
@@ -57,3 +61,8 @@ def on_shutdown(engine: EngineClient, callback: Callable[[], None]) -> None:
         return shutdown(*args, **options)
 
     engine.shutdown = replacement
+
+
+def replace_validation_handler(handler: Callable[..., Awaitable[Response]]) -> None:
+    """Have `handler(request, error)` answer requests that do not fit; call it before the app is complete."""
+    register.validation_exception_handler = handler

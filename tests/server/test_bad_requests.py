@@ -164,3 +164,31 @@ def test_a_client_that_goes_away_in_the_middle(http):
     body = GOOD | {"model": "assent-demo:aligned", "max_tokens": 512, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
+
+
+PAIR = {"prompt": "x", "response_a": "a", "response_b": "b"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("/judge", PAIR | {"response_b": 3}, "response_b", "Input should be a valid string"),
+        ("/judge", {"prompt": "x"}, None, "response_a and response_b are both needed"),
+        ("/feedback", PAIR | {"better": "c"}, "better", "Input should be 'a' or 'b'"),
+        ("/positions", {}, "responses", "Field required"),
+        ("/v1/chat/completions", {"model": "assent-demo"}, "messages", "Field required"),
+        ("/v1/chat/completions", GOOD | {"n": "x"}, "n", "Input should be a valid integer, "),
+    ],
+)
+def test_a_body_that_does_not_fit_is_named_in_one_line(http, path, body, param, message):
+    """The field and the reason, and nothing of Python's."""
+    error = post(http, body, path).json()["error"]
+    assert error["code"] == 400 and error["param"] == param
+    assert error["message"].startswith(f"{param}: {message}" if param else message)
+    assert not set("\n{<") & set(error["message"])
+
+
+def test_many_errors_are_counted(http):
+    body = {"responses": [{"prompt": [-1], "response": [-1]}] * 3}
+    message = post(http, body, "/positions").json()["error"]["message"]
+    assert message.count("responses.") == 3 and message.endswith("; and 3 more")
