@@ -135,7 +135,6 @@ def _find_template(args: Namespace) -> str | None:
             load_chat_template(args.chat_template), tools=[{}]
         )
         return template
-    except (
-        Exception
-    ):  # of many kinds; vLLM reads the same files later, and reports what is wrong with them
+    except Exception:
+        # Of many kinds. vLLM reads the same files later, and reports what is wrong with them.
         return None
