@@ -97,7 +97,7 @@ def read_template(template: str | None) -> ToolCalls:
         template: Jinja source; None = the model has none.
     """
     if template is None:
-        return ToolCalls(None, "off: the model has no chat template")
+        return ToolCalls(None, "off: no chat template was found")
     if not re.search(r"\btools\b", template):
         explanation = "only where a request forces one: the chat template tells the model of none"
         return ToolCalls(FORCED_CALLS, explanation)
@@ -126,7 +126,6 @@ def _find_template(args: Namespace) -> str | None:
         tokenizer: Any = get_tokenizer(
             args.tokenizer or args.model,
             tokenizer_mode=args.tokenizer_mode,
-            trust_remote_code=args.trust_remote_code,
             revision=args.tokenizer_revision or args.revision,
             download_dir=args.download_dir,
         )
@@ -136,7 +135,6 @@ def _find_template(args: Namespace) -> str | None:
             load_chat_template(args.chat_template), tools=[{}]
         )
         return template
-    except (
-        Exception
-    ):  # of many kinds; vLLM reads the same files later, and reports what is wrong with them
+    except Exception:
+        # Of many kinds. vLLM reads the same files later, and reports what is wrong with them.
         return None
