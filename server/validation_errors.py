@@ -19,7 +19,8 @@ async def validation_error_handler(request: Request, error: Exception) -> Respon
     """400 in OpenAI's shape, for vLLM's routes and ours."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    named = [_name_and_reason(entry) for entry in errors[:_MAX_ERRORS]]
+    # A value that may have several types has an error for each; some say the same.
+    named = [*dict.fromkeys(_name_and_reason(entry) for entry in errors[:_MAX_ERRORS])]
     message = "; ".join(f"{name}: {reason}" if name else reason for name, reason in named)
     if len(errors) > _MAX_ERRORS:
         message += f"; and {len(errors) - _MAX_ERRORS} more"
@@ -39,6 +40,8 @@ def _name_and_reason(error: Any) -> tuple[str, str]:
     if loc[:1] in (("body",), ("query",), ("path",)):
         loc = loc[1:]
     cause = error.get("ctx", {}).get("error")
+    if error.get("type") == "json_invalid":
+        return "", f"the body is not JSON: {cause} at character {loc[0]}"
     if isinstance(cause, VLLMValidationError):
         return cause.parameter or "", str(cause)[:_MAX_CHARACTERS]
     reason = str(error.get("msg", "")).removeprefix("Value error, ")

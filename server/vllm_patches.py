@@ -8,7 +8,7 @@
   `<model>:<proxy>`.
 - `on_shutdown` replaces the engine's `shutdown`. vLLM ends with exit code 0 when its engine has died; a supervisor must
   see a failure.
-- `replace_validation_handler` replaces `validation_exception_handler`, which vLLM registers after the plugin has had its
+- `replace_validation_handler` replaces `validation_exception_handler`, which vLLM registers after the plugin had its
   turn. Its message is Python's representation of every error.
 
 Nothing is patched for our routes, which replace vLLM's of the same path (`plugin`), and for SIGTERM, whose handler

@@ -175,6 +175,7 @@ PAIR = {"prompt": "x", "response_a": "a", "response_b": "b"}
         ("/judge", PAIR | {"response_b": 3}, "response_b", "Input should be a valid string"),
         ("/judge", {"prompt": "x"}, None, "response_a and response_b are both needed"),
         ("/feedback", PAIR | {"better": "c"}, "better", "Input should be 'a' or 'b'"),
+        ("/judge", "{", None, "the body is not JSON: "),
         ("/positions", {}, "responses", "Field required"),
         ("/v1/chat/completions", {"model": "assent-demo"}, "messages", "Field required"),
         ("/v1/chat/completions", GOOD | {"n": "x"}, "n", "Input should be a valid integer, "),

@@ -136,10 +136,10 @@ def test_sigterm_is_ours_once_the_server_runs() -> None:
 
 def test_the_validation_handler_is_looked_up_when_it_is_registered() -> None:
     """`replace_validation_handler`: by its name in the module, after the plugins."""
-    from vllm.entrypoints.openai import api_server
+    from vllm.entrypoints.launchers import app
     from vllm.entrypoints.serve.exception_handling import register
 
     source = inspect.getsource(register.init_exception_handler)
     assert "app.exception_handler(RequestValidationError)(validation_exception_handler)" in source
-    build = inspect.getsource(api_server.build_app)
+    build = inspect.getsource(app.build_app)
     assert build.index("plugin") < build.index("init_exception_handler(app)")
