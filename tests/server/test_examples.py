@@ -54,6 +54,7 @@ def test_streaming(run):
     assert output.count(" proposed, ") == 2
 
 
+@pytest.mark.slow  # `make install` does not install the package
 def test_langchain(run, monkeypatch):
     pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     monkeypatch.setenv("ASSENT_MODEL", MODEL)
@@ -68,6 +69,7 @@ def test_litellm_config():
     assert names == {f"openai/{MODEL}", f"openai/{MODEL}:aligned"}
 
 
+@pytest.mark.slow  # `make install` does not install the package
 def test_litellm(server, tmp_path):
     pytest.importorskip("litellm.proxy.proxy_server", reason="litellm[proxy] is not installed")
     port = free_port()
@@ -100,6 +102,7 @@ def test_litellm(server, tmp_path):
         gateway.wait()
 
 
+@pytest.mark.slow  # `make install` does not install the package
 def test_lm_eval(server, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     environment = os.environ | {
