@@ -24,9 +24,8 @@ A request (`middleware/`, then `routes/`):
 - `access`           - API keys, administrators and limits.
 - `admission`        - which proxy aligns a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.
-- `schemas`          - the bodies of requests.
-- `response_schemas` - the bodies of responses, for the API's docs.
-- `validation_errors` - what is wrong with a request, in one line.
+- `schemas/`         - the bodies of requests and responses.
+- `validation_errors` - what does not fit in a request, in one line.
 - `openapi`          - the OpenAPI document, and the page /docs.
 - `openapi_examples` - its examples.
 - `best_of`          - N samples, a tournament, the best as the answer.

@@ -19,7 +19,7 @@ from server.alignment_stats import AlignmentCounts
 from server.app_state import AppState
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
 from server.proxies import OWNER, ServedVersion
-from server.schemas import AlignmentOptions, JudgeOptions, JudgeSettings
+from server.schemas.alignment import AlignmentOptions, JudgeOptions, JudgeSettings
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

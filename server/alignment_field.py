@@ -11,7 +11,7 @@ from typing import Any
 from proxy.request import EXTRA_ARGS_KEY
 from server.body_shape import check_text
 from server.engine import VLLMValidationError
-from server.schemas import AlignmentOptions
+from server.schemas.alignment import AlignmentOptions
 
 ALIGNMENT_HEADER = "Assent-Alignment"
 _OWN_FIELDS = frozenset(AlignmentOptions.model_fields)

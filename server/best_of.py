@@ -34,7 +34,7 @@ from server.engine import (
 )
 from server.feedback_writer import response_of
 from server.judges import conversation
-from server.schemas import ChatRequest
+from server.schemas.generation import ChatRequest
 
 FAILED = ("abort", "error")
 """Finish reasons of a sample that must not be shown."""

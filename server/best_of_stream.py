@@ -12,7 +12,7 @@ from server.answers import Answer, add_alignment_stats, proxy_and_version
 from server.app_state import AppState
 from server.best_of import best_of
 from server.engine import ChatCompletionResponse, ErrorResponse, create_error_response
-from server.schemas import ChatRequest
+from server.schemas.generation import ChatRequest
 from server.streams import DONE, as_event
 
 Progress = tuple[ChatCompletionResponse, dict[str, Any]]

@@ -32,7 +32,7 @@ from server.engine import (
 from server.feedback_writer import FeedbackWriter, principle_of
 from server.judge_adapters import Adapter, JudgeKind
 from server.proxies import ServedVersion
-from server.schemas import JudgeSettings
+from server.schemas.alignment import JudgeSettings
 
 DEFAULT_BETA = 0.3
 """β of a proxy whose checkpoint names none."""

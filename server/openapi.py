@@ -18,7 +18,7 @@ from server.admission import GENERATING
 from server.middleware.access import NO_ADMIN, OPEN_PATHS, UNAUTHORIZED, UNKNOWN_HOST, needs_admin
 from server.middleware.drain import STOPPING
 from server.openapi_examples import ERRORS, REQUESTS, RESPONSES, TOO_LARGE, TOO_MANY
-from server.schemas import ALIGNMENT
+from server.schemas.generation import ALIGNMENT
 
 Json = dict[str, Any]
 

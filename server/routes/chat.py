@@ -22,8 +22,8 @@ from server.engine import (
 )
 from server.engine_wrapper import current_request
 from server.feedback_writer import FeedbackWriter, new_id, record_stream, responses_of
-from server.response_schemas import ChatResponse
-from server.schemas import ChatRequest
+from server.schemas.generation import ChatRequest
+from server.schemas.report import ChatResponse
 
 router = APIRouter(tags=["Generation"])
 

@@ -8,8 +8,8 @@ from server.answers import add_alignment_stats, respond
 from server.app_state import get_state
 from server.engine import ErrorResponse, load_aware_call, validate_json_request, with_cancellation
 from server.engine_wrapper import current_request
-from server.response_schemas import TextResponse
-from server.schemas import TextRequest
+from server.schemas.generation import TextRequest
+from server.schemas.report import TextResponse
 
 router = APIRouter(tags=["Generation"])
 

@@ -18,8 +18,7 @@ from server.access import CALLER
 from server.app_state import get_state
 from server.engine import ErrorResponse, create_error_response, validate_json_request
 from server.feedback_writer import FeedbackWriter
-from server.response_schemas import FeedbackCounts, FeedbackKept, Forgotten
-from server.schemas import FeedbackRequest
+from server.schemas.feedback import FeedbackCounts, FeedbackKept, FeedbackRequest, Forgotten
 
 router = APIRouter(tags=["Feedback"])
 

@@ -25,8 +25,8 @@ from server.engine import (
     with_cancellation,
 )
 from server.judges import Judges
-from server.response_schemas import PairResponse, PairsResponse, Tournament
-from server.schemas import JudgeRequest, RankRequest
+from server.schemas.judge import JudgeRequest, PairResponse, PairsResponse, RankRequest
+from server.schemas.report import Tournament
 from server.streams import DONE, as_event
 
 router = APIRouter(tags=["Judge"])

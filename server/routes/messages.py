@@ -6,8 +6,8 @@ from fastapi.responses import Response
 from server.admission import MESSAGES
 from server.answers import add_to_response
 from server.engine import AnthropicErrorResponse, create_messages, validate_json_request
-from server.response_schemas import MessageResponse
-from server.schemas import MessageRequest
+from server.schemas.generation import MessageRequest
+from server.schemas.report import MessageResponse
 
 router = APIRouter()  # without a tag: its errors have another shape than those of our routes
 

@@ -15,14 +15,15 @@ from server.app_state import get_state
 from server.engine import ErrorResponse, validate_json_request
 from server.proxies import PROXY_NAME, ProxyStateError, check_name, find_below
 from server.proxy_manifest import Entry
-from server.response_schemas import (
+from server.schemas.proxies import (
     LearningPasses,
     LearningStatus,
+    LearnRequest,
     LoadedProxy,
+    LoadRequest,
     ProxyDescription,
     ProxyList,
 )
-from server.schemas import LearnRequest, LoadRequest
 
 router = APIRouter(tags=["Proxies"])
 

@@ -6,8 +6,8 @@ from fastapi.responses import Response
 from server.admission import RESPONSES
 from server.answers import add_to_response
 from server.engine import ErrorResponse, create_responses, validate_json_request
-from server.response_schemas import ResponseObject
-from server.schemas import ResponseRequest
+from server.schemas.generation import ResponseRequest
+from server.schemas.report import ResponseObject
 
 router = APIRouter(tags=["Generation"])
 

@@ -9,7 +9,8 @@ import pytest
 
 from judge.principles import read_principles
 from judge.tournament import STRATEGIES
-from server.schemas import JudgeOptions, JudgeRequest
+from server.schemas.alignment import JudgeOptions
+from server.schemas.judge import JudgeRequest
 from tests.server.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "judge.md").read_text(encoding="utf-8")

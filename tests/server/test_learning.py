@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from proxy.checkpoint import identify, load
-from server.response_schemas import LearningPasses, LearningStatus
+from server.schemas.proxies import LearningPasses, LearningStatus
 from tests.server.conftest import (
     ADMIN_KEY,
     DEMO,

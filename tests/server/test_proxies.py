@@ -156,7 +156,7 @@ def test_the_root_itself_may_be_a_link(proxy_root, tmp_path):
 def test_without_a_root_nothing_is_loaded(proxy_root):
     """The routes' own functions: every other server of these tests has a root."""
     from server.routes.proxies import load_proxy
-    from server.schemas import LoadRequest
+    from server.schemas.proxies import LoadRequest
 
     ranks = Ranks()
     assent = SimpleNamespace(proxies=Proxies(ranks, root=None))

@@ -66,7 +66,7 @@ def test_it_is_written_whole_and_read_again(root):
 def test_a_load_is_not_undone_by_what_the_file_said_before_it(root):
     """Another server has written the name's older version, and this one reads it while it loads the newer."""
     from server.routes.proxies import load_proxy
-    from server.schemas import LoadRequest
+    from server.schemas.proxies import LoadRequest
 
     async def run():
         manifest, older, newer = make_manifest(root), entry(root, "v1"), entry(root, "v2")

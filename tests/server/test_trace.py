@@ -192,7 +192,7 @@ def test_entries_that_the_worker_dropped_are_missed(num_kept, truncated):
     from server.access import Limits
     from server.admission import Admission
     from server.alignment_stats import AlignmentCounts
-    from server.schemas import AlignmentOptions, JudgeOptions
+    from server.schemas.alignment import AlignmentOptions, JudgeOptions
     from server.traces import Trace
 
     class Worker:

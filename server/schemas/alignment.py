@@ -1,0 +1,92 @@
+"""The `alignment` object of a request, and how answers are judged."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from proxy.request import Alignment, WorkerAlignment
+from server.judge_adapters import JudgeKind
+
+
+def _no_duplicates(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError(f"a principle is named twice in {names}")
+    return names
+
+
+class JudgeSettings(BaseModel):
+    """How answers are judged."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    principles: Annotated[list[str], Field(min_length=1), AfterValidator(_no_duplicates)] | None = (
+        Field(
+            None,
+            description="The principles to judge by; the majority decides. Default: the first.",
+        )
+    )
+    kind: JudgeKind = Field(
+        "pairwise",
+        description="Who judges: the LLM (or its LoRA), shown both responses; or a LoRA, a proxy or "
+        "a probe that scores each.",
+    )
+    proxy: str | None = Field(
+        None,
+        description="With kind `proxy`: the loaded proxy that makes the better response likelier.",
+    )
+
+    @model_validator(mode="after")
+    def _proxy_of_its_kind(self) -> Self:
+        if (self.kind == "proxy") != (self.proxy is not None):
+            raise ValueError("kind `proxy` and the name of a proxy go together")
+        return self
+
+
+class JudgeOptions(JudgeSettings):
+    """How samples are ranked."""
+
+    strategy: Literal["knock-out", "final-four", "round-robin"] = Field(
+        "knock-out", description="Which pairs are compared."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed of the tournament's draw; none = the request's seed, else a random one.",
+    )
+
+
+class AlignmentOptions(Alignment):
+    """The `alignment` object of a request. Options that not every route takes say so."""
+
+    best_of: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Sample this many answers and return the one that the judge ranks first; with "
+        "n, the best n in order. Chat only.",
+    )
+    judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
+    sample_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which a sample that is not finished drops out; only with "
+        "best_of above 1.",
+    )
+
+    @model_validator(mode="after")
+    def _need_samples(self) -> "AlignmentOptions":
+        for option in ("judge", "sample_timeout"):
+            if getattr(self, option) is not None and self.best_of == 1:
+                raise ValueError(f"{option} needs samples to choose from: set best_of to 2 or more")
+        return self
+
+    def for_worker(self, name: str, version: str) -> WorkerAlignment:
+        """The options for the worker, with the version that the name stands for."""
+        return WorkerAlignment(
+            proxy=name,
+            version=version,
+            strength=self.strength,
+            max_rejections=self.max_rejections,
+            trace=self.trace,
+        )
