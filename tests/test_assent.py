@@ -72,6 +72,7 @@ def complete(script: Path, *words: str) -> set[str]:
     return set(result.stdout.split())
 
 
+@pytest.mark.slow  # it imports every command
 def test_bash_completes_commands_and_options(tmp_path):
     result = assent("--print-completion", "bash")
     assert result.returncode == 0, result.stderr

@@ -251,25 +251,3 @@ def test_the_openai_client_may_name_the_request(client):
     )
     assert answer.id == "chatcmpl-0_a-12345678"
     assert_counts_add_up(answer.alignment, answer.usage.completion_tokens)
-
-
-def test_prompt_logprobs_are_the_frozen_llms(client):
-    def prompt_logprobs(model):
-        answer = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "Can I lock my pony in a hot car?"}],
-            max_tokens=8,
-            seed=1,
-            extra_body={"prompt_logprobs": 2},
-        )
-        return answer.prompt_logprobs, answer.choices[0].message.content
-
-    (aligned, aligned_text), (unproxied, unproxied_text) = (
-        prompt_logprobs(model) for model in ("assent-demo:aligned", "assent-demo")
-    )
-    assert aligned_text != unproxied_text
-    assert aligned[0] is None and len(aligned) > 10
-    for actual, expected in zip(aligned[1:], unproxied[1:], strict=True):
-        assert {token: entry["logprob"] for token, entry in actual.items()} == pytest.approx(
-            {token: entry["logprob"] for token, entry in expected.items()}, abs=1e-3
-        )

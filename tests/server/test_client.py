@@ -78,10 +78,13 @@ def test_a_stream_is_the_same_answer_in_pieces(client: Client) -> None:
     pieces = list(stream)
     for index, choice in enumerate(whole.choices):
         parts = [piece for piece in pieces if piece.index == index]
-        assert "".join(piece.text for piece in parts) == choice.text
-        assert sum((piece.trace for piece in parts), ()) == choice.trace
         streamed = stream.answer.choices[index]
-        assert streamed.text == choice.text and streamed.trace == choice.trace
+        assert streamed.text == choice.text == "".join(piece.text for piece in parts)
+        assert streamed.trace == sum((piece.trace for piece in parts), ())
+        # Probabilities depend on what else is in the batch: they are rounded to bfloat16.
+        assert [entry.token_id for entry in streamed.trace] == [
+            entry.token_id for entry in choice.trace
+        ]
         assert streamed.finish_reason == choice.finish_reason
     report, told = report_of(stream.answer), report_of(whole)
     assert (report.rejected, report.version) == (told.rejected, told.version)

@@ -101,6 +101,7 @@ def test_its_exit_code_and_its_page(capsys):
     assert "error" in printed and "--tensor-parallel-size" in printed
 
 
+@pytest.mark.slow  # half a minute of imports; tests/proxy/test_hub.py downloads too
 def test_a_proxy_on_the_hub(tmp_path):
     """In a process of its own: `huggingface_hub` reads its environment when it is imported."""
     with running() as hub:

@@ -50,6 +50,8 @@ class PageRunner:
             return self.write_preferences(text)
         if language == "python":
             return self.run([sys.executable, "-c", text])
+        if language == "yaml":  # an example of --config
+            return ""
         assert language == "bash", f"a block of {language or 'no language'} cannot be run"
         if text.startswith("export"):
             return self.export(text)

@@ -15,6 +15,7 @@ from tests.hub import TOKEN, Hub, running
 from tests.training.models import data_rows, save_model
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "deploy/demo"
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +34,26 @@ def run(hub: Hub, cache: Path, *arguments: str | Path, token: str | None = TOKEN
     )  # fmt: skip
 
 
-def test_a_proxy_is_uploaded_and_used_from_there(hub: Hub, tmp_path: Path) -> None:
+def rows_of(kind: str, directory: Path) -> Path:
+    """A file of rows of this kind of data."""
+    path = directory / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data_rows(kind)))
+    return path
+
+
+def test_a_proxy_is_uploaded(hub: Hub, tmp_path: Path) -> None:
     model, output, cache = tmp_path / "model", tmp_path / "mine", tmp_path / "cache"
     save_model("llama", model)
-    data = {kind: tmp_path / f"{kind}.jsonl" for kind in ("preferences", "prompts")}
-    for kind, path in data.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in data_rows(kind)))
     arguments = [
-        "training.proxy_dpo", "--model", model, "--preferences", data["preferences"], "--epochs", "1",
+        "training.proxy_dpo", "--model", model, "--preferences", rows_of("preferences", tmp_path), "--epochs", "1",
         "--output", output, "--push-to-hub", "org/mine",
     ]  # fmt: skip
-
-    result = run(hub, cache, *arguments, token=None)
-    assert result.returncode == 2 and "set HF_TOKEN, or run `hf auth login`" in result.stderr
-    assert not output.exists()
 
     hub.refuses_uploads = True
     result = run(hub, cache, *arguments)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
     assert "the upload failed (" in line and f"`hf upload org/mine {output} . --include" in line
-    version = load(output, base=None).version
     (output / "notes.json").write_text("{}")  # not the run's: it stays here
     hub.refuses_uploads = False
 
@@ -67,10 +67,29 @@ def test_a_proxy_is_uploaded_and_used_from_there(hub: Hub, tmp_path: Path) -> No
     assert set(repository.files) == names | events and len(events) == 1
     assert "library_name: assent" in ModelCard(repository.files["README.md"].decode()).content
 
+
+@pytest.mark.slow  # a minute of imports; tests/proxy/test_hub.py downloads too
+def test_a_proxy_is_used_from_there(hub: Hub, tmp_path: Path) -> None:
+    proxy = DEMO / "proxies/polite"
+    hub.add("org/polite", proxy)
     result = run(
-        hub, cache, "training.evaluate", "--model", model, "--proxy", "org/mine", "--reward", "org/mine@main",
-        "--prompts", data["prompts"], "--decoding.max-new-tokens", "4", "--output", tmp_path / "figures.json",
+        hub, tmp_path / "cache", "training.evaluate", "--model", DEMO / "model", "--proxy", "org/polite",
+        "--reward", "org/polite@main", "--prompts", rows_of("prompts", tmp_path), "--decoding.max-new-tokens", "4",
+        "--output", tmp_path / "figures.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["proxy_version"] == version and "org/mine@main" in figures["rewards"]
+    assert figures["proxy_version"] == load(proxy, base=None).version
+    assert "org/polite@main" in figures["rewards"]
+
+
+@pytest.mark.slow  # imports
+def test_nothing_is_trained_without_a_token(hub: Hub, tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    result = run(
+        hub, tmp_path / "cache", "training.proxy_dpo", "--model", DEMO / "model",
+        "--preferences", rows_of("preferences", tmp_path), "--output", output, "--push-to-hub", "org/mine",
+        token=None,
+    )  # fmt: skip
+    assert result.returncode == 2 and "set HF_TOKEN, or run `hf auth login`" in result.stderr
+    assert not output.exists()
