@@ -22,7 +22,8 @@ Triton's float32 exp and log have an absolute error of some 1e-7. Where that is 
 noise and the cost near 0, they are computed in float64.
 
 Triton reads a kernel's constants from this file: a test holds them equal to those of `noise`,
-`acceptance` and `network`.
+`acceptance` and `network`. For that the file is longer than 300 lines, and the two kernels than 60: what
+a kernel keeps in registers cannot be handed to another one.
 """
 
 import math
