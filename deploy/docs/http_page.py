@@ -85,7 +85,9 @@ def _operation(method: str, path: str, operation: Json, schemas: Json) -> str:
                 f"Response {status}. {_sentence(response['description'])}\n\n{_json(example)}"
             )
         elif status >= "400":
-            meaning, message = _cell(response["description"]), _cell(example["error"]["message"])
+            # A pattern's [a-z][0-9] is no link.
+            message = _cell(example["error"]["message"]).replace("[", "\\[")
+            meaning = _cell(response["description"])
             errors.append(f"| {status} | {meaning} | {message} |")
     if errors:
         parts.append(
