@@ -12,8 +12,8 @@ from pathlib import Path
 
 from proxy.checkpoint import ProxyError
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.md")
-"""What is downloaded: no code, no pickles."""
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.model")
+"""What is downloaded: weights, settings, the tokenizer of a reward model; no code, no pickles."""
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

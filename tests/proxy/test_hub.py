@@ -36,7 +36,8 @@ for source in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     with running() as hub:
-        hub.add("org/polite", POLITE).files["setup.py"] = b"raise SystemExit"
+        others = {"setup.py": b"raise SystemExit", "spiece.model": b"pieces", "vocab.txt": b"words"}
+        hub.add("org/polite", POLITE).files.update(others)
         hub.add("org/secret", POLITE, private=True)
         hub.tags["v1"] = "org/polite"
         yield hub
@@ -57,11 +58,12 @@ def resolve(hub: Hub, cache: Path, *sources: str, **environment: str) -> list[An
 def test_a_repository_is_a_directory(hub: Hub, tmp_path: Path) -> None:
     version = load(POLITE, base=None).version
     commit = hub.repositories["org/polite"].commit
-    whole = [version, ["README.md", "config.json", "proxy.safetensors"]]
+    names = ["README.md", "config.json", "proxy.safetensors", "spiece.model", "vocab.txt"]
+    whole = [version, names]
     found = resolve(hub, tmp_path, "org/polite", "org/polite@v1", f"org/polite@{commit}")
     assert found == [whole] * 3  # the version is the content's, and code is not downloaded
     downloads = [line for line in hub.requests if line.startswith("GET /org/polite/resolve")]
-    assert len(downloads) == 3
+    assert len(downloads) == len(names)
 
     hub.requests.clear()
     offline = resolve(hub, tmp_path, "org/polite", "org/none", HF_HUB_OFFLINE="1")
