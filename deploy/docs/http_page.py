@@ -21,9 +21,9 @@ Our routes. vLLM's others keep vLLM's form; a running server shows all of them a
 at `/openapi.json`. This page is made from that document.
 
 Errors have OpenAI's shape: `{"error": {"message": ..., "type": ..., "param": ..., "code": 400}}`. Where the server has
-keys, every route but `/health` and `/ready` needs `Authorization: Bearer <key>`, `/docs` too.
+keys, every route but `/health`, `/ready` and the page at `/` needs `Authorization: Bearer <key>`, `/docs` too.
 """
-VLLM_SCHEMAS = ("ChatRequest", "TextRequest")
+VLLM_SCHEMAS = ("ChatRequest", "TextRequest", "ResponseRequest")
 """Long ones, of which only our field is shown."""
 MAX_LINE = 110
 """Characters of an example on one line."""
