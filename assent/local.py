@@ -5,6 +5,7 @@ One prompt at a time, without vLLM's speed. It needs Assent's extra `train`.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,12 +108,12 @@ class AlignedModel:
         found = policy.candidates(output.logits[:, -1], self._frozen.decoding)
         accepts = policy.accept_logits(head.rows, found).sigmoid()
         rows = zip(*(column[0].tolist() for column in (*found, accepts)), strict=True)
-        kept = [row for row in rows if row[1] > -torch.inf]
+        kept = [row for row in rows if row[1] > -math.inf]
         return [
             Candidate(
                 self.tokenizer.decode([token]),
                 token,
-                float(torch.tensor(logprob).exp()),
+                math.exp(logprob),
                 accept if len(kept) > 1 else None,
             )
             for token, logprob, accept in kept

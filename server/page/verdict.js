@@ -11,10 +11,9 @@ import { keepChoice, session } from "./session.js";
  */
 export function verdictBar(messages, answers, onChosen = () => {}) {
   const result = el("div", { class: "kept", role: "status" });
-  const buttons = answers.map((answer, index) => {
-    const item = button(`${answer.label} is better`, () => choose(index), { "aria-pressed": "false" });
-    return item;
-  });
+  const buttons = answers.map(({ label }, index) =>
+    button(`${label} is better`, () => choose(index), { "aria-pressed": "false" }),
+  );
 
   async function choose(index) {
     buttons.forEach((item, i) => item.setAttribute("aria-pressed", String(i === index)));
