@@ -46,6 +46,11 @@ NOT_RUN = {
 """(page, how the block begins) -> why `test_snippets` does not run it, or what does. Its commands are parsed."""
 
 
+BY_HAND = {"docs/integrations.md": ("py", "js")}
+"""Languages of blocks that were run by hand with clients that `make install` does not install; the page dates them."""
+SETTINGS = ("json", "toml", "yaml")
+
+
 class Block(NamedTuple):
     """A fenced block."""
 

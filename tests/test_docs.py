@@ -10,11 +10,13 @@ import tyro
 
 from benchmarks.comparison import jobs
 from tests.pages import (
+    BY_HAND,
     FOLLOWED,
     GENERATED,
     NOT_RUN,
     PAGES,
     REPOSITORY,
+    SETTINGS,
     anchors,
     blocks,
     commands,
@@ -102,6 +104,13 @@ def test_make_targets_exist():
         )
     }
     assert used <= targets and len(used) > 8
+
+
+@pages()
+def test_a_block_that_is_no_setting_is_run(page):
+    """Under no other name of the language than the two that tests run."""
+    languages = {language for language, _ in blocks(page.read_text(encoding="utf-8")) if language}
+    assert languages <= {"bash", "python", *SETTINGS, *BY_HAND.get(name_of(page), ())}
 
 
 def test_no_excuse_is_left_over():
