@@ -96,15 +96,15 @@ def plain_card() -> Card:
             Score("KL(proxied ‖ frozen), nats a response", last["held_out_kl"], of=of),
             Score("wins: which is plainer", 0.675, 0.044, 100, readers),
             Score("wins: which is better apart from that", 0.485, 0.047, 100, readers),
-            Score("wins by Flesch-Kincaid grade", 0.59, 0.05, 100, "test prompts"),
-            Score("wins by Dale-Chall score, which no training saw", 0.62, 0.05, 100, "test prompts"),
+            Score("wins by Dale-Chall score, which no training saw", 0.598, 0.023, 150, "test prompts, three seeds"),
+            Score("wins by the reward of the training", 0.548, 0.023, 150, "test prompts, three seeds"),
         ],
         decoding=checkpoint.config,
         serve="make serve",
         limits=[
             "A system prompt that asks for plain language does as much by the formulas (50 ± 5 %, 42 ± 5 % of 100 test "
             "prompts).",
-            "The scores are of one training seed, one sample a prompt, 128 tokens, temperature 0.3.",
+            "The scores are of one training seed, 128 tokens, temperature 0.3.",
         ],
     )  # fmt: skip
 
