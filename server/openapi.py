@@ -5,6 +5,7 @@ FastAPI derives the document from the routes. Added here: titles, what the middl
 because vLLM's handler answers 400.
 """
 
+import asyncio
 from collections.abc import Iterator
 from http import HTTPStatus
 from importlib.metadata import version
@@ -12,7 +13,8 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from server.admission import GENERATING
 from server.middleware.access import NO_ADMIN, OPEN_PATHS, UNAUTHORIZED, UNKNOWN_HOST, needs_admin
@@ -62,6 +64,23 @@ def describe(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+    _derive_in_a_thread(app)
+
+
+def _derive_in_a_thread(app: FastAPI) -> None:
+    """Deriving the document takes seconds, once: FastAPI's route would hold up all other responses meanwhile."""
+    assert app.openapi_url is not None, "there is a document"
+    (route,) = (route for route in app.routes if getattr(route, "path", None) == app.openapi_url)
+    assert isinstance(route, Route)
+    send, lock = route.endpoint, asyncio.Lock()
+
+    async def send_document(request: Request) -> Response:
+        async with lock:
+            await asyncio.to_thread(app.openapi)
+        return await send(request)
+
+    app.routes.remove(route)
+    app.add_route(app.openapi_url, send_document, include_in_schema=False)
 
 
 @page.get("/docs", include_in_schema=False)
