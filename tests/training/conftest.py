@@ -43,13 +43,52 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
 
 @pytest.fixture(scope="session")
 def work_dir(make_once: MakeOnce) -> Path:
-    """The work directory of `training.demo`, run at 1/200 of its size; `demo/` in it is what it publishes."""
-    return make_once(
-        "training",
-        lambda output: run_command(
-            "training.demo", "--work", output, "--output", output / "demo", "--scale", "0.005"
-        ),
-    )
+    """The work directory of `training.demo`, run at 1/200 of its size; `demo/` in it is what it publishes.
+
+    Its LLM is smaller than the demo's: the command skips stages whose result is there.
+    """
+
+    def make(output: Path) -> None:
+        world = output / "world"
+        run_command(
+            "training.world",
+            "--output",
+            world,
+            "--num-sft",
+            "300",
+            "--num-preferences",
+            "300",
+            "--num-prompts",
+            "40",
+            "--num-held-out",
+            "5",
+        )
+        run_command(
+            "training.base_model",
+            "--output",
+            output / "untrained",
+            "--corpus",
+            world / "sft.jsonl",
+            world / "preferences.jsonl",
+            "--hidden-size",
+            "64",
+            "--num-layers",
+            "2",
+            "--intermediate-size",
+            "128",
+        )
+        run_command(
+            "training.demo",
+            "--work",
+            output,
+            "--output",
+            output / "demo",
+            "--scale",
+            "0.005",
+            "--overwrite",
+        )
+
+    return make_once("training", make)
 
 
 def run_command(*arguments: str | Path) -> None:
