@@ -54,6 +54,10 @@ def in_flight(server):
     return sum(proxy["in_flight"] for proxy in proxies)
 
 
+def status(server, route):
+    return httpx.get(f"{server.url}/{route}", timeout=WAIT_SECONDS).status_code
+
+
 @pytest.mark.slow  # test_survival.py does the same to an engine that is one process
 def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """Only the server is killed, as by the kernel when memory runs out: the next server needs the device."""
@@ -82,6 +86,8 @@ def test_the_engine_is_killed(tmp_path, name):
             wait_until(
                 lambda: in_flight(server) == 1 + sum(not stream.done() for stream in streams)
             )
+            wait_until(lambda: status(server, "ready") == 503)
+            assert status(server, "health") == 200  # it may go on
             victim.send_signal(signal.SIGKILL)
             response = answer.result(WAIT_SECONDS)
             assert response.status_code >= 500 and response.json()["error"]["message"]

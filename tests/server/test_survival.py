@@ -144,6 +144,7 @@ def test_sigterm_waits_for_what_is_under_way(server_pair):
     assert b.process.wait(WAIT_SECONDS) == 0
 
 
+@pytest.mark.slow  # a server of its own; that a stuck engine is not ready is seen in test_kill.py
 def test_a_stuck_engine_is_not_ready_and_does_not_keep_the_server_from_ending(tmp_path):
     """Its answer is an error, the log says so, and the process ends soon after the drain."""
     body = {"model": "assent-demo", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True}

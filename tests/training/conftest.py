@@ -49,44 +49,20 @@ def work_dir(make_once: MakeOnce) -> Path:
     """
 
     def make(output: Path) -> None:
-        world = output / "world"
+        world, untrained = output / "world", output / "untrained"
         run_command(
-            "training.world",
-            "--output",
-            world,
-            "--num-sft",
-            "300",
-            "--num-preferences",
-            "300",
-            "--num-prompts",
-            "40",
-            "--num-held-out",
-            "5",
-        )
+            "training.world", "--output", world, "--num-sft", "300", "--num-preferences", "300",
+            "--num-prompts", "40", "--num-held-out", "5",
+        )  # fmt: skip
         run_command(
-            "training.base_model",
-            "--output",
-            output / "untrained",
-            "--corpus",
-            world / "sft.jsonl",
-            world / "preferences.jsonl",
-            "--hidden-size",
-            "64",
-            "--num-layers",
-            "2",
-            "--intermediate-size",
-            "128",
-        )
+            "training.base_model", "--corpus", world / "sft.jsonl", world / "preferences.jsonl",
+            "--hidden-size", "64", "--num-layers", "2", "--num-heads", "2", "--intermediate-size", "128",
+            "--output", untrained,
+        )  # fmt: skip
         run_command(
-            "training.demo",
-            "--work",
-            output,
-            "--output",
-            output / "demo",
-            "--scale",
-            "0.005",
+            "training.demo", "--work", output, "--output", output / "demo", "--scale", "0.005",
             "--overwrite",
-        )
+        )  # fmt: skip
 
     return make_once("training", make)
 
