@@ -48,7 +48,7 @@ def chat(
     Args:
         prompt: a text, or chat messages
         model: None = the served one; `<model>:<proxy>` chooses a proxy, too
-        alignment: proxy, strength, trace, best of N
+        alignment: proxies, strength, trace, best of N
         parameters: the others of `/v1/chat/completions`, such as `seed`, `n`, `temperature`, `max_tokens`
 
     Raises:
@@ -67,6 +67,7 @@ def judge(
     principles: Sequence[str] | None = None,
     kind: Literal["pairwise", "likelihood", "proxy", "probe"] | None = None,
     proxy: str | None = None,
+    proxies: Mapping[str, float] | None = None,
     tie_band: float | None = None,
     rationale: bool | None = None,
     max_rationale_tokens: int | None = None,
@@ -80,6 +81,7 @@ def judge(
         principles: names of what to judge by; the majority decides. None = the first
         kind: who judges; None = the LLM, or its LoRA
         proxy: with kind `proxy`, the loaded proxy that does
+        proxies: several, and the strength of each, in its place
         tie_band: a probability nearer to 0.5 than this is a tie
         rationale: add the reasons in words, for each principle
         max_rationale_tokens: for each principle
@@ -89,7 +91,7 @@ def judge(
     """
     body = {
         **_conversation(prompt), "response_a": response_a, "response_b": response_b, "principles": principles,
-        "kind": kind, "proxy": proxy, "tie_band": tie_band, "rationale": rationale,
+        "kind": kind, "proxy": proxy, "proxies": proxies, "tie_band": tie_band, "rationale": rationale,
         "max_rationale_tokens": max_rationale_tokens,
     }  # fmt: skip
     return Call("POST", "/judge", read_pair_verdict, _without_none(body))
@@ -103,6 +105,7 @@ def rank(
     principles: Sequence[str] | None = None,
     kind: Literal["pairwise", "likelihood", "proxy", "probe"] | None = None,
     proxy: str | None = None,
+    proxies: Mapping[str, float] | None = None,
     seed: int | None = None,
 ) -> Call[Ranking]:
     """Which of several responses is best, by a tournament.
@@ -114,6 +117,7 @@ def rank(
         principles: names of what to judge by
         kind: who judges
         proxy: with kind `proxy`, the loaded proxy that does
+        proxies: several, and the strength of each, in its place
         seed: of the draw; None = a random one
 
     Raises:
@@ -121,7 +125,7 @@ def rank(
     """
     body = {
         **_conversation(prompt), "responses": [*responses], "strategy": strategy, "principles": principles,
-        "kind": kind, "proxy": proxy, "seed": seed,
+        "kind": kind, "proxy": proxy, "proxies": proxies, "seed": seed,
     }  # fmt: skip
     return Call("POST", "/judge/rank", read_ranking, _without_none(body))
 

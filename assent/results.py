@@ -23,6 +23,8 @@ class JudgeOptions:
     principles: list[str] | None = None
     kind: Literal["pairwise", "likelihood", "proxy", "probe"] | None = None
     proxy: str | None = None
+    proxies: Mapping[str, float] | None = None
+    """Several, and the strength of each, in the place of `proxy`."""
     strategy: Literal["knock-out", "final-four", "round-robin"] | None = None
     seed: int | None = None
 
@@ -35,6 +37,8 @@ class Alignment:
     """Name of a loaded proxy; None = the frozen LLM, or the one in the model's name."""
     strength: float | None = None
     """0 = the frozen LLM, 1 = the proxy as trained, up to 16."""
+    proxies: Mapping[str, float] | None = None
+    """Several that decide together, and the strength of each, in the place of `proxy` and `strength`."""
     max_rejections: int | None = None
     """At one position, before the most probable token is taken."""
     trace: bool | None = None
@@ -56,6 +60,8 @@ class Candidate:
     """Within the nucleus, under the frozen LLM."""
     accept_probability: float | None
     """None = it was the only candidate, and nothing was decided."""
+    by_proxy: Mapping[str, float] | None
+    """Of several proxies, each one's factor of it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class AlignmentReport:
 
     proxy: str | None
     version: str | None
+    proxies: Mapping[str, Json] | None
+    """Version and strength of each of several, whose names and versions the above join with +."""
     proposed: int | None
     accepted: int | None
     rejected: int | None
@@ -197,9 +205,9 @@ def read_answer(raw: Json) -> Answer:
 
 
 def read_report(raw: Json) -> AlignmentReport:
-    names = ("proxy", "version", "proposed", "accepted", "rejected", "forced", "best_of")
+    names = ("proxy", "version", "proxies", "proposed", "accepted", "rejected", "forced")
     return AlignmentReport(
-        **{name: raw.get(name) for name in names},
+        **{name: raw.get(name) for name in (*names, "best_of")},
         trace_truncated=bool(raw.get("trace_truncated")),
         ranking=read_ranking(raw["judge"]) if "judge" in raw else None,
         dropped=raw.get("dropped", []),
@@ -218,8 +226,10 @@ def read_trace(entries: list[Json]) -> tuple[TraceEntry, ...]:
     )
 
 
-def _candidate(entry: Json) -> tuple[str, int, float, float | None]:
-    return entry["token"], entry["token_id"], entry["probability"], entry["accept_probability"]
+def _candidate(entry: Json) -> tuple[str, int, float, float | None, Json | None]:
+    fields = ("token", "token_id", "probability", "accept_probability")
+    token, token_id, probability, accepts = (entry[name] for name in fields)
+    return token, token_id, probability, accepts, entry.get("by_proxy")
 
 
 def read_ranking(raw: Json) -> Ranking:

@@ -11,12 +11,16 @@ the proxy accepts it. The first accepted candidate in that order is emitted. Thi
 pass per emitted token instead of one per candidate. `decide` does all of it; the server's samplers and
 the trainer's rollout call it.
 
+Several proxies. Each decides on its own whether it accepts a candidate, which is accepted if all of
+them accept it: with the product of their probabilities, Π a_i^strength_i. So the costs -log a_i^strength_i
+add up, and everything else is as with one proxy.
+
 Temperature. A proxy is trained at one temperature T0 and may be used at any T. The nucleus, and so p
 and the proxy's input, is always that of T0. Candidates are proposed by p^(T0 / T) and accepted with
 probability a^strength: temperature sharpens the proposals, strength the acceptance. At T = 0 nothing
 is random: the candidate of largest log p + strength log a is taken.
 
-R = logits rows, V = vocabulary, K = candidates. Nothing here waits for the device.
+R = logits rows, V = vocabulary, K = candidates, P = proxies of a row. Nothing here waits for the device.
 """
 
 import math
@@ -184,25 +188,45 @@ def arrival_times(
     return torch.where(greedy.unsqueeze(-1), ranks, times)
 
 
+def accept_costs(
+    accept_logits: Tensor,  # [..., K]
+    strength: Tensor | None,  # [...] float, >= 0; None = 1 everywhere
+) -> Tensor:
+    """-log of the probability a^strength that a proxy accepts, with a = sigmoid(accept_logit): [..., K]."""
+    costs = F.softplus(-accept_logits)
+    return costs if strength is None else costs * strength.unsqueeze(-1)
+
+
+def joint_cost(costs: Tensor) -> Tensor:
+    """-log of the probability that all P proxies accept: [R, P, K] -> [R, K].
+
+    Added up one proxy after the other, so that a row does not depend on another row's number of them.
+    """
+    total, *others = costs.unbind(1)
+    for cost in others:
+        total = total + cost
+    return total
+
+
 def accept_mask(
     candidates: Candidates,
-    accept_logits: Tensor,  # [R, K]
+    accept_logits: Tensor,  # [R, K], or of several proxies [R, P, K]
     accept_noise: Tensor,  # [R, K] standard exponentials
     *,
-    strength: Tensor | None,  # [R] float, >= 0; None = 1 everywhere
+    strength: Tensor | None,  # [R] or [R, P] float, >= 0; None = 1 everywhere
     max_rejections: Tensor,  # [R] int
     greedy: Tensor | None = None,  # [R] bool; None = no row
 ) -> Tensor:
-    """Whether the proxy accepts each candidate when it is proposed: [R, K] bool, True = accept.
+    """Whether the proxies accept each candidate when it is proposed: [R, K] bool, True = accept.
 
-    It accepts with probability a^strength, a = sigmoid(accept_logit). With exponential noise E this
-    is E >= -strength log a, because P(E >= x) = exp(-x) and -log a = softplus(-accept_logit). Greedy
-    rows use no noise: the candidate of `greedy_slots` is accepted and no other. A row with a single
-    candidate accepts it. Values outside the nucleus are undefined.
+    They accept with probability exp(-cost). With exponential noise E this is E >= cost, because
+    P(E >= x) = exp(-x). Greedy rows use no noise: the candidate of `greedy_slots` is accepted and no
+    other. A row with a single candidate accepts it. Values outside the nucleus are undefined. A proxy
+    of strength 0 adds nothing: it fills the place of one that a row does not have.
     """
-    cost = F.softplus(-accept_logits)
-    if strength is not None:
-        cost = cost * strength.unsqueeze(-1)
+    cost = accept_costs(accept_logits, strength)
+    if cost.dim() == 3:
+        cost = joint_cost(cost)
     has_one = (candidates.logprobs[:, 1:] == -math.inf).all(-1, keepdim=True)
     cost = cost.masked_fill(has_one, 0.0)
     accepts = accept_noise >= cost
@@ -251,10 +275,11 @@ def resolve(
 
 def decide(
     candidates: Candidates,
-    accept_logits: Tensor,  # [R, K]
+    accept_logits: Tensor,  # [R, K], or of several proxies [R, P, K]
     noise: Tensor,  # [R, 2, K] from `proxy.noise`
     *,
-    strength: Tensor | None,  # [R] float, 0 = accept everything, 1 = as trained, more = stricter
+    strength: Tensor
+    | None,  # [R] or [R, P] float, 0 = accept everything, 1 = as trained, more = stricter
     max_rejections: Tensor,  # [R] int
     sharpness: Tensor | None = None,  # [R] float, T0 / T
     greedy: Tensor | None = None,  # [R] bool

@@ -6,11 +6,13 @@ into vLLM's `SamplingParams.extra_args`; the worker finds it there with `alignme
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EXTRA_ARGS_KEY = "alignment"
+MAX_PROXIES = 8
+"""Proxies that may decide one request together."""
 TRACE_TOKENS = 4096
 """Tokens of a request that are traced; later ones are not."""
 TRACED_REQUESTS = 1024
@@ -28,18 +30,24 @@ _CHILD_PREFIX = re.compile(r"^\d+_")
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
+Strength = Annotated[float, Field(ge=0.0, le=16.0, allow_inf_nan=False)]
+
+
 class Alignment(BaseModel):
-    """Which proxy decides a request's tokens, and how strictly."""
+    """Which proxies decide a request's tokens, and how strictly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     proxy: str | None = Field(None, description="Name of a loaded proxy; none = the frozen LLM.")
-    strength: float = Field(
-        1.0,
-        ge=0.0,
-        le=16.0,
-        allow_inf_nan=False,
-        description="Accept with probability a^strength: 0 = the frozen LLM, 1 = as trained.",
+    strength: Strength = Field(
+        1.0, description="Accept with probability a^strength: 0 = the frozen LLM, 1 = as trained."
+    )
+    proxies: dict[str, Strength] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_PROXIES,
+        description="Several loaded proxies, each with its strength, in the place of `proxy` and "
+        "`strength`: a token is accepted with the product of their probabilities.",
     )
     max_rejections: int | None = Field(
         None,
@@ -51,6 +59,13 @@ class Alignment(BaseModel):
     trace: bool = Field(
         False, description="Report every token's candidates: what was rejected, and how likely."
     )
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each proxy, by name; {} = the frozen LLM."""
+        if self.proxies is not None:
+            return self.proxies
+        return {} if self.proxy is None else {self.proxy: self.strength}
 
 
 class ReadRequest(BaseModel):
@@ -79,6 +94,7 @@ class WorkerAlignment(Alignment):
     version: str | None = Field(
         None, description="The proxy's content hash; none = the version that the name is bound to."
     )
+    versions: dict[str, str] | None = Field(None, description="The same for each of `proxies`.")
     read: ReadRequest | ScoreRequest | None = Field(
         None, description="What is to be read (`proxy.engine.reading`)."
     )
@@ -87,7 +103,11 @@ class WorkerAlignment(Alignment):
     @property
     def acts(self) -> bool:
         """Whether a proxy decides; strength 0 is the frozen LLM's own sampling."""
-        return self.proxy is not None and self.strength > 0
+        return any(strength > 0 for strength in self.strengths.values())
+
+    def version_of(self, name: str) -> str | None:
+        """The version that a request wants of one of its proxies."""
+        return self.version if self.proxies is None else (self.versions or {}).get(name)
 
     def to_extra_args(self) -> dict[str, Any]:
         """The entry for `SamplingParams.extra_args`: plain JSON values."""

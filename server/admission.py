@@ -1,12 +1,11 @@
 """Admission: which proxy aligns a request, or why it is refused. `middleware.alignment` calls it for every JSON body.
 
-A proxy is chosen by `alignment.proxy` or by the model's name, `<model>:<proxy>`. Both are taken out
+Proxies are chosen by `alignment` or by the model's name, `<model>:<proxy>` (`proxy_choice`). Both are taken out
 of the body, so that vLLM's own handlers find a request for the frozen LLM.
 """
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,9 +16,10 @@ from server.access import Caller, Limits
 from server.alignment_field import check_names, take_header
 from server.alignment_stats import AlignmentCounts
 from server.app_state import AppState
-from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
-from server.proxies import OWNER, ServedVersion
-from server.schemas.alignment import AlignmentOptions, JudgeOptions, JudgeSettings
+from server.engine import VLLMValidationError
+from server.proxies import ServedVersion
+from server.proxy_choice import choose_proxies, is_served, split_model_name
+from server.schemas.alignment import AlignmentOptions, JudgeOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -50,8 +50,8 @@ class Admission:
     """The name that the client used; None if it used none, or one that is not served."""
     alignment: WorkerAlignment | None
     """The request's options for the worker; None = no proxy takes part."""
-    pinned: ServedVersion | None
-    """The proxy's version, which stays loaded until the response has ended."""
+    pinned: tuple[ServedVersion, ...]
+    """The proxies' versions, which stay loaded until the response has ended."""
     caller: Caller
     wants_stats: bool
     """Whether the response reports proxy and version."""
@@ -66,17 +66,6 @@ class AdmittedRequest(NamedTuple):
 
     admission: Admission
     counts: AlignmentCounts
-
-
-async def load_own_proxy(body: dict[str, Any], state: AppState, caller: Caller) -> None:
-    """Load the proxy that a request names, if it is the caller's own learned proxy."""
-    if state.learning is None:
-        return
-    options = body.get(EXTRA_ARGS_KEY)
-    name = options.get("proxy") if isinstance(options, dict) else None
-    name = name or split_model_name(body.get("model"), state.models)[1]
-    if isinstance(name, str):
-        await state.learning.learned.wake(name, caller)
 
 
 def read_fields(path: str, body: dict[str, Any], header: str | None) -> None:
@@ -98,9 +87,9 @@ def read_fields(path: str, body: dict[str, Any], header: str | None) -> None:
 
 
 def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> AdmittedRequest:
-    """Resolve names, check the combination of options and pin the proxy's version. Changes `body`.
+    """Resolve names, check the combination of options and pin the proxies' versions. Changes `body`.
 
-    The caller of this function unpins the version.
+    The caller of this function unpins the versions.
 
     Raises VLLMNotFoundError (404) for a proxy that is not loaded, VLLMValidationError (400) for a
     combination that makes no sense.
@@ -113,101 +102,27 @@ def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> A
         body["model"] = model
     if named is not None or options is not None:
         _check_route(path, named, options)
-    if named and options is not None and options.proxy and named != options.proxy:
-        raise VLLMValidationError(
-            f"model {model_name!r} names the proxy {named!r}, but alignment.proxy is "
-            f"{options.proxy!r}: name one",
-            parameter="alignment.proxy",
-        )
     alignment = options or AlignmentOptions.model_validate({})
-    name = alignment.proxy or named
-    pinned = find_proxy(name, state, caller) if name is not None else None
-    _check_combination(path, body, alignment, name)
+    names, chosen = choose_proxies(model_name, named, alignment, state, caller)
+    _check_combination(path, body, alignment, names)
     _check_limits(body, alignment, caller.limits)
     if path in COUNTING:
-        pinned = None
+        chosen = {}
     admission = Admission(
         requested_model=model_name if model and is_served(model, state.models) else None,
-        alignment=alignment.for_worker(pinned.name, pinned.version) if pinned is not None else None,
-        pinned=pinned,
+        alignment=alignment.for_worker(chosen) if chosen else None,
+        pinned=tuple(chosen),
         caller=caller,
-        wants_stats=name is not None or options is not None,
+        wants_stats=bool(names) or options is not None,
         best_of=alignment.best_of,
         judge=alignment.judge or JudgeOptions.model_validate({}),
         sample_timeout=alignment.sample_timeout,
     )
-    if pinned is not None:
-        state.proxies.pin(pinned)
+    state.proxies.pin(*chosen)
     # A request that only names a model pays for no round trip to the engine.
     return AdmittedRequest(
         admission, AlignmentCounts(state.counts, in_response=options is not None)
     )
-
-
-def find_proxy(name: str, state: AppState, caller: Caller) -> ServedVersion | None:
-    """What a name stands for to a caller; None = nothing was learned yet: the frozen LLM answers.
-
-    Raises VLLMNotFoundError (404) for an unknown name, VLLMValidationError (400) for a shadow.
-    """
-    is_learned = state.learning is not None and name in state.learning.learned.names()
-    if state.learning is not None and is_learned:
-        proxy = state.learning.learned.find(name, caller)
-    else:
-        proxy = state.proxies.bound(name) if OWNER not in name else None
-    if proxy is None:
-        if is_learned:
-            return None
-        loaded = ", ".join(proxy_names(state)) or "none"
-        raise VLLMNotFoundError(f"The proxy {name!r} is not loaded. Loaded are: {loaded}.")
-    if proxy.state == "shadow":
-        _refuse("alignment.proxy", f"{name!r} is a shadow: it scores tokens and never acts")
-    return proxy
-
-
-def proxy_names(state: AppState) -> list[str]:
-    """The proxies that a request may name."""
-    learned = state.learning.learned.names() if state.learning is not None else []
-    return [*dict.fromkeys([*state.proxies.names(), *learned])]
-
-
-@asynccontextmanager
-async def judging_proxy(
-    settings: JudgeSettings, state: AppState, caller: Caller
-) -> AsyncIterator[ServedVersion | None]:
-    """The proxy that judges, pinned while the block lasts; None = another kind of judge does.
-
-    Raises VLLMNotFoundError (404) for an unknown name, VLLMValidationError (400) where nothing was learned yet.
-    """
-    if settings.proxy is None:
-        yield None
-        return
-    if state.learning is not None:
-        await state.learning.learned.wake(settings.proxy, caller)
-    proxy = find_proxy(settings.proxy, state, caller)
-    if proxy is None:
-        raise VLLMValidationError(
-            f"proxy: nothing was learned as {settings.proxy!r} yet", parameter="proxy"
-        )
-    state.proxies.pin(proxy)
-    try:
-        yield proxy
-    finally:
-        state.proxies.unpin(proxy)
-
-
-def is_served(name: str, models: OpenAIServingModels) -> bool:
-    """Whether it is a name of the LLM or of an adapter."""
-    return models.is_base_model(name) or name in models.lora_requests
-
-
-def split_model_name(model: Any, models: OpenAIServingModels) -> tuple[str | None, str | None]:
-    """`<model>:<proxy>` -> (model, proxy); a name that is served as it stands has no proxy."""
-    if not isinstance(model, str) or not model:
-        return None, None
-    if is_served(model, models):
-        return model, None
-    prefix, colon, suffix = model.rpartition(":")
-    return (prefix, suffix) if colon and is_served(prefix, models) else (model, None)
 
 
 def _check_raw_arguments(body: dict[str, Any]) -> None:
@@ -260,14 +175,14 @@ def _check_route(path: str, named: str | None, options: AlignmentOptions | None)
 
 
 def _check_combination(
-    path: str, body: dict[str, Any], options: AlignmentOptions, proxy: str | None
+    path: str, body: dict[str, Any], options: AlignmentOptions, proxies: Collection[str]
 ) -> None:
     for option in ("strength", "max_rejections", "trace"):
-        if proxy is None and option in options.model_fields_set:
+        if not proxies and option in options.model_fields_set:
             _refuse(f"alignment.{option}", "needs a proxy: set alignment.proxy as well")
     if options.best_of > 1 and options.trace:
         _refuse("alignment.trace", "does not go with best_of above 1: trace the samples with n")
-    if proxy is None and options.best_of == 1:
+    if not proxies and options.best_of == 1:
         return
     if body.get("use_beam_search") not in (None, False):
         _refuse("use_beam_search", "does not go with alignment: beams are not sampled")

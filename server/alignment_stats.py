@@ -8,7 +8,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 from proxy.request import caller_id, sample_index
 from server.engine import Workers
@@ -27,6 +27,7 @@ class ProxyCounts(TypedDict):
     """What the worker counted of a sample."""
 
     proxy: str
+    """Names, joined by +, and so the versions."""
     version: str
     proposed: int
     accepted: int
@@ -42,6 +43,8 @@ class TracedCandidate(TypedDict):
     """The LLM's within the nucleus, at the temperature that the proxy was trained at."""
     accept_probability: float | None
     """After the strength; None = the proxy was not asked."""
+    by_proxy: NotRequired[dict[str, float]]
+    """Of several proxies, each one's factor of it."""
     forced: bool
 
 

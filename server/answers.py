@@ -82,17 +82,35 @@ async def add_to_response(response: Response | None) -> Response:
 
 async def alignment_stats(admission: Admission, counts: AlignmentCounts) -> dict[str, Any]:
     """The proxy, the version that the request is pinned to, and its counts over all choices."""
-    if admission.pinned is None:
+    if not admission.pinned:
         return proxy_and_version(admission) | dict.fromkeys(COUNTS, 0)
     return proxy_and_version(admission) | (await counts.total() if counts.in_response else {})
 
 
 def proxy_and_version(admission: Admission) -> dict[str, Any]:
     """What is known of a response before its first token."""
-    pinned = admission.pinned
-    if pinned is None:
+    pinned, alignment = admission.pinned, admission.alignment
+    if alignment is None:
         return {"proxy": None, "version": None}
-    return {"proxy": pinned.shown_name, "version": pinned.version}
+    fields: dict[str, Any] = {
+        "proxy": "+".join(proxy.shown_name for proxy in pinned),
+        "version": "+".join(proxy.version for proxy in pinned),
+    }
+    if len(pinned) > 1:
+        fields["proxies"] = {
+            proxy.shown_name: {
+                "version": proxy.version,
+                "strength": alignment.strengths[proxy.name],
+            }
+            for proxy in pinned
+        }
+    return fields
+
+
+def named_version(admission: Admission) -> str:
+    """`<proxy>@<version>`, for a header and the request log."""
+    fields = proxy_and_version(admission)
+    return f"{fields['proxy']}@{fields['version']}"
 
 
 def respond(answer: Answer, raw_request: Request) -> Response:

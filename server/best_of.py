@@ -21,7 +21,7 @@ from judge.tournament import Pair, TournamentRecord, comparison_of, play
 from judge.verdict import PairResult
 from server import metrics
 from server.access import CALLER, Caller
-from server.admission import Admission, find_proxy, judging_proxy
+from server.admission import Admission
 from server.app_state import AppState
 from server.engine import (
     ChatCompletionRequest,
@@ -34,6 +34,7 @@ from server.engine import (
 )
 from server.feedback_writer import response_of
 from server.judges import conversation
+from server.proxy_choice import find_proxy, judging_proxies
 from server.schemas.generation import ChatRequest
 
 FAILED = ("abort", "error")
@@ -68,8 +69,8 @@ def check_best_of(
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
     state.judges.select(admission.judge)
-    if admission.judge.proxy is not None:
-        find_proxy(admission.judge.proxy, state, caller)
+    for name in admission.judge.strengths:
+        find_proxy(name, state, caller)
     conversation(request.messages)
 
 
@@ -135,8 +136,8 @@ async def _rank(
         report(samples[0], progress)
         return results
 
-    async with judging_proxy(settings, state, caller) as proxy:
-        judge = judges.make(settings.kind, principles, proxy)
+    async with judging_proxies(settings, state, caller) as proxies:
+        judge = judges.make(settings.kind, principles, proxies)
         try:
             seed = _seed(request, admission)
             record = await play(settings.strategy, len(texts), compare_round, seed)

@@ -119,7 +119,7 @@ def _check_logprobs(params: Any, alignment: WorkerAlignment) -> None:
     if params.prompt_logprobs is not None and alignment.acts:
         raise VLLMValidationError(
             "prompt_logprobs, or echo with logprobs: log-likelihoods of a prompt are the frozen LLM's, not those under "
-            f"the proxy {alignment.proxy!r}: ask for them without it",
+            f"the proxy {'+'.join(alignment.strengths)!r}: ask for them without it",
             parameter="prompt_logprobs",
         )
 

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn, get_args
 
 from judge.likelihood import LikelihoodJudge, Reading
@@ -96,7 +97,7 @@ class Judges:
         self,
         kind: JudgeKind,
         principles: Mapping[str, Principle],
-        proxy: ServedVersion | None = None,
+        proxies: Mapping[ServedVersion, float] = MappingProxyType({}),
         *,
         tie_band: float = 0.0,
     ) -> Judge:
@@ -104,11 +105,11 @@ class Judges:
 
         Args:
             principles: as `select` returns them.
-            proxy: the judge of kind `proxy`; must stay pinned while it judges.
+            proxies: the judges of kind `proxy`, with their strengths; must stay pinned while they judge.
             tie_band: as in Verdict.
         """
-        if proxy is not None:
-            return self._make_proxy(proxy, tie_band)
+        if proxies:
+            return self._make_proxies(proxies, tie_band)
         if kind == "likelihood":
             return self._make_likelihood(tie_band)
         if kind == "probe":
@@ -157,29 +158,44 @@ class Judges:
             tie_band=tie_band,
         )
 
-    def _make_proxy(self, proxy: ServedVersion, tie_band: float) -> LikelihoodJudge:
-        settings = proxy.description
-        names = ("temperature", "top_k", "top_p", "max_candidates")
-        decoding = {name: settings[name] for name in names}
-        version = proxy.name, proxy.version
+    def _make_proxies(
+        self, proxies: Mapping[ServedVersion, float], tie_band: float
+    ) -> LikelihoodJudge:
+        """Rewards β log(π / p) add up, each times the proxy's strength: in units of the first proxy's β."""
+        betas = [proxy.description["training"].get("beta") or DEFAULT_BETA for proxy in proxies]
+        weights = [
+            strength * beta / betas[0]
+            for strength, beta in zip(proxies.values(), betas, strict=True)
+        ]
 
         async def scores(readings: list[Reading]) -> list[float]:
-            ratios = await read_responses(
-                self.engine, self.workers, readings, decoding, "take_log_ratios", *version
-            )
-            if None in ratios:  # the workers have bounded room
-                raise RuntimeError("too much is read at once: ask for fewer or shorter responses")
-            return ratios
+            by_proxy = [await self._log_ratios(readings, proxy) for proxy in proxies]
+            return [
+                sum(weight * ratio for weight, ratio in zip(weights, ratios, strict=True))
+                for ratios in zip(*by_proxy, strict=True)
+            ]
 
         return LikelihoodJudge(
             self.tokenizer,
             scores,
-            beta=settings["training"].get("beta") or DEFAULT_BETA,
+            beta=betas[0],
             max_tokens=self.context - 1,
             tie_band=tie_band,
             kind="proxy",
-            readings=1,
+            readings=len(proxies),
         )
+
+    async def _log_ratios(self, readings: list[Reading], proxy: ServedVersion) -> list[float]:
+        """How much likelier a proxy makes each response, in nats."""
+        names = ("temperature", "top_k", "top_p", "max_candidates")
+        decoding = {name: proxy.description[name] for name in names}
+        version = proxy.name, proxy.version
+        ratios = await read_responses(
+            self.engine, self.workers, readings, decoding, "take_log_ratios", *version
+        )
+        if None in ratios:  # the workers have bounded room
+            raise RuntimeError("too much is read at once: ask for fewer or shorter responses")
+        return ratios
 
     def _make_probe(self, tie_band: float) -> LikelihoodJudge:
         async def scores(readings: list[Reading]) -> list[float]:

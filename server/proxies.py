@@ -122,14 +122,16 @@ class Proxies:
         """The version that a name stands for now, shadows included."""
         return self._bound.get(name)
 
-    def pin(self, proxy: ServedVersion) -> None:
-        """Keep this version loaded until `unpin`. It must be the one that its name stands for."""
-        proxy.in_flight += 1
+    def pin(self, *proxies: ServedVersion) -> None:
+        """Keep these versions loaded until `unpin`. They must be those that their names stand for."""
+        for proxy in proxies:
+            proxy.in_flight += 1
 
-    def unpin(self, proxy: ServedVersion) -> None:
+    def unpin(self, *proxies: ServedVersion) -> None:
         """End a pin; the last one of a draining version unloads it."""
-        proxy.in_flight -= 1
-        if proxy.state == "draining" and proxy.in_flight == 0:
+        for proxy in proxies:
+            proxy.in_flight -= 1
+        if any(proxy.state == "draining" and proxy.in_flight == 0 for proxy in proxies):
             sweep = asyncio.create_task(self._sweep())
             self._sweeps.add(sweep)  # the event loop itself holds tasks only weakly
             sweep.add_done_callback(self._sweeps.discard)

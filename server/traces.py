@@ -2,7 +2,8 @@
 
     {"token", "token_id", "probability", "accept_probability", "forced", "rejected": [...]}
 
-A rejected candidate has the first four fields. `alignment_stats.TraceEntry` defines them.
+Where several proxies decide, `by_proxy` has the accept probability of each, by name. A rejected candidate has the
+fields but the last two. `alignment_stats.TraceEntry` defines them.
 """
 
 from collections import defaultdict
@@ -12,6 +13,7 @@ from server.admission import Admission
 from server.alignment_stats import AlignmentCounts, Sample, TracedCandidate, TraceEntry
 from server.app_state import AppState
 from server.engine import decode_token_ids, tokenizer_of
+from server.proxies import OWNER
 
 
 class Trace:
@@ -59,7 +61,15 @@ class Trace:
         ids = [candidate["token_id"] for candidate in candidates]
         tokens = decode_token_ids(ids, self.tokenizer)
         named = [
-            {"token": text, **candidate}
+            {"token": text, **candidate, **_by_shown_name(candidate)}
             for (text, _), candidate in zip(tokens, candidates, strict=True)
         ]
         return named[0] | {"rejected": named[1:]}
+
+
+def _by_shown_name(candidate: TracedCandidate) -> dict[str, Any]:
+    """`by_proxy` with the names that callers use, where the candidate has it."""
+    probabilities = candidate.get("by_proxy")
+    if probabilities is None:
+        return {}
+    return {"by_proxy": {name.partition(OWNER)[0]: p for name, p in probabilities.items()}}

@@ -5,7 +5,7 @@ which suits an accelerator. On a CPU the overhead of the operations is most of w
 costs, so here the same rule is a loop over the rows, and the network scores the proposed candidates
 only. Given the same noise both decide alike, up to rounding (`tests/proxy/test_kernel.py`).
 
-`decide_rows`, for each of A rows:
+`decide_rows`, for each of A rows, which P proxies decide together (S = sum of P over the rows):
 
 1. The size largest of V logits, largest first; the first token first among equal ones.
 2. The nucleus: divide by the temperature; drop what underflows, what is below the top_k-th value,
@@ -13,10 +13,10 @@ only. Given the same noise both decide alike, up to rounding (`tests/proxy/test_
 3. The arrival time of each candidate in an exponential race of rates p^sharpness. Its noise is a hash
    of the request's key, the position and the token, as in `noise.seeded_noise`.
 4. Propose candidates in the order of arrival. Accept one with probability a^strength, where a is the
-   network's (`proxy.network`, with the candidate's half of the first layer from a table). Stop at the
-   first accepted one; after max_rejections take the first candidate, which is `forced`. A row with one
-   candidate accepts it. A greedy row scores the max_rejections most probable candidates and takes
-   that of largest log p + strength log a.
+   network's (`proxy.network`, with the candidate's half of the first layer from a table), or with the
+   product over the row's proxies. Stop at the first accepted one; after max_rejections take the first
+   candidate, which is `forced`. A row with one candidate accepts it. A greedy row scores the
+   max_rejections most probable candidates and takes that of largest log p + strength log a.
 
 numba compiles this file at its first import on a machine, which takes seconds, and caches the result
 on disk until this file changes. It would not see a change of imported constants: everything compiled
@@ -53,6 +53,7 @@ REQUEST = np.dtype(
         ("row", np.int64),  # in the logits
         ("proxy", np.int64),  # its index in `Proxies`
         ("size", np.int64),  # candidates at most
+        ("num_shares", np.int64),  # proxies that decide the row together
         ("max_rejections", np.int64),
         ("key", np.int64),  # of its noise
         ("top_k", np.int64),  # 0 = off
@@ -64,7 +65,7 @@ REQUEST = np.dtype(
     ],
     align=True,
 )
-"""One row's request."""
+"""One row's request: so many times as the row has proxies, with the proxy and the strength of each."""
 
 
 class Logits(NamedTuple):
@@ -89,11 +90,11 @@ class Hidden(NamedTuple):
     """The lm_head's input, and its product with the proxies' first layer."""
 
     address: (
-        int  # of [A, H] bfloat16, to be multiplied here; NOWHERE: `rows`, `projected` are given
+        int  # of [S, H] bfloat16, to be multiplied here; NOWHERE: `rows`, `projected` are given
     )
     state: Any  # [2W, H] float32, what it is multiplied with
-    rows: Any  # [A, H] float32, with rows to spare for whole tiles if multiplied here
-    projected: Any  # [A, 2W] float32, likewise
+    rows: Any  # [S, H] float32, with rows to spare for whole tiles if multiplied here
+    projected: Any  # [S, 2W] float32, likewise
 
 
 class Proxies(NamedTuple):
@@ -165,7 +166,7 @@ def _widen(halves: Any, words: Any, floats: Any) -> None:
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _project(halves: Any, state: Any, states: Any, projected: Any) -> None:
-    """The bits of bfloat16 [A, H], times [2W, H] -> float32 [A, H], [A, 2W], padded to whole tiles."""
+    """The bits of bfloat16 [S, H], times [2W, H] -> float32 [S, H], [S, 2W], padded to whole tiles."""
     width = halves.shape[1]
     words = np.empty(width, np.uint32)
     for a in range(len(halves)):
@@ -411,17 +412,17 @@ def _accept_cost(
 
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def _propose(
-    request: Any,  # REQUEST
+    shares: Any,  # [P] REQUEST, of the row's proxies
     position: Any,
     values: Any,  # [n] logits of the nucleus at its temperature, largest first
     token_ids: Any,  # [n or more] their tokens
-    features: Any,  # [2W]
-    table: Any,  # [V, 2W], the proxy's
-    network: Any,
+    features: Any,  # [P or more, 2W]
+    proxies: Any,
     times: Any,  # [n or more], scratch
     mixed: Any,  # [W], scratch
 ) -> Any:
     """Steps 3 and 4 for one row. Returns the emitted candidate, how many were proposed, and forced."""
+    request = shares[0]
     count, key = len(values), np.uint64(request.key)
     total = 0.0
     for value in values:
@@ -445,9 +446,17 @@ def _propose(
         logprob = np.float32(values[first] - log_total)
         cost = 0.0  # a single candidate is accepted: there is no choice
         if count > 1:
-            candidate = table[token_ids[first]]
-            accept_cost = _accept_cost(features, candidate, logprob, network, mixed)
-            cost = request.strength * accept_cost
+            for i in range(len(shares)):
+                p = shares[i].proxy
+                network = _Network(
+                    proxies.product[p],
+                    proxies.logprob[p, 0],
+                    proxies.score[p, :, 0],
+                    proxies.bias[p, 0, 0],
+                )
+                candidate = proxies.tables[p, token_ids[first]]
+                accept_cost = _accept_cost(features[i], candidate, logprob, network, mixed)
+                cost += shares[i].strength * accept_cost
         if request.greedy:
             if np.float32(logprob - cost) > best_score:
                 best, best_score = first, np.float32(logprob - cost)
@@ -474,11 +483,13 @@ def _decide(
     words, fractions = np.empty(vocab_size, np.uint32), np.empty(vocab_size, np.float32)
     floats, maxima = np.empty(vocab_size, np.float32), np.empty(vocab_size // _BLOCK, np.float32)
     times = np.empty(top.values.shape[1], np.float64)
-    features = np.empty(hidden.projected.shape[1], np.float32)
+    features = np.empty((len(proxies.product), hidden.projected.shape[1]), np.float32)
     mixed = np.empty(proxies.product.shape[1], np.float32)
-    for a in range(len(requests)):
-        request = requests[a]
-        row, p = request.row, request.proxy
+    first = 0  # of the row's shares
+    for a in range(columns.shape[1]):
+        request = requests[first]
+        shares = requests[first : first + request.num_shares]
+        row = request.row
         row_logits = all_logits[row, :vocab_size]
         if logits.is_bfloat16 and not top.is_given:
             _widen(all_halves[row, :vocab_size], words, floats)
@@ -497,20 +508,18 @@ def _decide(
             fractions,
         )
         norm = np.float32(0.0)
-        for x in hidden.rows[a]:
+        for x in hidden.rows[first]:
             norm += x * x
-        features[:] = hidden.projected[a] / (math.sqrt(norm) + NORM_FLOOR)
-        network = _Network(
-            proxies.product[p], proxies.logprob[p, 0], proxies.score[p, :, 0], proxies.bias[p, 0, 0]
-        )
+        for i in range(len(shares)):
+            features[i] = hidden.projected[first + i] / (math.sqrt(norm) + NORM_FLOOR)
+        first += len(shares)
         slot, proposed, forced = _propose(
-            request,
+            shares,
             np.uint64(all_positions[row]),
             values[:count],
             token_ids,
             features,
-            proxies.tables[p],
-            network,
+            proxies,
             times,
             mixed,
         )
@@ -566,7 +575,7 @@ def decide_rows(
 
     Args:
         logits, top, hidden, proxies: the inputs; what they point to has to outlive the call.
-        requests: [A] REQUEST, their rows in ascending order.
+        requests: [S] REQUEST, their rows in ascending order.
         positions: address of [R] int32, the index of the token to be drawn.
         columns: [4, A] int64, the output: the columns of `acceptance.Decision`.
     """

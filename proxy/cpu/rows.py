@@ -1,6 +1,7 @@
 """The rows of a batch as the kernel wants them: on the host, in arrays and addresses.
 
-A = rows that proxies decide, of the batch's R; K = candidates, W = width, P = loaded proxies.
+A = rows that proxies decide, of the batch's R; K = candidates, W = width, P = loaded proxies. A row has
+a share for each of its proxies; S = shares of all rows.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,14 @@ _EMPTY = np.empty((0, 0), np.float32)
 
 
 class Scorer(Protocol):
-    """The first layer of the rows' proxies (`proxy.engine.scoring.ProxyScorer`)."""
+    """The first layer of the shares' proxies (`proxy.engine.scoring.ProxyScorer`)."""
 
     @property
     def state(self) -> Tensor | None:
-        """[2W, H], what all rows are multiplied with; None if they have several proxies."""
+        """[2W, H], what all shares are multiplied with; None if they have several proxies."""
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[A, H] float32 -> [A, 2W], each row with its own proxy."""
+        """[S, H] float32 -> [S, 2W], each share with its own proxy."""
 
 
 def proxy_arrays(weights: Weights, tables: Tensor) -> Proxies:
@@ -42,18 +43,22 @@ class KernelRows:
 
     def __init__(
         self,
-        requests: bytes,  # A REQUESTs, without their first three fields
+        requests: bytes,  # S REQUESTs, without their first three fields
         proxies: Proxies,
         scorer: Scorer,
         *,
         rows: Sequence[int],  # A, into the batch
-        slots: Sequence[int],  # A, of each row's proxy
         sizes: Sequence[int],  # A, candidates at most
+        counts: Sequence[int],  # A, shares of each row
+        slots: Sequence[int],  # S, of each share's proxy
     ) -> None:
         self._requests = np.frombuffer(bytearray(requests), REQUEST)
-        self._requests["row"] = rows
+        self._requests["row"] = np.repeat(rows, counts)
+        self._requests["size"] = np.repeat(sizes, counts)
         self._requests["proxy"] = slots
-        self._requests["size"] = sizes
+        self._first_shares = self._requests[np.cumsum(counts) - counts]  # [A]
+        # What the hidden states are repeated by; None = nothing.
+        self._counts = torch.tensor(counts) if len(slots) > len(rows) else None
         self._proxies = proxies
         self._scorer = scorer
         self._own_product: tuple[np.ndarray, ...] | None = None  # `Hidden` without the address
@@ -91,6 +96,8 @@ class KernelRows:
         if self._top.is_given:
             self.find_top(logits, temperature_applied=temperature_applied)
         hidden = hidden.contiguous()
+        if self._counts is not None:
+            hidden = hidden.repeat_interleave(self._counts, 0)
         if self._own_product is not None and hidden.dtype == torch.bfloat16:
             inputs = Hidden(_address(hidden, torch.bfloat16), *self._own_product)
         else:
@@ -116,12 +123,12 @@ class KernelRows:
 
     def find_top(self, logits: Tensor, *, temperature_applied: bool) -> None:
         """Fill the kernel's `Top`, with torch's threads."""
-        own = logits[self._requests["row"]].float()
+        own = logits[self._first_shares["row"]].float()
         values, token_ids = most_probable(own, self._top.values.shape[1])
         self._top.values[:], self._top.token_ids[:] = values.numpy(), token_ids.numpy()
         if self._any_top_p:
             if not temperature_applied:
-                own /= torch.from_numpy(self._requests["temperature"]).unsqueeze(-1)
+                own /= torch.from_numpy(self._first_shares["temperature"]).unsqueeze(-1)
             self._top.mass[:] = own.logsumexp(-1).numpy()
 
 

@@ -34,6 +34,7 @@ class Assignment:
     req_id: str
     proxy: ServedProxy | None = None  # None = vLLM's own sampling
     strength: float = 1.0
+    partners: tuple[tuple[ServedProxy, float], ...] = ()  # further proxies and their strengths
     max_rejections: int = 0
     temperature: float = 1.0
     top_k: int = 0  # 0 = off
@@ -45,13 +46,21 @@ class Assignment:
     shadowed: bool = True  # whether shadow proxies score it
     counts: Counts = field(default_factory=Counts, compare=False)
 
+    @cached_property
+    def shares(self) -> tuple[tuple[ServedProxy, float], ...]:
+        """The proxies that decide together, and the strength of each; () = none does."""
+        return () if self.proxy is None else ((self.proxy, self.strength), *self.partners)
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def divisor(self) -> float:
-        """What the logits are divided by. With a proxy: the temperature of its training."""
+        """What the logits are divided by. With a proxy: the temperature of its training.
+
+        Proxies that decide together were trained at the same.
+        """
         if self.proxy is not None:
             return self.proxy.config.temperature
         return 1.0 if self.is_greedy else self.temperature
@@ -63,23 +72,31 @@ class Assignment:
 
     @property
     def truncation(self) -> tuple[int, float]:
-        """Top-k and top-p of the nucleus: the request's, but never wider than in the proxy's training.
+        """Top-k and top-p of the nucleus: the request's, but never wider than in any proxy's training.
 
         A proxy's scores mean nothing for candidates that its training never showed. Greedy requests
         have no top-k and top-p of their own, because vLLM switches them off.
         """
-        if self.proxy is None:
-            return self.top_k, self.top_p
-        config = self.proxy.config
-        if self.is_greedy:
-            return config.top_k, config.top_p
-        return narrower_top_k(self.top_k, config.top_k), min(self.top_p, config.top_p)
+        has_own = not (self.shares and self.is_greedy)
+        top_k, top_p = (self.top_k, self.top_p) if has_own else (0, 1.0)
+        for proxy, _ in self.shares:
+            top_k = narrower_top_k(top_k, proxy.config.top_k)
+            top_p = min(top_p, proxy.config.top_p)
+        return top_k, top_p
+
+    @cached_property
+    def max_candidates(self) -> int:
+        """As many as every proxy takes; not without a proxy."""
+        return min(proxy.config.max_candidates for proxy, _ in self.shares)
 
     @cached_property
     def packed(self) -> bytes:
-        """The request as the CPU kernel's REQUEST; the batch sets the first three fields."""
+        """The request as the CPU kernel's REQUEST, one for each proxy; the batch sets the first three fields."""
         from proxy.cpu.kernel import REQUEST  # imports numba: only a CPU needs it
 
-        limits = self.max_rejections, self.key, *self.truncation
-        settings = self.divisor, self.sharpness, self.strength, self.is_greedy
-        return np.array((0, 0, 0, *limits, *settings), REQUEST).tobytes()
+        limits = len(self.shares), self.max_rejections, self.key, *self.truncation
+        settings = self.divisor, self.sharpness
+        rows = [
+            (0, 0, 0, *limits, *settings, strength, self.is_greedy) for _, strength in self.shares
+        ]
+        return np.array(rows, REQUEST).tobytes()

@@ -83,7 +83,9 @@ def _rows_of_shadows(
 
     def under(shadow: ServedProxy, assignment: Assignment) -> Assignment:
         limit = shadow.config.max_rejections
-        return replace(assignment, proxy=shadow, strength=1.0, max_rejections=limit, traced=False)
+        return replace(
+            assignment, proxy=shadow, strength=1.0, partners=(), max_rejections=limit, traced=False
+        )
 
     return [
         ProxiedRows(

@@ -177,8 +177,8 @@ class DecisionStats:
         ):
             assignment.counts.add(*numbers)
             assignment.counts.closed |= is_end
-            if assignment.proxy is not None:
-                self._totals.setdefault(assignment.proxy, Counts()).add(*numbers)
+            for proxy, _ in assignment.shares:
+                self._totals.setdefault(proxy, Counts()).add(*numbers)
         for record, rows in zip(records, counted, strict=True):
             if record.decision is not None and record.scored is not None:
                 indices = np.flatnonzero(rows).tolist()

@@ -16,7 +16,7 @@ from proxy.engine.batch_plan import BatchPlan, make_plan
 from proxy.engine.decision_stats import DecisionStats
 from proxy.engine.pool import ProxyPool, ServedProxy
 from proxy.noise import noise_key
-from proxy.request import alignment_of, caller_id
+from proxy.request import WorkerAlignment, alignment_of, caller_id
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RequestTracker:
     def proxies_in_use(self, live: Collection[str]) -> set[ServedProxy]:
         """The proxies of requests that may go on."""
         self._set_finished_aside(live)
-        return {a.proxy for a in self._live.values() if a.proxy is not None}
+        return {proxy for a in self._live.values() for proxy, _ in a.shares}
 
     def take(self, request_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The counts of requests, which are then forgotten: to be called when they have finished.
@@ -89,12 +89,12 @@ class RequestTracker:
         self.stats.aggregate([assignment.counts for assignment in taken.values()])
         answer = {}
         for req_id, assignment in taken.items():
-            assert assignment.proxy is not None
+            proxies = [proxy for proxy, _ in assignment.shares]
             counts = assignment.counts
             accepted = counts.tokens - counts.forced
             answer[req_id] = {
-                "proxy": assignment.proxy.name,
-                "version": assignment.proxy.version,
+                "proxy": "+".join(proxy.name for proxy in proxies),
+                "version": "+".join(proxy.version for proxy in proxies),
                 "proposed": counts.proposed,
                 "accepted": accepted,
                 "rejected": counts.proposed - accepted,
@@ -146,24 +146,21 @@ class RequestTracker:
             top_p=getattr(params, "top_p", 1.0),
             shadowed=alignment.shadow,
         )
-        if alignment.proxy is None or not alignment.acts:
+        if not alignment.acts:
             return unproxied
-        proxy = find(alignment.proxy, alignment.version)
-        if proxy is None:
-            logger.warning(
-                "No proxy %r, version %s, is loaded: sampled without one.",
-                alignment.proxy,
-                alignment.version,
-            )
+        shares = _shares(alignment, find)
+        if shares is None:
             return unproxied
+        (proxy, strength), *partners = shares
         max_rejections = alignment.max_rejections
         if max_rejections is None:
-            max_rejections = proxy.config.max_rejections
+            max_rejections = min(proxy.config.max_rejections for proxy, _ in shares)
         stop_ids = {*(params.stop_token_ids or ()), params.eos_token_id} - {None}
         assignment = replace(
             unproxied,
             proxy=proxy,
-            strength=alignment.strength,
+            strength=strength,
+            partners=tuple(partners),
             max_rejections=max_rejections,
             key=_random_key() if params.seed is None else noise_key(params.seed),
             is_seeded=params.seed is not None,
@@ -190,6 +187,28 @@ class RequestTracker:
         siblings.discard(req_id)
         if not siblings:
             del self._engine_ids[caller_id(req_id)]
+
+
+def _shares(alignment: WorkerAlignment, find: FindProxy) -> list[tuple[ServedProxy, float]] | None:
+    """The proxies that decide a request, and their strengths; None, with a warning, where they cannot.
+
+    In the order of their names, whatever order the request has: sums of more than two costs depend on it.
+    """
+    shares = []
+    for name, strength in sorted(alignment.strengths.items()):
+        if strength > 0:
+            version = alignment.version_of(name)
+            proxy = find(name, version)
+            if proxy is None:
+                warning = "No proxy %r, version %s, is loaded: sampled without one."
+                logger.warning(warning, name, version)
+                return None
+            shares.append((proxy, strength))
+    if len({proxy.config.temperature for proxy, _ in shares}) > 1:
+        names = ", ".join(proxy.name for proxy, _ in shares)
+        logger.warning("%s are trained at different temperatures: sampled without a proxy.", names)
+        return None
+    return shares
 
 
 def _random_key() -> int:

@@ -1,6 +1,7 @@
 """The rows of a batch that proxies decide: their settings as tensors, and the decision of a step.
 
-R = logits rows, A = those of them that a proxy decides, K = candidates.
+R = logits rows, A = those of them that a proxy decides, K = candidates. A row that P proxies decide
+together has P shares; S = shares of all rows.
 """
 
 from functools import cached_property
@@ -21,7 +22,7 @@ class Settings(NamedTuple):
     """The requests' settings, row by row, as `proxy.acceptance` takes them; None = default in all rows."""
 
     sizes: Tensor | None  # [A] int64, candidates at most
-    strength: Tensor | None  # [A] float32
+    strength: Tensor | None  # [A] float32, or [A, P] with 0 for a proxy that a row does not have
     max_rejections: Tensor  # [A] int64
     greedy: Tensor | None  # [A] bool
     temperature: Tensor | None  # [A] float32, of the nucleus
@@ -36,7 +37,7 @@ class ScoredCandidates(NamedTuple):
     """Everything that the decisions of A rows are made from."""
 
     candidates: Candidates
-    accept_logits: Tensor  # [A, K]
+    accept_logits: Tensor  # [A, K], or [A, P, K]
     noise: Tensor  # [A, 2, K]
 
 
@@ -55,15 +56,15 @@ class ProxiedRows:
         assert pool.tables is not None
         self.rows = rows
         self.assignments = assignments
-        self.proxies = [a.proxy for a in assignments if a.proxy is not None]  # A of them
+        self.proxies = [proxy for a in assignments for proxy, _ in a.shares]  # [S]
+        self.max_shares = max(len(a.shares) for a in assignments)  # P
         self.any_traced = any(a.traced for a in assignments)
         self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
         self._pool = pool
         self._device = device
         self._vocab_size = pool.tables.shape[1]
-        size_of = {p: min(p.config.max_candidates, self._vocab_size) for p in set(self.proxies)}
-        self._sizes = [size_of[proxy] for proxy in self.proxies]
-        self._max_size = max(size_of.values())
+        self._sizes = [min(a.max_candidates, self._vocab_size) for a in assignments]  # [A]
+        self._max_size = max(self._sizes)
 
     def select_rows(self, x: Tensor) -> Tensor:
         """These rows of a tensor with one row for each row of the batch: [R, ...] -> [A, ...]."""
@@ -118,8 +119,24 @@ class ProxiedRows:
         )
 
     def accept_logits(self, hidden: Tensor, candidates: Candidates) -> Tensor:
-        """[R, H] and A rows of candidates -> [A, K]."""
-        return self._scorer.accept_logits(self.select_rows(hidden), candidates)
+        """[R, H] and A rows of candidates -> [A, K], or [A, P, K] if a row has several proxies."""
+        hidden = self.select_rows(hidden)
+        if self.max_shares == 1:
+            return self._scorer.accept_logits(hidden, candidates)
+        rows, ranks = self._shares
+        of_shares = Candidates(*(part[rows] for part in candidates))
+        scores = self._scorer.accept_logits(hidden[rows], of_shares)
+        padded = scores.new_zeros(len(self.rows), self.max_shares, scores.shape[-1])
+        padded[rows, ranks] = scores
+        return padded
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """Of each share its row among the A, and its place among the row's: [2, S] int64."""
+        pairs = [
+            (row, rank) for row, a in enumerate(self.assignments) for rank in range(len(a.shares))
+        ]
+        return to_device([*zip(*pairs, strict=True)], torch.int64, self._device)
 
     def noise(self, positions: Tensor, token_ids: Tensor) -> Tensor:
         """[A] positions and [A, K] candidates -> [A, 2, K]; seeded rows draw from their seed alone."""
@@ -155,10 +172,16 @@ class ProxiedRows:
             return to_device(data, dtype, self._device)
 
         rows = self.assignments
+        strengths = [[strength for _, strength in a.shares] for a in rows]
+        if self.max_shares == 1:
+            strength = unless(1.0, [strength for (strength,) in strengths], torch.float32)
+        else:
+            padded = [[*of_row, *[0.0] * (self.max_shares - len(of_row))] for of_row in strengths]
+            strength = to_device(padded, torch.float32, self._device)
         top_k = [a.truncation[0] or self._vocab_size for a in rows]
         return Settings(
             sizes=unless(self._max_size, self._sizes, torch.int64),
-            strength=unless(1.0, [a.strength for a in rows], torch.float32),
+            strength=strength,
             max_rejections=to_device([a.max_rejections for a in rows], torch.int64, self._device),
             greedy=unless(False, [a.is_greedy for a in rows], torch.bool),
             temperature=unless(1.0, [a.divisor for a in rows], torch.float32),
@@ -175,6 +198,8 @@ class ProxiedRows:
         from proxy.gpu.kernel import TILE  # imports Triton
         from proxy.gpu.rows import KernelRows, supports
 
+        if self.max_shares > 1:  # the kernels know one proxy a row
+            return None
         weights, tables = self._pool.tensors
         # Of the whole pool: the kernels are compiled for it, not for every batch.
         max_candidates = max(proxy.config.max_candidates for proxy in self._pool.proxies)
@@ -208,8 +233,9 @@ class ProxiedRows:
             self._pool.derived("arrays", lambda: proxy_arrays(*self._pool.tensors)),
             self._scorer,
             rows=self.rows,
-            slots=[proxy.slot for proxy in self.proxies],
             sizes=self._sizes,
+            counts=[len(a.shares) for a in self.assignments],
+            slots=[proxy.slot for proxy in self.proxies],
         )
 
 

@@ -7,10 +7,9 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from proxy.acceptance import Decision, arrival_times, proposed_mask
+from proxy.acceptance import Decision, accept_costs, arrival_times, joint_cost, proposed_mask
 from proxy.engine.device import to_device
 from proxy.engine.rows import ProxiedRows, ScoredCandidates
 from proxy.request import TRACE_TOKENS, TRACED_REQUESTS
@@ -68,8 +67,8 @@ def _entries_of(
     times = arrival_times(
         candidates, noise[:, 0], sharpness=settings.sharpness, greedy=settings.greedy
     )
-    strength = 1.0 if settings.strength is None else settings.strength.unsqueeze(-1)
-    accept_probs = (-strength * F.softplus(-accept_logits)).exp()
+    costs = accept_costs(accept_logits, settings.strength)
+    costs = costs if costs.dim() == 3 else costs.unsqueeze(1)  # [A, P, K]
     proposed = proposed_mask(times, decision)
     has_choice = (candidates.logprobs > -torch.inf).sum(-1, keepdim=True) > 1
     columns = (
@@ -80,19 +79,35 @@ def _entries_of(
         times.argsort(-1),
         candidates.token_ids,
         candidates.logprobs.exp(),
-        accept_probs,
+        (-joint_cost(costs)).exp(),
+        (-costs).exp(),
     )
+    names = [[proxy.name for proxy, _ in a.shares] for a in rows.assignments]
     entries = []
-    for slot, forced, is_proposed, is_scored, order, token_ids, probs, accepts in zip(
-        *(column[index].tolist() for column in columns), strict=True
-    ):
+    for (
+        row,
+        slot,
+        forced,
+        is_proposed,
+        is_scored,
+        order,
+        token_ids,
+        probs,
+        accepts,
+        by_proxy,
+    ) in zip(index.tolist(), *(column[index].tolist() for column in columns), strict=True):
 
         def candidate(slot: int) -> Entry:
-            return {
+            entry = {
                 "token_id": token_ids[slot],  # noqa: B023
                 "probability": probs[slot],  # noqa: B023
                 "accept_probability": accepts[slot] if is_scored[slot] else None,  # noqa: B023
             }
+            own = names[row]  # noqa: B023
+            if len(own) > 1 and is_scored[slot]:  # noqa: B023
+                of_each = zip(own, by_proxy, strict=False)  # noqa: B023
+                entry["by_proxy"] = {name: accepts[slot] for name, accepts in of_each}
+            return entry
 
         rejected = [s for s in order if is_proposed[s] and (forced or s != slot)]
         entries.append(

@@ -5,11 +5,11 @@
               └───────────── AdmittedRequest (a context variable) ─┘
 
 `admission.admit` takes the proxy and `alignment` out of the JSON body. The admitted request is kept in a context
-variable while the app answers, and the proxy's version stays pinned until the response has ended: sent, failed or
+variable while the app answers, and the proxies' versions stay pinned until the response has ended: sent, failed or
 abandoned by the client. `admission` refuses what it cannot honour, so a new route of vLLM's never drops a proxy.
 
 The request header `Assent-Alignment` may take the place of the body's `alignment`. The response header `Assent-Proxy`
-names the proxy and its version.
+names the proxy and its version, of several `a+b@<version of a>+<version of b>`.
 """
 
 import asyncio
@@ -29,16 +29,17 @@ from server.admission import (
     Admission,
     AdmittedRequest,
     admit,
-    load_own_proxy,
     read_fields,
 )
 from server.alignment_field import ALIGNMENT_HEADER
+from server.answers import named_version
 from server.app_state import AppState
 from server.body_shape import check_responses_items, check_shape, check_text
 from server.engine import VLLMNotFoundError, VLLMValidationError, create_error_response
 from server.engine_wrapper import CURRENT_REQUEST
 from server.middleware import route_path
 from server.middleware.request_log import ADMITTED, BODY, TEXTS
+from server.proxy_choice import load_own_proxies
 
 PROXY_HEADER = "Assent-Proxy"
 
@@ -75,7 +76,7 @@ class AlignmentMiddleware:
             check_shape(body)
             if path == RESPONSES:
                 check_responses_items(body)
-            await load_own_proxy(body, state, scope[CALLER])
+            await load_own_proxies(body, state, scope[CALLER])
             admitted = scope[ADMITTED] = admit(path, body, state, scope[CALLER])
         except (VLLMNotFoundError, VLLMValidationError) as error:
             answer = create_error_response(error)
@@ -100,8 +101,7 @@ class AlignmentMiddleware:
             await self.app(scope, receive, _add_proxy_header(admitted.admission, send))
         finally:
             CURRENT_REQUEST.reset(token)
-            if admitted.admission.pinned is not None:
-                state.proxies.unpin(admitted.admission.pinned)
+            state.proxies.unpin(*admitted.admission.pinned)
 
 
 async def _flush_metrics(state: AppState) -> None:
@@ -141,9 +141,9 @@ def _replay(content: bytes, receive: Receive) -> Receive:
 
 
 def _add_proxy_header(admission: Admission, send: Send) -> Send:
-    if admission.pinned is None:
+    if not admission.pinned:
         return send
-    value = f"{admission.pinned.shown_name}@{admission.pinned.version}"
+    value = named_version(admission)
 
     async def with_header(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:

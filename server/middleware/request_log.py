@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import metrics
 from server.access import CALLER
 from server.admission import AdmittedRequest
+from server.answers import named_version
 from server.middleware import route_path
 from server.tracing import begin_span, end_span
 
@@ -130,8 +131,8 @@ async def _fields(admitted: AdmittedRequest) -> dict[str, Any]:
     """The fields of a line about the model's work."""
     admission, counts = admitted
     fields: dict[str, Any] = {"model": admission.requested_model}
-    if admission.pinned is not None:
-        fields["proxy"] = f"{admission.pinned.shown_name}@{admission.pinned.version}"
+    if admission.pinned:
+        fields["proxy"] = named_version(admission)
         with suppress(Exception):  # the line is needed most when the engine is dead
             fields["proxy_counts"] = await asyncio.wait_for(counts.total(), _COUNTS_SECONDS)
     if admission.best_of > 1:

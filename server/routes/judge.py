@@ -16,7 +16,6 @@ from judge.tournament import Pair, play
 from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
-from server.admission import judging_proxy
 from server.app_state import get_state
 from server.engine import (
     ErrorResponse,
@@ -25,6 +24,7 @@ from server.engine import (
     with_cancellation,
 )
 from server.judges import Judges
+from server.proxy_choice import judging_proxies
 from server.schemas.judge import JudgeRequest, PairResponse, PairsResponse, RankRequest
 from server.schemas.report import Tournament
 from server.streams import DONE, as_event
@@ -57,8 +57,8 @@ async def judge_pairs(request: JudgeRequest, raw_request: Request) -> Response:
     principles, questions = judges.select(request), request.questions()
     if request.rationale:
         return await _explain(request, judges, principles, questions, caller)
-    async with judging_proxy(request, state, caller) as proxy:
-        judge = judges.make(request.kind, principles, proxy, tie_band=request.tie_band)
+    async with judging_proxies(request, state, caller) as proxies:
+        judge = judges.make(request.kind, principles, proxies, tie_band=request.tie_band)
         results = await judges.compare(judge, questions, principles, caller)
     return _answer(request, judge, [_as_json(result) for result in results])
 
@@ -120,8 +120,8 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
         return await judges.compare(judge, questions, principles, caller)
 
     seed = random.randrange(2**32) if request.seed is None else request.seed
-    async with judging_proxy(request, state, caller) as proxy:
-        judge = judges.make(request.kind, principles, proxy)
+    async with judging_proxies(request, state, caller) as proxies:
+        judge = judges.make(request.kind, principles, proxies)
         record = await play(request.strategy, len(request.responses), compare_round, seed)
     metrics.count_usage(judge.usage)
     metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, record.rounds)))

@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.access import CALLER
-from server.admission import proxy_names
 from server.app_state import get_state
 from server.engine import ErrorResponse, ModelCard, ModelList, VLLMNotFoundError
+from server.proxy_choice import proxy_names
 
 router = APIRouter(tags=["Generation"])
 

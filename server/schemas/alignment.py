@@ -1,11 +1,13 @@
 """The `alignment` object of a request, and how answers are judged."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from proxy.request import Alignment, WorkerAlignment
+from proxy.request import MAX_PROXIES, Alignment, Strength, WorkerAlignment
 from server.judge_adapters import JudgeKind
+from server.proxies import ServedVersion
 
 
 def _no_duplicates(names: list[str]) -> list[str]:
@@ -34,10 +36,25 @@ class JudgeSettings(BaseModel):
         None,
         description="With kind `proxy`: the loaded proxy that makes the better response likelier.",
     )
+    proxies: dict[str, Strength] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_PROXIES,
+        description="Several, in the place of `proxy`: their scores are added, each times its strength.",
+    )
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each proxy that judges, by name."""
+        if self.proxies is not None:
+            return self.proxies
+        return {} if self.proxy is None else {self.proxy: 1.0}
 
     @model_validator(mode="after")
     def _proxy_of_its_kind(self) -> Self:
-        if (self.kind == "proxy") != (self.proxy is not None):
+        if self.proxy is not None and self.proxies is not None:
+            raise ValueError("give either proxy or proxies, and not both")
+        if (self.kind == "proxy") != bool(self.strengths):
             raise ValueError("kind `proxy` and the name of a proxy go together")
         return self
 
@@ -81,12 +98,23 @@ class AlignmentOptions(Alignment):
                 raise ValueError(f"{option} needs samples to choose from: set best_of to 2 or more")
         return self
 
-    def for_worker(self, name: str, version: str) -> WorkerAlignment:
-        """The options for the worker, with the version that the name stands for."""
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "AlignmentOptions":
+        for option in ("proxy", "strength"):
+            if self.proxies is not None and option in self.model_fields_set:
+                raise ValueError(f"proxies has names and strengths: leave out {option}")
+        return self
+
+    def for_worker(self, chosen: Mapping[ServedVersion, float]) -> WorkerAlignment:
+        """The options for the worker, with the versions and strengths of the proxies."""
+        options = {"max_rejections": self.max_rejections, "trace": self.trace}
+        if len(chosen) == 1:
+            ((proxy, strength),) = chosen.items()
+            return WorkerAlignment(
+                proxy=proxy.name, version=proxy.version, strength=strength, **options
+            )
         return WorkerAlignment(
-            proxy=name,
-            version=version,
-            strength=self.strength,
-            max_rejections=self.max_rejections,
-            trace=self.trace,
+            proxies={proxy.name: strength for proxy, strength in chosen.items()},
+            versions={proxy.name: proxy.version for proxy in chosen},
+            **options,
         )

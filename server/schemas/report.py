@@ -37,6 +37,9 @@ class TracedCandidate(ResponseBody):
     accept_probability: Probability | None = Field(
         description="After the strength; null where it was the only candidate, which no proxy is asked about."
     )
+    by_proxy: dict[str, Probability] | None = Field(
+        None, description="Of several proxies: the factor of each."
+    )
 
 
 class TracedToken(TracedCandidate):
@@ -86,11 +89,22 @@ class DroppedSample(ResponseBody):
     reason: str
 
 
+class ProxyShare(ResponseBody):
+    """One of several proxies that decided together."""
+
+    version: str
+    strength: float
+
+
 class AlignmentStats(ResponseBody):
     """What the proxy and the judge did. Counts are over all samples."""
 
     proxy: str | None = Field(description="null: the frozen LLM answered.")
     version: str | None = Field(description="Hash of the checkpoint's content.")
+    proxies: dict[str, ProxyShare] | None = Field(
+        None,
+        description="Only of several, whose names and versions `proxy` and `version` join with +.",
+    )
     proposed: int | None = Field(
         None,
         description="Candidates proposed to the proxy. Counts are there if the request has an "

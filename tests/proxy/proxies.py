@@ -70,14 +70,26 @@ def different_proxies(pool: ProxyPool) -> list[Proxy]:
     ]
 
 
-def every_setting(pool: ProxyPool, count: int, *, traced: bool) -> list[Assignment]:
-    """Seeded requests with the pool's proxies and all kinds of settings, in turns of different lengths."""
+def every_setting(
+    pool: ProxyPool, count: int, *, traced: bool, several: bool = False
+) -> list[Assignment]:
+    """Seeded requests with the pool's proxies and all kinds of settings, in turns of different lengths.
+
+    `several`: some of them have one, two or all of the other proxies as partners.
+    """
     proxies = pool.proxies
+
+    def partners(row: int) -> tuple[tuple[ServedProxy, float], ...]:
+        others = proxies[row % len(proxies) + 1 :] + proxies[: row % len(proxies)]
+        strengths = (1.0, 0.4, 2.0)
+        return tuple(zip(others[: row % 4], strengths, strict=False)) if several else ()
+
     return [
         Assignment(
             f"r{row}",
             proxies[row % len(proxies)],
             strength=(0.5, 1.0, 3.0)[row % 3],
+            partners=partners(row),
             max_rejections=(8, 0, 1, 2, 3)[row % 5],
             temperature=(1.0, 0.6, 0.0)[row // 2 % 3],
             top_k=(0, 5, 0, proxies[0].config.vocab_size)[row % 4],

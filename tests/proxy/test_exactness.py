@@ -50,11 +50,17 @@ def random_setting(rng: np.random.Generator) -> Setting:
 # --- the tensor functions ---
 
 
+def joint_logits(costs: np.ndarray) -> list[float]:
+    """Accept logits of the product of P proxies' probabilities, from their -log: [P, K] -> [K]."""
+    return (-np.log(np.expm1(costs.sum(0)))).tolist()
+
+
 class Kind(NamedTuple):
-    """One kind of row: its logits and accept logits by token, [V] each."""
+    """One kind of row: its logits [V], and the accept logits of up to three proxies by token [3, V]."""
 
     logits: np.ndarray
     scores: np.ndarray
+    strengths: tuple[float, float, float]  # 0 = the row does not have this proxy
     setting: Setting
     distribution: Distribution
 
@@ -71,7 +77,7 @@ def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
             logits = torch.tensor(logits * 3).bfloat16().float().numpy()
             best, second, third, fourth, *_ = np.argsort(-logits)
             logits[second], logits[fourth] = logits[best], logits[third]
-        scores = rng.normal(0, 1.5, vocab_size) - (40.0 if i % 8 == 5 else 0.0)
+        scores = rng.normal(0, 1.5, (3, vocab_size)) - (40.0 if i % 8 == 5 else 0.0)
         setting = random_setting(rng)._replace(
             max_candidates=int(rng.choice([1, 3, 5, 6, 8])),
             trained_temperature=float(rng.choice([0.7, 1.0, 1.0, 1.3])),
@@ -82,14 +88,19 @@ def random_kinds(count: int, vocab_size: int = 30) -> list[Kind]:
             floor = logits.max() + setting.trained_temperature * np.log(setting.min_p)
             logits = np.where(logits >= floor, logits, -np.inf)
 
-        def accept_logits(ids: list[int], _: list[float], scores=scores) -> list[float]:
-            return scores[ids].tolist()
+        strengths = (setting.strength, *((0.0, 0.0), (0.7, 0.0), (1.0, 2.0))[i % 3])
+
+        def accept_logits(
+            ids: list[int], _: list[float], scores=scores, strengths=strengths
+        ) -> list[float]:
+            costs = np.array(strengths)[:, None] * np.logaddexp(0, -scores[:, ids])
+            return joint_logits(costs)
 
         try:
-            distribution = token_distribution(logits, setting, accept_logits)
+            distribution = token_distribution(logits, setting._replace(strength=1.0), accept_logits)
         except AmbiguousError:
             continue
-        kinds.append(Kind(logits, scores, setting, distribution))
+        kinds.append(Kind(logits, scores, strengths, setting, distribution))
     return kinds
 
 
@@ -120,11 +131,12 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
     noise = draw_noise(rows, candidates.token_ids.shape[1], "cpu")
     is_seeded = torch.arange(rows) // len(kinds) % 2 == 1
     seeded = seeded_noise(keys, torch.full((rows,), 70), candidates.token_ids)
+    token_ids = candidates.token_ids.unsqueeze(1).expand(-1, 3, -1)
     decision = decide(
         candidates,
-        scores.gather(-1, candidates.token_ids),
+        scores.gather(-1, token_ids),
         torch.where(is_seeded.view(-1, 1, 1), seeded, noise),
-        strength=column("strength"),
+        strength=torch.tensor([kind.strengths for kind in by_row]),
         max_rejections=column("max_rejections"),
         sharpness=column("trained_temperature") / column("temperature").masked_fill(greedy, 1.0),
         greedy=greedy,
@@ -137,7 +149,7 @@ def decide_mixed(kinds: list[Kind], repeats: int) -> list[Counter[Outcome]]:
 
 
 def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
-    """Each row its own scores, K, max_rejections, strength, temperature, top-k, top-p, min-p."""
+    """Each row its own scores, K, max_rejections, temperature, top-k, top-p, min-p, and one to three proxies."""
     kinds = random_kinds(72)
     assert sum(len(kind.distribution) == 1 for kind in kinds) > 5
     assert any(
@@ -152,19 +164,23 @@ def test_a_batch_of_unlike_rows_follows_the_enumerated_law():
 VOCAB_SIZE = 288
 PROMPTS = ((5,), (7, 80, 9), (200, 11, 40, 41), (33, 34))
 REQUESTS_AT_ONCE = 4000  # the worker keeps the counts of 4096
-# Widths, K and the decodings of their training differ; "never" rejects everything.
+# Widths, K and the decodings of their training differ; "never" rejects everything; "hot" shares its temperature.
 PROXIES: dict[str, dict[str, Any]] = {
     "wide": {"width": 64, "max_candidates": 8, "temperature": 0.8, "top_k": 6, "top_p": 0.9},
     "narrow": {"width": 16, "max_candidates": 5, "use_logprob": False, "temperature": 1.3},
     "never": {"width": 8, "max_candidates": 6, "accept_bias": -60.0},
+    "hot": {"width": 24, "max_candidates": 9, "temperature": 1.3, "top_k": 7, "top_p": 0.94},
 }
 
 
-def trained_with(name: str) -> dict[str, Any]:
-    """The fields of a `Setting` that depend on the proxy."""
-    config = PROXIES[name]
-    decoding = {f"trained_{x}": config[x] for x in ("temperature", "top_k", "top_p") if x in config}
-    return decoding | {"max_candidates": config["max_candidates"]}
+def trained_with(*names: str) -> dict[str, Any]:
+    """The fields of a `Setting` that depend on the proxies: the narrowest of each."""
+    configs = [PROXIES[name] for name in names]
+    fields: dict[str, Any] = {"max_candidates": min(c["max_candidates"] for c in configs)}
+    for name in ("temperature", "top_k", "top_p"):
+        if values := [config[name] for config in configs if name in config]:
+            fields[f"trained_{name}"] = min(values)
+    return fields
 
 
 class Request(NamedTuple):
@@ -174,6 +190,13 @@ class Request(NamedTuple):
     proxy: str | None
     setting: Setting
     trace: bool = False
+    partner: str | None = None
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The partner has half of the proxy's strength."""
+        own = {} if self.proxy is None else {self.proxy: self.setting.strength}
+        return own | ({} if self.partner is None else {self.partner: self.setting.strength / 2})
 
     @property
     def is_aligned(self) -> bool:
@@ -191,14 +214,11 @@ class Request(NamedTuple):
 
         setting, extra_args = self.setting, None
         if self.proxy is not None:
-            extra_args = {
-                "alignment": {
-                    "proxy": self.proxy,
-                    "strength": setting.strength,
-                    "max_rejections": setting.max_rejections,
-                    "trace": self.trace,
-                }
-            }
+            proxies: dict[str, Any] = {"proxy": self.proxy, "strength": setting.strength}
+            if self.partner is not None:
+                proxies = {"proxies": self.strengths}
+            limits = {"max_rejections": setting.max_rejections, "trace": self.trace}
+            extra_args = {"alignment": proxies | limits}
         return SamplingParams(
             temperature=setting.temperature,
             top_k=setting.top_k,
@@ -266,7 +286,9 @@ def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Request
     requests = []
     for i in range(28):
         name = ("wide", "narrow", "wide", "narrow", "never")[i % 5]
-        setting = random_setting(rng)._replace(**trained_with(name))
+        partner = "hot" if i % 5 == 3 else None
+        names = [name] if partner is None else [name, partner]
+        setting = random_setting(rng)._replace(**trained_with(*names))
         proxy: str | None = name
         if i % 7 == 0:
             setting = setting._replace(temperature=0.0)
@@ -279,8 +301,8 @@ def random_requests(*, mixed: bool = False, trace: bool = False) -> list[Request
                 max_candidates=VOCAB_SIZE,
                 trained_temperature=setting.temperature or 1.0,
             )
-            proxy = None if i % 2 else proxy
-        requests.append(Request(PROMPTS[i % len(PROMPTS)], proxy, setting, trace))
+            proxy, partner = None if i % 2 else proxy, None
+        requests.append(Request(PROMPTS[i % len(PROMPTS)], proxy, setting, trace, partner))
     return requests
 
 
@@ -337,12 +359,24 @@ def distribution_of(
     networks: dict[str, ProxyNetwork],
 ) -> Distribution:
     def accept_logits(token_ids: list[int], logprobs: list[float]) -> list[float]:
-        if request.proxy is None:
-            return [0.0] * len(token_ids)
-        network = networks[request.proxy]
-        return accept_logits_of(network, hidden, embeddings, token_ids, logprobs)
+        scores = {
+            name: np.array(
+                accept_logits_of(networks[name], hidden, embeddings, token_ids, logprobs)
+            )
+            for name in request.strengths
+        }
+        if request.partner is None:
+            return scores[request.proxy].tolist() if request.proxy else [0.0] * len(token_ids)
+        costs = [
+            strength * np.logaddexp(0, -scores[name])
+            for name, strength in request.strengths.items()
+        ]
+        return joint_logits(np.array(costs))
 
-    return token_distribution(logits.double().numpy(), request.setting, accept_logits)
+    setting = request.setting
+    if request.partner is not None:
+        setting = setting._replace(strength=1.0)
+    return token_distribution(logits.double().numpy(), setting, accept_logits)
 
 
 @torch.no_grad()

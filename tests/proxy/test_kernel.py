@@ -22,8 +22,8 @@ def threads():
 
 
 def rows_of(pool: ProxyPool, count: int, *, traced: bool) -> ProxiedRows:
-    """A trace makes a CPU use the tensor functions."""
-    assignments = every_setting(pool, count, traced=traced)
+    """A trace makes a CPU use the tensor functions. In a large batch some rows have several proxies."""
+    assignments = every_setting(pool, count, traced=traced, several=count > 5)
     return ProxiedRows(list(range(count)), assignments, pool, CPU, covers_batch=True)
 
 

@@ -19,14 +19,26 @@ def test_round_trip_through_extra_args():
         "alignment": {
             "proxy": "polite",
             "strength": 1.5,
+            "proxies": None,
             "max_rejections": 3,
             "trace": True,
             "version": "0123456789ab",
+            "versions": None,
             "read": None,
             "shadow": True,
         }
     }
     assert alignment_of(json.loads(json.dumps(extra_args))) == alignment
+
+
+def test_several_proxies():
+    alignment = WorkerAlignment(
+        proxies={"polite": 0.5, "plain": 0.0}, versions={"polite": "0123456789ab"}
+    )
+    assert alignment_of(json.loads(json.dumps(alignment.to_extra_args()))) == alignment
+    assert alignment.strengths == {"polite": 0.5, "plain": 0.0}
+    assert [alignment.version_of(name) for name in alignment.strengths] == ["0123456789ab", None]
+    assert alignment.acts and not WorkerAlignment(proxies={"polite": 0.0}).acts
 
 
 def test_what_a_request_leaves_out():
@@ -46,6 +58,11 @@ def test_what_a_request_leaves_out():
         {"max_rejections": 10**30},
         {"proxy": 3},
         {"trace": "sometimes"},
+        {"proxies": {}},
+        {"proxies": ["polite"]},
+        {"proxies": {"polite": -1}},
+        {"proxies": {"polite": None}},
+        {"proxies": {f"p{number}": 1 for number in range(9)}},
         {"strenght": 1.0},
     ],
 )

@@ -92,6 +92,8 @@ def proxy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     variant("v2", -2.0)
     variant("v3", -1.0)  # on top of the other
+    checkpoint.network.config = checkpoint.config.model_copy(update={"temperature": 0.5})
+    save(root / "cool", checkpoint.network, base=checkpoint.base, training=checkpoint.training)
     sizes = ProxyConfig(hidden_size=64, vocab_size=checkpoint.config.vocab_size)
     save(root / "other-sizes", ProxyNetwork(sizes), base=checkpoint.base, training={})
     other_base = checkpoint.base.model_copy(update={"fingerprint": "0" * 64})

@@ -192,6 +192,7 @@ def test_entries_that_the_worker_dropped_are_missed(num_kept, truncated):
     from server.access import Limits
     from server.admission import Admission
     from server.alignment_stats import AlignmentCounts
+    from server.proxies import ServedVersion
     from server.schemas.alignment import AlignmentOptions, JudgeOptions
     from server.traces import Trace
 
@@ -203,8 +204,9 @@ def test_entries_that_the_worker_dropped_are_missed(num_kept, truncated):
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     renderer = SimpleNamespace(get_tokenizer=lambda: tokenizer)
     state = SimpleNamespace(engine=SimpleNamespace(renderer=renderer), traces=Worker())
-    alignment = AlignmentOptions(trace=True).for_worker("a", "v1")
-    admission = Admission("llm:a", alignment, None, Limits(), True, 1, JudgeOptions(), None)
+    proxy = ServedVersion("a", "v1", {}, "serving")
+    alignment = AlignmentOptions(trace=True).for_worker({proxy: 1.0})
+    admission = Admission("llm:a", alignment, (proxy,), Limits(), True, 1, JudgeOptions(), None)
     counts = AlignmentCounts(None, in_response=True, engine_ids=["x"])
     counts.delivered["x", 0] = 3
     trace = Trace(admission, counts, state)
