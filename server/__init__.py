@@ -22,7 +22,8 @@ A request (`middleware/`, then `routes/`):
 - `body_shape`       - limits on the shape of a JSON body.
 - `alignment_field`  - `alignment` in a header, and misspelt.
 - `access`           - API keys, administrators and limits.
-- `admission`        - which proxy aligns a request, or why it is refused.
+- `proxy_choice`     - which proxies a request names, and which versions these are.
+- `admission`        - which proxies align a request, or why it is refused.
 - `engine_wrapper`   - adds the admitted proxy to every request to the engine.
 - `schemas/`         - the bodies of requests and responses.
 - `validation_errors` - what does not fit in a request, in one line.

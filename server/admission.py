@@ -1,4 +1,4 @@
-"""Admission: which proxy aligns a request, or why it is refused. `middleware.alignment` calls it for every JSON body.
+"""Admission: which proxies align a request, or why it is refused. `middleware.alignment` calls it for every JSON body.
 
 Proxies are chosen by `alignment` or by the model's name, `<model>:<proxy>` (`proxy_choice`). Both are taken out
 of the body, so that vLLM's own handlers find a request for the frozen LLM.

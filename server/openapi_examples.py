@@ -33,6 +33,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
     _CHAT: {
         "a proxy": {"model": "assent-demo", "messages": _MESSAGES, "alignment": _ALIGNMENT},
         "the model's name selects it": {"model": "assent-demo:aligned", "messages": _MESSAGES},
+        "several proxies": {
+            "model": "assent-demo",
+            "messages": _MESSAGES,
+            "alignment": {"proxies": {"aligned": 1, "polite": 0.5}},
+        },
         "every token's candidates": {
             "model": "assent-demo:aligned",
             "messages": _MESSAGES,

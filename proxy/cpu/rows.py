@@ -49,16 +49,18 @@ class KernelRows:
         *,
         rows: Sequence[int],  # A, into the batch
         sizes: Sequence[int],  # A, candidates at most
-        counts: Sequence[int],  # A, shares of each row
+        counts: Sequence[int] | None,  # A, shares of each row; None = one
         slots: Sequence[int],  # S, of each share's proxy
     ) -> None:
         self._requests = np.frombuffer(bytearray(requests), REQUEST)
-        self._requests["row"] = np.repeat(rows, counts)
-        self._requests["size"] = np.repeat(sizes, counts)
+        self._requests["row"] = rows if counts is None else np.repeat(rows, counts)
+        self._requests["size"] = sizes if counts is None else np.repeat(sizes, counts)
         self._requests["proxy"] = slots
-        self._first_shares = self._requests[np.cumsum(counts) - counts]  # [A]
-        # What the hidden states are repeated by; None = nothing.
-        self._counts = torch.tensor(counts) if len(slots) > len(rows) else None
+        self._first_shares = self._requests  # [A]
+        self._counts: Tensor | None = None
+        if counts is not None:
+            self._first_shares = self._requests[np.cumsum(counts) - counts]
+            self._counts = torch.tensor(counts)
         self._proxies = proxies
         self._scorer = scorer
         self._own_product: tuple[np.ndarray, ...] | None = None  # `Hidden` without the address

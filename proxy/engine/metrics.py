@@ -9,6 +9,8 @@
     assent_hook_steps_total                          steps in which a proxy decided anything
     assent_hook_seconds_total                        host time that the hook took in them
 
+A request of several proxies counts for each of them: tokens, candidates and rejections are those of all together.
+
 After MAX_VERSIONS versions further ones are counted together, with `other` for both labels: the counters of a version
 are kept until the process ends.
 

@@ -57,14 +57,18 @@ class ProxiedRows:
         self.rows = rows
         self.assignments = assignments
         self.proxies = [proxy for a in assignments for proxy, _ in a.shares]  # [S]
-        self.max_shares = max(len(a.shares) for a in assignments)  # P
+        has_several = len(self.proxies) > len(rows)
+        self.max_shares = max(len(a.shares) for a in assignments) if has_several else 1  # P
         self.any_traced = any(a.traced for a in assignments)
         self.index = None if covers_batch else to_device(rows, torch.int64, device)  # [A]
         self._pool = pool
         self._device = device
         self._vocab_size = pool.tables.shape[1]
-        self._sizes = [min(a.max_candidates, self._vocab_size) for a in assignments]  # [A]
+        self._sizes = [a.max_candidates for a in assignments]  # [A]
         self._max_size = max(self._sizes)
+        if self._max_size > self._vocab_size:
+            self._max_size = self._vocab_size
+            self._sizes = [min(size, self._vocab_size) for size in self._sizes]
 
     def select_rows(self, x: Tensor) -> Tensor:
         """These rows of a tensor with one row for each row of the batch: [R, ...] -> [A, ...]."""
@@ -234,7 +238,7 @@ class ProxiedRows:
             self._scorer,
             rows=self.rows,
             sizes=self._sizes,
-            counts=[len(a.shares) for a in self.assignments],
+            counts=None if self.max_shares == 1 else [len(a.shares) for a in self.assignments],
             slots=[proxy.slot for proxy in self.proxies],
         )
 

@@ -7,9 +7,10 @@
      "tokens": {"prompt": 31, "completion": 64},
      "proxy_counts": {"proposed": 90, "accepted": 64, "rejected": 26, "forced": 0}}
 
-`status` is null where the client disconnected before the response began, and `complete` is false
-where it disconnected before its end. `tokens` has `judge_prompt` and `judge_completion` where a
-judge compared responses. No line has texts, unless --log-texts adds `request` and `completions`.
+Of several proxies `proxy` is "a+b@<version of a>+<version of b>". `status` is null where the client
+disconnected before the response began, and `complete` is false where it disconnected before its end.
+`tokens` has `judge_prompt` and `judge_completion` where a judge compared responses. No line has texts,
+unless --log-texts adds `request` and `completions`.
 GET /health, /ready and /metrics, which come every few seconds, are not logged.
 """
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,6 +130,58 @@ def test_an_unknown_proxy_is_said_once_and_sampled_without(caplog):
         for batch in (["r0"], ["r0", "r1"], ["r1"]):
             assert worker.plan(batch).proxied is None
     assert [record.args for record in caplog.records] == [("unknown", None), ("a", "v9")]
+
+
+def test_several_proxies_in_any_order():
+    """The order of the names decides, because sums of more than two costs depend on it."""
+    worker = Worker()
+    worker.load("c")
+    strengths = {"c": 0.5, "a": 1.0, "b": 2.0}
+    for name, order in {"r0": "cab", "r1": "bca", "r2": "abc"}.items():
+        worker.requests[name] = params(None, seed=1, proxies={key: strengths[key] for key in order})
+    worker.requests["r3"] = params(None, seed=1, proxies={"b": 2.0, "a": 0.0})
+    worker.requests["r4"] = params("b", seed=1, strength=2.0)
+    r0, r1, r2, r3, r4 = worker.assignments()
+    assert [(proxy.name, strength) for proxy, strength in r0.shares] == [
+        ("a", 1.0),
+        ("b", 2.0),
+        ("c", 0.5),
+    ]
+    assert replace(r1, req_id="r0") == replace(r2, req_id="r0") == r0
+    assert replace(r3, req_id="r4") == r4
+    in_use = worker.tracker.proxies_in_use(worker.requests)
+    assert {proxy.name for proxy in in_use} == {"a", "b", "c"}
+
+
+def test_several_proxies_have_the_narrowest_nucleus_and_limit():
+    worker = Worker()
+    configs = {
+        "x": {"max_candidates": 9, "max_rejections": 3, "top_k": 6, "top_p": 0.9},
+        "y": {"max_candidates": 7, "max_rejections": 4, "top_p": 0.8},
+    }
+    for name, config in configs.items():
+        proxy = add_proxy(worker.pool, name, random_network(1, **config)).served
+        worker.proxies[name, None] = proxy
+    both = {"x": 1.0, "y": 1.0}
+    worker.requests = {
+        "r0": params(None, proxies=both, temperature=0.0),
+        "r1": params(None, proxies=both, max_rejections=8),
+    }
+    for request in worker.requests.values():
+        request.top_k, request.top_p = 5, 0.95
+    r0, r1 = worker.assignments()
+    assert (r0.truncation, r1.truncation) == ((6, 0.8), (5, 0.8))
+    assert (r0.max_candidates, r0.max_rejections, r1.max_rejections) == (7, 3, 8)
+
+
+def test_proxies_of_different_temperatures_do_not_decide_together(caplog):
+    worker = Worker()
+    cool = add_proxy(worker.pool, "cool", random_network(1, temperature=0.5)).served
+    worker.proxies["cool", None] = cool
+    worker.requests = {"r0": params(None, proxies={"a": 1.0, "cool": 1.0})}
+    with caplog.at_level(logging.WARNING, logger="proxy.engine.request_tracker"):
+        assert worker.assignments() == []
+    assert "a, cool are trained at different temperatures" in caplog.text
 
 
 def test_params_without_anything():

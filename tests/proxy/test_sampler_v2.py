@@ -27,11 +27,12 @@ from tests.proxy.proxies import EMBEDDINGS, H, V, random_network
 # vLLM is imported inside the tests: it changes torch for the whole process.
 
 CPU = torch.device("cpu")
-SLOTS, MAX_TOKENS = 14, 96
+SLOTS, MAX_TOKENS = 14, 128
 HEAD = torch.randn(V, H, generator=torch.Generator().manual_seed(1)) * 0.7  # logits like an LLM's
 NETWORKS = {
     "one": random_network(1, max_candidates=7, max_rejections=3),
     "two": random_network(2, width=10, max_candidates=12, temperature=0.8, top_p=0.9),
+    "three": random_network(3, width=8, max_candidates=9, temperature=0.8, max_rejections=5),
 }
 BASE = BaseModelId(name="constructed", fingerprint="0")
 
@@ -230,7 +231,10 @@ def params(proxy: str | None = None, **kwargs: Any) -> Any:
     alignment = {
         key: kwargs.pop(key) for key in ("strength", "max_rejections", "trace") if key in kwargs
     }
-    if proxy is not None:
+    if proxy is not None and "+" in proxy:
+        alignment["proxies"] = dict.fromkeys(proxy.split("+"), alignment.pop("strength", 1.0))
+        kwargs["extra_args"] = {"alignment": alignment}
+    elif proxy is not None:
         kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
     return SamplingParams(**kwargs)
 
@@ -240,7 +244,7 @@ def step(worker: Any, **num_tokens: int) -> list[int]:
     return worker.sample_tokens(None).sampled_token_ids.view(-1).tolist()
 
 
-# name -> (proxy, sampling parameters) of each request, in the order of the rows
+# name -> (proxy, or several, sampling parameters) of each request, in the order of the rows
 MIXED: dict[str, Any] = {
     "a": ("one", {"seed": 1}),
     "b": (None, {"seed": 2, "top_p": 0.7}),
@@ -253,6 +257,8 @@ MIXED: dict[str, Any] = {
     "i": ("two", {"seed": 7, "min_p": 0.1, "temperature": 0.8, "strength": 0.3}),
     "j": ("two", {"temperature": 0.0}),
     "k": ("one", {"seed": 8, "temperature": 0.3, "min_p": 0.02}),
+    "l": ("three+two", {"seed": 9, "strength": 0.6}),
+    "m": ("three+two", {"temperature": 0.0}),
 }
 PROMPT_LEN = {name: 3 + row for row, name in enumerate(MIXED)}  # all different
 PROXIED = [name for name, (proxy, _) in MIXED.items() if proxy is not None]
@@ -267,7 +273,11 @@ def expected_decision(
     proxy: str, kwargs: dict[str, Any], hidden: Tensor, logits: Tensor, seq_len: int
 ) -> Decision:
     """The decision of one row alone, by the tensor functions, without plan, pool and sampler."""
-    network, config = NETWORKS[proxy], NETWORKS[proxy].config
+    networks = [NETWORKS[name] for name in proxy.split("+")]
+    limits = ("max_candidates", "max_rejections", "top_p", "temperature")
+    config = SimpleNamespace(
+        **{name: min(getattr(network.config, name) for network in networks) for name in limits}
+    )
     temperature = kwargs.get("temperature", 1.0)
     is_greedy = temperature == 0
     top_p = 1.0 if is_greedy else kwargs.get("top_p", 1.0)
@@ -281,13 +291,20 @@ def expected_decision(
         torch.tensor([kwargs["top_k"]]) if "top_k" in kwargs else None,
         torch.tensor([kwargs["top_p"]]),
     )
-    table = network.candidate_table(EMBEDDINGS)[candidates.token_ids]
+    scores = [
+        network(
+            hidden.unsqueeze(0),
+            network.candidate_table(EMBEDDINGS)[candidates.token_ids],
+            candidates.logprobs,
+        )
+        for network in networks
+    ]
     key = torch.tensor([noise_key(kwargs.get("seed", 0))])
     return decide(
         candidates,
-        network(hidden.unsqueeze(0), table, candidates.logprobs),
+        torch.stack(scores, 1),
         seeded_noise(key, torch.tensor([seq_len]), candidates.token_ids),
-        strength=torch.tensor([kwargs.get("strength", 1.0)]),
+        strength=torch.tensor([[kwargs.get("strength", 1.0)] * len(networks)]),
         max_rejections=torch.tensor([kwargs.get("max_rejections", config.max_rejections)]),
         sharpness=torch.tensor([1.0 if is_greedy else config.temperature / temperature]),
         greedy=torch.tensor([is_greedy]),

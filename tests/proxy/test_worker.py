@@ -13,6 +13,7 @@ from proxy.checkpoint import BaseModelId, ProxyError, identify, save
 from proxy.network import ProxyConfig, ProxyNetwork
 
 EOS = 1
+BOTH = {"two": 0.5, "one": 1.0}
 PROMPTS = ["the cat", "a dog sat on the mat", "hat", "on that mat lay", "cat cat", "x"]
 WORKER = "proxy.worker.ProxyCPUWorker"
 
@@ -73,7 +74,7 @@ def params(proxy: str | None = None, **kwargs: Any) -> Any:
     """Sampling parameters, with the worker's fields among the extra arguments."""
     from vllm import SamplingParams
 
-    fields = ("strength", "max_rejections", "version", "trace", "shadow")
+    fields = ("strength", "max_rejections", "version", "trace", "shadow", "proxies")
     alignment = {key: kwargs.pop(key) for key in fields if key in kwargs}
     if proxy is not None or alignment:
         kwargs["extra_args"] = {"alignment": {"proxy": proxy, **alignment}}
@@ -184,8 +185,8 @@ def test_counts_stop_with_the_text(proxied):
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(proxied):
-    kinds = [{"proxy": ("one", "two")[i % 2], "seed": 20 + i, "top_p": 0.9} for i in range(5)]
-    sampling = [params(**kind) for kind in kinds] + [params(seed=3)]
+    kinds = [{"proxy": ("one", "two")[i % 2], "seed": 20 + i, "top_p": 0.9} for i in range(4)]
+    sampling = [params(**kind) for kind in kinds] + [params(seed=3), params(seed=4, proxies=BOTH)]
     batch_texts = tokens(generate(proxied, PROMPTS, sampling))
     single_texts = [
         tokens(generate(proxied, [prompt], [request]))[0]
@@ -337,6 +338,43 @@ def test_two_proxies_in_one_batch_give_what_each_gives_alone(proxied):
         assert single_texts == [mixed[i] for i in rows]
 
 
+def test_several_proxies_decide_together(proxied):
+    """In any order alike; their metrics count each of the tokens; the trace has each one's factor."""
+    reordered = dict(reversed(BOTH.items()))
+    requests = [
+        params(seed=1, proxies=BOTH, trace=True),
+        params(seed=1, proxies=reordered),
+        params(seed=1, proxies={"two": 0.5}),
+        params("two", seed=1, strength=0.5),
+        params(seed=1, proxies={"one": 0.0, "two": 0.5}),
+        params(seed=1, proxies={"one": 0.0}),
+        params(seed=1),
+    ]
+    outputs = generate(proxied, PROMPTS[:1] * len(requests), requests)
+    together, same, *twos, zero, frozen = tokens(outputs)
+    assert together == same and zero == frozen
+    assert twos == [twos[0]] * 3 and len({*map(tuple, (together, twos[0], frozen))}) == 3
+    (trace,) = rpc(proxied, "take_traces", [outputs[0].request_id]).values()
+    counts = counts_of(proxied, outputs[0])
+    versions = {entry["name"]: entry["version"] for entry in rpc(proxied, "list_proxies")}
+    assert (counts["proxy"], counts["version"]) == (
+        "one+two",
+        f"{versions['one']}+{versions['two']}",
+    )
+    assert_adds_up(trace, counts, together)
+    scored = [c for entry in trace for c in (entry, *entry["rejected"]) if "by_proxy" in c]
+    assert len(scored) > 16
+    for candidate in scored:
+        product = math.prod(candidate["by_proxy"][name] for name in ("one", "two"))
+        assert candidate["accept_probability"] == pytest.approx(product, rel=1e-4)
+
+
+def test_a_request_with_a_proxy_that_is_not_there_has_none(proxied, caplog):
+    requests = [params(seed=1, proxies={"one": 1.0, "three": 1.0}), params(seed=1)]
+    first, frozen = tokens(generate(proxied, PROMPTS[:1] * 2, requests))
+    assert first == frozen
+
+
 def capture_steps(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """(hidden rows, logits) of every step with a proxy, as the sampler gets them."""
     from proxy.engine.sampler_v1 import ProxySampler
@@ -380,7 +418,9 @@ def test_seeded_requests_survive_chunked_prefill(make_llm, stock, checkpoints):
     prompts = ["the cat sat on the mat with 123 others " * 3, "a dog", "more of the cats " * 5]
     unproxied = [params(seed=i, top_p=0.9) for i in range(3)]
     assert tokens(generate(llm, prompts, unproxied)) == tokens(generate(stock, prompts, unproxied))
-    outputs = generate(llm, prompts, [params("one", seed=i) for i in range(3)])
+    rpc(llm, "load_proxy", "two", checkpoints["two"])
+    aligned = [params("one", seed=0), params("one", seed=1), params(seed=2, proxies=BOTH)]
+    outputs = generate(llm, prompts, aligned)
     for output in outputs:
         counts = counts_of(llm, output)
         assert counts["accepted"] + counts["forced"] == 16
@@ -689,12 +729,15 @@ def test_metrics_of_the_worker_have_name_and_version(proxied):
 
     before = read_counters()
     outputs = generate(
-        proxied, PROMPTS, [params(name, seed=1) for name in ("one", "two", "one") * 2]
+        proxied,
+        PROMPTS,
+        [params(name, seed=1) for name in ("one", "two", "one", "one", "two")]
+        + [params(seed=1, proxies=BOTH)],  # counts for both
     )
     counts = [counts_of(proxied, output) for output in outputs]
     after = read_counters()
-    for name, rows in (("one", 4), ("two", 2)):
-        proxy_counts = [entry for entry in counts if entry["proxy"] == name]
+    for name, rows in (("one", 4), ("two", 3)):
+        proxy_counts = [entry for entry in counts if name in entry["proxy"]]
         expected = [
             sum(entry[key] for entry in proxy_counts) for key in ("proposed", "rejected", "forced")
         ]
@@ -762,9 +805,8 @@ def test_traces_while_requests_run_and_afterwards(proxied):
 
 def test_preempted_requests_go_on_as_if_nothing_had_happened(make_llm, proxied, checkpoints):
     """Six requests of 200 tokens and room for five blocks of 128: the same texts, counts and traces."""
-    sampling = [
-        params(("one", "two")[i % 2], seed=i, max_tokens=200, trace=i < 4) for i in range(6)
-    ]
+    proxies: list[dict[str, Any]] = [{"proxy": "one"}, {"proxy": "two"}, {"proxies": BOTH}] * 2
+    sampling = [params(**proxies[i], seed=i, max_tokens=200, trace=i < 4) for i in range(6)]
     expected = tokens(generate(proxied, PROMPTS, sampling))
     llm = make_llm(worker_cls=WORKER, num_gpu_blocks_override=6, disable_log_stats=False)
     for name, directory in checkpoints.items():
