@@ -25,11 +25,11 @@ from tests.proxy.proxies import random_network
 PROMPT_LENGTHS = [7, 60, 3, 90, 33, 1, 50, 20]
 NUM_TOKENS = 40
 
-# (proxy, sampling parameters): every other request has no proxy
+# (proxy, or several, and sampling parameters): every other request has no proxy
 REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
     ("one", {"seed": 1}),
     (None, {"seed": 2, "top_p": 0.8}),
-    ("two", {"seed": 3, "top_p": 0.9, "temperature": 1.3}),
+    ("one+two", {"seed": 3, "top_p": 0.9, "temperature": 1.3}),
     (None, {"temperature": 0.0}),
     ("one", {"temperature": 0.0}),
     (None, {"seed": 4, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2}),
@@ -108,7 +108,10 @@ def prompts(vocab_size: int) -> list[dict[str, Any]]:
 def params(proxy: str | None, *, trace: bool = False, **kwargs: Any) -> Any:
     from vllm import SamplingParams
 
-    alignment_args = None if proxy is None else {"alignment": {"proxy": proxy, "trace": trace}}
+    alignment_args: dict[str, Any] | None = None
+    if proxy is not None:
+        proxies = dict.fromkeys(proxy.split("+"), 1.0)
+        alignment_args = {"alignment": {"proxies": proxies, "trace": trace}}
     defaults = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
     return SamplingParams(extra_args=alignment_args, **(defaults | kwargs))
 

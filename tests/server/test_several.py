@@ -28,18 +28,20 @@ def said(answer: Any) -> list[str]:
 
 
 def test_the_order_does_not_matter(http: httpx.Client) -> None:
-    first = ask(http, {"proxies": BOTH, "trace": True})
-    second = ask(http, {"proxies": dict(reversed(BOTH.items())), "trace": True})
+    first = ask(http, {"proxies": BOTH})
+    second = ask(http, {"proxies": dict(reversed(BOTH.items()))})
     assert said(first) == said(second)
     assert first["alignment"] == second["alignment"]
     alone = [ask(http, {"proxy": name, "strength": strength}) for name, strength in BOTH.items()]
     assert said(first) not in map(said, alone)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"max_tokens": 8, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0, "n": 1}, {"max_tokens": 8, "top_p": 0.8}]
+)
 def test_one_of_several_is_that_proxy(http: httpx.Client, options: dict[str, Any]) -> None:
-    expected = ask(http, {"proxy": "polite", "strength": 0.5, "trace": True}, **options)
-    actual = ask(http, {"proxies": {"polite": 0.5}, "trace": True}, **options)
+    expected = ask(http, {"proxy": "polite", "strength": 0.5}, **options)
+    actual = ask(http, {"proxies": {"polite": 0.5}}, **options)
     assert actual["choices"] == expected["choices"]
     assert actual["alignment"] == expected["alignment"]
 
@@ -95,7 +97,8 @@ def test_streams_take_them(http: httpx.Client, path: str) -> None:
     assert answer.headers["assent-proxy"].startswith("aligned+polite@")
     reports = [value for event in events(answer) for value in _values(event, "alignment")]
     if path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
-        assert [report["proxies"]["polite"]["strength"] for report in reports] == [0.5, 0.5]
+        assert len(reports) >= 2  # in the first event and in the last
+        assert {report["proxies"]["polite"]["strength"] for report in reports} == {0.5}
 
 
 def _values(event: Any, name: str) -> list[Any]:
