@@ -70,6 +70,8 @@ class Options:
     """Width of the proxy's layers."""
     proxies: int = 1
     """Loaded proxies, assigned to the rows in turns."""
+    together: int = 1
+    """Proxies that decide a row together; not more than are loaded."""
     seeded: bool = False
     """Every row has a seed; makes a difference on CUDA only."""
     samplings: tuple[SamplingName, ...] = ("top_p 1", "top_p 0.95", "top_k 20, top_p 0.95")
@@ -126,6 +128,10 @@ def load_proxies(options: Options, vocab_size: int) -> Callable[[int, SamplingNa
             Assignment(
                 f"request{row}",
                 proxy=pool.proxies[row % options.proxies],
+                partners=tuple(
+                    (pool.proxies[(row + number) % options.proxies], 1.0)
+                    for number in range(1, options.together)
+                ),
                 max_rejections=config.max_rejections,
                 key=noise_key(row),
                 is_seeded=options.seeded,

@@ -278,8 +278,7 @@ def decide(
     accept_logits: Tensor,  # [R, K], or of several proxies [R, P, K]
     noise: Tensor,  # [R, 2, K] from `proxy.noise`
     *,
-    strength: Tensor
-    | None,  # [R] or [R, P] float, 0 = accept everything, 1 = as trained, more = stricter
+    strength: Tensor | None,  # [R] or [R, P] float, 0 = accept all, 1 = as trained, more = stricter
     max_rejections: Tensor,  # [R] int
     sharpness: Tensor | None = None,  # [R] float, T0 / T
     greedy: Tensor | None = None,  # [R] bool
