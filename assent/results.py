@@ -60,7 +60,7 @@ class Candidate:
     """Within the nucleus, under the frozen LLM."""
     accept_probability: float | None
     """None = it was the only candidate, and nothing was decided."""
-    by_proxy: Mapping[str, float] | None
+    by_proxy: Mapping[str, float] | None = field(default=None, kw_only=True)
     """Of several proxies, each one's factor of it."""
 
 
@@ -220,16 +220,18 @@ def read_trace(entries: list[Json]) -> tuple[TraceEntry, ...]:
         TraceEntry(
             *_candidate(entry),
             entry["forced"],
-            tuple(Candidate(*_candidate(rejected)) for rejected in entry["rejected"]),
+            tuple(
+                Candidate(*_candidate(rejected), by_proxy=rejected.get("by_proxy"))
+                for rejected in entry["rejected"]
+            ),
+            by_proxy=entry.get("by_proxy"),
         )
         for entry in entries
     )
 
 
-def _candidate(entry: Json) -> tuple[str, int, float, float | None, Json | None]:
-    fields = ("token", "token_id", "probability", "accept_probability")
-    token, token_id, probability, accepts = (entry[name] for name in fields)
-    return token, token_id, probability, accepts, entry.get("by_proxy")
+def _candidate(entry: Json) -> tuple[str, int, float, float | None]:
+    return entry["token"], entry["token_id"], entry["probability"], entry["accept_probability"]
 
 
 def read_ranking(raw: Json) -> Ranking:

@@ -27,6 +27,14 @@ OTHER_VALUES = [None, True, False, [], {}, [[]], {"": {}}, ["aligned"], {"proxy"
 FIELDS = {
     "proxy": ["aligned", "polite", "nobody", "", None],
     "strength": [0, 0.5, 1, 16, 16.1, -1],
+    "proxies": [
+        {"aligned": 1, "polite": 0.5},
+        {"polite": 0},
+        {"polite": -1},
+        {"": 1},
+        {"nobody": 1},
+        {},
+    ],
     "max_rejections": [0, 1, 5, 1024, 1025, None],
     "trace": [True, False],
     "best_of": [1, 2, 3, 0, 65],
@@ -38,9 +46,10 @@ FIELDS = {
 }
 JUDGE_FIELDS = {
     "principles": [["overall"], [], ["overall", "overall"], ["nobody"], None],
-    "kind": ["pairwise", "likelihood", "probe", "other"],
+    "kind": ["pairwise", "likelihood", "probe", "proxy", "other"],
     "strategy": ["knock-out", "final-four", "round-robin", "other"],
     "seed": [0, 7, -1, 2**63],
+    "proxies": [{"aligned": 1, "polite": 0.5}, {"polite": 1}, {}],
     "more": [1],
 }
 REQUEST_FIELDS = {
@@ -55,7 +64,16 @@ REQUEST_FIELDS = {
     "stop": ["a", ["a", "b"]],
     "use_beam_search": [True],
     "response_format": [{"type": "json_object"}, {"type": "text"}],
-    "model": ["assent-demo", "assent-demo:aligned", "assent-demo:", ":aligned", "a:b:c", 3],
+    "model": [
+        "assent-demo",
+        "assent-demo:aligned",
+        "assent-demo:",
+        "assent-demo:aligned+polite",
+        "assent-demo:+",
+        ":aligned",
+        "a:b:c",
+        3,
+    ],
     "vllm_xargs": [{"alignment": {}}, {"a": 1}, 3],
 }
 
