@@ -76,6 +76,7 @@ ROWS = (
     Row("proxy `polite`", model=":polite"),
     Row("best of 8, no proxy", alignment={"best_of": 8}),
     Row("proxy `aligned` + best of 8", model=":aligned", alignment={"best_of": 8}),
+    Row("proxies `aligned` and `polite`", model=":aligned+polite", alignment={"strength": 1.0}),
 )
 
 

@@ -228,7 +228,7 @@ def make_worker(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
 def params(proxy: str | None = None, **kwargs: Any) -> Any:
     from vllm import SamplingParams
 
-    alignment = {
+    alignment: dict[str, Any] = {
         key: kwargs.pop(key) for key in ("strength", "max_rejections", "trace") if key in kwargs
     }
     if proxy is not None and "+" in proxy:
