@@ -15,7 +15,6 @@ from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
 from judge.prompts import Question
 from judge.protocol import Judge
-from judge.remote import EndpointJudge, RewardJudge
 from judge.scoring import Reading
 from judge.verdict import PairResult
 from server import metrics
@@ -37,7 +36,7 @@ from server.engine import (
 from server.feedback_writer import FeedbackWriter, principle_of
 from server.judge_adapters import Adapter, JudgeKind
 from server.proxies import ServedVersion
-from server.remote_client import EndpointClient, RewardClient
+from server.remote_client import EndpointClient, RewardClient, remote_judge
 from server.remote_judges import RemoteKind
 from server.schemas.alignment import JudgeSettings
 
@@ -128,7 +127,8 @@ class Judges:
         if kind == "probe":
             return self._make_probe(tie_band)
         if kind in self.clients:
-            return self._make_remote(self.clients[kind], principles, tie_band)
+            client = self.clients[kind]
+            return remote_judge(client, self.tokenizer, principles, self.context, tie_band)
         return self.make_pairwise(principles, tie_band=tie_band)
 
     def make_pairwise(
@@ -210,30 +210,6 @@ class Judges:
             kind="probe",
             readings=1,
             end_ids=self.adapters["probe"].end_ids,
-        )
-
-    def _make_remote(
-        self,
-        client: RewardClient | EndpointClient,
-        principles: Mapping[str, Principle],
-        tie_band: float,
-    ) -> RewardJudge | EndpointJudge:
-        limit = (client.judge.max_tokens or self.context) - 1
-        if isinstance(client, RewardClient):
-            return RewardJudge(
-                self.tokenizer,
-                client,
-                beta=client.judge.beta,
-                max_tokens=limit,
-                tie_band=tie_band,
-            )
-        return EndpointJudge(
-            self.tokenizer,
-            principles,
-            client,
-            continues=client.judge.continue_final_message,
-            max_tokens=limit,
-            tie_band=tie_band,
         )
 
     async def compare(

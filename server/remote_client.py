@@ -7,7 +7,7 @@ question, go to the log, without the key.
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -15,8 +15,10 @@ import httpx
 
 from judge.client import error_message
 from judge.messages import text_of
+from judge.principles import Principle
+from judge.prompts import ChatTokenizer
 from judge.protocol import Usage
-from judge.remote import Chat, label_logprobs
+from judge.remote import Chat, EndpointJudge, RewardJudge, label_logprobs
 from server.engine import GracefulHTTPError
 from server.remote_judges import Endpoint, RemoteJudge, RewardModel
 
@@ -225,3 +227,28 @@ def connect(judge: RemoteJudge, key: str | None, meter: Meter) -> RewardClient |
     if isinstance(judge, RewardModel):
         return RewardClient(judge, key, meter)
     return EndpointClient(judge, key, meter)
+
+
+def remote_judge(
+    client: RewardClient | EndpointClient,
+    tokenizer: ChatTokenizer,
+    principles: Mapping[str, Principle],
+    context: int,
+    tie_band: float = 0.0,
+) -> RewardJudge | EndpointJudge:
+    """The judge that asks a client.
+
+    Args:
+        tokenizer: the hosted LLM's
+        principles: for a judge that reads both responses
+        context: of the hosted LLM, in tokens: the limit where the judge's file sets none
+        tie_band: as in Verdict
+    """
+    limit = (client.judge.max_tokens or context) - 1
+    if isinstance(client, RewardClient):
+        beta = client.judge.beta
+        return RewardJudge(tokenizer, client, beta=beta, max_tokens=limit, tie_band=tie_band)
+    continues = client.judge.continue_final_message
+    return EndpointJudge(
+        tokenizer, principles, client, continues=continues, max_tokens=limit, tie_band=tie_band
+    )
