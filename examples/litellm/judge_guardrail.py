@@ -13,7 +13,10 @@ REFUSAL = "I am sorry, I cannot help you with that."
 
 
 class JudgeGuardrail(CustomGuardrail):
-    """Judges whole answers; LiteLLM holds streams back until it has decided."""
+    """Judges whole answers."""
+
+    streaming_buffer_until_moderated = True
+    """LiteLLM holds a stream back until its end is judged."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
