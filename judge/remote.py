@@ -140,14 +140,20 @@ def _with_ending(messages: list[Message], ending: str) -> list[Message]:
 
 
 def label_logprobs(candidates: Iterable[tuple[str, float]]) -> tuple[float, float]:
-    """Log-probability of each label among the next token's candidates, with and without space around; -inf = not there.
+    """Log-probability of each label among the next token's likeliest candidates, with and without space around.
+
+    A label that is not among them, while the other is, has at most that of the least likely one, and gets it. -inf =
+    neither label is there.
 
     Args:
         candidates: text and log-probability of each, in nats.
     """
-    sums = dict.fromkeys((label.strip() for label in LABELS), 0.0)
+    labels, least = dict.fromkeys((label.strip() for label in LABELS), 0.0), math.inf
     for text, logprob in candidates:
-        if text.strip() in sums:
-            sums[text.strip()] += math.exp(logprob)
-    first, second = (math.log(value) if value > 0 else -math.inf for value in sums.values())
+        least = min(least, logprob)
+        if text.strip() in labels:
+            labels[text.strip()] += math.exp(logprob)
+    if not any(labels.values()):
+        return -math.inf, -math.inf
+    first, second = (math.log(value) if value > 0 else least for value in labels.values())
     return first, second

@@ -52,12 +52,13 @@ class _RemoteClient:
         """
         self.meter = meter
         self.kind, self.seconds = judge.kind, judge.timeout
-        self._fields = {"model": judge.model} | judge.extra_body
+        self._model, self._extra = {"model": judge.model}, judge.extra_body
         self._key = key
         self._http = httpx.AsyncClient(
             base_url=str(judge.url),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=None,  # the whole judgment has a limit
+            limits=httpx.Limits(max_connections=judge.concurrency),
         )
         self._limit = asyncio.Semaphore(judge.concurrency)
 
@@ -71,7 +72,7 @@ class _RemoteClient:
 
         async def ask_one(body: dict[str, Any]) -> tuple[Value, Usage]:
             async with self._limit:
-                answer = await self._post(path, self._fields | body)
+                answer = await self._post(path, self._model | body | self._extra)
             try:
                 value, usage = read(answer), _usage(answer)
             except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -93,7 +94,7 @@ class _RemoteClient:
                 response = await self._send(path, body)
         except TimeoutError:
             self._fail(f"did not answer within {self.seconds:g} s", HTTPStatus.GATEWAY_TIMEOUT)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             self._fail(f"cannot be reached: {type(error).__name__}", about=str(error))
         if not response.is_success:
             reason = error_message(response)
@@ -105,12 +106,12 @@ class _RemoteClient:
             self._fail("gave an answer that is not JSON")
 
     async def _send(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """The last attempt's response. Raises httpx.TransportError where that had none."""
+        """The last attempt's response. Raises httpx.RequestError where that had none."""
         for attempt in range(ATTEMPTS):
             is_last, pause = attempt == ATTEMPTS - 1, FIRST_PAUSE * 2**attempt
             try:
                 response = await self._http.post(path, json=body)
-            except httpx.TransportError:
+            except httpx.RequestError:
                 if is_last:
                     raise
             else:

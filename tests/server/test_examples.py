@@ -74,7 +74,9 @@ def test_litellm_config(name):
 @contextmanager
 def litellm_gateway(server, config, directory):
     """A client of LiteLLM's proxy with one of the example's files."""
-    pytest.importorskip("litellm.proxy.proxy_server", reason="litellm[proxy] is not installed")
+    program = Path(sys.executable).with_name("litellm")
+    if not program.exists():
+        pytest.skip("litellm[proxy] is not installed")
     port = free_port()
     environment = os.environ | {
         "ASSENT_OPENAI_URL": f"{server.url}/v1",
@@ -83,7 +85,6 @@ def litellm_gateway(server, config, directory):
         "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(24)}",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    program = Path(sys.executable).with_name("litellm")
     command: list[str | Path] = [program, "--config", EXAMPLES / "litellm" / config]
     gateway = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=directory
@@ -114,10 +115,11 @@ def test_litellm(server, tmp_path):
 @pytest.mark.slow  # `make install` does not install the package
 def test_litellm_guardrails(server, http, tmp_path):
     """What the judge finds worse than a refusal is refused, whole and streamed; a word is blocked before the LLM."""
+    source = (EXAMPLES / "litellm/judge_guardrail.py").read_text()
+    refusal = source.split('REFUSAL = "')[1].split('"')[0]
     path = "/v1/chat/completions"
     body = {"max_tokens": 40, "messages": [{"role": "user", "content": "How do I keep my dog?"}]}
     with litellm_gateway(server, "guardrails.yaml", tmp_path) as client:
-        refusal = runpy.run_path(str(EXAMPLES / "litellm/judge_guardrail.py"))["REFUSAL"]
         expected, whole, streamed = [], [], []
         for seed in range(8):
             seeded = body | {"seed": seed}
