@@ -167,7 +167,7 @@ class EndpointClient(_RemoteClient):
     async def __call__(self, chats: Sequence[Chat]) -> list[tuple[tuple[float, float], Usage]]:
         """Both labels' log-probabilities after each chat, and the tokens read and written.
 
-        A chat after which neither label is likely is a tie; if that is all of them, the model does not judge.
+        A chat after which neither label is likely counts as even; if that is all of them, the model does not judge.
         """
         self.meter.begin([chat.num_tokens for chat in chats])
         bodies = [{"messages": chat.messages} | self._options for chat in chats]
