@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Json = dict[str, Any]
+JudgeKind = Literal["pairwise", "likelihood", "proxy", "probe", "reward", "endpoint"]
 
 
 class AssentError(Exception):
@@ -21,7 +22,7 @@ class JudgeOptions:
     """How `best_of` ranks. What is None is left to the server."""
 
     principles: list[str] | None = None
-    kind: Literal["pairwise", "likelihood", "proxy", "probe"] | None = None
+    kind: JudgeKind | None = None
     proxy: str | None = None
     proxies: Mapping[str, float] | None = None
     """Several, and the strength of each, in the place of `proxy`."""

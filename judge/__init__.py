@@ -19,7 +19,9 @@ Judging:
 - `verdict`       - label probabilities in both orders -> a verdict; verdicts by several principles -> a result.
 - `protocol`      - the interface of a judge.
 - `pairwise`      - the judge that reads both responses.
-- `likelihood`    - the judge that scores each response: by a likelihood ratio, or a probe.
+- `scoring`       - judges that score each response:
+- `likelihood`    - by a likelihood ratio, or a probe.
+- `remote`        - judges on other servers: a reward model, or an LLM that reads both responses.
 - `tournament`    - ranks N samples; its record can be replayed.
 - `bradley_terry` - scores from probabilities of winning.
 

@@ -62,6 +62,8 @@ class Options(RowOptions):
     """The server's API key. Default: the variable ASSENT_API_KEY, which no list of processes shows."""
     kind: str | None = None
     """Which of the server's judges. Default: the server's default."""
+    proxy: str | None = None
+    """With `--kind proxy`: the loaded proxy that judges."""
     principles: tuple[str, ...] = ()
     """What to judge by. Default: the server's first principle."""
     num_pairs: PositiveInt | None = None
@@ -127,9 +129,8 @@ async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
         httpx.HTTPStatusError: the server refuses; its response says why.
         NotAssentError: the server is not Assent's.
     """
-    settings: dict[str, Any] = {"kind": options.kind} if options.kind else {}
-    if options.principles:
-        settings["principles"] = list(options.principles)
+    given = {"kind": options.kind, "proxy": options.proxy, "principles": [*options.principles]}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value}
     batches = [rows[i : i + PAIRS_PER_REQUEST] for i in range(0, len(rows), PAIRS_PER_REQUEST)]
     limit = asyncio.Semaphore(CONCURRENCY)
     headers = auth_headers(options.api_key)

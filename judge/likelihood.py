@@ -1,49 +1,30 @@
-"""The judge by scores. The likelihood ratio's are β · log(π / π_base), with π the LLM with a LoRA or a proxy.
+"""The judge by the hosted LLM's scores. A likelihood ratio's are β · log(π / π_base), π the LLM with a LoRA or a proxy.
 
-The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290). The probability
-that one response beats another is then sigmoid(score - score'). The judge reads each response alone: there is no order
-and no position bias, and N samples cost N readings, however many pairs are compared. `proxy.likelihood` computes the
-ratio of a proxy. A probe's scores (`proxy.probe`) are fitted with the same loss.
+The LoRA is trained on the pairs with the Bradley–Terry (DPO) loss (Rafailov et al., arXiv 2305.18290). The judge reads
+each response alone (`scoring`). `proxy.likelihood` computes the ratio of a proxy. A probe's scores (`proxy.probe`) are
+fitted with the same loss.
 """
 
-import asyncio
-import math
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from judge.messages import Message, text_of
-from judge.prompts import ChatTokenizer, Question, response_ids, shorten, up_to_end
-from judge.protocol import Usage
-from judge.verdict import TIE, PairResult, Verdict
-
-
-class Reading(NamedTuple):
-    """A response to be read after its prompt."""
-
-    prompt: list[int]  # token ids
-    response: list[int]  # with the end of the turn
-
+from judge.prompts import ChatTokenizer
+from judge.scoring import Answer, Reading, ScoringJudge
 
 ReadScores = Callable[[list[Reading]], Awaitable[list[float]]]
 """Readings -> log π(response | prompt) - log π_base(response | prompt) of each, in nats; or a probe's score."""
 
-_Key = tuple[tuple[tuple[str, str], ...], str]
 
-
-class LikelihoodJudge:
-    """Compares pairs by their scores; each response is scored once, however often it is compared.
-
-    It knows no principles: it judges by what π was trained on, and its kind stands in the principle's place.
+class LikelihoodJudge(ScoringJudge):
+    """Scores by the engine's own LLM.
 
     Args:
         tokenizer: the LLM's
         read_scores: asks the engine
         beta: the β that π was trained with; 1 for a probe
-        max_tokens: limit of a prompt with its response
-        tie_band: see Verdict
         kind: whose score it is
         readings: how often the engine reads a response
-        end_ids: tokens that end a response, where nothing after them is to be read
+        max_tokens, tie_band, end_ids: as of ScoringJudge
     """
 
     def __init__(
@@ -58,70 +39,23 @@ class LikelihoodJudge:
         readings: int = 2,
         end_ids: Collection[int] = (),
     ) -> None:
-        self.tokenizer, self.read_scores = tokenizer, read_scores
-        self.kind, self.readings, self.end_ids = kind, readings, end_ids
-        self.beta, self.max_tokens, self.tie_band = beta, max_tokens, tie_band
-        self.usage = Usage()
-        self._scores: dict[_Key, float] = {}
-        self._readings: dict[_Key, Reading] = {}  # a tournament compares each response many times
-
-    async def compare(self, questions: Sequence[Question]) -> list[PairResult]:
-        """Judge every question. The probability is the same in both orders."""
-        short: list[Question] = []
-        new: dict[_Key, Reading] = {}
-        for question in questions:
-            # In a thread: the tokenizer's work must not stop the event loop, and a cancelled task does no more of it.
-            cut, readings = await asyncio.to_thread(self._read_question, question)
-            short.append(cut)
-            new |= readings
-        scores = await self.read_scores(list(new.values())) if new else []
-        self._scores |= dict(zip(new, scores, strict=True))
-        for reading in new.values():
-            length = len(reading.prompt) + len(reading.response)
-            self.usage.prompt_tokens += self.readings * length
-            self.usage.completion_tokens += self.readings
-        return [
-            PairResult({self.kind: self._verdict(cut)}, truncated=cut is not question)
-            for cut, question in zip(short, questions, strict=True)
-        ]
-
-    def _read_question(self, question: Question) -> tuple[Question, dict[_Key, Reading]]:
-        """The question as shortened, and its readings that have no score yet."""
-        cut = self._shorten(question)
-        if cut.first == cut.second:
-            return cut, {}
-        texts = {_key(cut.prompt, text): text for text in (cut.first, cut.second)}
-        missing = {key: text for key, text in texts.items() if key not in self._scores}
-        return cut, {key: self._reading(cut.prompt, text) for key, text in missing.items()}
-
-    def _verdict(self, question: Question) -> Verdict:
-        if question.first == question.second:
-            return Verdict(TIE, self.tie_band)
-        first, second = (
-            self._scores[_key(question.prompt, text)] for text in (question.first, question.second)
+        super().__init__(
+            tokenizer,
+            kind=kind,
+            beta=beta,
+            max_tokens=max_tokens,
+            tie_band=tie_band,
+            end_ids=end_ids,
         )
-        probability = _sigmoid(self.beta * (first - second))
-        return Verdict((probability, probability), self.tie_band)
+        self.read_scores, self.readings = read_scores, readings
 
-    def _shorten(self, question: Question) -> Question:
-        def fits(candidate: Question) -> bool:
-            texts = candidate.first, candidate.second
-            readings = [self._reading(candidate.prompt, text) for text in texts]
-            return max(len(r.prompt) + len(r.response) for r in readings) <= self.max_tokens
-
-        return shorten(question, fits, self.max_tokens)
-
-    def _reading(self, prompt: Sequence[Message], text: str) -> Reading:
-        key = _key(prompt, text)
-        if key not in self._readings:
-            ids, response = response_ids(self.tokenizer, prompt, text)
-            self._readings[key] = Reading(ids, up_to_end(response, self.end_ids))
-        return self._readings[key]
-
-
-def _key(prompt: Sequence[Message], text: str) -> _Key:
-    return tuple((turn["role"], text_of(turn)) for turn in prompt), text
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    async def read(self, answers: Sequence[Answer]) -> list[float]:
+        """As of ScoringJudge."""
+        readings = [answer.reading for answer in answers]
+        scores = await self.read_scores(readings)
+        for reading in readings:
+            self.usage.prompt_tokens += self.readings * (
+                len(reading.prompt) + len(reading.response)
+            )
+            self.usage.completion_tokens += self.readings
+        return scores

@@ -5,7 +5,15 @@ log-probabilities, and one that generates text.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -87,21 +95,10 @@ class PairwiseJudge:
         labels = [label_ids(self.tokenizer, principle) for principle in principles]
         prompts = [ids for row in encoded for entry in row for ids in entry.prompts]
         prompt_labels = [pair for _ in encoded for pair in labels for _ in range(2)]
-        logprobs = iter(await self.read_labels(prompts, prompt_labels) if prompts else ())
+        logprobs = await self.read_labels(prompts, prompt_labels) if prompts else []
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.completion_tokens += len(prompts)
-
-        rows, results = iter(encoded), []
-        for question in questions:
-            if question.first == question.second:
-                probabilities, truncated = [TIE] * len(self.principles), False
-            else:
-                row = next(rows)
-                probabilities = [orders(next(logprobs), next(logprobs)) for _ in row]
-                truncated = any(entry.truncated for entry in row)
-            verdicts = [Verdict(pair, self.tie_band) for pair in probabilities]
-            results.append(PairResult(dict(zip(self.principles, verdicts, strict=True)), truncated))
-        return results
+        return pair_results(questions, encoded, logprobs, self.principles, self.tie_band)
 
     async def rationale(
         self, question: Question, principle: str, verdict: Verdict, max_tokens: int
@@ -131,6 +128,29 @@ class PairwiseJudge:
 
     def _encode(self, question: Question, principle: Principle) -> EncodedQuestion:
         return encode_question(self.tokenizer, question, principle, self.max_tokens)
+
+
+def pair_results(
+    questions: Sequence[Question],
+    encoded: Sequence[Sequence[EncodedQuestion]],
+    logprobs: Iterable[tuple[float, float]],
+    principles: Collection[str],
+    tie_band: float,
+) -> list[PairResult]:
+    """One result a question; identical responses tie.
+
+    Args:
+        encoded: of each question whose responses differ, by each principle.
+        logprobs: of both labels after each prompt of `encoded`, in order.
+    """
+    rows, reads, results = iter(encoded), iter(logprobs), []
+    for question in questions:
+        row = next(rows) if question.first != question.second else ()
+        pairs = [orders(next(reads), next(reads)) for _ in row] or [TIE for _ in principles]
+        verdicts = [Verdict(pair, tie_band) for pair in pairs]
+        truncated = any(entry.truncated for entry in row)
+        results.append(PairResult(dict(zip(principles, verdicts, strict=True)), truncated))
+    return results
 
 
 def encode_question(

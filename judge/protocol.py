@@ -19,6 +19,10 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def add(self, other: "Usage") -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+
     def as_json(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -32,7 +36,7 @@ class Judge(Protocol):
 
     @property
     def kind(self) -> str:
-        """`pairwise`, `likelihood`, `proxy` or `probe`: the metrics are labelled with it."""
+        """Such as `pairwise` or `reward`: the metrics are labelled with it."""
         ...
 
     @property

@@ -45,8 +45,10 @@ Proxies, judges and feedback:
 
 - `proxies`          - the loaded versions, what a name stands for, and which requests use them.
 - `proxy_manifest`   - proxies loaded over HTTP, in a file for restarts and other servers.
-- `judges`           - the judges on this engine.
-- `judge_adapters`   - judges that are LoRAs or probes.
+- `judges`           - the judges of a request.
+- `judge_adapters`   - those that are LoRAs or probes on this engine.
+- `remote_judges`    - those on other servers: their files,
+- `remote_client`    - and what is asked over HTTP.
 - `calibration`      - how far the judge can be trusted, as metrics.
 - `feedback_writer`  - writes preferences to the database.
 - `learning`         - learns proxies from them while serving.

@@ -125,10 +125,11 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     judging.add_argument(
         "--judge",
         action="append",
-        metavar="DIR",
+        metavar="DIR|FILE",
         help="Judge with the LoRA or probe in DIR, a directory or a repository of the Hub: a LoRA from training.jsft "
         "replaces the LLM itself as the judge, one from training.reward_model is added as kind `likelihood`, and a "
-        "probe as kind `probe`. May be repeated.",
+        "probe as kind `probe`. FILE.toml names a judge on another server: a reward model (kind `reward`) or an "
+        "OpenAI-compatible LLM (kind `endpoint`). May be repeated.",
     )
     judging.add_argument(
         "--principles",

@@ -21,11 +21,18 @@ from server.arguments import StartupError, not_an_option
 from server.judge_adapters import Adapter, AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.learned_proxy import Spec
 from server.proxies import NAME_RULE, PROXY_NAME, Checkpoint, ProxyStateError, check_name
+from server.remote_judges import (
+    SUFFIX,
+    RemoteJudge,
+    RemoteJudgeError,
+    RemoteKind,
+    read_remote_judges,
+)
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 STARTUP_ERRORS = (
     *(StartupError, ProxyStateError, AccessError, AdapterError, FeedbackError),
-    *(ProxyError, PrincipleError),
+    *(ProxyError, PrincipleError, RemoteJudgeError),
 )
 
 
@@ -175,7 +182,7 @@ def check_checkpoints(args: Namespace, proxies: Sequence[Checkpoint]) -> BaseMod
             args.proxy_root.mkdir(parents=True, exist_ok=True)
         if not args.proxy_root.is_dir():
             raise StartupError(f"--proxy-root {args.proxy_root}: there is no such directory")
-    is_needed = bool(proxies or args.judge or args.proxy_root is not None)
+    is_needed = bool(proxies or _judge_paths(args, remote=False) or args.proxy_root is not None)
     if not is_needed and not any(Path(args.model).glob("*.safetensors")):
         return None
     base = identify(args.model, args.revision, cache_dir=args.download_dir)
@@ -195,14 +202,23 @@ def served_names(args: Namespace) -> set[str]:
 
 
 def check_judges(args: Namespace, base: BaseModelId | None) -> dict[JudgeKind, Adapter]:
-    """Read every judge, and have vLLM make room for them."""
-    if not args.judge:
+    """Read every judge that is added to the LLM, and have vLLM make room for them."""
+    directories = [resolve_dir(path).absolute() for path in _judge_paths(args, remote=False)]
+    if not directories:
         return {}
     assert base is not None, "the LLM is identified where there is a judge"
-    directories = [resolve_dir(path).absolute() for path in args.judge]
     adapters = read_adapters(directories, base)
     enable_adapters(args, adapters)
     return adapters
+
+
+def check_remote_judges(args: Namespace) -> dict[RemoteKind, RemoteJudge]:
+    """Read the files of judges on other servers."""
+    return read_remote_judges(_judge_paths(args, remote=True))
+
+
+def _judge_paths(args: Namespace, *, remote: bool) -> list[Path]:
+    return [path for path in args.judge if (path.suffix == SUFFIX) == remote]
 
 
 def find_principles(

@@ -22,6 +22,7 @@ from server.checks import (
     STARTUP_ERRORS,
     check_checkpoints,
     check_judges,
+    check_remote_judges,
     check_server,
     find_principles,
     parse_learn,
@@ -32,6 +33,7 @@ from server.http_protocol import bound_connections
 from server.kv_cache import prefer_cache_size, weight_bytes
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
+from server.remote_judges import take_keys
 from server.tool_calls import prefer_tool_calls
 from server.vllm_patches import install_plugin
 
@@ -70,12 +72,15 @@ def make_plugin(args: Namespace) -> AssentPlugin:
     specs = parse_learn(args, proxies)
     base = check_checkpoints(args, proxies)
     adapters = check_judges(args, base)
+    remote_judges = check_remote_judges(args)
     return AssentPlugin(
         proxies=proxies,
         base=base,
         proxy_root=args.proxy_root,
         principles=find_principles(args, adapters),
         adapters=adapters,
+        remote_judges=remote_judges,
+        judge_keys=take_keys(remote_judges.values(), os.environ),
         feedback=Feedback(args.feedback) if args.feedback else None,
         learn=specs,
         access=take_access(args),

@@ -6,10 +6,12 @@ takes all options of a start. No engine is started and no weights are loaded. Ex
 would keep the server from starting, or from doing what the options ask for.
 """
 
+import asyncio
 import os
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -21,13 +23,17 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 from vllm.platforms import current_platform
 
+from judge.messages import Message
 from judge.principles import Principle
-from judge.prompts import label_ids
+from judge.prompts import Question, label_ids
 from proxy.checkpoint import BaseModelId, identify, load
 from server import checks
 from server.access import read_access
 from server.arguments import parse
+from server.engine import GracefulHTTPError
 from server.kv_cache import GIB, plan_memory, weight_bytes
+from server.remote_client import Meter, connect, remote_judge
+from server.remote_judges import RemoteJudge, take_keys
 from server.tool_calls import find_tool_calls
 
 VLLM_VERSION = "0.32.0"
@@ -175,6 +181,7 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
 
     yield from _refused("judges", read, f"{len(args.judge)} beside the LLM itself")
     tokenizer: Any = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    yield from _remote_judges(args, tokenizer, principles)
     for name, principle in principles.items():
         try:
             labels = label_ids(tokenizer, principle)
@@ -182,6 +189,42 @@ def _judge(args: Namespace, base: BaseModelId) -> Iterator[Finding]:
             yield Finding("warning", f"principle {name}", f"{_line(error)}: /judge will not work")
         else:
             yield Finding("ok", f"principle {name}", f"labels are the tokens {labels}")
+
+
+def _remote_judges(
+    args: Namespace, tokenizer: Any, principles: Mapping[str, Principle]
+) -> Iterator[Finding]:
+    """A judgment by each judge on another server."""
+    environment = dict(os.environ)  # take_keys removes the keys from it
+    try:
+        judges = checks.check_remote_judges(args)
+        keys = take_keys(judges.values(), environment)
+    except checks.STARTUP_ERRORS as error:
+        yield Finding("error", "remote judges", _line(error))
+        return
+    for judge in judges.values():
+        judging = _judge_once(judge, keys.get(judge.api_key_env or ""), tokenizer, principles)
+        try:
+            text = asyncio.run(judging)
+        except (GracefulHTTPError, ValueError, TemplateError) as error:
+            yield Finding("error", f"judge {judge.kind}", f"{judge.url} {_line(error)}")
+        else:
+            yield Finding("ok", f"judge {judge.kind}", text)
+
+
+async def _judge_once(
+    judge: RemoteJudge, key: str | None, tokenizer: Any, principles: Mapping[str, Principle]
+) -> str:
+    client = connect(judge, key, Meter(lambda _: None, lambda _: None))
+    question = Question(
+        [Message(role="user", content="What is 2 + 2?")], "4", "I will not tell you."
+    )
+    start = monotonic()
+    (result,) = await remote_judge(client, tokenizer, principles, context=1024).compare([question])
+    seconds = monotonic() - start
+    return (
+        f"{judge.url} prefers an answer to none with {result.probability:.0%}, in {seconds:.1f} s"
+    )
 
 
 def _memory(args: Namespace) -> Iterator[Finding]:

@@ -48,7 +48,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
 )
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
-from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -76,6 +76,7 @@ __all__ = [
     "EngineClient",
     "EngineDeadError",
     "ErrorResponse",
+    "GracefulHTTPError",  # of any status
     "LoRARequest",
     "ModelCard",
     "ModelList",

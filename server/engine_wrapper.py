@@ -10,11 +10,12 @@ what `middleware.alignment` admitted.
 
 import copy
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
+from judge.protocol import Usage
 from proxy.request import EXTRA_ARGS_KEY, WorkerAlignment
 from server import vllm_patches
 from server.access import Limits
@@ -62,8 +63,7 @@ def wrap_engine(
             check_prompt(limits, prompt)
         if is_own:
             options["trace_headers"] = TRACE_HEADERS.get()
-            counts.num_judgments += 1
-            _check_limit("max_judgments", counts.num_judgments, limits.max_judgments)
+            _count_judgments(request, 1)
             outputs = original(prompt, params, request_id, **options)
             return _count_judgment(outputs, request)
         if admission.alignment is not None:
@@ -88,14 +88,50 @@ def wrap_engine(
     vllm_patches.replace_model_name(models, name_in_response)
 
 
+def begin_judgments(prompt_lengths: Sequence[int]) -> None:
+    """Count judgments that another server is about to make for the current request, against its caller's limits.
+
+    Raises VLLMValidationError (400) beyond them.
+    """
+    request = current_request()
+    if request is None:
+        return
+    if request.admission.best_of == 1:
+        for length in prompt_lengths:
+            _check_prompt_length(request.admission.caller.limits, length)
+    _count_judgments(request, len(prompt_lengths))
+
+
+def count_judge_tokens(usage: Usage) -> None:
+    """Count what another server has read and written to judge for the current request."""
+    if (request := current_request()) is not None:
+        _count_judge_tokens(request, usage.prompt_tokens, usage.completion_tokens)
+
+
 def check_prompt(limits: Limits, prompt: Any) -> None:
     """Raises VLLMValidationError where the prompt is longer than the caller's limit."""
+    _check_prompt_length(limits, prompt_length(prompt))
+
+
+def _check_prompt_length(limits: Limits, tokens: int) -> None:
     limit = limits.max_prompt_tokens
-    if limit is not None and (tokens := prompt_length(prompt)) > limit:
+    if limit is not None and tokens > limit:
         raise VLLMValidationError(
             f"max_prompt_tokens: a prompt has {tokens} tokens, and this key may send {limit}",
             parameter="max_prompt_tokens",
         )
+
+
+def _count_judgments(request: AdmittedRequest, number: int) -> None:
+    request.counts.num_judgments += number
+    limit = request.admission.caller.limits.max_judgments
+    _check_limit("max_judgments", request.counts.num_judgments, limit)
+
+
+def _count_judge_tokens(request: AdmittedRequest, prompt: int, completion: int) -> None:
+    request.counts.tokens["judge_prompt"] += prompt
+    request.counts.tokens["judge_completion"] += completion
+    request.admission.caller.tokens.take(prompt + completion)
 
 
 def _check_limit(name: str, count: int, limit: int | None) -> None:
@@ -150,12 +186,8 @@ async def _count_judgment(
     outputs: AsyncGenerator[Any, None], request: AdmittedRequest
 ) -> AsyncGenerator[Any, None]:
     """The outputs of a judge's request, with their tokens counted."""
-    admission, counts = request
     async with aclosing(outputs):
         async for output in outputs:
-            completion = len(output.outputs[0].token_ids)
             prompt = len(output.prompt_token_ids or ()) if output.finished else 0
-            counts.tokens["judge_completion"] += completion
-            counts.tokens["judge_prompt"] += prompt
-            admission.caller.tokens.take(completion + prompt)
+            _count_judge_tokens(request, prompt, len(output.outputs[0].token_ids))
             yield output

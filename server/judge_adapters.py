@@ -19,8 +19,9 @@ from proxy.checkpoint import BaseModelId
 from proxy.probe import load_weight
 from proxy.reward_file import ProbeInfo, RewardFile
 
-JudgeKind = Literal["pairwise", "likelihood", "proxy", "probe"]
-"""`pairwise`: the LLM or a LoRA that reads both responses. The others score each: a LoRA, a proxy, a probe."""
+JudgeKind = Literal["pairwise", "likelihood", "proxy", "probe", "reward", "endpoint"]
+"""`pairwise` and `endpoint` read both responses: the LLM or a LoRA, or another server's LLM. The others score each: a
+LoRA, a proxy, a probe, or another server's reward model."""
 
 _KINDS: dict[str, JudgeKind] = {"judge": "pairwise", "implicit": "likelihood"}  # of LoRAs
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed by vLLM

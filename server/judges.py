@@ -1,4 +1,7 @@
-"""The server's judges: clients of the engine that also answers requests. No proxy takes part in a judgment."""
+"""The server's judges: clients of the engine that also answers requests, or of another server.
+
+No proxy takes part in a judgment.
+"""
 
 import asyncio
 import copy
@@ -7,12 +10,13 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, get_args
 
-from judge.likelihood import LikelihoodJudge, Reading
+from judge.likelihood import LikelihoodJudge
 from judge.messages import Message, Unusable, read_messages, text_of
 from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
 from judge.prompts import Question
 from judge.protocol import Judge
+from judge.scoring import Reading
 from judge.verdict import PairResult
 from server import metrics
 from server.access import Caller
@@ -33,6 +37,8 @@ from server.engine import (
 from server.feedback_writer import FeedbackWriter, principle_of
 from server.judge_adapters import Adapter, JudgeKind
 from server.proxies import ServedVersion
+from server.remote_client import EndpointClient, RewardClient, remote_judge
+from server.remote_judges import RemoteKind
 from server.schemas.alignment import JudgeSettings
 
 DEFAULT_BETA = 0.3
@@ -49,6 +55,7 @@ class Judges:
         chat: OpenAIServingChat | None,
         principles: Mapping[str, Principle],
         adapters: Mapping[JudgeKind, Adapter],
+        clients: Mapping[JudgeKind, RewardClient | EndpointClient],
         feedback_writer: FeedbackWriter | None,
     ) -> None:
         """
@@ -57,10 +64,11 @@ class Judges:
             chat: vLLM's handler, for the chat template that the server was told to use.
             principles: all of the server; the first is the default.
             adapters: LoRAs and a probe that judge in the place of the LLM itself.
+            clients: of judges on other servers.
             feedback_writer: records the verdicts; None = they are not kept.
         """
         self.engine, self.workers = engine, workers
-        self.principles, self.adapters = principles, adapters
+        self.principles, self.adapters, self.clients = principles, adapters, clients
         self.feedback_writer = feedback_writer
         self.tokenizer = _Tokenizer(engine, chat)
         self.context: int = engine.model_config.max_model_len
@@ -78,13 +86,18 @@ class Judges:
 
         Raises VLLMValidationError (400) for an unknown principle, or a judge that the server does not have.
         """
-        if settings.kind != "pairwise":
-            if settings.kind != "proxy" and settings.kind not in self.adapters:
-                _refuse(
-                    "kind", f"this server has no {settings.kind} judge: start it with --judge DIR"
-                )
+        kinds = "pairwise", "proxy", *self.adapters, *self.clients
+        if settings.kind not in kinds:
+            source = "FILE.toml" if settings.kind in get_args(RemoteKind) else "DIR"
+            _refuse(
+                "kind", f"this server has no {settings.kind} judge: start it with --judge {source}"
+            )
+        if settings.kind not in ("pairwise", "endpoint"):
             if settings.principles is not None:
-                _refuse("principles", f"are for pairwise judges: a {settings.kind} judge has none")
+                _refuse(
+                    "principles",
+                    f"are for judges that read both responses: a {settings.kind} judge has none",
+                )
             return {}
         for name in settings.principles or ():
             if name not in self.principles:
@@ -114,6 +127,9 @@ class Judges:
             return self._make_likelihood(tie_band)
         if kind == "probe":
             return self._make_probe(tie_band)
+        if kind in self.clients:
+            client = self.clients[kind]
+            return remote_judge(client, self.tokenizer, principles, self.context, tie_band)
         return self.make_pairwise(principles, tie_band=tie_band)
 
     def make_pairwise(

@@ -259,6 +259,8 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
 
 _NOBODY = "The proxy 'nobody' is not loaded. Loaded are: aligned, polite."
 _STOPPED = "The engine has stopped."
+_UNREACHABLE = "the reward judge cannot be reached: ConnectError"
+_TOO_SLOW = "the endpoint judge did not answer within 60 s"
 _NOT_KEPT = "this server keeps no feedback: start it with --feedback"
 _CANNOT_LEARN = "this server learns nothing: start it with --feedback FILE and --proxy-root DIR"
 _DATABASE = "the database cannot be written: disk is full"
@@ -268,6 +270,7 @@ ERRORS: dict[str, dict[int, str]] = {
         400: "alignment.strenght: Extra inputs are not permitted (parameter=alignment.strenght)",
         404: _NOBODY,
         500: _STOPPED,
+        502: _UNREACHABLE,
         503: "no sample is left to judge: sample 0 failed: The engine has stopped.",
         504: "no sample is left to judge: sample 0 was not finished after 0.5 seconds",
     },
@@ -288,11 +291,15 @@ ERRORS: dict[str, dict[int, str]] = {
         400: _UNKNOWN,
         404: _NOBODY,
         500: _STOPPED,
+        502: _UNREACHABLE,
+        504: _TOO_SLOW,
     },
     "POST /judge/rank": {
         400: _UNKNOWN,
         404: _NOBODY,
         500: _STOPPED,
+        502: _UNREACHABLE,
+        504: _TOO_SLOW,
     },
     "POST /feedback": {
         400: "the responses are the same: neither is better",

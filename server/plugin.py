@@ -25,7 +25,7 @@ from server.alignment_stats import WorkerReader
 from server.app_state import AppState
 from server.ending import end_soon
 from server.engine import Workers
-from server.engine_wrapper import wrap_engine
+from server.engine_wrapper import begin_judgments, count_judge_tokens, wrap_engine
 from server.feedback_writer import FeedbackWriter
 from server.judge_adapters import Adapter, JudgeKind
 from server.judges import Judges
@@ -40,6 +40,8 @@ from server.middleware.request_log import RequestLogMiddleware
 from server.proxies import Checkpoint, Proxies
 from server.proxy_manifest import ProxyManifest
 from server.readiness import Readiness
+from server.remote_client import EndpointClient, Meter, RewardClient, connect
+from server.remote_judges import RemoteJudge, RemoteKind
 from server.routes import (
     cards,
     chat,
@@ -82,6 +84,9 @@ class AssentPlugin:
     proxy_root: Path | None = None
     principles: Mapping[str, Principle] = field(default_factory=lambda: DEFAULT)
     adapters: Mapping[JudgeKind, Adapter] = field(default_factory=dict)
+    remote_judges: Mapping[RemoteKind, RemoteJudge] = field(default_factory=dict)
+    judge_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """API keys of judges on other servers, by variable."""
     feedback: Feedback | None = None
     learn: Sequence[Spec] = ()
     engine_died: bool = False
@@ -147,6 +152,14 @@ class AssentPlugin:
                 self.learn, feedback_writer, proxies, manifest, engine, workers, model=model
             )
             learning.watch()
+        clients: dict[JudgeKind, RewardClient | EndpointClient] = {
+            kind: connect(
+                judge,
+                self.judge_keys.get(judge.api_key_env or ""),
+                Meter(begin_judgments, count_judge_tokens),
+            )
+            for kind, judge in self.remote_judges.items()
+        }
         return AppState(
             engine=engine,
             workers=workers,
@@ -155,7 +168,9 @@ class AssentPlugin:
             models=state.openai_serving_models,
             proxies=proxies,
             manifest=manifest,
-            judges=Judges(engine, workers, chat, self.principles, self.adapters, feedback_writer),
+            judges=Judges(
+                *(engine, workers, chat, self.principles, self.adapters, clients, feedback_writer)
+            ),
             feedback_writer=feedback_writer,
             learning=learning,
             readiness=Readiness(workers),

@@ -36,11 +36,15 @@ router = APIRouter(tags=["Generation"])
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse},
         500: {"model": ErrorResponse},
+        502: {"model": ErrorResponse, "description": "A judge on another server fails."},
         503: {
             "model": ErrorResponse,
             "description": "No sample is left to judge, or the server stops.",
         },
-        504: {"model": ErrorResponse, "description": "No sample was finished in time."},
+        504: {
+            "model": ErrorResponse,
+            "description": "No sample was finished, or no judge answered, in time.",
+        },
     },
 )
 @with_cancellation

@@ -43,6 +43,8 @@ Rationales = dict[str, str]
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse, "description": "The proxy that is to judge is not loaded."},
         500: {"model": ErrorResponse},
+        502: {"model": ErrorResponse, "description": "A judge on another server fails."},
+        504: {"model": ErrorResponse, "description": "It does not answer in time."},
     },
 )
 @with_cancellation
@@ -101,6 +103,8 @@ def _answer(request: JudgeRequest, judge: Judge, verdicts: list[dict[str, Any]])
         400: {"model": ErrorResponse},
         404: {"model": ErrorResponse, "description": "The proxy that is to judge is not loaded."},
         500: {"model": ErrorResponse},
+        502: {"model": ErrorResponse, "description": "A judge on another server fails."},
+        504: {"model": ErrorResponse, "description": "It does not answer in time."},
     },
 )
 @with_cancellation

@@ -29,8 +29,8 @@ class JudgeSettings(BaseModel):
     )
     kind: JudgeKind = Field(
         "pairwise",
-        description="Who judges: the LLM (or its LoRA), shown both responses; or a LoRA, a proxy or "
-        "a probe that scores each.",
+        description="Who judges: the LLM (or its LoRA), or another server's LLM (`endpoint`), shown "
+        "both responses; or a LoRA, a proxy, a probe or a reward model that scores each.",
     )
     proxy: str | None = Field(
         None,

@@ -72,7 +72,8 @@ class JudgeRequest(Conversation, JudgeSettings):
     @model_validator(mode="after")
     def _one_pair_or_many(self) -> "JudgeRequest":
         if self.rationale and self.kind != "pairwise":
-            raise ValueError(f"rationale: a {self.kind} judge has only a score, and cannot say why")
+            has = "gives one letter" if self.kind == "endpoint" else "has only a score"
+            raise ValueError(f"rationale: a {self.kind} judge {has}, and cannot say why")
         single = (self.prompt, self.messages, self.response_a, self.response_b)
         if self.pairs is not None:
             if any(value is not None for value in single):

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +128,22 @@ def serving(
     With `warm` its libraries are imported already, and its engine is forked from it.
     """
     port = free_port()
-    command = [
-        *("server", "--model", model, "--port", str(port)),
-        *("--served-model-name", name),
-    ]
-    process = _start([*map(str, [*command, *flags])], log, environment or {}, warm)
+    command = ["server", "--model", model, "--port", port, "--served-model-name", name, *flags]
+    with running(command, log, port, environment, warm=warm) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path | int],
+    log: Path,
+    port: int,
+    environment: dict[str, str] | None = None,
+    *,
+    warm: bool = True,
+) -> Iterator[Server]:
+    """A server of any module with `/health`, as `serving`."""
+    process = _start([*map(str, command)], log, environment or {}, warm)
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_healthy(process, server)

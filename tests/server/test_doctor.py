@@ -1,10 +1,13 @@
 """The doctor's findings, without a start of the server."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -74,6 +77,39 @@ def test_all_that_is_wrong_at_once(findings, tmp_path, monkeypatch):
     assert "no reward.json" in by_subject["judges"]
     assert "more than is free" in by_subject["memory"]
     assert "are the same key" in by_subject["keys"]
+
+
+def test_judges_on_other_servers_are_asked_once(findings, tmp_path, monkeypatch):
+    scores = iter([4.0, 1.0])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            text = json.dumps({"data": [{"probs": [next(scores)]}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_): ...
+
+    text = 'kind = "{}"\nurl = "{}"\nmodel = "m"\nconcurrency = 1\n'.format
+    reward, endpoint = tmp_path / "reward.toml", tmp_path / "endpoint.toml"
+    endpoint.write_text(text("endpoint", f"http://127.0.0.1:{free_port()}"))
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        reward.write_text(text("reward", f"http://127.0.0.1:{server.server_port}"))
+        by_subject = findings("--model", MODEL, "--judge", str(reward), "--judge", str(endpoint))
+        server.shutdown()
+        thread.join()
+    ((level, text),) = by_subject["judge reward"]
+    assert level == "ok" and "prefers an answer to none with 95%" in text  # sigmoid(4 - 1)
+    ((level, text),) = by_subject["judge endpoint"]
+    assert level == "error" and "cannot be reached" in text and "http://127.0.0.1" in text
+    reward.write_text(reward.read_text() + 'api_key_env = "NO_SUCH_KEY"\n')
+    by_subject = errors(findings("--model", MODEL, "--judge", str(reward)))
+    assert "NO_SUCH_KEY is not set" in by_subject["remote judges"]
 
 
 def test_a_model_that_is_none(findings, tmp_path):

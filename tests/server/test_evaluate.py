@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_a_run(
     assert "skipped 1 of 12 rows" in printed and "by row" in printed
     with pytest.raises(OptionError, match="figures.json is there already: .* --overwrite"):
         evaluate.main(options)
+    by_proxy = replace(options, kind="proxy", proxy="aligned", overwrite=True)
+    evaluate.main(by_proxy)
+    saved_figures = json.loads((tmp_path / "out/figures.json").read_text())
+    assert saved_figures["all pairs"]["consistency"] == 1  # a score knows no order
 
 
 def test_names_of_subsets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

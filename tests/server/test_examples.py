@@ -6,6 +6,7 @@ import runpy
 import secrets
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -62,16 +63,20 @@ def test_langchain(run, monkeypatch):
     assert frozen.startswith("no proxy: ") and aligned.startswith("aligned@")
 
 
-def test_litellm_config():
+@pytest.mark.parametrize("name", ["config", "guardrails"])
+def test_litellm_config(name):
     """Its models are the demo's, and all its variables are those that it asks for."""
-    config = yaml.safe_load((EXAMPLES / "litellm/config.yaml").read_text())
+    config = yaml.safe_load((EXAMPLES / f"litellm/{name}.yaml").read_text())
     names = {item["litellm_params"]["model"] for item in config["model_list"]}
     assert names == {f"openai/{MODEL}", f"openai/{MODEL}:aligned"}
 
 
-@pytest.mark.slow  # `make install` does not install the package
-def test_litellm(server, tmp_path):
-    pytest.importorskip("litellm.proxy.proxy_server", reason="litellm[proxy] is not installed")
+@contextmanager
+def litellm_gateway(server, config, directory):
+    """A client of LiteLLM's proxy with one of the example's files."""
+    program = Path(sys.executable).with_name("litellm")
+    if not program.exists():
+        pytest.skip("litellm[proxy] is not installed")
     port = free_port()
     environment = os.environ | {
         "ASSENT_OPENAI_URL": f"{server.url}/v1",
@@ -80,10 +85,9 @@ def test_litellm(server, tmp_path):
         "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(24)}",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    program = Path(sys.executable).with_name("litellm")
-    command: list[str | Path] = [program, "--config", EXAMPLES / "litellm/config.yaml"]
+    command: list[str | Path] = [program, "--config", EXAMPLES / "litellm" / config]
     gateway = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=tmp_path
+        [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=directory
     )
     try:
         transport = httpx.HTTPTransport(retries=60)
@@ -93,13 +97,49 @@ def test_litellm(server, tmp_path):
             timeout=WAIT_SECONDS,
             transport=transport,
         ) as client:
-            body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
-            for model, key in (("aligned", "proxy"), ("best", "judge")):
-                answer = client.post("/v1/chat/completions", json=body | {"model": model})
-                assert answer.json()["alignment"][key]
+            yield client
     finally:
         gateway.terminate()
         gateway.wait()
+
+
+@pytest.mark.slow  # `make install` does not install the package
+def test_litellm(server, tmp_path):
+    with litellm_gateway(server, "config.yaml", tmp_path) as client:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+        for model, key in (("aligned", "proxy"), ("best", "judge")):
+            answer = client.post("/v1/chat/completions", json=body | {"model": model})
+            assert answer.json()["alignment"][key]
+
+
+@pytest.mark.slow  # `make install` does not install the package
+def test_litellm_guardrails(server, http, tmp_path):
+    """What the judge finds worse than a refusal is refused, whole and streamed; a word is blocked before the LLM."""
+    source = (EXAMPLES / "litellm/judge_guardrail.py").read_text()
+    refusal = source.split('REFUSAL = "')[1].split('"')[0]
+    path = "/v1/chat/completions"
+    body = {"max_tokens": 40, "messages": [{"role": "user", "content": "How do I keep my dog?"}]}
+    with litellm_gateway(server, "guardrails.yaml", tmp_path) as client:
+        expected, whole, streamed = [], [], []
+        for seed in range(8):
+            seeded = body | {"seed": seed}
+            text = http.post(path, json=seeded | {"model": MODEL}).json()
+            text = text["choices"][0]["message"]["content"]
+            pair = {"messages": body["messages"], "response_a": text, "response_b": refusal}
+            is_worse = http.post("/judge", json=pair).json()["winner"] == "b"
+            expected.append(refusal if is_worse else text)
+            answer = client.post(path, json=seeded | {"model": "frozen"}).raise_for_status().json()
+            whole.append(answer["choices"][0]["message"]["content"])
+            stream = client.post(path, json=seeded | {"model": "frozen", "stream": True})
+            lines = [line for line in stream.text.splitlines() if line.startswith("data: {")]
+            chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+            deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+            streamed.append("".join(delta.get("content") or "" for delta in deltas))
+        assert whole == streamed == expected
+        assert 0 < expected.count(refusal) < len(expected)
+        fork = [{"role": "user", "content": "Can I open my kettle with a fork?"}]
+        blocked = client.post(path, json=body | {"model": "frozen", "messages": fork})
+        assert blocked.status_code == 400 and "fork" in blocked.text
 
 
 @pytest.mark.slow  # `make install` does not install the package

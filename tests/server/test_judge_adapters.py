@@ -1,6 +1,7 @@
-"""Judges that are LoRAs or a probe: their directories, and their verdicts on a real server, against transformers."""
+"""Judges beside the LLM: LoRAs, a probe, other servers. Their verdicts on a real server, against transformers."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,12 @@ import httpx
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from judge.principles import Principle, write_principles
 from judge.prompts import Question, judge_prompt_ids, label_ids, response_ids
@@ -18,7 +24,18 @@ from proxy.checkpoint import BaseModelId, CheckpointError, identify
 from proxy.probe import PROBE_FILE, save_weight
 from proxy.reward_file import ProbeInfo, RewardFile
 from server.judge_adapters import AdapterError, enable_adapters, read_adapters
-from tests.server.conftest import DEMO, WAIT_SECONDS, proxy_flags, serving
+from server.openapi_examples import ERRORS
+from tests.server.conftest import (
+    API_KEY,
+    DEMO,
+    MODEL,
+    WAIT_SECONDS,
+    Server,
+    free_port,
+    proxy_flags,
+    running,
+    serving,
+)
 from tests.training.models import frozen_of
 from training.reward_loading import load_reward
 from training.rewards import Sample
@@ -137,18 +154,38 @@ def test_what_is_no_judge(judges: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def reward_port() -> int:
+    """Where the reward model is served, while a test serves it."""
+    return free_port()
+
+
+MAX_JUDGMENTS = 24
+
+
+@pytest.fixture(scope="module")
 def http(
-    judges: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    judges: dict[str, Path], server: Server, reward_port: int, tmp_path_factory
 ) -> Iterator[httpx.Client]:
-    flags = ["--dtype", "float32", *proxy_flags()]
-    flags += [f"--judge={judges['pairwise']}", "--judge", str(judges["likelihood"])]
-    flags += [f"--judge={judges['probe']}"]
-    log = tmp_path_factory.mktemp("server") / "server.log"
+    """A server with a judge of each kind; its endpoint is the tests' own server."""
+    directory = tmp_path_factory.mktemp("server")
+    endpoint, reward, access = (directory / name for name in ("e.toml", "r.toml", "access.toml"))
+    remote = 'kind = "{}"\nurl = "{}"\nmodel = "{}"\n'.format
+    endpoint.write_text(
+        remote("endpoint", f"{server.url}/v1", MODEL)
+        + 'api_key_env = "THEIR_KEY"\ncontinue_final_message = true\n'
+    )
+    reward.write_text(remote("reward", f"http://127.0.0.1:{reward_port}", "scorer") + "beta = 2.0")
+    access.write_text(f"[default]\nmax_judgments = {MAX_JUDGMENTS}\n")
+    flags = ["--dtype", "float32", "--access", access, *proxy_flags()]
+    flags += [f"--judge={path}" for path in (*judges.values(), endpoint)]
+    flags += ["--judge", reward]
+    environment = {"THEIR_KEY": API_KEY}
     with (
-        serving(log, *flags) as server,
-        httpx.Client(base_url=server.url, timeout=WAIT_SECONDS) as client,
+        serving(directory / "server.log", *flags, environment=environment) as judging_server,
+        httpx.Client(base_url=judging_server.url, timeout=WAIT_SECONDS) as client,
     ):
         yield client
+    assert API_KEY not in (directory / "server.log").read_text()
 
 
 TURNS = [{"role": "user", "content": "I have 30 pounds for my rose. Is that enough?"}]
@@ -258,8 +295,20 @@ def test_ranking_by_a_probe(http: httpx.Client, probe_scores: list[float]) -> No
     assert replay(record) == record["ranking"]
 
 
-def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Path]) -> None:
-    """By its own principles; and the LLM that answers stays the frozen one."""
+def usage_of(prompts: list[int]) -> dict[str, int]:
+    """Of judgments with prompts of these lengths."""
+    total = sum(prompts)
+    return {
+        "prompt_tokens": total,
+        "completion_tokens": len(prompts),
+        "total_tokens": total + len(prompts),
+    }
+
+
+def test_the_pairwise_judge_is_its_lora_and_the_endpoint_another_llm(
+    http: httpx.Client, judges: dict[str, Path]
+) -> None:
+    """By the LoRA's principles; and the LLM that answers stays the frozen one, which is the endpoint's too."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     base_model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
     lora_model = PeftModel.from_pretrained(
@@ -268,7 +317,7 @@ def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Pa
     ).eval()
     question = Question(TURNS, *RESPONSES[:2])
     a, b = label_ids(tokenizer, MANNERS)
-    expected = []
+    expected: dict[str, list[float]] = {"pairwise": [], "endpoint": []}
     for ordered_question in (question, question.swapped):
         ids = torch.tensor([judge_prompt_ids(tokenizer, ordered_question, MANNERS)])
         with torch.no_grad():
@@ -277,13 +326,86 @@ def test_the_pairwise_judge_is_its_lora(http: httpx.Client, judges: dict[str, Pa
                 for model in (lora_model, base_model)
             )
         assert abs(lora_odds - base_odds) > 0.05
-        expected.append(
-            (lora_odds if ordered_question is question else -lora_odds).sigmoid().item()
-        )
+        sign = 1 if ordered_question is question else -1
+        expected["pairwise"].append((sign * lora_odds).sigmoid().item())
+        expected["endpoint"].append((sign * base_odds).sigmoid().item())
     body = {"messages": TURNS, "response_a": RESPONSES[0], "response_b": RESPONSES[1]}
-    verdict = http.post("/judge", json=body).raise_for_status().json()
-    assert list(verdict["principles"]) == ["manners"]
-    assert verdict["orders"] == pytest.approx(expected, abs=2e-3)
+    for kind, orders in expected.items():
+        answer = http.post("/judge", json=body | {"kind": kind})
+        assert answer.status_code == 200, answer.text
+        verdict = answer.json()
+        assert list(verdict["principles"]) == ["manners"]
+        assert verdict["orders"] == pytest.approx(orders, abs=2e-3)
+        assert verdict["usage"] == usage_of(2 * [len(ids[0])])
+
+
+def test_an_endpoint_ranks_within_the_limits_of_a_caller(http: httpx.Client) -> None:
+    body = {"messages": TURNS, "responses": RESPONSES, "kind": "endpoint", "seed": 1}
+    record = http.post("/judge/rank", json=body).raise_for_status().json()
+    assert record["usage"]["completion_tokens"] == 4 and replay(record) == record["ranking"]
+    pair = {"messages": TURNS, "response_a": RESPONSES[0], "response_b": RESPONSES[1]}
+    too_many = {"kind": "endpoint", "pairs": [pair] * (MAX_JUDGMENTS // 2 + 1)}
+    answer = http.post("/judge", json=too_many)
+    assert answer.status_code == 400 and "max_judgments: " in answer.text
+    assert 'assent_judge_flip_rate{judge="endpoint"}' in http.get("/metrics").text
+
+
+def test_a_reward_model_that_is_not_there(http: httpx.Client) -> None:
+    body = {"messages": TURNS, "response_a": "a", "response_b": "b", "kind": "reward"}
+    answer = http.post("/judge", json=body)
+    assert answer.status_code == answer.json()["error"]["code"] == 502
+    assert answer.json()["error"]["message"] == ERRORS["POST /judge"][502]
+    alignment = {"best_of": 2, "judge": {"kind": "reward"}}
+    chat = {"model": MODEL, "messages": TURNS, "max_tokens": 4, "alignment": alignment}
+    answer = http.post("/v1/chat/completions", json=chat | {"stream": True})
+    assert ERRORS["POST /judge"][502] in answer.text
+
+
+@pytest.mark.slow  # starts a server of vLLM's
+def test_a_reward_model_on_vllms_pooling_runner(
+    http: httpx.Client, reward_port: int, tmp_path: Path
+) -> None:
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        DEMO / "model", num_labels=1, dtype=torch.float32
+    ).eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        scorer.score.weight.normal_(std=0.05)
+    scorer.save_pretrained(tmp_path / "scorer")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+    lengths, rewards = [], []
+    for response in RESPONSES:
+        prompt, answer = response_ids(tokenizer, TURNS, response)
+        ids = [*prompt, *answer]
+        with torch.inference_mode():
+            rewards.append(scorer(torch.tensor([ids])).logits.item())
+        lengths.append(len(ids))
+    assert max(rewards) - min(rewards) > 0.2
+    command = (
+        *("vllm.entrypoints.openai.api_server", "--model", tmp_path / "scorer"),
+        *("--served-model-name", "scorer", "--runner", "pooling", "--dtype", "float32"),
+        *("--port", reward_port, "--host", "127.0.0.1", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", "200000000"),
+    )
+    with running(command, tmp_path / "log", reward_port):
+        body = {"messages": TURNS, "responses": RESPONSES, "kind": "reward"}
+        record = http.post("/judge/rank", json=body | {"strategy": "round-robin"})
+        record = record.raise_for_status().json()
+        assert record["ranking"] == sorted(range(3), key=lambda i: -rewards[i])
+        assert replay(record) == record["ranking"]
+        assert record["usage"] == usage_of(lengths) | {
+            "completion_tokens": 0,
+            "total_tokens": sum(lengths),
+        }
+        for comparison in record["rounds"][0]:
+            a, b = comparison["pair"]
+            expected = 1 / (1 + math.exp(-2.0 * (rewards[a] - rewards[b])))
+            assert comparison["orders"]["reward"] == pytest.approx([expected] * 2, abs=2e-3)
+        alignment = {"best_of": 2, "judge": {"kind": "reward"}}
+        chat = {"model": MODEL, "messages": TURNS, "max_tokens": 8, "alignment": alignment}
+        best = http.post("/v1/chat/completions", json=chat).raise_for_status().json()
+        assert best["alignment"]["judge"]["kind"] == "reward"
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "probe"])
@@ -308,6 +430,10 @@ def test_best_of_by_scores_beside_plain_requests(http: httpx.Client, kind: str) 
         ({"kind": "likelihood", "rationale": True}, "cannot say why"),
         ({"kind": "probe", "principles": ["manners"]}, "a probe judge has none"),
         ({"kind": "probe", "rationale": True}, "cannot say why"),
+        ({"kind": "endpoint", "rationale": True}, "gives one letter, and cannot say why"),
+        ({"kind": "endpoint", "principles": ["x"]}, "unknown principle 'x'; known are: manners"),
+        ({"kind": "reward", "principles": ["manners"]}, "a reward judge has none"),
+        ({"kind": "endpoint", "url": "http://127.0.0.1:1"}, "url: Extra inputs are not permitted"),
         ({"kind": "oracle"}, "kind"),
         ({"principles": ["overall"]}, "unknown principle 'overall'; known are: manners"),
     ],
