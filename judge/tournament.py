@@ -6,26 +6,47 @@
 `final_four`   N + 2 comparisons: a knock-out down to four, and all pairs of these. The winner of a
                knock-out may have won narrowly, or met none of the other good ones; here it meets three.
 `round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
+`adaptive`     N - 1 comparisons at most. Samples are drawn when they are first compared, and compared
+               while they grow; nobody needs more of those that have lost, and no more are drawn when
+               the next ones cannot be expected to win.
 
-A strategy is a generator: it yields the pairs of a round, is sent their results, and returns the
-ranking. The record holds every comparison, and `replay` finds the same ranking from it without a
-model.
+A strategy is a generator: it yields a round, is sent the results, and returns the ranking. The record
+holds every comparison, and `replay` finds the same ranking from it without a model.
 """
 
+import math
 import random
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
 
 from judge.bradley_terry import scores
 from judge.verdict import Orders, PairResult, Verdict
 
 Pair = tuple[int, int]
-Games = Generator[list[Pair], Sequence[PairResult], list[int]]
-"""Yields the pairs of each round, is sent their results, returns the ranking."""
+
+
+class Round(NamedTuple):
+    """Comparisons that do not wait for one another."""
+
+    pairs: list[Pair]
+    tokens: int | None = None
+    """How much of each sample is read; None = all of it."""
+
+
+Games = Generator[Round, Sequence[PairResult], list[int]]
+"""Yields each round, is sent its results, returns the ranking."""
 TournamentStrategy = Callable[[int, int], Games]
 """(number of samples, seed) -> games."""
-CompareRound = Callable[[list[Pair]], Awaitable[list[PairResult]]]
+CompareRound = Callable[[Round], Awaitable[list[PairResult]]]
+
+FIRST_WAVE = 4
+"""Samples that `adaptive` draws at first; then it doubles them each time."""
+FIRST_TOKENS = 32
+"""How much of each sample the first round of a wave reads; the next reads twice as much, and so on."""
+WORTHWHILE = 0.03
+"""`adaptive` draws more while the next sample is expected to raise the probability of winning by at least this."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,8 @@ class Comparison:
     """Index of the preferred sample."""
     truncated: bool = False
     """A text was shortened to fit the judge's context."""
+    tokens: int | None = None
+    """How much of each sample was read; None = all of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class TournamentRecord:
     seed: int
     num: int
     ranking: list[int]
-    """Indices of the samples, the best first."""
+    """Indices of the samples, the best first; without those that were never drawn."""
     rounds: list[list[Comparison]]
 
     @property
@@ -80,16 +103,61 @@ def round_robin(num: int, seed: int) -> Games:
     return (yield from _all_pairs(draw(num, seed)))
 
 
+def adaptive(num: int, seed: int) -> Games:
+    """The ranking: the winner, then the others that were drawn, by their Bradley–Terry scores.
+
+    The samples come in waves, each as large as all before it. A wave plays a knock-out, whose winner meets the best of
+    those before. Everyone has the same chance in advance, so that nothing needs to be drawn by `seed`.
+    """
+    del seed
+    best: list[int] = []
+    drawn, won = 0, dict[Pair, float]()
+    while drawn < num and (not best or expected_gain(scores(drawn, won), best[0]) >= WORTHWHILE):
+        wave = range(drawn, min(num, max(FIRST_WAVE, 2 * drawn)))
+        drawn, tokens, standing = wave.stop, FIRST_TOKENS, [*wave, *best]
+        while len(standing) > 1:
+            pairs = list(zip(standing[::2], standing[1::2], strict=False))
+            results = yield Round(pairs, tokens)
+            won |= {pair: r.probability for pair, r in zip(pairs, results, strict=True)}
+            winners = [_winner(pair, result) for pair, result in zip(pairs, results, strict=True)]
+            standing, tokens = winners + standing[2 * len(pairs) :], 2 * tokens
+        best = standing
+    strengths = scores(drawn, won)
+    others = (sample for sample in range(drawn) if sample != best[0])
+    return best + sorted(others, key=strengths.__getitem__, reverse=True)
+
+
+def expected_gain(strengths: Sequence[float], best: int) -> float:
+    """E max(0, P(the next sample beats the best) - 1/2), the next one's strength being normal.
+
+    Its mean is that of the samples so far. So is its variance, with one more observation that differs from the mean by
+    1: of the few samples at first, all may be alike by chance.
+
+    Args:
+        strengths: Bradley–Terry scores of the samples so far, natural logs
+        best: index of the best
+    """
+    mean = fmean(strengths)
+    spread = math.sqrt((1 + sum((s - mean) ** 2 for s in strengths)) / len(strengths))
+    next_one = NormalDist(mean - strengths[best], spread)
+    chances = (1 / (1 + math.exp(-next_one.inv_cdf(level))) for level in _LEVELS)
+    return fmean(max(0.0, chance - 0.5) for chance in chances)
+
+
+_LEVELS = [(i + 0.5) / 32 for i in range(32)]
+"""Quantiles over which `expected_gain` averages."""
+
+
 def _knock_out(
     standing: list[int], until: int
-) -> Generator[list[Pair], Sequence[PairResult], tuple[list[int], list[int]]]:
+) -> Generator[Round, Sequence[PairResult], tuple[list[int], list[int]]]:
     """Rounds until `until` samples stand; returns these and the beaten ones, the best first."""
     beaten: list[int] = []  # in order of defeat
     while len(standing) > until:
         games = min(len(standing) // 2, len(standing) - until)
         pairs = list(zip(standing[: 2 * games : 2], standing[1 : 2 * games : 2], strict=True))
         byes = standing[2 * games :]
-        results = yield pairs
+        results = yield Round(pairs)
         winners = [_winner(pair, result) for pair, result in zip(pairs, results, strict=True)]
         losers = {
             sum(pair) - winner: abs(result.probability - 0.5)
@@ -103,7 +171,7 @@ def _knock_out(
 def _all_pairs(order: list[int]) -> Games:
     """One round of all pairs, the earlier shown first; returns the samples by their Bradley–Terry scores."""
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-    results = yield pairs
+    results = yield Round(pairs)
     place = {sample: i for i, sample in enumerate(order)}
     won = {
         (place[a], place[b]): result.probability
@@ -117,6 +185,7 @@ STRATEGIES: dict[str, TournamentStrategy] = {
     "knock-out": knock_out,
     "final-four": final_four,
     "round-robin": round_robin,
+    "adaptive": adaptive,
 }
 
 
@@ -130,13 +199,11 @@ async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) 
     rounds: list[list[Comparison]] = []
     games = STRATEGIES[strategy](num, seed)
     try:
-        pairs = next(games)
+        this = next(games)
         while True:
-            results = await compare_round(pairs)
-            rounds.append(
-                [comparison_of(pair, result) for pair, result in zip(pairs, results, strict=True)]
-            )
-            pairs = games.send(results)
+            results = await compare_round(this)
+            rounds.append(comparisons_of(this, results))
+            this = games.send(results)
     except StopIteration as end:
         return TournamentRecord(
             strategy=strategy, seed=seed, num=num, ranking=end.value, rounds=rounds
@@ -152,12 +219,12 @@ def replay(record: Mapping[str, Any]) -> list[int]:
     games = STRATEGIES[record["strategy"]](record["num"], record["seed"])
     rounds = iter(record["rounds"])
     try:
-        pairs = next(games)
+        this = next(games)
         while True:
             recorded: list[Any] = next(rounds, [])
-            if [tuple(comparison["pair"]) for comparison in recorded] != pairs:
-                raise ValueError(f"the record's round is not the strategy's: expected {pairs}")
-            pairs = games.send([_pair_result(comparison["orders"]) for comparison in recorded])
+            if [tuple(comparison["pair"]) for comparison in recorded] != this.pairs:
+                raise ValueError(f"the record's round is not the strategy's: expected {this.pairs}")
+            this = games.send([_pair_result(comparison["orders"]) for comparison in recorded])
     except StopIteration as end:
         if next(rounds, None) is not None:
             raise ValueError("the record has another round after its last round") from None
@@ -171,15 +238,19 @@ def draw(num: int, seed: int) -> list[int]:
     return sorted(range(num), key=drawn.__getitem__)
 
 
-def comparison_of(pair: Pair, result: PairResult) -> Comparison:
-    """The record of one result."""
-    return Comparison(
-        pair=pair,
-        orders={name: verdict.orders for name, verdict in result.by_principle.items()},
-        probability=result.probability,
-        winner=_winner(pair, result),
-        truncated=result.truncated,
-    )
+def comparisons_of(this: Round, results: Sequence[PairResult]) -> list[Comparison]:
+    """The record of a round's results."""
+    return [
+        Comparison(
+            pair=pair,
+            orders={name: verdict.orders for name, verdict in result.by_principle.items()},
+            probability=result.probability,
+            winner=_winner(pair, result),
+            truncated=result.truncated,
+            tokens=this.tokens,
+        )
+        for pair, result in zip(this.pairs, results, strict=True)
+    ]
 
 
 def _pair_result(orders: Mapping[str, Any]) -> PairResult:

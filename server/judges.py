@@ -274,3 +274,8 @@ class _Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with self._lock:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: list[int]) -> str:
+        with self._lock:
+            text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            return text

@@ -7,6 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from proxy.request import Alignment, WorkerAlignment
 from server.judge_adapters import JudgeKind
 
+Strategy = Literal["knock-out", "final-four", "round-robin", "adaptive"]
+
 
 def _no_duplicates(names: list[str]) -> list[str]:
     if len(set(names)) != len(names):
@@ -45,9 +47,7 @@ class JudgeSettings(BaseModel):
 class JudgeOptions(JudgeSettings):
     """How samples are ranked."""
 
-    strategy: Literal["knock-out", "final-four", "round-robin"] = Field(
-        "knock-out", description="Which pairs are compared."
-    )
+    strategy: Strategy = Field("knock-out", description="Which pairs are compared.")
     seed: int | None = Field(
         None,
         ge=0,

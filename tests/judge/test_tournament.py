@@ -20,7 +20,8 @@ def rank(
     """A tournament with a judge that is sure that the higher strength wins."""
     rounds: list[list[tuple[int, int]]] = []
 
-    async def compare_round(pairs):
+    async def compare_round(this):
+        pairs = this.pairs
         rounds.append(pairs)
         return [
             result((0.9, 0.8)) if strengths[a] > strengths[b] else result((0.2, 0.1))
@@ -64,14 +65,14 @@ def test_a_bye_plays_in_the_next_round():
 
 def test_the_seed_draws_the_bracket():
     # random.Random(7).random() gives 0.32, 0.15, 0.65, 0.07, 0.54, 0.37.
-    assert next(knock_out(6, 7)) == [(3, 1), (0, 5), (4, 2)]
+    assert next(knock_out(6, 7)).pairs == [(3, 1), (0, 5), (4, 2)]
     assert next(knock_out(6, 7)) == next(knock_out(6, 7))
-    assert len({tuple(next(knock_out(6, seed))) for seed in range(20)}) > 10
+    assert len({tuple(next(knock_out(6, seed)).pairs) for seed in range(20)}) > 10
 
 
 def test_an_undecided_pair_sends_its_first_on():
-    async def undecided(pairs):
-        return [result((0.5, 0.5)) for _ in pairs]
+    async def undecided(this):
+        return [result((0.5, 0.5)) for _ in this.pairs]
 
     record = asyncio.run(play("knock-out", 6, undecided, seed=7))
     assert [comparison.winner for comparison in record.rounds[0]] == [3, 0, 4]
@@ -88,9 +89,9 @@ def test_a_receipt_replays_to_its_ranking_from_json(num, strategy):
 
 
 def test_several_principles_replay_to_the_majority():
-    async def compare_round(pairs):
+    async def compare_round(this):
         # Two principles slightly prefer the first, the third strongly prefers the second.
-        return [result((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
+        return [result((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in this.pairs]
 
     record = asyncio.run(play("knock-out", 2, compare_round, seed=0))
     (comparison,) = record.rounds[0]
@@ -138,9 +139,9 @@ def test_a_final_four_counts_all_its_games():
         (1, 3): 0.5,
     }
 
-    async def compare_round(pairs):
+    async def compare_round(this):
         both_orders = probabilities | {(b, a): 1 - p for (a, b), p in probabilities.items()}
-        return [result((both_orders[pair], both_orders[pair])) for pair in pairs]
+        return [result((both_orders[pair], both_orders[pair])) for pair in this.pairs]
 
     record = asyncio.run(play("final-four", 4, compare_round, seed=0))
     assert record.winner == 0
@@ -150,8 +151,8 @@ def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
     # The pairs with seed 7 and 6 samples, as below, are (3, 1), (0, 5), (4, 2); the first wins.
     probabilities = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
 
-    async def compare_round(pairs):
-        return [result((probabilities.get(pair, 0.7),) * 2) for pair in pairs]
+    async def compare_round(this):
+        return [result((probabilities.get(pair, 0.7),) * 2) for pair in this.pairs]
 
     record = asyncio.run(play("knock-out", 6, compare_round, seed=7))
     # Then (3, 0) with a bye for 4, then (4, 3): the bye plays first.
