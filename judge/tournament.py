@@ -6,9 +6,8 @@
 `final_four`   N + 2 comparisons: a knock-out down to four, and all pairs of these. The winner of a
                knock-out may have won narrowly, or met none of the other good ones; here it meets three.
 `round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
-`adaptive`     N - 1 comparisons at most. Samples are drawn when they are first compared, and compared
-               while they grow; nobody needs more of those that have lost, and no more are drawn when
-               the next ones cannot be expected to win.
+`adaptive`     N - 1 comparisons at most. Samples are drawn when they are first compared: no more when
+               the next one cannot be expected to win.
 
 A strategy is a generator: it yields a round, is sent the results, and returns the ranking. The record
 holds every comparison, and `replay` finds the same ranking from it without a model.
@@ -31,20 +30,19 @@ class Round(NamedTuple):
     """Comparisons that do not wait for one another."""
 
     pairs: list[Pair]
-    tokens: int | None = None
-    """How much of each sample is read; None = all of it."""
+    depth: int = 0
+    """How many rounds the samples have won, those of them that came last."""
 
 
 Games = Generator[Round, Sequence[PairResult], list[int]]
 """Yields each round, is sent its results, returns the ranking."""
 TournamentStrategy = Callable[[int, int], Games]
 """(number of samples, seed) -> games."""
-CompareRound = Callable[[Round], Awaitable[list[PairResult]]]
+CompareRound = Callable[[list[Pair], int | None], Awaitable[list[PairResult]]]
+"""(pairs, tokens of each sample to read; None = all of it) -> their results."""
 
 FIRST_WAVE = 4
 """Samples that `adaptive` draws at first; then it doubles them each time."""
-FIRST_TOKENS = 32
-"""How much of each sample the first round of a wave reads; the next reads twice as much, and so on."""
 WORTHWHILE = 0.03
 """`adaptive` draws more while the next sample is expected to raise the probability of winning by at least this."""
 
@@ -114,13 +112,13 @@ def adaptive(num: int, seed: int) -> Games:
     drawn, won = 0, dict[Pair, float]()
     while drawn < num and (not best or expected_gain(scores(drawn, won), best[0]) >= WORTHWHILE):
         wave = range(drawn, min(num, max(FIRST_WAVE, 2 * drawn)))
-        drawn, tokens, standing = wave.stop, FIRST_TOKENS, [*wave, *best]
+        drawn, depth, standing = wave.stop, 0, [*wave, *best]
         while len(standing) > 1:
             pairs = list(zip(standing[::2], standing[1::2], strict=False))
-            results = yield Round(pairs, tokens)
+            results = yield Round(pairs, depth)
             won |= {pair: r.probability for pair, r in zip(pairs, results, strict=True)}
             winners = [_winner(pair, result) for pair, result in zip(pairs, results, strict=True)]
-            standing, tokens = winners + standing[2 * len(pairs) :], 2 * tokens
+            standing, depth = winners + standing[2 * len(pairs) :], depth + 1
         best = standing
     strengths = scores(drawn, won)
     others = (sample for sample in range(drawn) if sample != best[0])
@@ -153,11 +151,13 @@ def _knock_out(
 ) -> Generator[Round, Sequence[PairResult], tuple[list[int], list[int]]]:
     """Rounds until `until` samples stand; returns these and the beaten ones, the best first."""
     beaten: list[int] = []  # in order of defeat
+    depth = 0
     while len(standing) > until:
         games = min(len(standing) // 2, len(standing) - until)
         pairs = list(zip(standing[: 2 * games : 2], standing[1 : 2 * games : 2], strict=True))
         byes = standing[2 * games :]
-        results = yield Round(pairs)
+        results = yield Round(pairs, depth)
+        depth += 1
         winners = [_winner(pair, result) for pair, result in zip(pairs, results, strict=True)]
         losers = {
             sum(pair) - winner: abs(result.probability - 0.5)
@@ -189,8 +189,16 @@ STRATEGIES: dict[str, TournamentStrategy] = {
 }
 
 
-async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) -> TournamentRecord:
+async def play(
+    strategy: str,
+    num: int,
+    compare_round: CompareRound,
+    seed: int,
+    prefix_tokens: int | None = None,
+) -> TournamentRecord:
     """Rank samples 0 .. num - 1.
+
+    With `prefix_tokens` the first round reads so many tokens of each sample, the next twice as many, and so on.
 
     Raises ValueError without samples, KeyError for an unknown strategy, and what `compare_round` raises.
     """
@@ -201,8 +209,9 @@ async def play(strategy: str, num: int, compare_round: CompareRound, seed: int) 
     try:
         this = next(games)
         while True:
-            results = await compare_round(this)
-            rounds.append(comparisons_of(this, results))
+            tokens = prefix_tokens << this.depth if prefix_tokens else None
+            results = await compare_round(this.pairs, tokens)
+            rounds.append(comparisons_of(this.pairs, results, tokens))
             this = games.send(results)
     except StopIteration as end:
         return TournamentRecord(
@@ -238,7 +247,9 @@ def draw(num: int, seed: int) -> list[int]:
     return sorted(range(num), key=drawn.__getitem__)
 
 
-def comparisons_of(this: Round, results: Sequence[PairResult]) -> list[Comparison]:
+def comparisons_of(
+    pairs: Sequence[Pair], results: Sequence[PairResult], tokens: int | None
+) -> list[Comparison]:
     """The record of a round's results."""
     return [
         Comparison(
@@ -247,9 +258,9 @@ def comparisons_of(this: Round, results: Sequence[PairResult]) -> list[Compariso
             probability=result.probability,
             winner=_winner(pair, result),
             truncated=result.truncated,
-            tokens=this.tokens,
+            tokens=tokens,
         )
-        for pair, result in zip(this.pairs, results, strict=True)
+        for pair, result in zip(pairs, results, strict=True)
     ]
 
 

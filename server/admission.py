@@ -19,7 +19,7 @@ from server.alignment_stats import AlignmentCounts
 from server.app_state import AppState
 from server.engine import OpenAIServingModels, VLLMNotFoundError, VLLMValidationError
 from server.proxies import OWNER, ServedVersion
-from server.schemas.alignment import AlignmentOptions, JudgeOptions, JudgeSettings
+from server.schemas.alignment import AlignmentOptions, JudgeSettings, SampleJudgeOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -56,7 +56,7 @@ class Admission:
     wants_stats: bool
     """Whether the response reports proxy and version."""
     best_of: int
-    judge: JudgeOptions
+    judge: SampleJudgeOptions
     sample_timeout: float | None
     """Seconds that a sample of a best-of-N request may take."""
 
@@ -133,7 +133,7 @@ def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> A
         caller=caller,
         wants_stats=name is not None or options is not None,
         best_of=alignment.best_of,
-        judge=alignment.judge or JudgeOptions.model_validate({}),
+        judge=alignment.judge or SampleJudgeOptions.model_validate({}),
         sample_timeout=alignment.sample_timeout,
     )
     if pinned is not None:

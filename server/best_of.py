@@ -15,7 +15,7 @@ from fastapi import Request
 
 from judge.prompts import Question
 from judge.protocol import Usage
-from judge.tournament import Round, TournamentRecord, comparisons_of, play
+from judge.tournament import Pair, TournamentRecord, comparisons_of, play
 from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
@@ -50,8 +50,8 @@ def check_best_of(
         refuse("n", f"must be {admission.best_of} at most: alignment.best_of has no more samples")
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
-    if admission.judge.strategy == "adaptive" and (request.n or 1) > 1:
-        refuse("n", "must be 1 with the strategy adaptive, which looks for the best sample only")
+    if not _draws_all(admission) and (request.n or 1) > 1:
+        refuse("n", "must be 1 with strategy adaptive or prefix_tokens: only the best is completed")
     state.judges.select(admission.judge)
     if admission.judge.proxy is not None:
         find_proxy(admission.judge.proxy, state, caller)
@@ -84,6 +84,12 @@ async def best_of(
     return answer
 
 
+def _draws_all(admission: Admission) -> bool:
+    """Whether all samples are drawn at once and judged when they are whole."""
+    judge = admission.judge
+    return judge.strategy != "adaptive" and judge.prefix_tokens is None
+
+
 async def _best_of(
     request: ChatRequest,
     admission: Admission,
@@ -93,7 +99,7 @@ async def _best_of(
     report: Report,
 ) -> ChatCompletionResponse | ErrorResponse:
     judged = list(range(admission.best_of))
-    if admission.judge.strategy != "adaptive":
+    if _draws_all(admission):
         for index in judged:
             samples.draw(index)
         await asyncio.gather(*map(samples.finish, judged))
@@ -105,7 +111,7 @@ async def _best_of(
     )
     ranked = [await samples.finish(judged[i]) for i in record.ranking[: request.n or 1]]
     best = [sample for sample in ranked if isinstance(sample, ChatCompletionResponse)]
-    if not best:  # the winner of an adaptive tournament has dropped out while it grew to its end
+    if not best:  # the winner has dropped out since it was compared
         return _failure(samples.dropped)
     answer = _choose(best, samples.completion_tokens)
     _add_usage(answer, usage)
@@ -154,23 +160,23 @@ async def _rank(
             sample = part
         return None if isinstance(sample, DroppedSample) else text_of_answer(sample)
 
-    async def compare_round(this: Round) -> list[PairResult]:
+    async def compare_round(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
         nonlocal compared, rounds
-        playing = [index for pair in this.pairs for index in pair]
+        playing = [index for pair in pairs for index in pair]
         for index in playing:
             samples.draw(judged[index])
-        read_texts = await asyncio.gather(*(read(index, this.tokens) for index in playing))
+        read_texts = await asyncio.gather(*(read(index, tokens) for index in playing))
         texts = dict(zip(playing, read_texts, strict=True))
         questions = [
             Question(turns, first, second)
-            for first, second in ((texts[a], texts[b]) for a, b in this.pairs)
+            for first, second in ((texts[a], texts[b]) for a, b in pairs)
             if first is not None and second is not None
         ]
         judgments = iter(await judges.compare(judge, questions, principles, caller))
         results = [
-            _forfeit(texts[a] is None, texts[b] is None) or next(judgments) for a, b in this.pairs
+            _forfeit(texts[a] is None, texts[b] is None) or next(judgments) for a, b in pairs
         ]
-        comparisons = comparisons_of(this, results)
+        comparisons = comparisons_of(pairs, results, tokens)
         compared, rounds = compared + len(comparisons), rounds + 1
         entries = [asdict(comparison) for comparison in comparisons]
         report({"stage": "judging", "done": compared, "comparisons": entries})
@@ -182,7 +188,9 @@ async def _rank(
         judge = judges.make(settings.kind, principles, proxy)
         try:
             seed = _seed(request, admission)
-            record = await play(settings.strategy, len(judged), compare_round, seed)
+            record = await play(
+                settings.strategy, len(judged), compare_round, seed, settings.prefix_tokens
+            )
         finally:
             metrics.count_usage(judge.usage)
     metrics.COMPARISONS.labels(settings.strategy).observe(compared)

@@ -97,7 +97,7 @@ class Samples:
         growth = self._growths[index] = Growth()
 
         async def draw() -> Result:
-            if self._admission.judge.strategy == "adaptive":  # it costs a few percent
+            if self._admission.judge.prefix_tokens is not None:  # it costs a few percent
                 GROWTH.set(growth)  # the task's own
             result = await self._draw(index)
             if isinstance(result, ChatCompletionResponse):

@@ -14,7 +14,7 @@ from benchmarks.comparison.evaluation import DECODING
 from benchmarks.comparison.jobs import Setting
 from judge.messages import Message
 from judge.prompts import Question
-from judge.tournament import Pair, Round, TournamentRecord, play
+from judge.tournament import Pair, TournamentRecord, play
 from judge.verdict import TIE, PairResult, Verdict
 from proxy.checkpoint import identify
 from training.models import load_model
@@ -153,7 +153,7 @@ def all_results(judge: JudgePairs, prompt: str, answers: Sequence[str]) -> PairR
 def play_known(strategy: str, num: int, seed: int, pair_results: PairResults) -> TournamentRecord:
     """A strategy's tournament, from known results."""
 
-    async def look_up(this: Round) -> list[PairResult]:
-        return [pair_results[pair] for pair in this.pairs]
+    async def look_up(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
+        return [pair_results[pair] for pair in pairs]
 
     return asyncio.run(play(strategy, num, look_up, seed))

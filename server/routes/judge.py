@@ -12,7 +12,7 @@ from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
 from judge.prompts import Question
 from judge.protocol import Judge
-from judge.tournament import Round, play
+from judge.tournament import Pair, play
 from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
@@ -114,9 +114,10 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
     judges = state.judges
     principles, turns = judges.select(request), request.turns()
 
-    async def compare_round(this: Round) -> list[PairResult]:
+    async def compare_round(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
+        del tokens  # the responses are whole
         responses = request.responses
-        questions = [Question(turns, responses[a], responses[b]) for a, b in this.pairs]
+        questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
         return await judges.compare(judge, questions, principles, caller)
 
     seed = random.randrange(2**32) if request.seed is None else request.seed

@@ -56,6 +56,27 @@ class JudgeOptions(JudgeSettings):
     )
 
 
+class SampleJudgeOptions(JudgeOptions):
+    """How samples that are being drawn are ranked."""
+
+    prefix_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="Compare samples in the first round as soon as they have this many tokens, in "
+        "the next twice as many, and so on, and stop those that lose. None: compare whole samples. "
+        "With knock-out or adaptive.",
+    )
+
+    @model_validator(mode="after")
+    def _prefixes_of_rounds(self) -> Self:
+        if self.prefix_tokens is not None and self.strategy not in ("knock-out", "adaptive"):
+            raise ValueError(
+                f"prefix_tokens: {self.strategy} compares samples again that have lost: use knock-out or adaptive"
+            )
+        return self
+
+
 class AlignmentOptions(Alignment):
     """The `alignment` object of a request. Options that not every route takes say so."""
 
@@ -66,7 +87,7 @@ class AlignmentOptions(Alignment):
         description="Sample this many answers and return the one that the judge ranks first; with "
         "n, the best n in order. Chat only.",
     )
-    judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
+    judge: SampleJudgeOptions | None = Field(None, description="Only with best_of above 1.")
     sample_timeout: float | None = Field(
         None,
         gt=0,
