@@ -8,19 +8,21 @@
 `round_robin`  all N (N - 1) / 2 pairs; ranked by their Bradley–Terry scores.
 `adaptive`     N - 1 comparisons at most. Samples are drawn when they are first compared: no more when
                the next one cannot be expected to win.
+`one-call`     no comparison of pairs: the judge chooses among all N at once, in several orders (`judge.choice`).
 
-A strategy is a generator: it yields a round, is sent the results, and returns the ranking. The record
+A strategy of pairs is a generator: it yields a round, is sent the results, and returns the ranking. The record
 holds every comparison, and `replay` finds the same ranking from it without a model.
 """
 
 import math
 import random
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from judge.bradley_terry import scores
+from judge.choice import Reading, rank_readings, rotate
 from judge.verdict import Orders, PairResult, Verdict
 
 Pair = tuple[int, int]
@@ -40,6 +42,10 @@ TournamentStrategy = Callable[[int, int], Games]
 """(number of samples, seed) -> games."""
 CompareRound = Callable[[list[Pair], int | None], Awaitable[list[PairResult]]]
 """(pairs, tokens of each sample to read; None = all of it) -> their results."""
+
+ReadChoices = Callable[[list[list[int]]], Awaitable[list[Reading]]]
+"""Orders of the samples -> the choice among them as shown in each."""
+ONE_CALL = "one-call"
 
 FIRST_WAVE = 4
 """Samples that `adaptive` draws at first; then it doubles them each time."""
@@ -75,6 +81,8 @@ class TournamentRecord:
     ranking: list[int]
     """Indices of the samples, the best first; without those that were never drawn."""
     rounds: list[list[Comparison]]
+    readings: list[Reading] = field(default_factory=list)
+    """Of `one-call`, instead of rounds."""
 
     @property
     def winner(self) -> int:
@@ -219,12 +227,32 @@ async def play(
         )
 
 
+async def choose(
+    num: int, read: ReadChoices, seed: int, rotations: int | None = None
+) -> TournamentRecord:
+    """Rank samples 0 .. num - 1 by choices among all of them: the order that `seed` draws, rotated.
+
+    Args:
+        rotations: number of readings; None = `num`, in which every sample stands once at every position.
+
+    Raises ValueError without samples, and what `read` raises.
+    """
+    if num < 1:
+        raise ValueError(f"a choice needs at least one sample, got {num}")
+    shown = rotate(draw(num, seed), min(num, rotations or num))
+    readings = await read(shown) if num > 1 else []
+    ranking = rank_readings(readings) if readings else [0]
+    return TournamentRecord(ONE_CALL, seed, num, ranking, rounds=[], readings=readings)
+
+
 def replay(record: Mapping[str, Any]) -> list[int]:
     """The ranking that a record (as JSON) leads to.
 
-    Only strategy, seed, num and the orders' probabilities are used. Raises ValueError where the
+    Only strategy, seed, num and the recorded probabilities are used. Raises ValueError where the
     record's pairs are not the seed's, or it has too few or too many rounds.
     """
+    if record["strategy"] == ONE_CALL:
+        return _replay_choices(record)
     games = STRATEGIES[record["strategy"]](record["num"], record["seed"])
     rounds = iter(record["rounds"])
     try:
@@ -238,6 +266,14 @@ def replay(record: Mapping[str, Any]) -> list[int]:
         if next(rounds, None) is not None:
             raise ValueError("the record has another round after its last round") from None
         return end.value
+
+
+def _replay_choices(record: Mapping[str, Any]) -> list[int]:
+    readings = [Reading(**reading) for reading in record["readings"]]
+    shown = rotate(draw(record["num"], record["seed"]), max(1, len(readings)))
+    if record["num"] > 1 and [reading.order for reading in readings] != shown:
+        raise ValueError(f"the record's orders are not the seed's: expected {shown}")
+    return rank_readings(readings) if readings else [0]
 
 
 def draw(num: int, seed: int) -> list[int]:

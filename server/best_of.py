@@ -8,14 +8,16 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
 
 from fastapi import Request
 
-from judge.prompts import Question
+from judge.pairwise import PairwiseJudge
+from judge.prompts import Choice, Question
 from judge.protocol import Usage
-from judge.tournament import Pair, TournamentRecord, comparisons_of, play
+from judge.tournament import ONE_CALL, Pair, TournamentRecord, choose, comparisons_of, play
 from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
@@ -188,12 +190,18 @@ async def _rank(
         judge = judges.make(settings.kind, principles, proxy)
         try:
             seed = _seed(request, admission)
-            record = await play(
-                settings.strategy, len(judged), compare_round, seed, settings.prefix_tokens
-            )
+            if settings.strategy == ONE_CALL:
+                assert isinstance(judge, PairwiseJudge), "the request was checked"
+                texts = [await read(i, None) or "" for i in range(len(judged))]
+                read_all = partial(judge.choose, Choice(turns, tuple(texts)))
+                record = await choose(len(judged), read_all, seed, settings.rotations)
+            else:
+                record = await play(
+                    settings.strategy, len(judged), compare_round, seed, settings.prefix_tokens
+                )
         finally:
             metrics.count_usage(judge.usage)
-    metrics.COMPARISONS.labels(settings.strategy).observe(compared)
+    metrics.COMPARISONS.labels(settings.strategy).observe(compared or len(record.readings))
     return record, judge.usage, list(principles)
 
 

@@ -122,8 +122,8 @@ class Judges:
         lora = self.loras.get("pairwise")
 
         async def labels(
-            prompts: list[list[int]], labels: list[tuple[int, int]]
-        ) -> list[tuple[float, float]]:
+            prompts: list[list[int]], labels: list[tuple[int, ...]]
+        ) -> list[tuple[float, ...]]:
             return await read_labels(self.engine, prompts, labels, lora)
 
         def text(prompt: list[int], max_tokens: int) -> AsyncGenerator[tuple[str, int], None]:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from proxy.request import Alignment, WorkerAlignment
 from server.judge_adapters import JudgeKind
 
-Strategy = Literal["knock-out", "final-four", "round-robin", "adaptive"]
+Strategy = Literal["knock-out", "final-four", "round-robin", "adaptive", "one-call"]
 
 
 def _no_duplicates(names: list[str]) -> list[str]:
@@ -47,13 +47,35 @@ class JudgeSettings(BaseModel):
 class JudgeOptions(JudgeSettings):
     """How samples are ranked."""
 
-    strategy: Strategy = Field("knock-out", description="Which pairs are compared.")
+    strategy: Strategy = Field(
+        "knock-out",
+        description="Which pairs are compared; `adaptive` draws more samples only while the next may win, "
+        "`one-call` shows the judge all at once.",
+    )
+    rotations: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="With `one-call`: how often it is shown them, in rotated orders. None: as often "
+        "as there are samples, so that a favour for a position cancels.",
+    )
     seed: int | None = Field(
         None,
         ge=0,
         lt=2**63,
         description="Seed of the tournament's draw; none = the request's seed, else a random one.",
     )
+
+    @model_validator(mode="after")
+    def _choice_of_a_reader(self) -> Self:
+        if self.rotations is not None and self.strategy != "one-call":
+            raise ValueError("rotations: only with the strategy one-call")
+        if self.strategy == "one-call" and self.kind != "pairwise":
+            raise ValueError(
+                f"strategy: a {self.kind} judge never sees two responses together: it reads each once, "
+                "whatever the strategy"
+            )
+        return self
 
 
 class SampleJudgeOptions(JudgeOptions):

@@ -64,6 +64,16 @@ class Comparison(ResponseBody):
     )
 
 
+class Reading(ResponseBody):
+    """One choice among all samples."""
+
+    order: list[int] = Field(description="Indices of the samples, as they were shown.")
+    probabilities: dict[str, list[Probability]] = Field(
+        description="By principle: that each is the best, in this order."
+    )
+    truncated: bool
+
+
 class Tournament(ResponseBody):
     """Everything that happened in a ranking. `judge.tournament.replay` repeats it without a model."""
 
@@ -74,6 +84,9 @@ class Tournament(ResponseBody):
         description="Indices of the samples, the best first; without those that were never drawn."
     )
     rounds: list[list[Comparison]]
+    readings: list[Reading] = Field(
+        description="Of `one-call`: the choices among all samples, instead of rounds."
+    )
     winner: int
     usage: Usage
 
