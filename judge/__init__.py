@@ -20,6 +20,7 @@ Judging:
 - `protocol`      - the interface of a judge.
 - `pairwise`      - the judge that reads both responses.
 - `likelihood`    - the judge that scores each response: by a likelihood ratio, or a probe.
+- `choice`        - a choice among N responses by one token.
 - `tournament`    - ranks N samples; its record can be replayed.
 - `bradley_terry` - scores from probabilities of winning.
 

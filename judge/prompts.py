@@ -259,7 +259,7 @@ def shorten(question: Asked, fits: Callable[[Asked], bool], max_tokens: int) -> 
     turns = _largest(1, len(question.prompt) - 1, lambda count: is_short(recent(count)))
     if turns is not None:
         return recent(turns)
-    last = question.prompt[-1:]
+    last: Sequence[Message] = question.prompt[-1:]
 
     def cut(length: int) -> Asked:
         prompt = [Message(role=m["role"], content=_cut(text_of(m), length)) for m in last]

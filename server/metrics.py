@@ -2,7 +2,7 @@
 
 assent_verdicts_total{winner}           pairs judged by one principle; winner is a, b or tie
 assent_judge_tokens_total{kind}         tokens spent on judging; kind is prompt or completion
-assent_ranking_comparisons{strategy}    histogram: comparisons in a ranking
+assent_ranking_comparisons{strategy}    histogram: comparisons in a ranking, or readings of one-call
 assent_best_of_samples_total            answers sampled for a tournament
 assent_best_of_stopped_total            samples that were stopped because they had lost
 assent_best_of_seconds                  histogram: from the request to the ranking

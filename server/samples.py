@@ -6,7 +6,7 @@ A sample that fails or takes too long drops out. All are requests to one engine,
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request
 
@@ -40,7 +40,7 @@ class DroppedSample:
     """vLLM's error, where there is one."""
 
 
-Result = ChatCompletionResponse | DroppedSample
+Result: TypeAlias = ChatCompletionResponse | DroppedSample
 
 
 class Samples:
@@ -123,10 +123,13 @@ class Samples:
             await asyncio.wait((task, reach), return_when=asyncio.FIRST_COMPLETED)
         finally:
             reach.cancel()
-        # Not what has come meanwhile: the same seeds must give the same answer.
-        if len(growth.token_ids) > num_tokens or not task.done():
-            return list(growth.token_ids[:num_tokens])
-        return task.result()
+        result = task.result() if task.done() else None
+        if result is not None and (
+            len(growth.token_ids) <= num_tokens or isinstance(result, DroppedSample)
+        ):
+            return result
+        # Without what has come meanwhile: the same seeds must give the same answer.
+        return list(growth.token_ids[:num_tokens])
 
     def stop(self, index: int, after_round: int) -> None:
         """Nobody wants the rest of it, if there is any."""
