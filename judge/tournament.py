@@ -49,8 +49,10 @@ ONE_CALL = "one-call"
 
 FIRST_WAVE = 4
 """Samples that `adaptive` draws at first; then it doubles them each time."""
-WORTHWHILE = 0.03
+WORTHWHILE = 0.05
 """`adaptive` draws more while the next sample is expected to raise the probability of winning by at least this."""
+PRIOR_DEVIATION = 2.0
+"""What one more observation is away from the mean, in nats: of few samples, all may be alike by chance."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,15 @@ def adaptive(num: int, seed: int) -> Games:
 def expected_gain(strengths: Sequence[float], best: int) -> float:
     """E max(0, P(the next sample beats the best) - 1/2), the next one's strength being normal.
 
-    Its mean is that of the samples so far. So is its variance, with one more observation that differs from the mean by
-    1: of the few samples at first, all may be alike by chance.
+    Its mean is that of the samples so far. So is its variance, with one more observation at `PRIOR_DEVIATION`.
 
     Args:
         strengths: Bradley–Terry scores of the samples so far, natural logs
         best: index of the best
     """
     mean = fmean(strengths)
-    spread = math.sqrt((1 + sum((s - mean) ** 2 for s in strengths)) / len(strengths))
+    squares = PRIOR_DEVIATION**2 + sum((strength - mean) ** 2 for strength in strengths)
+    spread = math.sqrt(squares / len(strengths))
     next_one = NormalDist(mean - strengths[best], spread)
     chances = (1 / (1 + math.exp(-next_one.inv_cdf(level))) for level in _LEVELS)
     return fmean(max(0.0, chance - 0.5) for chance in chances)
