@@ -202,15 +202,17 @@ class Judges:
         questions: Sequence[Question],
         principles: Mapping[str, Principle],
         caller: Caller,
+        *,
+        keep: bool = True,
     ) -> list[PairResult]:
-        """The judge's results on a caller's request. Records them in the database and the metrics."""
+        """The judge's results on a caller's request. Records them in the metrics and, with `keep`, in the database."""
         results = await judge.compare(questions)
         calibration = self.calibrations[judge.kind]
         for question, result in zip(questions, results, strict=True):
             for verdict in result.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
                 calibration.add(question, verdict)
-        if self.feedback_writer is not None:
+        if keep and self.feedback_writer is not None:
             principle = principle_of(principles, default=next(iter(self.principles)))
             self.feedback_writer.record_verdicts(questions, results, principle, caller.identity)
         return results
