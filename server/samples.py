@@ -137,8 +137,8 @@ class Samples:
         if not task.done():
             self._stopped[index] = after_round
             task.cancel()
-            tokens = len(self._growths[index].token_ids)
-            self._report({"stage": "stopped", "index": index, "tokens": tokens})
+            progress = {"stage": "stopped", "done": len(self._stopped), "index": index}
+            self._report(progress | {"tokens": len(self._growths[index].token_ids)})
 
     async def close(self) -> None:
         """Stop all that have not ended."""
