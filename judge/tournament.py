@@ -49,9 +49,9 @@ ONE_CALL = "one-call"
 
 FIRST_WAVE = 4
 """Samples that `adaptive` draws at first; then it doubles them each time."""
-WORTHWHILE = 0.05
+WORTHWHILE = 0.03
 """`adaptive` draws more while the next sample is expected to raise the probability of winning by at least this."""
-PRIOR_DEVIATION = 2.0
+PRIOR_DEVIATION = 1.0
 """What one more observation is away from the mean, in nats: of few samples, all may be alike by chance."""
 
 

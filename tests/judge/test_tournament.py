@@ -208,10 +208,10 @@ def test_an_adaptive_tournament_goes_on_while_the_next_may_be_better():
 @pytest.mark.parametrize(
     ("strengths", "best", "gain"),
     [
-        # Mean 0 and variance (4 + 0) / 4, the best at 0: E max(0, sigmoid(z) - 1/2).
-        ([0.0] * 4, 0, 0.0875),
-        # Mean -1, variance (4 + 12) / 4, the best at 2: E max(0, sigmoid(2 z - 3) - 1/2).
-        ([2.0, -2.0, -2.0, -2.0], 0, 0.0122),
+        # Mean 0 and variance (1 + 0) / 4, the best at 0: E max(0, sigmoid(0.5 z) - 1/2).
+        ([0.0] * 4, 0, 0.0482),
+        # Mean -1, variance (1 + 12) / 4, the best at 2: E max(0, sigmoid(1.803 z - 3) - 1/2).
+        ([2.0, -2.0, -2.0, -2.0], 0, 0.0077),
     ],
 )
 def test_the_expected_gain_by_monte_carlo(strengths, best, gain):
