@@ -102,7 +102,8 @@ def rank(
     prompt: Prompt,
     responses: Sequence[str],
     *,
-    strategy: Literal["knock-out", "final-four", "round-robin"] | None = None,
+    strategy: Literal["knock-out", "final-four", "round-robin", "one-call"] | None = None,
+    rotations: int | None = None,
     principles: Sequence[str] | None = None,
     kind: JudgeKind | None = None,
     proxy: str | None = None,
@@ -114,7 +115,8 @@ def rank(
     Args:
         prompt: what was responded to
         responses: up to 64
-        strategy: which pairs are compared; None = knock-out
+        strategy: which pairs are compared, or all at once; None = knock-out
+        rotations: with `one-call`, in how many orders they are shown; None = as many as there are responses
         principles: names of what to judge by
         kind: who judges
         proxy: with kind `proxy`, the loaded proxy that does
@@ -126,7 +128,7 @@ def rank(
     """
     body = {
         **_conversation(prompt), "responses": [*responses], "strategy": strategy, "principles": principles,
-        "kind": kind, "proxy": proxy, "proxies": proxies, "seed": seed,
+        "kind": kind, "proxy": proxy, "proxies": proxies, "seed": seed, "rotations": rotations,
     }  # fmt: skip
     return Call("POST", "/judge/rank", read_ranking, _without_none(body))
 

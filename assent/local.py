@@ -190,7 +190,7 @@ class Judge:
         """
         turns = _turns(prompt)
 
-        async def compare_round(pairs: list[Pair]) -> list[PairResult]:
+        async def compare_round(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
             return self._compare([Question(turns, responses[a], responses[b]) for a, b in pairs])
 
         drawn = random.randrange(2**32) if seed is None else seed

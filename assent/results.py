@@ -26,8 +26,15 @@ class JudgeOptions:
     proxy: str | None = None
     proxies: Mapping[str, float] | None = None
     """Several, and the strength of each, in the place of `proxy`."""
-    strategy: Literal["knock-out", "final-four", "round-robin"] | None = None
+    strategy: Literal["knock-out", "final-four", "round-robin", "adaptive", "one-call"] | None = (
+        None
+    )
+    """`adaptive` draws more samples only while the next may win; `one-call` shows the judge all at once."""
     seed: int | None = None
+    rotations: int | None = None
+    """With `one-call`: in how many orders the judge is shown them."""
+    prefix_tokens: int | None = None
+    """Compare samples as soon as they have so many tokens, then twice as many, and stop those that lose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,8 @@ class Ranking:
     strategy: str
     seed: int
     rounds: list[list[Json]]
+    readings: list[Json]
+    """Of `one-call`, instead of rounds."""
     usage: Json
     raw: Json = field(repr=False)
 
@@ -103,10 +112,14 @@ class AlignmentReport:
     forced: int | None
     trace_truncated: bool
     best_of: int | None
+    drawn: int | None
+    """Samples that were drawn; fewer than `best_of` with the strategy `adaptive`."""
     ranking: Ranking | None
     """Of `best_of`."""
     dropped: list[Json]
     """Samples of `best_of` that dropped out, and why."""
+    stopped: list[Json]
+    """Samples of `best_of` that had lost before they were whole: after which round and how many tokens."""
     raw: Json = field(repr=False)
 
 
@@ -206,12 +219,15 @@ def read_answer(raw: Json) -> Answer:
 
 
 def read_report(raw: Json) -> AlignmentReport:
-    names = ("proxy", "version", "proxies", "proposed", "accepted", "rejected", "forced")
+    names = (
+        "proxy", "version", "proxies", "proposed", "accepted", "rejected", "forced", "best_of", "drawn",
+    )  # fmt: skip
     return AlignmentReport(
-        **{name: raw.get(name) for name in (*names, "best_of")},
+        **{name: raw.get(name) for name in names},
         trace_truncated=bool(raw.get("trace_truncated")),
         ranking=read_ranking(raw["judge"]) if "judge" in raw else None,
         dropped=raw.get("dropped", []),
+        stopped=raw.get("stopped", []),
         raw=raw,
     )
 
@@ -236,7 +252,7 @@ def _candidate(entry: Json) -> tuple[str, int, float, float | None]:
 
 
 def read_ranking(raw: Json) -> Ranking:
-    names = ("ranking", "winner", "strategy", "seed", "rounds", "usage")
+    names = ("ranking", "winner", "strategy", "seed", "rounds", "readings", "usage")
     return Ranking(**{name: raw[name] for name in names}, raw=raw)
 
 

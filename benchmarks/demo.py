@@ -75,6 +75,7 @@ ROWS = (
     Row("proxy `aligned`, strength 2", model=":aligned", alignment={"strength": 2.0}),
     Row("proxy `polite`", model=":polite"),
     Row("best of 8, no proxy", alignment={"best_of": 8}),
+    Row("best of 8, adaptive", alignment={"best_of": 8, "judge": {"strategy": "adaptive"}}),
     Row("proxy `aligned` + best of 8", model=":aligned", alignment={"best_of": 8}),
     Row("proxies `aligned` and `polite`", model=":aligned+polite", alignment={"strength": 1.0}),
 )

@@ -19,6 +19,7 @@ Judging:
 - `verdict`       - label probabilities in both orders -> a verdict; verdicts by several principles -> a result.
 - `protocol`      - the interface of a judge.
 - `pairwise`      - the judge that reads both responses.
+- `choice`        - a choice among N responses by one token.
 - `scoring`       - judges that score each response:
 - `likelihood`    - by a likelihood ratio, or a probe.
 - `remote`        - judges on other servers: a reward model, or an LLM that reads both responses.

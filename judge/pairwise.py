@@ -17,9 +17,11 @@ from collections.abc import (
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from judge.choice import ChoicePrompt, Reading, label_probabilities
 from judge.principles import Principle
 from judge.prompts import (
     ChatTokenizer,
+    Choice,
     Question,
     judge_prompt_ids,
     label_ids,
@@ -29,9 +31,9 @@ from judge.prompts import (
 from judge.protocol import Usage
 from judge.verdict import TIE, PairResult, Verdict, orders
 
-Labels = tuple[int, int]
-ReadLabels = Callable[[list[list[int]], list[Labels]], Awaitable[list[tuple[float, float]]]]
-"""(token ids of each prompt, its ids of " A" and " B") -> both labels' next-token logprobs for each prompt."""
+Labels = tuple[int, ...]
+ReadLabels = Callable[[list[list[int]], list[Labels]], Awaitable[list[tuple[float, ...]]]]
+"""(token ids of each prompt, its ids of " A", " B", ...) -> these labels' next-token logprobs for each prompt."""
 
 ReadText = Callable[[list[int], int], AsyncGenerator[tuple[str, int], None]]
 """(token ids, maximum number of tokens) -> the generated text in pieces, each with its number of tokens."""
@@ -46,6 +48,17 @@ class EncodedQuestion:
     truncated: bool
     prompts: tuple[list[int], list[int]]
     """Token ids of the question as asked, and with the responses swapped."""
+
+
+@dataclass(frozen=True)
+class EncodedChoice:
+    """A choice by one principle, as the engine reads it."""
+
+    truncated: bool
+    prompts: list[list[int]]
+    """Token ids, one prompt an order."""
+    labels: Labels
+    """The token of each position."""
 
 
 class PairwiseJudge:
@@ -92,13 +105,35 @@ class PairwiseJudge:
             if question.first != question.second
         ]
         principles = self.principles.values() if encoded else ()
-        labels = [label_ids(self.tokenizer, principle) for principle in principles]
+        labels: list[Labels] = [label_ids(self.tokenizer, principle) for principle in principles]
         prompts = [ids for row in encoded for entry in row for ids in entry.prompts]
         prompt_labels = [pair for _ in encoded for pair in labels for _ in range(2)]
         logprobs = await self.read_labels(prompts, prompt_labels) if prompts else []
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.completion_tokens += len(prompts)
         return pair_results(questions, encoded, logprobs, self.principles, self.tie_band)
+
+    async def choose(self, choice: Choice, shown: Sequence[list[int]]) -> list[Reading]:
+        """Choose among all responses at once, by every principle, as shown in each order; all in one batch.
+
+        Raises JudgePromptError where the tokenizer or a principle cannot carry the choice, and whatever `read_labels`
+        raises.
+        """
+        encoded = await asyncio.to_thread(self._encode_choices, choice, shown)
+        prompts = [ids for row in encoded for ids in row.prompts]
+        labels = [row.labels for row in encoded for _ in row.prompts]
+        logprobs = iter(await self.read_labels(prompts, labels))
+        self.usage.prompt_tokens += sum(map(len, prompts))
+        self.usage.completion_tokens += len(prompts)
+        by_principle = {
+            name: [label_probabilities(next(logprobs)) for _ in row.prompts]
+            for name, row in zip(self.principles, encoded, strict=True)
+        }
+        truncated = any(row.truncated for row in encoded)
+        return [
+            Reading(order, {name: rows[i] for name, rows in by_principle.items()}, truncated)
+            for i, order in enumerate(shown)
+        ]
 
     async def rationale(
         self, question: Question, principle: str, verdict: Verdict, max_tokens: int
@@ -122,6 +157,12 @@ class PairwiseJudge:
                 if text:
                     begun = True
                     yield text
+
+    def _encode_choices(self, choice: Choice, shown: Sequence[list[int]]) -> list[EncodedChoice]:
+        return [
+            encode_choice(self.tokenizer, choice, shown, principle, self.max_tokens)
+            for principle in self.principles.values()
+        ]
 
     def _encode_all(self, question: Question) -> list[EncodedQuestion]:
         return [self._encode(question, principle) for principle in self.principles.values()]
@@ -167,6 +208,28 @@ def encode_question(
     def fits(candidate: Question) -> bool:
         return max(map(len, encode(candidate))) <= max_tokens
 
-    question = without_marks(tokenizer, question, principle)
+    question = without_marks(tokenizer, question, principle.headings)
     short = shorten(question, fits, max_tokens)
     return EncodedQuestion(short, short is not question, encode(short))
+
+
+def encode_choice(
+    tokenizer: ChatTokenizer,
+    choice: Choice,
+    shown: Sequence[list[int]],
+    principle: Principle,
+    max_tokens: int,
+) -> EncodedChoice:
+    """A choice in each order, without marks that forge the prompt, and shortened beyond `max_tokens`."""
+    prompt = ChoicePrompt(tokenizer, principle, len(choice.responses))
+
+    def encode(choice: Choice) -> list[list[int]]:
+        orders = ([choice.responses[i] for i in order] for order in shown)
+        return [prompt.ids(choice.having(choice.prompt, texts)) for texts in orders]
+
+    def fits(candidate: Choice) -> bool:
+        return max(map(len, encode(candidate))) <= max_tokens
+
+    choice = without_marks(tokenizer, choice, prompt.headings)
+    short = shorten(choice, fits, max_tokens)
+    return EncodedChoice(short is not choice, encode(short), prompt.labels)

@@ -12,7 +12,7 @@ The trainer builds its judgment examples with the same functions.
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jinja2 import TemplateError
 
@@ -39,6 +39,28 @@ class Question(NamedTuple):
         """The same question with the responses in the other order."""
         return self._replace(first=self.second, second=self.first)
 
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return self.first, self.second
+
+    def having(self, prompt: Sequence[Message], responses: Sequence[str]) -> "Question":
+        """The same question about other texts."""
+        return Question(prompt, *responses)
+
+
+class Choice(NamedTuple):
+    """Which of several responses to the conversation is best?"""
+
+    prompt: Sequence[Message]
+    responses: tuple[str, ...]
+
+    def having(self, prompt: Sequence[Message], responses: Sequence[str]) -> "Choice":
+        """The same choice among other texts."""
+        return Choice(prompt, tuple(responses))
+
+
+Asked = TypeVar("Asked", Question, Choice)
+
 
 class JudgePromptError(ValueError):
     """This tokenizer or its chat template cannot carry a judgment."""
@@ -62,11 +84,10 @@ class ChatTokenizer(Protocol):
 
 def judge_messages(question: Question, principle: Principle) -> list[Message]:
     """The chat that asks which response is better; its last message is to be continued by a label."""
-    conversation = "\n".join(
-        f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in question.prompt
-    )
     text = principle.question.format(
-        conversation=conversation, response_a=question.first, response_b=question.second
+        conversation=conversation_text(question.prompt),
+        response_a=question.first,
+        response_b=question.second,
     )
     return [
         {"role": "system", "content": principle.system},
@@ -75,17 +96,24 @@ def judge_messages(question: Question, principle: Principle) -> list[Message]:
     ]
 
 
+def conversation_text(prompt: Sequence[Message]) -> str:
+    """The turns as the judge prompt shows them."""
+    return "\n".join(f"{turn['role'].capitalize()}: {text_of(turn)}" for turn in prompt)
+
+
 def judge_prompt_ids(
     tokenizer: ChatTokenizer, question: Question, principle: Principle
 ) -> list[int]:
     """Token ids of the judge prompt, up to and including the assistant's prefix."""
-    return _encode(tokenizer, _render(tokenizer, judge_messages(question, principle)))
+    return encode(tokenizer, render(tokenizer, judge_messages(question, principle)))
 
 
-def without_marks(tokenizer: ChatTokenizer, question: Question, principle: Principle) -> Question:
+def without_marks(
+    tokenizer: ChatTokenizer, question: Asked, section_headings: Sequence[str]
+) -> Asked:
     """The question with texts that cannot end their section of the judge prompt, or its message.
 
-    Control tokens and headings of the principle's sections are replaced by `MARK_LEFT_OUT`, which joins what is around
+    Control tokens and headings of the prompt's sections are replaced by `MARK_LEFT_OUT`, which joins what is around
     it to no other mark. Headings may be words of an honest text, so one that begins with a letter counts only at the
     beginning of a line, and one that ends with a letter only at its end.
     """
@@ -98,7 +126,7 @@ def without_marks(tokenizer: ChatTokenizer, question: Question, principle: Princ
             + (r"[ \t]*$" if heading[-1].isalnum() else ""),
             re.IGNORECASE | re.MULTILINE,
         )
-        for heading in principle.headings
+        for heading in section_headings
     ]
 
     def clean(text: str) -> str:
@@ -109,7 +137,7 @@ def without_marks(tokenizer: ChatTokenizer, question: Question, principle: Princ
         return text
 
     turns = [Message(role=turn["role"], content=clean(text_of(turn))) for turn in question.prompt]
-    return Question(turns, clean(question.first), clean(question.second))
+    return question.having(turns, [clean(text) for text in question.responses])
 
 
 def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]:
@@ -118,23 +146,29 @@ def label_ids(tokenizer: ChatTokenizer, principle: Principle) -> tuple[int, int]
     A tokenizer may merge or split text differently in context, so labels are never encoded alone.
     Raises JudgePromptError if a label is not exactly one token, or both are the same one.
     """
-    text = _render(tokenizer, judge_messages(Question([], "", ""), principle))
-    prompt_ids = _encode(tokenizer, text)
+    text = render(tokenizer, judge_messages(Question([], "", ""), principle))
+    prompt_ids = encode(tokenizer, text)
     labels = []
     for label in LABELS:
-        ids = _encode(tokenizer, text + label)
-        if ids[:-1] != prompt_ids:
+        token = label_id(tokenizer, text, prompt_ids, label)
+        if token is None:
             raise JudgePromptError(
                 f"this tokenizer does not write the label {label!r} as one token of its own after "
                 f"{principle.answer!r}; such a model cannot judge"
             )
-        labels.append(ids[-1])
+        labels.append(token)
     if labels[0] == labels[1]:
         raise JudgePromptError(
             f"this tokenizer gives both labels {LABELS} the same token {labels[0]}; "
             "such a model cannot judge"
         )
     return labels[0], labels[1]
+
+
+def label_id(tokenizer: ChatTokenizer, text: str, prompt_ids: list[int], label: str) -> int | None:
+    """The token of a label after a text with these ids; None = it is not one token of its own there."""
+    ids = encode(tokenizer, text + label)
+    return ids[-1] if ids[:-1] == prompt_ids else None
 
 
 def rationale_text(reason_a: str, reason_b: str) -> str:
@@ -150,14 +184,14 @@ def rationale_ids(
     Raises JudgePromptError for a template that does not write a message as it begins one.
     """
     messages = judge_messages(Question([], "", ""), principle)
-    begun = _render(tokenizer, messages) + LABELS[label]
+    begun = render(tokenizer, messages) + LABELS[label]
     messages[-1]["content"] += LABELS[label] + text
-    whole = _render(tokenizer, messages, continue_final_message=False)
+    whole = render(tokenizer, messages, continue_final_message=False)
     if not whole.startswith(begun + text):
         raise JudgePromptError(
             "the chat template changes an assistant's message; such a model cannot learn rationales"
         )
-    return _encode(tokenizer, whole.removeprefix(begun))
+    return encode(tokenizer, whole.removeprefix(begun))
 
 
 def response_ids(
@@ -170,7 +204,7 @@ def response_ids(
     answered = [*prompt, Message(role="assistant", content=response)]
     try:
         prompt_ids, whole = (
-            _encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, **options))
+            encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, **options))
             for chat, options in (
                 (list(prompt), {"add_generation_prompt": True}),
                 (answered, {"add_generation_prompt": False}),
@@ -192,11 +226,11 @@ def up_to_end(response: list[int], end_ids: Collection[int]) -> list[int]:
     return response[: end + 1]
 
 
-def shorten(question: Question, fits: Callable[[Question], bool], max_tokens: int) -> Question:
+def shorten(question: Asked, fits: Callable[[Asked], bool], max_tokens: int) -> Asked:
     """The question, shortened until it fits; training and serving shorten alike.
 
     First the oldest turns are dropped, as few as possible, but never the last. If that is not enough, the last turn and
-    the responses are cut at their ends, all three to the same number of characters: the largest that fits. A cut text
+    the responses are cut at their ends, all of them to the same number of characters: the largest that fits. A cut text
     ends in `CUT`.
 
     Both limits are found by doubling and bisection from the short side, so that a text far beyond the limit is never
@@ -211,26 +245,27 @@ def shorten(question: Question, fits: Callable[[Question], bool], max_tokens: in
         TooLong: it does not fit even without a character of the last turn and the responses.
     """
 
-    def is_short(candidate: Question) -> bool:
-        texts = candidate.first, candidate.second, *(text_of(turn) for turn in candidate.prompt)
+    def is_short(candidate: Asked) -> bool:
+        texts = *candidate.responses, *(text_of(turn) for turn in candidate.prompt)
         return sum(map(len, texts)) <= MAX_TOKEN_CHARS * max_tokens and fits(candidate)
 
     if is_short(question):
         return question
 
-    def recent(count: int) -> Question:
-        return question._replace(prompt=question.prompt[len(question.prompt) - count :])
+    def recent(count: int) -> Asked:
+        turns = question.prompt[len(question.prompt) - count :]
+        return question.having(turns, question.responses)
 
     turns = _largest(1, len(question.prompt) - 1, lambda count: is_short(recent(count)))
     if turns is not None:
         return recent(turns)
-    last = question.prompt[-1:]
+    last: Sequence[Message] = question.prompt[-1:]
 
-    def cut(length: int) -> Question:
+    def cut(length: int) -> Asked:
         prompt = [Message(role=m["role"], content=_cut(text_of(m), length)) for m in last]
-        return Question(prompt, _cut(question.first, length), _cut(question.second, length))
+        return question.having(prompt, [_cut(text, length) for text in question.responses])
 
-    longest = max(map(len, (question.first, question.second, *map(text_of, last))))
+    longest = max(map(len, (*question.responses, *map(text_of, last))))
     length = _largest(0, longest - 1, lambda count: is_short(cut(count)))
     if length is None:
         raise TooLong("the principle alone is longer than the model's context: shorten it")
@@ -259,9 +294,10 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + CUT
 
 
-def _render(
+def render(
     tokenizer: ChatTokenizer, messages: Sequence[Message], *, continue_final_message: bool = True
 ) -> str:
+    """The chat as text; the last message is to be continued, unless it is said that it is whole."""
     options = {"tokenize": False, "continue_final_message": continue_final_message}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
@@ -278,6 +314,6 @@ def _render(
         ) from None
 
 
-def _encode(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    # The template has written all special tokens.
+def encode(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """The tokens of a text in which the template has written all special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -6,7 +6,7 @@ the majority of them decides, and the mean score where they are evenly split.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -91,7 +91,7 @@ def label_probability(logprob_a: float, logprob_b: float) -> float:
     return odds / (1 + odds)
 
 
-def orders(shown_first: tuple[float, float], shown_second: tuple[float, float]) -> Orders:
+def orders(shown_first: Sequence[float], shown_second: Sequence[float]) -> Orders:
     """From the logprobs of (" A", " B"), shown as (first, second) and as (second, first)."""
     return label_probability(*shown_first), label_probability(*reversed(shown_second))
 

@@ -31,6 +31,8 @@ A request (`middleware/`, then `routes/`):
 - `openapi_examples` - its examples.
 - `best_of`          - N samples, a tournament, the best as the answer.
 - `best_of_stream`   - the same as a stream with progress.
+- `samples`          - its samples: drawn when they are wanted, stopped when they have lost.
+- `growth`           - what has been generated of one so far.
 - `answers`          - adds alignment statistics to responses.
 - `streams`          - the same in server-sent events.
 - `alignment_stats`  - what the worker counted of a request.

@@ -19,7 +19,7 @@ from server.app_state import AppState
 from server.engine import VLLMValidationError
 from server.proxies import ServedVersion
 from server.proxy_choice import choose_proxies, is_served, split_model_name
-from server.schemas.alignment import AlignmentOptions, JudgeOptions
+from server.schemas.alignment import AlignmentOptions, SampleJudgeOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -56,7 +56,7 @@ class Admission:
     wants_stats: bool
     """Whether the response reports proxy and version."""
     best_of: int
-    judge: JudgeOptions
+    judge: SampleJudgeOptions
     sample_timeout: float | None
     """Seconds that a sample of a best-of-N request may take."""
 
@@ -115,7 +115,7 @@ def admit(path: str, body: dict[str, Any], state: AppState, caller: Caller) -> A
         caller=caller,
         wants_stats=bool(names) or options is not None,
         best_of=alignment.best_of,
-        judge=alignment.judge or JudgeOptions.model_validate({}),
+        judge=alignment.judge or SampleJudgeOptions.model_validate({}),
         sample_timeout=alignment.sample_timeout,
     )
     state.proxies.pin(*chosen)

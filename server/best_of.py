@@ -1,56 +1,41 @@
-"""Best of N: N samples, the judge's ranking of them, and the best as the answer.
+"""Best of N: samples, the judge's ranking of them, and the best as the answer.
 
-Samples and judgments are requests to one engine and share its prefix cache. A sample that fails or
-takes too long drops out. When the client disconnects, all samples and judgments are aborted.
+Samples and judgments are requests to one engine and share its prefix cache. When the client disconnects, all of them
+are aborted.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
-from typing import Any
 
 from fastapi import Request
 
-from judge.messages import text_of
-from judge.prompts import Question
+from judge.pairwise import PairwiseJudge
+from judge.prompts import Choice, Question
 from judge.protocol import Usage
-from judge.tournament import Pair, TournamentRecord, comparison_of, play
-from judge.verdict import PairResult
+from judge.tournament import ONE_CALL, Pair, TournamentRecord, choose, comparisons_of, play
+from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
 from server.admission import Admission
 from server.app_state import AppState
 from server.engine import (
-    ChatCompletionRequest,
     ChatCompletionResponse,
-    EngineDeadError,
     ErrorResponse,
-    OpenAIServingChat,
     VLLMValidationError,
     create_error_response,
 )
-from server.feedback_writer import response_of
 from server.judges import conversation
 from server.proxy_choice import find_proxy, judging_proxies
+from server.samples import DroppedSample, Report, Samples, text_of_answer
 from server.schemas.generation import ChatRequest
 
-FAILED = ("abort", "error")
-"""Finish reasons of a sample that must not be shown."""
-
-Report = Callable[[ChatCompletionResponse, dict[str, Any]], None]
-"""Called with progress: any finished sample, and the progress so far."""
-
-
-@dataclass(frozen=True)
-class DroppedSample:
-    """A sample that takes no part in the tournament."""
-
-    reason: str
-    error: ErrorResponse | None = None
-    """vLLM's error, where there is one."""
+FORFEIT = "forfeit"
+"""Stands in a principle's place where a sample dropped out before it was compared."""
 
 
 def check_best_of(
@@ -68,6 +53,8 @@ def check_best_of(
         refuse("n", f"must be {admission.best_of} at most: alignment.best_of has no more samples")
     if request.temperature == 0:
         refuse("temperature", "must be above 0 with alignment.best_of: samples must differ")
+    if not _draws_all(admission) and (request.n or 1) > 1:
+        refuse("n", "must be 1 with strategy adaptive or prefix_tokens: only the best is completed")
     state.judges.select(admission.judge)
     for name in admission.judge.strengths:
         find_proxy(name, state, caller)
@@ -79,28 +66,63 @@ async def best_of(
     admission: Admission,
     state: AppState,
     raw_request: Request,
-    report: Report = lambda sample, progress: None,
+    report: Report = lambda progress: None,
 ) -> ChatCompletionResponse | ErrorResponse:
     """Sample, judge, and return the best, with the tournament's record and the tokens of all in `usage`.
 
     The judge reads the frozen LLM: its requests carry no proxy.
     """
     start = monotonic()
-    drawn = await _sample_all(request, admission, state, raw_request, report)
-    dropped = {i: sample for i, sample in enumerate(drawn) if isinstance(sample, DroppedSample)}
-    samples = [sample for sample in drawn if not isinstance(sample, DroppedSample)]
-    if not samples:
-        return _failure(list(dropped.values()))
-    metrics.BEST_OF_SAMPLES.inc(len(samples))
-    record, usage, principles = await _rank(
-        request, admission, state, raw_request.scope[CALLER], samples, report
-    )
+    if state.chat is None:
+        raise NotImplementedError("The model does not support Chat Completions API")
+    samples = Samples(request, admission, state.chat, raw_request, report)
+    try:
+        caller = raw_request.scope[CALLER]
+        answer = await _best_of(request, admission, state, caller, samples, report)
+    finally:
+        await samples.close()
+    metrics.BEST_OF_SAMPLES.inc(samples.drawn)
+    metrics.BEST_OF_STOPPED.inc(len(samples.stopped))
     metrics.BEST_OF_SECONDS.observe(monotonic() - start)
-    answer = _choose(samples, record.ranking[: request.n or 1])
+    return answer
+
+
+def _draws_all(admission: Admission) -> bool:
+    """Whether all samples are drawn at once and judged when they are whole."""
+    judge = admission.judge
+    return judge.strategy != "adaptive" and judge.prefix_tokens is None
+
+
+async def _best_of(
+    request: ChatRequest,
+    admission: Admission,
+    state: AppState,
+    caller: Caller,
+    samples: Samples,
+    report: Report,
+) -> ChatCompletionResponse | ErrorResponse:
+    judged = list(range(admission.best_of))
+    if _draws_all(admission):
+        for index in judged:
+            samples.draw(index)
+        await asyncio.gather(*map(samples.finish, judged))
+        judged = [index for index in judged if index not in samples.dropped]
+    if not judged:
+        return _failure(samples.dropped)
+    record, usage, principles = await _rank(
+        request, admission, state, caller, samples, judged, report
+    )
+    ranked = [await samples.finish(judged[i]) for i in record.ranking[: request.n or 1]]
+    best = [sample for sample in ranked if isinstance(sample, ChatCompletionResponse)]
+    if not best:  # the winner has dropped out since it was compared
+        return _failure(samples.dropped)
+    answer = _choose(best, samples.completion_tokens)
     _add_usage(answer, usage)
     answer.alignment = {
         "best_of": admission.best_of,
-        "dropped": [{"index": i, "reason": sample.reason} for i, sample in dropped.items()],
+        "drawn": samples.drawn,
+        "stopped": samples.stopped,
+        "dropped": [{"index": i, "reason": s.reason} for i, s in samples.dropped.items()],
         "judge": {
             "kind": admission.judge.kind,
             "principles": principles,
@@ -116,115 +138,95 @@ async def _rank(
     admission: Admission,
     state: AppState,
     caller: Caller,
-    samples: Sequence[ChatCompletionResponse],
+    samples: Samples,
+    judged: Sequence[int],
     report: Report,
 ) -> tuple[TournamentRecord, Usage, list[str]]:
-    """The tournament, the tokens that its judge used, and the names of its principles."""
-    texts = [_text(sample) for sample in samples]
+    """The tournament, the tokens that its judge used, and the names of its principles.
+
+    Args:
+        judged: the samples, by the tournament's indices.
+    """
     turns = conversation(request.messages)
     settings, judges = admission.judge, state.judges
     principles = judges.select(settings)
-    compared = 0
+    compared, rounds = 0, 0
 
-    async def compare_round(pairs: list[Pair]) -> list[PairResult]:
-        nonlocal compared
-        questions = [Question(turns, texts[first], texts[second]) for first, second in pairs]
-        results = await judges.compare(judge, questions, principles, caller)
-        compared += len(pairs)
-        comparisons = [asdict(comparison_of(*game)) for game in zip(pairs, results, strict=True)]
-        progress = {"stage": "judging", "done": compared, "comparisons": comparisons}
-        report(samples[0], progress)
+    async def read(index: int, tokens: int | None) -> str | None:
+        """None: it has dropped out."""
+        if tokens is None:
+            sample = await samples.finish(judged[index])
+        else:
+            part = await samples.read(judged[index], tokens)
+            if isinstance(part, list):
+                return judges.tokenizer.decode(part)
+            sample = part
+        return None if isinstance(sample, DroppedSample) else text_of_answer(sample)
+
+    async def compare_round(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
+        nonlocal compared, rounds
+        playing = [index for pair in pairs for index in pair]
+        for index in playing:
+            samples.draw(judged[index])
+        read_texts = await asyncio.gather(*(read(index, tokens) for index in playing))
+        texts = dict(zip(playing, read_texts, strict=True))
+        questions = [
+            Question(turns, first, second)
+            for first, second in ((texts[a], texts[b]) for a, b in pairs)
+            if first is not None and second is not None
+        ]
+        whole = tokens is None  # nothing is to be learned from parts
+        judgments = iter(await judges.compare(judge, questions, principles, caller, keep=whole))
+        results = [
+            _forfeit(texts[a] is None, texts[b] is None) or next(judgments) for a, b in pairs
+        ]
+        comparisons = comparisons_of(pairs, results, tokens)
+        compared, rounds = compared + len(comparisons), rounds + 1
+        entries = [asdict(comparison) for comparison in comparisons]
+        report({"stage": "judging", "done": compared, "comparisons": entries})
+        for comparison in comparisons:
+            samples.stop(judged[sum(comparison.pair) - comparison.winner], rounds)
         return results
 
     async with judging_proxies(settings, state, caller) as proxies:
         judge = judges.make(settings.kind, principles, proxies)
         try:
             seed = _seed(request, admission)
-            record = await play(settings.strategy, len(texts), compare_round, seed)
+            if settings.strategy == ONE_CALL:
+                assert isinstance(judge, PairwiseJudge), "the request was checked"
+                texts = [await read(i, None) or "" for i in range(len(judged))]
+                read_all = partial(judge.choose, Choice(turns, tuple(texts)))
+                record = await choose(len(judged), read_all, seed, settings.rotations)
+            else:
+                record = await play(
+                    settings.strategy, len(judged), compare_round, seed, settings.prefix_tokens
+                )
         finally:
             metrics.count_usage(judge.usage)
-    metrics.COMPARISONS.labels(settings.strategy).observe(compared)
+    metrics.COMPARISONS.labels(settings.strategy).observe(compared or len(record.readings))
     return record, judge.usage, list(principles)
 
 
-async def _sample_all(
-    request: ChatRequest,
-    admission: Admission,
-    state: AppState,
-    raw_request: Request,
-    report: Report,
-) -> list[ChatCompletionResponse | DroppedSample]:
-    """N samples. Sample i has the request's seed + i, as with n."""
-    handler, timeout = state.chat, admission.sample_timeout
-    if handler is None:
-        raise NotImplementedError("The model does not support Chat Completions API")
-    tasks = [
-        asyncio.create_task(_sample(handler, request, i, raw_request))
-        for i in range(admission.best_of)
-    ]
-    done = 0
-
-    def count(task: asyncio.Task[ChatCompletionResponse | DroppedSample]) -> None:
-        nonlocal done
-        done += 1
-        if not task.cancelled() and task.exception() is None:
-            sample = task.result()
-            if not isinstance(sample, DroppedSample):
-                finished = {"index": tasks.index(task), "text": _text(sample)}
-                report(sample, {"stage": "sampling", "done": done, "of": len(tasks)} | finished)
-
-    for task in tasks:
-        task.add_done_callback(count)
-    try:
-        await asyncio.wait(tasks, timeout=timeout)
-        late = [task for task in tasks if not task.done()]
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)  # the engine aborts their requests
-        too_late = DroppedSample(f"was not finished after {timeout or 0:g} seconds")
-        return [too_late if task in late else task.result() for task in tasks]
-    finally:
-        for task in tasks:
-            task.cancel()
+def _forfeit(first_dropped: bool, second_dropped: bool) -> PairResult | None:
+    """The result of a comparison without one of its samples; None = both are there."""
+    if not (first_dropped or second_dropped):
+        return None
+    probability = 0.5 + 0.5 * (second_dropped - first_dropped)
+    return PairResult({FORFEIT: Verdict((probability, probability))})
 
 
-async def _sample(
-    handler: OpenAIServingChat, request: ChatRequest, index: int, raw_request: Request
-) -> ChatCompletionResponse | DroppedSample:
-    update: dict[str, Any] = {"n": 1, "stream": False, "stream_options": None}
-    if request.seed is not None:
-        update["seed"] = request.seed + index
-    single: ChatCompletionRequest = request.model_copy(update=update)
-    try:
-        answer = await handler.create_chat_completion(single, raw_request)
-    except EngineDeadError:
-        raise
-    except Exception as error:  # the other samples may succeed
-        answer = create_error_response(error)
-    if isinstance(answer, ErrorResponse):
-        return DroppedSample(f"failed: {answer.error.message}", answer)
-    assert isinstance(answer, ChatCompletionResponse), "the request asked for no stream"
-    reason = answer.choices[0].finish_reason
-    return DroppedSample(f"ended with {reason!r}") if reason in FAILED else answer
-
-
-def _failure(dropped: list[DroppedSample]) -> ErrorResponse:
+def _failure(dropped: dict[int, DroppedSample]) -> ErrorResponse:
     """The error to answer with when no sample is left: the request's fault, or why each one dropped out."""
-    for sample in dropped:
+    for sample in dropped.values():
         if sample.error is not None and sample.error.error.code < 500:
             return sample.error
-    reasons = "; ".join(f"sample {index} {sample.reason}" for index, sample in enumerate(dropped))
-    failed = any(sample.error is not None for sample in dropped)
+    reasons = "; ".join(f"sample {index} {sample.reason}" for index, sample in dropped.items())
+    failed = any(sample.error is not None for sample in dropped.values())
     return create_error_response(
         f"no sample is left to judge: {reasons}",
         err_type="ServiceUnavailableError" if failed else "TimeoutError",
         status_code=HTTPStatus.SERVICE_UNAVAILABLE if failed else HTTPStatus.GATEWAY_TIMEOUT,
     )
-
-
-def _text(sample: ChatCompletionResponse) -> str:
-    """What the judge reads: the content, and tool calls as text."""
-    return text_of(response_of(sample.choices[0].message.model_dump()))
 
 
 def _seed(request: ChatRequest, admission: Admission) -> int:
@@ -233,13 +235,13 @@ def _seed(request: ChatRequest, admission: Admission) -> int:
     return request.seed if request.seed is not None else random.randrange(2**32)
 
 
-def _choose(samples: list[ChatCompletionResponse], best: list[int]) -> ChatCompletionResponse:
+def _choose(best: list[ChatCompletionResponse], completion_tokens: int) -> ChatCompletionResponse:
     """One response with the best samples as its choices; `usage` counts the prompt once, and all completions."""
-    answer = samples[best[0]]
-    answer.choices = [samples[i].choices[0] for i in best]
+    answer = best[0]
+    answer.choices = [sample.choices[0] for sample in best]
     for index, choice in enumerate(answer.choices):
         choice.index = index
-    answer.usage.completion_tokens = sum(s.usage.completion_tokens or 0 for s in samples)
+    answer.usage.completion_tokens = completion_tokens
     return answer
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from time import time
 from typing import Any
 
 from fastapi import Request
@@ -11,12 +12,11 @@ from server.admission import AdmittedRequest
 from server.answers import Answer, add_alignment_stats, proxy_and_version
 from server.app_state import AppState
 from server.best_of import best_of
-from server.engine import ChatCompletionResponse, ErrorResponse, create_error_response
+from server.engine import ChatCompletionResponse, ErrorResponse, create_error_response, random_uuid
 from server.schemas.generation import ChatRequest
 from server.streams import DONE, as_event
 
-Progress = tuple[ChatCompletionResponse, dict[str, Any]]
-"""Any finished sample, and the progress so far."""
+Progress = dict[str, Any]
 
 
 async def stream_best_of(
@@ -33,11 +33,8 @@ async def stream_best_of(
     """
     queue: asyncio.Queue[Progress | None] = asyncio.Queue()
 
-    def report(sample: ChatCompletionResponse, progress: dict[str, Any]) -> None:
-        queue.put_nowait((sample, progress))
-
     async def work() -> Answer:
-        answer = await best_of(request, admitted.admission, state, raw_request, report)
+        answer = await best_of(request, admitted.admission, state, raw_request, queue.put_nowait)
         return await add_alignment_stats(answer, admitted, state)
 
     task = asyncio.create_task(work())
@@ -50,19 +47,24 @@ async def stream_best_of(
     if first is None:
         return await task
     opening = proxy_and_version(admitted.admission) | {"best_of": admitted.admission.best_of}
-    return _events(task, queue, first, opening, include_usage)
+    request_id = raw_request.headers.get("X-Request-Id") or random_uuid()  # as vLLM's
+    head = {
+        "id": f"chatcmpl-{request_id}",
+        "created": int(time()),
+        "model": admitted.admission.requested_model or state.models.model_name(),
+        "object": "chat.completion.chunk",
+    }
+    return _events(task, queue, first, head, opening, include_usage)
 
 
 async def _events(
     task: asyncio.Task[Answer],
     queue: asyncio.Queue[Progress | None],
     first: Progress,
+    head: dict[str, Any],
     opening: dict[str, Any],
     include_usage: bool,
 ) -> AsyncGenerator[str, None]:
-    head = {"id": first[0].id, "created": first[0].created, "model": first[0].model}
-    head["object"] = "chat.completion.chunk"
-
     def chunk(delta: dict[str, Any], alignment: dict[str, Any]) -> str:
         # Each event has a choice, even an empty one: many clients read the first choice without a check.
         choice = {"index": 0, "delta": delta, "finish_reason": None}
@@ -72,7 +74,7 @@ async def _events(
     progress: Progress | None = first
     try:
         while progress is not None:
-            yield chunk({}, {"progress": progress[1]})
+            yield chunk({}, {"progress": progress})
             progress = await queue.get()
         answer = await task
         if isinstance(answer, ErrorResponse):

@@ -84,6 +84,7 @@ __all__ = [
     "OpenAIServingCompletion",
     "OpenAIServingModels",
     "OwnExtraArgs",
+    "RequestOutputKind",
     "ResponsesRequest",
     "ResponsesResponse",
     "UsageInfo",
@@ -98,6 +99,7 @@ __all__ = [
     "load_aware_call",
     "metrics_header",
     "prompt_length",
+    "random_uuid",
     "read_labels",
     "read_logprob",
     "read_probe_scores",
@@ -154,10 +156,10 @@ def prompt_length(prompt: Any) -> int:
 async def read_labels(
     engine: EngineClient,
     prompts: Sequence[list[int]],
-    labels: Sequence[tuple[int, int]],
+    labels: Sequence[tuple[int, ...]],
     lora: LoRARequest | None = None,
-) -> list[tuple[float, float]]:
-    """Both labels' next-token log-probabilities after each prompt.
+) -> list[tuple[float, ...]]:
+    """The labels' next-token log-probabilities after each prompt.
 
     A part of them is read at once, because handing a prompt to the engine takes a millisecond of the event loop. They
     are those of the frozen LLM, or of a judge's adapter on it. No proxy takes part.
@@ -166,20 +168,20 @@ async def read_labels(
         SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            logprob_token_ids=list(pair),
+            logprob_token_ids=list(tokens),
             extra_args=UNPROXIED_EXTRA_ARGS,
         )
-        for pair in labels
+        for tokens in labels
     ]
     inputs = [tokens_input(prompt) for prompt in prompts]
-    logprobs: list[tuple[float, float]] = []
+    logprobs: list[tuple[float, ...]] = []
     for start in range(0, len(inputs), _PROMPTS_AT_ONCE):
         part = slice(start, start + _PROMPTS_AT_ONCE)
         request_id = f"judge-{random_uuid()}"
         reads = await next_token_label_reads(
             engine, inputs[part], params[part], request_id, lora_request=lora
         )
-        logprobs += [(read.logprobs[0], read.logprobs[1]) for read in reads]
+        logprobs += [tuple(read.logprobs) for read in reads]
     return logprobs
 
 

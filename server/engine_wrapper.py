@@ -24,9 +24,11 @@ from server.engine import (
     EngineClient,
     OpenAIServingModels,
     OwnExtraArgs,
+    RequestOutputKind,
     VLLMValidationError,
     prompt_length,
 )
+from server.growth import GROWTH
 from server.tracing import TRACE_HEADERS
 
 CURRENT_REQUEST: ContextVar[AdmittedRequest | None] = ContextVar("current_request", default=None)
@@ -72,6 +74,9 @@ def wrap_engine(
             params.extra_args = {**(params.extra_args or {}), **admission.alignment.to_extra_args()}
             # Clients choose request ids, and may choose the same one: no client must get another's trace or counts.
             request_id = f"{request_id}-p{next(numbers)}"
+        if GROWTH.get() is not None:
+            params = copy.copy(params)
+            params.output_kind = RequestOutputKind.CUMULATIVE
         counts.engine_ids.append(request_id)
         counts.num_samples = params.n
         # Counted here, because every route comes here, whatever its body calls the number of samples.
@@ -165,20 +170,28 @@ async def _count(
 ) -> AsyncGenerator[Any, None]:
     """The engine's outputs, with their tokens counted; at the end, the proxy's counts are read."""
     admission, counts = request
+    growth, prompt_tokens = GROWTH.get(), 0
     async with aclosing(outputs):  # a handler that stops reading aborts the engine's request
         async for output in outputs:
-            for sample in output.outputs:
-                counts.tokens["completion"] += len(sample.token_ids)
-                admission.caller.tokens.take(len(sample.token_ids))
-                counts.delivered[request_id, sample.index] += len(sample.token_ids)
-                if counts.texts is not None:
-                    counts.texts[request_id, sample.index] += sample.text
-            if output.finished:
+            if not prompt_tokens:
                 prompt_tokens = len(output.prompt_token_ids or ())
                 counts.tokens["prompt"] += prompt_tokens
                 admission.caller.tokens.take(prompt_tokens)
-                if admission.alignment is not None and not admission.alignment.trace:
-                    counts.finish(request_id)
+            for sample in output.outputs:
+                key, tokens, text = (request_id, sample.index), len(sample.token_ids), sample.text
+                if growth is not None:  # the output has all tokens so far, not the new ones
+                    growth.update(sample.token_ids)
+                    tokens -= counts.delivered[key]
+                    if counts.texts is not None:
+                        text = text[len(counts.texts[key]) :]
+                counts.tokens["completion"] += tokens
+                admission.caller.tokens.take(tokens)
+                counts.delivered[key] += tokens
+                if counts.texts is not None:
+                    counts.texts[key] += text
+            alignment = admission.alignment
+            if output.finished and alignment is not None and not alignment.trace:
+                counts.finish(request_id)
             yield output
 
 

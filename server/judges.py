@@ -139,8 +139,8 @@ class Judges:
         lora = self.loras.get("pairwise")
 
         async def labels(
-            prompts: list[list[int]], labels: list[tuple[int, int]]
-        ) -> list[tuple[float, float]]:
+            prompts: list[list[int]], labels: list[tuple[int, ...]]
+        ) -> list[tuple[float, ...]]:
             return await read_labels(self.engine, prompts, labels, lora)
 
         def text(prompt: list[int], max_tokens: int) -> AsyncGenerator[tuple[str, int], None]:
@@ -234,15 +234,17 @@ class Judges:
         questions: Sequence[Question],
         principles: Mapping[str, Principle],
         caller: Caller,
+        *,
+        keep: bool = True,
     ) -> list[PairResult]:
-        """The judge's results on a caller's request. Records them in the database and the metrics."""
+        """The judge's results on a caller's request. Records them in the metrics and, with `keep`, in the database."""
         results = await judge.compare(questions)
         calibration = self.calibrations[judge.kind]
         for question, result in zip(questions, results, strict=True):
             for verdict in result.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
                 calibration.add(question, verdict)
-        if self.feedback_writer is not None:
+        if keep and self.feedback_writer is not None:
             principle = principle_of(principles, default=next(iter(self.principles)))
             self.feedback_writer.record_verdicts(questions, results, principle, caller.identity)
         return results
@@ -306,3 +308,8 @@ class _Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with self._lock:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: list[int]) -> str:
+        with self._lock:
+            text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            return text

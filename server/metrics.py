@@ -2,8 +2,9 @@
 
 assent_verdicts_total{winner}           pairs judged by one principle; winner is a, b or tie
 assent_judge_tokens_total{kind}         tokens spent on judging; kind is prompt or completion
-assent_ranking_comparisons{strategy}    histogram: comparisons in a ranking
+assent_ranking_comparisons{strategy}    histogram: comparisons in a ranking, or readings of one-call
 assent_best_of_samples_total            answers sampled for a tournament
+assent_best_of_stopped_total            samples that were stopped because they had lost
 assent_best_of_seconds                  histogram: from the request to the ranking
 assent_requests_cancelled_total{path}   requests whose client disconnected before the end of the response
 assent_proxy_changes_total{change}      change is loaded, unloaded or refused
@@ -40,6 +41,7 @@ CANCELLED = Counter(
 )
 PROXY_CHANGES = Counter("assent_proxy_changes", "Loads and unloads of proxies.", ["change"])
 BEST_OF_SAMPLES = Counter("assent_best_of_samples", "Answers sampled for a tournament.")
+BEST_OF_STOPPED = Counter("assent_best_of_stopped", "Samples stopped because they had lost.")
 FEEDBACK = Counter("assent_feedback_rows", "Preferences kept.", ["source"])
 FEEDBACK_LOST = Counter("assent_feedback_lost", "Verdicts and answers that could not be written.")
 LEARNING_PASSES = Counter("assent_learning_passes", "Passes over verdicts.", ["proxy", "result"])

@@ -50,6 +50,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
             "seed": 1,
             "alignment": {"best_of": 4, "judge": {"strategy": "final-four"}},
         },
+        "8 samples at most": {
+            "model": "assent-demo",
+            "messages": _MESSAGES,
+            "seed": 1,
+            "alignment": {"best_of": 8, "judge": {"strategy": "adaptive"}},
+        },
     },
     _TEXT: {
         "a proxy": {
@@ -229,9 +235,11 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
                         "probability": 0.7,
                         "winner": 0,
                         "truncated": False,
+                        "tokens": None,
                     }
                 ]
             ],
+            "readings": [],
             "winner": 0,
             "usage": _JUDGE_USAGE,
         }

@@ -153,7 +153,7 @@ def all_results(judge: JudgePairs, prompt: str, answers: Sequence[str]) -> PairR
 def play_known(strategy: str, num: int, seed: int, pair_results: PairResults) -> TournamentRecord:
     """A strategy's tournament, from known results."""
 
-    async def look_up(pairs: list[Pair]) -> list[PairResult]:
+    async def look_up(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
         return [pair_results[pair] for pair in pairs]
 
     return asyncio.run(play(strategy, num, look_up, seed))

@@ -36,9 +36,10 @@ export class Bracket {
   /** One more round: the comparisons' indices count the samples that did not drop out. */
   addRound(comparisons) {
     this.#fix();
-    const allPairs = this.strategy !== "knock-out" && comparisons.length > this.standing.length / 2;
-    const byes = this.#byes(comparisons);
-    const title = allPairs ? ALL_PAIRS : roundTitle(this.standing.length, this.rounds);
+    const adaptive = this.strategy === "adaptive";
+    const allPairs = !adaptive && this.strategy !== "knock-out" && comparisons.length > this.standing.length / 2;
+    const byes = adaptive ? [] : this.#byes(comparisons);
+    const title = allPairs ? ALL_PAIRS : roundTitle(adaptive ? 0 : this.standing.length, this.rounds);
     const column = el("div", { class: "round" }, el("h3", {}, title));
     column.append(...comparisons.map((comparison) => this.#match(comparison)));
     column.append(...byes.map((index) => el("p", { class: "bye" }, `${this.#label(index)} · bye`)));
@@ -46,18 +47,20 @@ export class Bracket {
     old ? old.replaceWith(column) : this.columns.append(column);
   }
 
-  end({ ranking }, dropped) {
+  end({ ranking }, { dropped, drawn }) {
     this.#fix();
     while (this.columns.children.length > this.rounds) this.columns.lastChild.remove();
     const [best] = ranking;
-    for (const { index, reason } of dropped) this.samples[index].drop(reason);
+    for (const { index, reason } of dropped) this.samples[index].drop(`dropped out: ${reason}`);
+    this.samples.slice(drawn).forEach((sample) => sample.drop("not drawn: it was not expected to win"));
     ranking.forEach((index, place) => this.samples[this.judged[index]].rank(place));
     const title = el("h2", {}, `${this.#label(best)} wins`);
     this.winner.replaceChildren(el("div", { class: "winner" }, title, el("p", { class: "text" }, this.#text(best))));
   }
 
   #fix() {
-    this.judged ??= [...this.texts.keys()].sort((a, b) => a - b);
+    const all = this.strategy === "adaptive" ? this.samples : this.texts;
+    this.judged ??= [...all.keys()].sort((a, b) => a - b);
     this.standing ??= this.judged.map((_, index) => index);
   }
 
@@ -118,7 +121,7 @@ function sampleCard(index) {
       element.classList.add("ready");
     },
     drop(reason) {
-      text.textContent = `dropped out: ${reason}`;
+      text.textContent = reason;
     },
     rank(position) {
       place.textContent = position === 0 ? "winner" : `place ${position + 1}`;
@@ -130,6 +133,7 @@ function sampleCard(index) {
 
 /** Title and number of matches of each round, if no sample drops out. */
 function expectedRounds(num, strategy) {
+  if (strategy === "adaptive") return [];
   const rounds = [];
   let standing = num;
   const until = { "knock-out": 1, "final-four": 4, "round-robin": num }[strategy];

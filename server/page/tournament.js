@@ -9,7 +9,7 @@ import { defaultTemperature, examples, session } from "./session.js";
 import { openSnippets } from "./snippets.js";
 
 const PATH = "v1/chat/completions";
-const STRATEGIES = [["knock-out", "Knock-out"], ["final-four", "Final four"], ["round-robin", "Round-robin"]];
+const STRATEGIES = [["knock-out", "Knock-out"], ["final-four", "Final four"], ["round-robin", "Round-robin"], ["adaptive", "Adaptive"]];
 
 class Tournament {
   #controller = null;
@@ -74,7 +74,7 @@ class Tournament {
         const { progress, judge } = event.alignment ?? {};
         if (progress?.stage === "sampling") bracket.addSample(progress);
         if (progress?.stage === "judging") bracket.addRound(progress.comparisons);
-        if (judge) bracket.end(judge, event.alignment.dropped);
+        if (judge) bracket.end(judge, event.alignment);
       }
       announce("The tournament has ended.");
     } catch (error) {

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -10,9 +11,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from judge.pairwise import PairwiseJudge
 from judge.principles import Principle
-from judge.prompts import Question
+from judge.prompts import Choice, Question
 from judge.protocol import Judge
-from judge.tournament import Pair, play
+from judge.tournament import ONE_CALL, Pair, choose, play
 from judge.verdict import PairResult, Verdict
 from server import metrics
 from server.access import CALLER, Caller
@@ -118,17 +119,25 @@ async def rank(request: RankRequest, raw_request: Request) -> Response:
     judges = state.judges
     principles, turns = judges.select(request), request.turns()
 
-    async def compare_round(pairs: list[Pair]) -> list[PairResult]:
+    async def compare_round(pairs: list[Pair], tokens: int | None) -> list[PairResult]:
+        del tokens  # the responses are whole
         responses = request.responses
         questions = [Question(turns, responses[a], responses[b]) for a, b in pairs]
         return await judges.compare(judge, questions, principles, caller)
 
     seed = random.randrange(2**32) if request.seed is None else request.seed
     async with judging_proxies(request, state, caller) as proxies:
-        judge = judges.make(request.kind, principles, proxies)
-        record = await play(request.strategy, len(request.responses), compare_round, seed)
+        judge, num = judges.make(request.kind, principles, proxies), len(request.responses)
+        if request.strategy == ONE_CALL:
+            assert isinstance(judge, PairwiseJudge), "the request was checked"
+            read = partial(judge.choose, Choice(turns, tuple(request.responses)))
+            record = await choose(num, read, seed, request.rotations)
+        else:
+            record = await play(request.strategy, num, compare_round, seed)
     metrics.count_usage(judge.usage)
-    metrics.COMPARISONS.labels(request.strategy).observe(sum(map(len, record.rounds)))
+    metrics.COMPARISONS.labels(request.strategy).observe(
+        sum(map(len, record.rounds)) or len(record.readings)
+    )
     return JSONResponse(record.as_json() | {"usage": judge.usage.as_json()})
 
 

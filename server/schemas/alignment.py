@@ -9,6 +9,8 @@ from proxy.request import MAX_PROXIES, Alignment, Strength, WorkerAlignment
 from server.judge_adapters import JudgeKind
 from server.proxies import ServedVersion
 
+Strategy = Literal["knock-out", "final-four", "round-robin", "adaptive", "one-call"]
+
 
 def _no_duplicates(names: list[str]) -> list[str]:
     if len(set(names)) != len(names):
@@ -62,8 +64,17 @@ class JudgeSettings(BaseModel):
 class JudgeOptions(JudgeSettings):
     """How samples are ranked."""
 
-    strategy: Literal["knock-out", "final-four", "round-robin"] = Field(
-        "knock-out", description="Which pairs are compared."
+    strategy: Strategy = Field(
+        "knock-out",
+        description="Which pairs are compared; `adaptive` draws more samples only while the next may win, "
+        "`one-call` shows the judge all at once.",
+    )
+    rotations: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="With `one-call`: how often it is shown them, in rotated orders. None: as often "
+        "as there are samples, so that a favour for a position cancels.",
     )
     seed: int | None = Field(
         None,
@@ -71,6 +82,38 @@ class JudgeOptions(JudgeSettings):
         lt=2**63,
         description="Seed of the tournament's draw; none = the request's seed, else a random one.",
     )
+
+    @model_validator(mode="after")
+    def _choice_of_a_reader(self) -> Self:
+        if self.rotations is not None and self.strategy != "one-call":
+            raise ValueError("rotations: only with the strategy one-call")
+        if self.strategy == "one-call" and self.kind != "pairwise":
+            raise ValueError(
+                f"strategy: a {self.kind} judge never sees two responses together: it reads each once, "
+                "whatever the strategy"
+            )
+        return self
+
+
+class SampleJudgeOptions(JudgeOptions):
+    """How samples that are being drawn are ranked."""
+
+    prefix_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="Compare samples in the first round as soon as they have this many tokens, in "
+        "the next twice as many, and so on, and stop those that lose. None: compare whole samples. "
+        "With knock-out or adaptive.",
+    )
+
+    @model_validator(mode="after")
+    def _prefixes_of_rounds(self) -> Self:
+        if self.prefix_tokens is not None and self.strategy not in ("knock-out", "adaptive"):
+            raise ValueError(
+                f"prefix_tokens: {self.strategy} compares samples again that have lost: use knock-out or adaptive"
+            )
+        return self
 
 
 class AlignmentOptions(Alignment):
@@ -83,7 +126,7 @@ class AlignmentOptions(Alignment):
         description="Sample this many answers and return the one that the judge ranks first; with "
         "n, the best n in order. Chat only.",
     )
-    judge: JudgeOptions | None = Field(None, description="Only with best_of above 1.")
+    judge: SampleJudgeOptions | None = Field(None, description="Only with best_of above 1.")
     sample_timeout: float | None = Field(
         None,
         gt=0,

@@ -104,6 +104,8 @@ class RankRequest(Conversation, JudgeOptions):
     @model_validator(mode="after")
     def _one_conversation(self) -> "RankRequest":
         self._check_one()
+        if self.strategy == "adaptive":
+            raise ValueError("strategy: adaptive decides what to draw, and these are drawn already")
         return self
 
 

@@ -1,6 +1,6 @@
 """Responses of the routes that generate text: vLLM's, with what the proxy and the judge did."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,7 @@ from server.engine import (
     CompletionResponse,
     ResponsesResponse,
 )
+from server.schemas.alignment import Strategy
 
 Probability = float
 
@@ -61,16 +62,34 @@ class Comparison(ResponseBody):
     probability: Probability = Field(description="Their mean.")
     winner: int = Field(description="Index of a sample.")
     truncated: bool = Field(description="A text was shortened to fit the judge's context.")
+    tokens: int | None = Field(
+        description="How many tokens of each sample were read; null: all of it."
+    )
+
+
+class Reading(ResponseBody):
+    """One choice among all samples."""
+
+    order: list[int] = Field(description="Indices of the samples, as they were shown.")
+    probabilities: dict[str, list[Probability]] = Field(
+        description="By principle: that each is the best, in this order."
+    )
+    truncated: bool
 
 
 class Tournament(ResponseBody):
     """Everything that happened in a ranking. `judge.tournament.replay` repeats it without a model."""
 
-    strategy: Literal["knock-out", "final-four", "round-robin"]
+    strategy: Strategy
     seed: int
     num: int = Field(description="Number of samples.")
-    ranking: list[int] = Field(description="Indices of the samples, the best first.")
+    ranking: list[int] = Field(
+        description="Indices of the samples, the best first; without those that were never drawn."
+    )
     rounds: list[list[Comparison]]
+    readings: list[Reading] = Field(
+        description="Of `one-call`: the choices among all samples, instead of rounds."
+    )
     winner: int
     usage: Usage
 
@@ -94,6 +113,14 @@ class ProxyShare(ResponseBody):
 
     version: str
     strength: float
+
+
+class StoppedSample(ResponseBody):
+    """A sample that had lost before it was whole. Its tokens are in `usage`."""
+
+    index: int
+    round: int = Field(description="The tournament's round, from 1, after which it was stopped.")
+    tokens: int = Field(description="How many had been generated.")
 
 
 class AlignmentStats(ResponseBody):
@@ -121,7 +148,11 @@ class AlignmentStats(ResponseBody):
     trace_truncated: bool | None = Field(
         None, description="Only with `trace`: there were more tokens than are traced."
     )
-    best_of: int | None = Field(None, description="Only with `best_of` above 1, as the next two.")
+    best_of: int | None = Field(None, description="Only with `best_of` above 1, as the next four.")
+    drawn: int | None = Field(
+        None, description="Samples that were drawn: fewer where the strategy is `adaptive`."
+    )
+    stopped: list[StoppedSample] | None = None
     dropped: list[DroppedSample] | None = None
     judge: JudgeRecord | None = None
 

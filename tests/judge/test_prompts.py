@@ -200,7 +200,7 @@ def test_what_is_far_too_long_is_never_read_as_a_whole():
 
 
 def cleaned(tokenizer, first, principle=OVERALL):
-    return without_marks(tokenizer, Question(TURNS, first, "y"), principle).first
+    return without_marks(tokenizer, Question(TURNS, first, "y"), principle.headings).first
 
 
 @pytest.mark.parametrize(

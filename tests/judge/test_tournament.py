@@ -2,10 +2,18 @@
 
 import asyncio
 import json
+import math
 
 import pytest
 
-from judge.tournament import STRATEGIES, TournamentRecord, knock_out, play, replay
+from judge.tournament import (
+    STRATEGIES,
+    TournamentRecord,
+    expected_gain,
+    knock_out,
+    play,
+    replay,
+)
 from judge.verdict import PairResult, Verdict
 
 
@@ -20,7 +28,7 @@ def rank(
     """A tournament with a judge that is sure that the higher strength wins."""
     rounds: list[list[tuple[int, int]]] = []
 
-    async def compare_round(pairs):
+    async def compare_round(pairs, tokens):
         rounds.append(pairs)
         return [
             result((0.9, 0.8)) if strengths[a] > strengths[b] else result((0.2, 0.1))
@@ -64,13 +72,13 @@ def test_a_bye_plays_in_the_next_round():
 
 def test_the_seed_draws_the_bracket():
     # random.Random(7).random() gives 0.32, 0.15, 0.65, 0.07, 0.54, 0.37.
-    assert next(knock_out(6, 7)) == [(3, 1), (0, 5), (4, 2)]
+    assert next(knock_out(6, 7)).pairs == [(3, 1), (0, 5), (4, 2)]
     assert next(knock_out(6, 7)) == next(knock_out(6, 7))
-    assert len({tuple(next(knock_out(6, seed))) for seed in range(20)}) > 10
+    assert len({tuple(next(knock_out(6, seed)).pairs) for seed in range(20)}) > 10
 
 
 def test_an_undecided_pair_sends_its_first_on():
-    async def undecided(pairs):
+    async def undecided(pairs, tokens):
         return [result((0.5, 0.5)) for _ in pairs]
 
     record = asyncio.run(play("knock-out", 6, undecided, seed=7))
@@ -81,14 +89,15 @@ def test_an_undecided_pair_sends_its_first_on():
 @pytest.mark.parametrize("num", [1, 2, 3, 8, 13])
 def test_a_receipt_replays_to_its_ranking_from_json(num, strategy):
     record, _ = rank(num, [float(i * i % 7) for i in range(num)], num, strategy)
-    assert sorted(record.ranking) == list(range(num))
+    drawn = 4 if (num, strategy) in ((8, "adaptive"), (13, "adaptive")) else num
+    assert sorted(record.ranking) == list(range(drawn))
     as_json = json.loads(json.dumps(record.as_json()))
     assert replay(as_json) == record.ranking
     assert as_json["winner"] == record.ranking[0]
 
 
 def test_several_principles_replay_to_the_majority():
-    async def compare_round(pairs):
+    async def compare_round(pairs, tokens):
         # Two principles slightly prefer the first, the third strongly prefers the second.
         return [result((0.6, 0.6), (0.6, 0.6), (0.1, 0.1)) for _ in pairs]
 
@@ -138,7 +147,7 @@ def test_a_final_four_counts_all_its_games():
         (1, 3): 0.5,
     }
 
-    async def compare_round(pairs):
+    async def compare_round(pairs, tokens):
         both_orders = probabilities | {(b, a): 1 - p for (a, b), p in probabilities.items()}
         return [result((both_orders[pair], both_orders[pair])) for pair in pairs]
 
@@ -150,7 +159,7 @@ def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
     # The pairs with seed 7 and 6 samples, as below, are (3, 1), (0, 5), (4, 2); the first wins.
     probabilities = {(3, 1): 0.9, (0, 5): 0.6, (4, 2): 0.8}
 
-    async def compare_round(pairs):
+    async def compare_round(pairs, tokens):
         return [result((probabilities.get(pair, 0.7),) * 2) for pair in pairs]
 
     record = asyncio.run(play("knock-out", 6, compare_round, seed=7))
@@ -159,6 +168,54 @@ def test_the_later_beaten_ranks_higher_and_then_the_closer_beaten():
         [comparison.pair for comparison in comparisons] for comparisons in record.rounds[1:]
     ] == [[(3, 0)], [(4, 3)]]
     assert record.ranking == [4, 3, 0, 5, 2, 1]
+
+
+def adaptive_rounds(num, probability):
+    """The rounds of an adaptive tournament, with p(a beats b) = probability(a, b); and its record."""
+    rounds = []
+
+    async def compare_round(pairs, tokens):
+        rounds.append((pairs, tokens))
+        return [result((probability(a, b),) * 2) for a, b in pairs]
+
+    return rounds, asyncio.run(play("adaptive", num, compare_round, seed=0, prefix_tokens=32))
+
+
+def test_an_adaptive_tournament_draws_no_more_when_its_best_is_far_ahead():
+    # Sample 2 wins all: the next is unlikely to beat it.
+    rounds, record = adaptive_rounds(64, lambda a, b: 0.99 if a == 2 else 0.01 if b == 2 else 0.5)
+    assert rounds == [([(0, 1), (2, 3)], 32), ([(0, 2)], 64)]
+    assert record.ranking[0] == record.winner == 2
+    assert sorted(record.ranking) == [0, 1, 2, 3]
+    assert record.rounds[1][0].tokens == 64
+
+
+def test_an_adaptive_tournament_goes_on_while_the_next_may_be_better():
+    """Three of four samples are good, and equally so; of equals the first advances."""
+    strengths = [4.0 * (i % 4 > 0) for i in range(7)]
+    rounds, record = adaptive_rounds(
+        7, lambda a, b: 1 / (1 + math.exp(strengths[b] - strengths[a]))
+    )
+    # Waves of 4 and 3; the second has the best of the first at its end.
+    assert rounds == [
+        ([(0, 1), (2, 3)], 32), ([(1, 2)], 64),
+        ([(4, 5), (6, 1)], 32), ([(5, 6)], 64),
+    ]  # fmt: skip
+    assert record.winner == 5
+    assert sorted(record.ranking) == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("strengths", "best", "gain"),
+    [
+        # Mean 0 and variance (1 + 0) / 4, the best at 0: E max(0, sigmoid(0.5 z) - 1/2).
+        ([0.0] * 4, 0, 0.0482),
+        # Mean -1, variance (1 + 12) / 4, the best at 2: E max(0, sigmoid(1.803 z - 3) - 1/2).
+        ([2.0, -2.0, -2.0, -2.0], 0, 0.0077),
+    ],
+)
+def test_the_expected_gain_by_monte_carlo(strengths, best, gain):
+    assert expected_gain(strengths, best) == pytest.approx(gain, abs=0.002)
 
 
 def test_a_changed_verdict_changes_the_winner():

@@ -188,6 +188,108 @@ def test_a_sample_that_takes_too_long_drops_out(client):
     assert answer.alignment["dropped"] == []
 
 
+def test_adaptive_draws_what_it_compares(client):
+    samples = client.chat.completions.create(
+        model="assent-demo:aligned", messages=QUESTION, max_tokens=32, seed=11, n=8
+    )
+    answer = best_of(client, 8, seed=11, judge={"strategy": "adaptive"})
+    alignment, record = answer.alignment, answer.alignment["judge"]
+    assert alignment["drawn"] in (4, 8)
+    assert (alignment["best_of"], alignment["stopped"], alignment["dropped"]) == (8, [], [])
+    assert sorted(record["ranking"]) == list(range(alignment["drawn"]))
+    assert sum(map(len, record["rounds"])) == alignment["drawn"] - 1
+    assert replay(record) == record["ranking"]
+    assert answer.choices[0].message.content == samples.choices[record["winner"]].message.content
+    chunks = list(best_of(client, 8, seed=11, judge={"strategy": "adaptive"}, stream=True))
+    assert chunks[-1].alignment["judge"]["ranking"] == record["ranking"]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == (
+        answer.choices[0].message.content
+    )
+
+
+@pytest.mark.parametrize("strategy", ["knock-out", "adaptive"])
+def test_samples_that_lose_while_they_grow_are_stopped(client, strategy):
+    """All would have 400 tokens; the winner gets them, and who lost long before does not."""
+    alignment = {"best_of": 4, "judge": {"strategy": strategy, "prefix_tokens": 8}}
+
+    def ask(alignment, seed=5, **options):
+        return client.chat.completions.create(
+            model="assent-demo",
+            messages=QUESTION,
+            max_tokens=400,
+            seed=seed,
+            extra_body={"ignore_eos": True, "alignment": alignment},
+            **options,
+        )
+
+    answer = ask(alignment)
+    record, stopped = answer.alignment["judge"], answer.alignment["stopped"]
+    assert [[game["tokens"] for game in games] for games in record["rounds"]] == [[8, 8], [16]]
+    assert replay(record) == record["ranking"]
+    losers = {
+        index: number
+        for number, games in enumerate(record["rounds"], start=1)
+        for game in games
+        for index in game["pair"]
+        if index != game["winner"]
+    }
+    assert stopped and {s["index"]: s["round"] for s in stopped}.items() <= losers.items()
+    assert all(8 <= sample["tokens"] < 400 for sample in stopped)
+    # All tokens are counted, and the winner is whole.
+    tokens = 400 * (4 - len(stopped)) + sum(sample["tokens"] for sample in stopped)
+    assert answer.usage.completion_tokens == tokens + record["usage"]["completion_tokens"]
+    winner = ask({}, seed=5 + record["winner"]).choices[0].message.content
+    assert answer.choices[0].message.content == winner
+    # The judge has read the first tokens, not what had come meanwhile.
+    *chunks, last = ask(alignment, stream=True)
+    for games, others in zip(last.alignment["judge"]["rounds"], record["rounds"], strict=True):
+        for game, other in zip(games, others, strict=True):
+            assert game["orders"]["overall"] == pytest.approx(
+                other["orders"]["overall"], abs=ROUNDING
+            )
+    stages = [chunk.alignment["progress"]["stage"] for chunk in chunks[1:]]
+    assert stages.count("judging") == 2
+    assert stages.count("stopped") == len(last.alignment["stopped"])
+
+
+def test_a_sample_that_drops_out_forfeits(client):
+    with pytest.raises(openai.InternalServerError, match="was not finished after 1e-06") as raised:
+        best_of(client, 4, alignment={"sample_timeout": 1e-6}, judge={"strategy": "adaptive"})
+    assert raised.value.status_code == 504
+
+
+@pytest.mark.parametrize(("rotations", "readings"), [(None, 4), (1, 1)])
+def test_a_choice_among_all_in_one_call(client, rotations, readings):
+    judge = {"strategy": "one-call"} | ({"rotations": rotations} if rotations else {})
+    answer = best_of(client, 4, seed=1, judge=judge)
+    record = answer.alignment["judge"]
+    assert record["rounds"] == [] and len(record["readings"]) == readings
+    for reading in record["readings"]:
+        assert sum(reading["probabilities"]["overall"]) == pytest.approx(1)
+    assert replay(record) == record["ranking"]
+    assert record["usage"]["completion_tokens"] == readings
+
+
+@pytest.mark.parametrize(
+    ("num", "judge", "options", "reason"),
+    [
+        (4, {"strategy": "adaptive"}, {"n": 2}, "n must be 1 with strategy adaptive"),
+        (4, {"prefix_tokens": 8, "strategy": "round-robin"}, {}, "use knock-out or adaptive"),
+        (4, {"rotations": 2}, {}, "only with the strategy one-call"),
+        (16, {"strategy": "one-call"}, {}, "choice among 16 needs as many letters"),
+        (
+            4,
+            {"strategy": "one-call", "kind": "proxy", "proxy": "aligned"},
+            {},
+            "reads each once",
+        ),
+    ],
+)
+def test_what_does_not_go_together(client, num, judge, options, reason):
+    with pytest.raises(openai.BadRequestError, match=reason):
+        best_of(client, num, judge=judge, **options)
+
+
 def test_structured_outputs(client):
     answer = client.chat.completions.create(
         model="assent-demo:aligned",

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from judge.principles import read_principles
-from judge.tournament import STRATEGIES
-from server.schemas.alignment import JudgeOptions
+from judge.tournament import ONE_CALL, STRATEGIES
+from server.schemas.alignment import SampleJudgeOptions
 from server.schemas.judge import JudgeRequest
 from tests.server.conftest import REPOSITORY
 
@@ -39,9 +39,9 @@ def test_every_field_is_documented() -> None:
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert documented == set(JudgeRequest.model_fields)
     options = section("Best of N")
-    assert all(f'"{name}"' in options for name in JudgeOptions.model_fields)
+    assert all(f'"{name}"' in options for name in SampleJudgeOptions.model_fields)
 
 
 def test_every_strategy_is_documented() -> None:
     rows = re.findall(r"^\| `(\S+)` \|", section("Rank"), re.MULTILINE)
-    assert rows[1:] == list(STRATEGIES)  # after the head
+    assert rows[1:] == [*STRATEGIES, ONE_CALL]  # after the head
