@@ -15,6 +15,7 @@ from torch import Tensor
 from proxy.acceptance import accept_mask, arrival_times, resolve
 from proxy.engine.batch_plan import BatchPlan
 from proxy.engine.decision_stats import DecisionStats
+from proxy.engine.drafts import Drafts
 from proxy.engine.rows import ProxiedRows
 from proxy.noise import draw_noise
 
@@ -26,6 +27,7 @@ class Step(NamedTuple):
     hidden: Tensor  # [R, H], the lm_head's input; row by row those of the logits
     positions: Tensor  # [R or more] int, index of the token to be drawn
     discarded: Tensor | None  # [R] bool, rows of unfinished prefills; None = no row
+    drafts: Drafts | None  # None = nothing was drafted: each row is a request
     stats: DecisionStats
 
 
@@ -41,7 +43,12 @@ def sample_proxied_rows(
     decision, scored = rows.decide(
         logits, step.hidden, step.positions, temperature_applied=temperature_applied
     )
-    discarded = None if step.discarded is None else rows.select_rows(step.discarded)
+    discarded = step.discarded
+    if step.drafts is not None:
+        rejected = step.drafts.is_rejected(step.plan.new_tokens(decision.token_ids))
+        discarded = rejected if discarded is None else discarded | rejected
+    if discarded is not None:
+        discarded = rows.select_rows(discarded)
     step.stats.record(rows, decision, discarded, scored)
     step.stats.record_seconds(perf_counter() - start)
     return decision.token_ids
@@ -50,7 +57,7 @@ def sample_proxied_rows(
 def score_shadows(
     step: Step,
     logits: Tensor,  # [R, V]
-    sampled: Tensor,  # [R] int64, the emitted tokens
+    sampled: Tensor,  # [R] int64, the emitted tokens; -1 = none
     *,
     temperature_applied: bool,  # the logits are divided by `plan.divisors`
 ) -> None:

@@ -1,8 +1,8 @@
 """What a sampling step is read from: vLLM's model runner, V1 or V2, behind one interface.
 
 vLLM chooses the runner: V1 on a CPU, V2 on CUDA where it supports the configuration. An adapter puts
-the proxies' sampler in the place of vLLM's and reads the runner's state. R = logits rows, one for each
-request of the step; T = tokens of the step.
+the proxies' sampler in the place of vLLM's and reads the runner's state. B = requests of the step, T =
+its tokens, R = its logits rows: one for each request, and one more for each token that vLLM drafted.
 """
 
 from collections.abc import Collection, Iterator
@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 from proxy.checkpoint import ProxyError
+from proxy.engine.drafts import Drafts
 from proxy.engine.hook import Step
 from proxy.engine.request_tracker import Batch
+from proxy.engine.rejection_v1 import ProxyRejectionSampler
 from proxy.engine.sampler_v1 import ProxySampler
 
 
@@ -47,12 +50,15 @@ class RunnerAdapter(Protocol):
         """While this is open, the sampler has this step; None = vLLM's own sampling."""
 
     def request_ids(self) -> list[str]:
-        """The requests of the step, row by row."""
+        """The requests of the step."""
 
     def batch(self) -> Batch:
         """The same requests with their sampling parameters."""
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def drafts(self) -> Drafts | None:
+        """The rows and drafted tokens of the step's requests; None if nothing was drafted."""
+
+    def sampling_inputs(self, drafts: Drafts | None) -> SamplingInputs:
         """The rows of the step's logits."""
 
     def scheduled_tokens(self) -> ScheduledTokens:
@@ -73,6 +79,8 @@ class RunnerV1:
 
     def __init__(self, runner: Any) -> None:
         _replace_sampler(runner.sampler, Sampler, ProxySampler)
+        if runner.speculative_config is not None:
+            _replace_sampler(runner.rejection_sampler, RejectionSampler, ProxyRejectionSampler)
         self._runner = runner
 
     def schedule(self, scheduler_output: Any) -> None:
@@ -111,17 +119,26 @@ class RunnerV1:
             live=requests.keys(),
         )
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def drafts(self) -> Drafts | None:
+        metadata = self._runner.execute_model_state.spec_decode_metadata
+        if metadata is None or metadata.max_spec_len == 0:
+            return None
+        token_ids = metadata.draft_token_ids.new_full((len(metadata.logits_indices),), -1)
+        token_ids[metadata.target_logits_indices] = metadata.draft_token_ids
+        return Drafts.of([count + 1 for count in metadata.num_draft_tokens], token_ids)
+
+    def sampling_inputs(self, drafts: Drafts | None) -> SamplingInputs:
         runner = self._runner
+        hidden, positions = runner.execute_model_state.sample_hidden_states, runner.seq_lens
         count = len(runner.input_batch.req_ids)
-        mask = runner.discard_request_mask
+        mask, discarded = runner.discard_request_mask, None
         # A search in the bytes takes a tenth of the time of numpy's `any`, at every step.
-        any_discarded = mask.np.tobytes().find(1, 0, count) >= 0
-        return SamplingInputs(
-            runner.execute_model_state.sample_hidden_states,
-            runner.seq_lens,
-            mask.gpu[:count].clone() if any_discarded else None,
-        )
+        if mask.np.tobytes().find(1, 0, count) >= 0:
+            discarded = mask.gpu[:count].clone()
+        if drafts is not None:
+            positions = drafts.positions(positions)
+            discarded = None if discarded is None else discarded[drafts.requests]
+        return SamplingInputs(hidden, positions, discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
         state, req_ids = self._runner.execute_model_state, self.request_ids()

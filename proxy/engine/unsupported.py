@@ -24,13 +24,6 @@ class Feature(NamedTuple):
 
 UNSUPPORTED = (
     Feature(
-        "speculative decoding",
-        "--speculative-config",
-        None,
-        "speculative_config",
-        "leave out --speculative-config",
-    ),
-    Feature(
         "batch-sharded sampling",
         "--enable-batch-sharded-sampling",
         "parallel_config",

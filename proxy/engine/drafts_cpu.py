@@ -1,0 +1,28 @@
+"""A correction of vLLM's speculative decoding on a CPU: the settings of requests at drafted positions.
+
+vLLM repeats each request's temperature, top-k and top-p for its drafted tokens with a kernel whose CPU
+version writes to a copy of the output (vLLM's issue 55005): rows without a proxy would be sampled with
+whatever was in memory. Here torch repeats them.
+"""
+
+import torch
+from torch import Tensor
+from vllm.v1.sample import rejection_sampler
+
+
+def expand_batch_to_tokens(
+    x: Tensor,  # [B]
+    cu_num_tokens: Tensor,  # [B] int, tokens up to and including each request's
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> Tensor:
+    """Each request's value for each of its tokens, [num_tokens], with one value replaced by another."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(x == replace_from, replace_to, x).to(x.dtype)
+    return values.repeat_interleave(counts, output_size=num_tokens)
+
+
+def correct_settings_of_drafts() -> None:
+    """Put the correct function in the place of vLLM's, for the whole process."""
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
