@@ -268,9 +268,9 @@ class ProxyGPUWorker(GPUWorker):
         registry, runner = self._registry, self._runner
         if not registry.pool.proxies:
             return None
-        drafts, rows = runner.drafts(), runner.request_ids()
-        if drafts is not None:
-            rows = drafts.expand(rows)
+        draft_rows, rows = runner.draft_rows(), runner.request_ids()
+        if draft_rows is not None:
+            rows = draft_rows.expand(rows)
         plan = self._tracker.plan_of(rows)
         if plan is None:
             batch = runner.batch()._replace(req_ids=rows)
@@ -279,7 +279,7 @@ class ProxyGPUWorker(GPUWorker):
             )
         if plan.proxied is None and not plan.shadows:
             return None
-        return Step(plan, *runner.sampling_inputs(drafts), drafts, self._tracker.stats)
+        return Step(plan, *runner.sampling_inputs(draft_rows), self._tracker.stats, draft_rows)
 
     def _read_checkpoint(self, name: str, directory: str) -> ProxyCheckpoint:
         """The checkpoint, if all ranks read the same. Raises ProxyError."""

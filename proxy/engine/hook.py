@@ -15,7 +15,7 @@ from torch import Tensor
 from proxy.acceptance import accept_mask, arrival_times, resolve
 from proxy.engine.batch_plan import BatchPlan
 from proxy.engine.decision_stats import DecisionStats
-from proxy.engine.drafts import Drafts
+from proxy.engine.drafts import DraftRows
 from proxy.engine.rows import ProxiedRows
 from proxy.noise import draw_noise
 
@@ -27,8 +27,8 @@ class Step(NamedTuple):
     hidden: Tensor  # [R, H], the lm_head's input; row by row those of the logits
     positions: Tensor  # [R or more] int, index of the token to be drawn
     discarded: Tensor | None  # [R] bool, rows of unfinished prefills; None = no row
-    drafts: Drafts | None  # None = nothing was drafted: each row is a request
     stats: DecisionStats
+    draft_rows: DraftRows | None = None  # None = nothing was drafted: each row is a request
 
 
 def sample_proxied_rows(
@@ -36,6 +36,7 @@ def sample_proxied_rows(
     logits: Tensor,  # [R, V], constraints and penalties applied
     *,
     temperature_applied: bool,  # the logits are divided by `plan.divisors`
+    drafts: Tensor | None = None,  # [R] int, drafted for the rows' positions; -1 = none
 ) -> Tensor:
     """The tokens of the rows that have a proxy: [A] int64."""
     rows, start = step.plan.proxied, perf_counter()
@@ -44,8 +45,9 @@ def sample_proxied_rows(
         logits, step.hidden, step.positions, temperature_applied=temperature_applied
     )
     discarded = step.discarded
-    if step.drafts is not None:
-        rejected = step.drafts.is_rejected(step.plan.new_tokens(decision.token_ids))
+    if step.draft_rows is not None and drafts is not None:
+        tokens = step.plan.new_tokens(decision.token_ids)
+        rejected = step.draft_rows.is_rejected(tokens, drafts)
         discarded = rejected if discarded is None else discarded | rejected
     if discarded is not None:
         discarded = rows.select_rows(discarded)

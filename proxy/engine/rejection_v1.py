@@ -47,7 +47,7 @@ class ProxyRejectionSampler(RejectionSampler):
         step, md = self.sampler.step, sampling_metadata
         if metadata.max_spec_len == 0:
             return self.sampler(logits, md)
-        if step is None or step.drafts is None:
+        if step is None:
             # It would take the labels' logprobs for those of the whole vocabulary.
             without_labels = replace(md, logprob_token_ids=None)
             output = super().forward(metadata, draft_probs, logits, without_labels)
@@ -67,20 +67,24 @@ class ProxyRejectionSampler(RejectionSampler):
         logits: Tensor,  # [R, V]
         md: SamplingMetadata,
     ) -> SamplerOutput:
-        plan, drafts = step.plan, step.drafts
-        assert drafts is not None
+        plan, rows = step.plan, step.draft_rows
+        assert rows is not None
+        drafts = metadata.draft_token_ids.new_full((len(logits),), -1)
+        drafts[metadata.target_logits_indices] = metadata.draft_token_ids
         constrained = logits
         if not only_proxies_decide(plan, md):
             constrained = self._constrained(metadata, logits, md)
         decided = None
         if plan.proxied is not None:
-            decided = sample_proxied_rows(step, constrained, temperature_applied=False)
-        emitted = drafts.emitted(plan.new_tokens(decided).int())
+            decided = sample_proxied_rows(
+                step, constrained, temperature_applied=False, drafts=drafts
+            )
+        size = metadata.max_spec_len + 1
+        emitted = rows.emitted(plan.new_tokens(decided).int(), drafts, size)
         if plan.unproxied_rows:
-            unproxied, ends = {*plan.unproxied_rows}, accumulate(drafts.counts)
-            requests = [i for i, end in enumerate(ends) if end - 1 in unproxied]
+            requests = rows.requests_of(plan.unproxied_rows)
             emitted[requests] = self._verify(metadata, draft_probs, constrained, md, requests)
-        sampled = emitted[drafts.requests, drafts.offsets]
+        sampled = emitted[rows.requests, rows.offsets]
         score_shadows(step, constrained, sampled.long(), temperature_applied=False)
         logprobs = None
         if md.max_num_logprobs is not None:
@@ -164,12 +168,12 @@ class ProxyRejectionSampler(RejectionSampler):
         """As `ProxySampler`, what vLLM reports in its processed_* modes: [R, V] logits."""
         if md.all_greedy:
             return constrained
-        logits, divisors, drafts = constrained.clone(), step.plan.divisors, step.drafts
-        assert drafts is not None
+        logits, divisors, rows = constrained.clone(), step.plan.divisors, step.draft_rows
+        assert rows is not None
         if divisors is not None:
             logits /= divisors.unsqueeze(-1)
-        top_k = None if md.top_k is None else md.top_k[drafts.requests]
-        top_p = None if md.top_p is None else md.top_p[drafts.requests]
+        top_k = None if md.top_k is None else md.top_k[rows.requests]
+        top_p = None if md.top_p is None else md.top_p[rows.requests]
         return apply_top_k_top_p(logits, top_k, top_p)
 
     def _label_logprobs(

@@ -9,15 +9,16 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 from proxy.checkpoint import ProxyError
-from proxy.engine.drafts import Drafts
+from proxy.engine.drafts import DraftRows
 from proxy.engine.hook import Step
-from proxy.engine.request_tracker import Batch
 from proxy.engine.rejection_v1 import ProxyRejectionSampler
+from proxy.engine.request_tracker import Batch
 from proxy.engine.sampler_v1 import ProxySampler
 
 
@@ -55,10 +56,10 @@ class RunnerAdapter(Protocol):
     def batch(self) -> Batch:
         """The same requests with their sampling parameters."""
 
-    def drafts(self) -> Drafts | None:
-        """The rows and drafted tokens of the step's requests; None if nothing was drafted."""
+    def draft_rows(self) -> DraftRows | None:
+        """The rows of the step's requests; None if nothing was drafted."""
 
-    def sampling_inputs(self, drafts: Drafts | None) -> SamplingInputs:
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         """The rows of the step's logits."""
 
     def scheduled_tokens(self) -> ScheduledTokens:
@@ -119,15 +120,13 @@ class RunnerV1:
             live=requests.keys(),
         )
 
-    def drafts(self) -> Drafts | None:
+    def draft_rows(self) -> DraftRows | None:
         metadata = self._runner.execute_model_state.spec_decode_metadata
         if metadata is None or metadata.max_spec_len == 0:
             return None
-        token_ids = metadata.draft_token_ids.new_full((len(metadata.logits_indices),), -1)
-        token_ids[metadata.target_logits_indices] = metadata.draft_token_ids
-        return Drafts.of([count + 1 for count in metadata.num_draft_tokens], token_ids)
+        return DraftRows.of([count + 1 for count in metadata.num_draft_tokens], self._runner.device)
 
-    def sampling_inputs(self, drafts: Drafts | None) -> SamplingInputs:
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         runner = self._runner
         hidden, positions = runner.execute_model_state.sample_hidden_states, runner.seq_lens
         count = len(runner.input_batch.req_ids)
@@ -135,9 +134,9 @@ class RunnerV1:
         # A search in the bytes takes a tenth of the time of numpy's `any`, at every step.
         if mask.np.tobytes().find(1, 0, count) >= 0:
             discarded = mask.gpu[:count].clone()
-        if drafts is not None:
-            positions = drafts.positions(positions)
-            discarded = None if discarded is None else discarded[drafts.requests]
+        if draft_rows is not None:
+            positions = draft_rows.positions(positions)
+            discarded = None if discarded is None else discarded[draft_rows.requests]
         return SamplingInputs(hidden, positions, discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
@@ -153,12 +152,18 @@ class RunnerV2:
     def __init__(self, runner: Any) -> None:
         # These need Triton: imported only where vLLM has chosen V2.
         from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+            RejectionSampler as RejectionSamplerV2,
+        )
 
+        from proxy.engine.rejection_v2 import ProxyRejectionSamplerV2
         from proxy.engine.sampler_v2 import ProxySamplerV2, ProxySamplingStates
 
         _replace_sampler(runner.sampler, SamplerV2, ProxySamplerV2)
         runner.sampler.params = {}
         runner.sampler.sampling_states.__class__ = ProxySamplingStates
+        if runner.rejection_sampler is not None:
+            _replace_sampler(runner.rejection_sampler, RejectionSamplerV2, ProxyRejectionSamplerV2)
         self._runner = runner
         self._preempted: set[str] = set()
 
@@ -192,7 +197,13 @@ class RunnerV2:
             live=self.live_requests(),
         )
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def draft_rows(self) -> DraftRows | None:
+        batch = self._runner.execute_model_state.input_batch
+        if batch.num_draft_tokens == 0:
+            return None
+        return DraftRows.of(np.diff(batch.cu_num_logits_np).tolist(), self._runner.device)
+
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         """As the protocol says.
 
         A CUDA graph may pad `seq_lens` and the hidden states beyond the batch's requests and tokens;
@@ -210,7 +221,11 @@ class RunnerV2:
             hidden = hidden[: batch.num_reqs]
         else:
             hidden = hidden[batch.logits_indices]
-        return SamplingInputs(hidden, seq_lens, discarded)
+        if draft_rows is None:
+            return SamplingInputs(hidden, seq_lens, discarded)
+        if discarded is not None:
+            discarded = discarded[draft_rows.requests]
+        return SamplingInputs(hidden, draft_rows.positions(seq_lens), discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
         state = self._runner.execute_model_state

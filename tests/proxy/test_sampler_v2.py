@@ -661,7 +661,7 @@ def test_stages_are_skipped_only_where_they_have_no_work(changed, expected):
 
     from proxy.engine.batch_plan import make_plan
     from proxy.engine.pool import ProxyPool
-    from proxy.engine.sampler_v1 import _WORK_OF, _only_proxies_decide
+    from proxy.engine.sampler_v1 import _WORK_OF, only_proxies_decide
 
     processors: list[Any] = [object.__new__(kind) for kind in BUILTIN_LOGITS_PROCESSORS]
     for processor in processors:
@@ -673,8 +673,8 @@ def test_stages_are_skipped_only_where_they_have_no_work(changed, expected):
     fields |= {"no_penalties": True, "logitsprocs": LogitsProcessors(processors)}
     fields |= {name: value for name, value in changed.items() if name in fields}
     plan = make_plan([], [], ProxyPool(), CPU, shadows=())
-    assert _only_proxies_decide(plan, SamplingMetadata(**fields)) is expected
-    assert not _only_proxies_decide(plan._replace(unproxied_rows=[0]), SamplingMetadata(**fields))
+    assert only_proxies_decide(plan, SamplingMetadata(**fields)) is expected
+    assert not only_proxies_decide(plan._replace(unproxied_rows=[0]), SamplingMetadata(**fields))
 
 
 def test_what_a_step_is_read_from_is_there():
