@@ -334,7 +334,7 @@ if current_platform.is_cpu():
     # Not elsewhere: importing vLLM's CPU worker puts dummies in the place of torch.cuda's streams.
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from proxy.engine.drafts_cpu import correct_settings_of_drafts
+    from proxy.engine.drafts_cpu import correct_drafts
     from proxy.engine.lora_cpu import keep_adapters_off_frozen_rows
 
     class ProxyCPUWorker(ProxyGPUWorker, CPUWorker):
@@ -343,7 +343,7 @@ if current_platform.is_cpu():
         def load_model(self, *args: Any, **kwargs: Any) -> None:
             """As its parent's, with corrections of vLLM's LoRA and speculative decoding."""
             super().load_model(*args, **kwargs)
-            if self.vllm_config.speculative_config is not None:
-                correct_settings_of_drafts()
+            if self.vllm_config.speculative_config is not None and not self.use_v2_model_runner:
+                correct_drafts(self.model_runner)
             if self.vllm_config.lora_config is not None:
                 keep_adapters_off_frozen_rows(self.model_runner)
