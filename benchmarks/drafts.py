@@ -143,9 +143,10 @@ def main(options: Options) -> None:
         "prompt_lookup_max": 4,
         "prompt_lookup_min": 2,
     }
-    llms = {False: make_llm(model), True: make_llm(model, speculative_config=config)}
-    for llm in llms.values():
-        llm.collective_rpc("load_proxy", args=("proxy", str(model.proxy)))
+    llms = {}
+    for drafts in (False, True):
+        llms[drafts] = make_llm(model, **({"speculative_config": config} if drafts else {}))
+        llms[drafts].collective_rpc("load_proxy", args=("proxy", str(model.proxy)))
     print(
         "| model | workload | requests | sampling | CPU s without drafts | with | speed-up [quartiles] "
         "| tokens a pass | same texts |"

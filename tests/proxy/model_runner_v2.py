@@ -274,7 +274,9 @@ def check_drafts(
     frozen = [params(None, **kwargs) for _, kwargs in requests]
     stock_texts = texts(generate(stock, vocab_size, frozen))
     assert [tokens[row] for row in WITHOUT_PROXY] == [stock_texts[row] for row in WITHOUT_PROXY]
-    report("rows without a proxy emit in a mixed batch the same tokens as in vLLM's own, with drafts")
+    report(
+        "rows without a proxy emit in a mixed batch the same tokens as in vLLM's own, with drafts"
+    )
 
 
 def check_unloading(directory: Path, vocab_size: int) -> None:
