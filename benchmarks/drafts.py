@@ -107,7 +107,7 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
                 start = time.process_time()
                 outputs = run(llm, workload, count, options=options, aligned=aligned)
                 seconds[drafts].append(time.process_time() - start)
-                per_pass[drafts] = count * options.tokens / len(steps[drafts]) / count
+                per_pass[drafts] = options.tokens / len(steps[drafts])
                 texts[drafts] = [output.outputs[0].text for output in outputs]
         ratios = [a / b for a, b in zip(seconds[False][1:], seconds[True][1:], strict=True)]
         rows.append(
@@ -145,11 +145,11 @@ def main(options: Options) -> None:
     }
     llms = {}
     for drafts in (False, True):
-        llms[drafts] = make_llm(model, **({"speculative_config": config} if drafts else {}))
+        llms[drafts] = make_llm(model, speculative_config=config if drafts else None)
         llms[drafts].collective_rpc("load_proxy", args=("proxy", str(model.proxy)))
     print(
         "| model | workload | requests | sampling | CPU s without drafts | with | speed-up [quartiles] "
-        "| tokens a pass | same texts |"
+        "| tokens a request and pass | same texts |"
     )
     print("|" + " --- |" * 9)
     write_figures(options.output, {"cases": measure(llms, options)})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from scipy.stats import chi2_contingency
 
 from proxy.checkpoint import identify, save
@@ -201,6 +202,22 @@ def test_drafts_change_nothing_of_a_seeded_request(without_drafts, with_drafts, 
             )
 
 
+def test_a_draft_model_changes_nothing_either(make_llm, model_dir, checkpoints, without_drafts):
+    """The LLM drafts for itself."""
+    config = {"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 3}
+    llm = load(make_llm(worker_cls=WORKER, speculative_config=config), checkpoints)
+    requests = [*ALIGNED[:7], *ALIGNED[9:11]]
+    sampling = [params(proxy, **kwargs) for proxy, kwargs in requests]
+    expected = generate(without_drafts, sampling)
+    with emitted_lengths() as lengths:
+        outputs = generate(llm, sampling)
+    assert tokens(outputs) == tokens(expected)
+    assert Counter(lengths).keys() >= {1, 2, 3, 4}
+    assert taken(llm, "take_alignment_counts", outputs) == taken(
+        without_drafts, "take_alignment_counts", expected
+    )
+
+
 def test_a_draft_beyond_the_end_is_not_counted(with_drafts):
     """max_tokens and a stop token cut a step's tokens."""
     sampling = [
@@ -280,22 +297,14 @@ def test_labels_are_read_beside_drafts(without_drafts, with_drafts):
         assert lengths and values[1] == pytest.approx(values[0], abs=1e-4)
 
 
-def test_a_shadow_scores_what_is_emitted(make_llm, checkpoints, with_drafts):
-    """As many tokens as requests have, whoever decides them."""
-    from prometheus_client import REGISTRY
-
-    with_drafts.collective_rpc("load_proxy", args=("eye", checkpoints["two"], True))
+def test_a_shadow_scores_what_is_emitted(checkpoints, with_drafts):
+    """No token twice and none that was rejected. Of the frozen LLM's some are outside the shadow's nucleus."""
+    (eye,) = with_drafts.collective_rpc("load_proxy", args=("eye", checkpoints["two"], True))
     try:
         sampling = [params("one", seed=1, temperature=0.3), params(seed=2, temperature=0.3)]
         generate(with_drafts, sampling)
         with_drafts.collective_rpc("flush_metrics")
-        names = {"proxy": "eye"}
-        scored = sum(
-            sample.value
-            for metric in REGISTRY.collect()
-            for sample in metric.samples
-            if sample.name == "assent_shadow_tokens_total" and sample.labels["proxy"] == "eye"
-        )
-        assert names and 30 < scored <= 48
+        labels = {"proxy": "eye", "version": eye["version"]}
+        assert 30 < REGISTRY.get_sample_value("assent_shadow_tokens_total", labels) <= 48
     finally:
         with_drafts.collective_rpc("unload_proxy", args=("eye",))
