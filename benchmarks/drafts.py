@@ -49,13 +49,15 @@ class Options:
     drafts: int = 4
     """Tokens drafted at once."""
     rounds: int = 7
-    """Of each case, after one to warm up."""
+    """Of each case, after one to warm up; each has other requests."""
     output: Path | None = None
     """A JSON file for the figures."""
 
 
-def run(llm: Any, workload: Workload, count: int, *, options: Options, aligned: bool) -> list[Any]:
-    """The answers of one batch."""
+def run(
+    llm: Any, workload: Workload, requests: range, *, options: Options, aligned: bool
+) -> list[Any]:
+    """The answers of one batch; the numbers of the requests are their seeds."""
     from vllm import SamplingParams
 
     extra_args = WorkerAlignment(proxy="proxy").to_extra_args() if aligned else None
@@ -68,11 +70,11 @@ def run(llm: Any, workload: Workload, count: int, *, options: Options, aligned: 
             ignore_eos=True,
             extra_args=extra_args,
         )
-        for seed in range(count)
+        for seed in requests
     ]
     messages: list[Any] = [
         [{"role": "user", "content": MESSAGES[workload].format(SUBJECTS[i % len(SUBJECTS)])}]
-        for i in range(count)
+        for i in requests
     ]
     outputs: list[Any] = llm.chat(messages, params, use_tqdm=False)
     return outputs
@@ -99,16 +101,19 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
     rows = []
     for workload, count, aligned in product(options.workloads, options.requests, (False, True)):
         seconds: dict[bool, list[float]] = {False: [], True: []}
-        per_pass: dict[bool, float] = {}
-        texts = {}
-        for _ in range(options.rounds + 1):
+        passes = {False: 0, True: 0}
+        texts: dict[bool, list[str]] = {}
+        num_same = 0
+        for number in range(options.rounds + 1):
+            requests = range(number * count, (number + 1) * count)
             for drafts, llm in llms.items():
                 steps[drafts].clear()
                 start = time.process_time()
-                outputs = run(llm, workload, count, options=options, aligned=aligned)
+                outputs = run(llm, workload, requests, options=options, aligned=aligned)
                 seconds[drafts].append(time.process_time() - start)
-                per_pass[drafts] = options.tokens / len(steps[drafts])
+                passes[drafts] += len(steps[drafts])
                 texts[drafts] = [output.outputs[0].text for output in outputs]
+            num_same += sum(a == b for a, b in zip(*texts.values(), strict=True))
         ratios = [a / b for a, b in zip(seconds[False][1:], seconds[True][1:], strict=True)]
         rows.append(
             {
@@ -119,8 +124,8 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
                 "with": statistics.median(seconds[True][1:]),
                 "speedup": statistics.median(ratios),
                 "quartiles": statistics.quantiles(ratios, n=4)[::2],
-                "tokens_per_pass": per_pass[True],
-                "same_texts": sum(a == b for a, b in zip(*texts.values(), strict=True)),
+                "tokens_per_pass": (options.rounds + 1) * options.tokens / passes[True],
+                "same_texts": num_same,
             }
         )
         row = rows[-1]
@@ -128,7 +133,7 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
             f"| {options.model} | {workload} | {count} | {'aligned' if aligned else 'plain'} "
             f"| {row['without']:.2f} | {row['with']:.2f} | {row['speedup']:.2f} "
             f"[{row['quartiles'][0]:.2f}, {row['quartiles'][1]:.2f}] | {row['tokens_per_pass']:.2f} "
-            f"| {row['same_texts']} of {count} |",
+            f"| {num_same} of {(options.rounds + 1) * count} |",
             flush=True,
         )
     return rows
