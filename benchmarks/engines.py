@@ -109,8 +109,10 @@ def serve(
             _stop(process)
 
 
-def make_llm(model: Model, *, worker: str | None = "proxy.worker.ProxyCPUWorker") -> Any:
-    """`vllm.LLM` in this process, with the servers' settings; worker None = vLLM's own.
+def make_llm(
+    model: Model, *, worker: str | None = "proxy.worker.ProxyCPUWorker", **settings: Any
+) -> Any:
+    """`vllm.LLM` in this process, with the servers' settings and these; worker None = vLLM's own.
 
     Call it before anything else imports vllm: some variables are read at import time.
     """
@@ -126,7 +128,7 @@ def make_llm(model: Model, *, worker: str | None = "proxy.worker.ProxyCPUWorker"
         kv_cache_memory_bytes=model.kv_cache_bytes,
         disable_log_stats=True,
         **({"worker_cls": worker} if worker else {}),
-        **SETTINGS,
+        **SETTINGS | settings,
     )
 
 

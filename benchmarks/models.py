@@ -1,4 +1,4 @@
-"""The two LLMs of the benchmarks: the bundled demo, and one with half a billion random parameters.
+"""The LLMs of the benchmarks: the bundled demo, SmolLM2, and one with half a billion random parameters.
 
 The large one has the sizes of Qwen2-0.5B. Its output is meaningless, but the cost of its steps does not depend on that.
 It is created on first use, in a few seconds, and kept.
@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from deploy.demo.smollm2.convert import model_directory
 from proxy.checkpoint import identify, save
 from proxy.network import ProxyConfig, ProxyNetwork
 
@@ -19,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 DEMO = REPOSITORY / "deploy" / "demo"
 CACHE = REPOSITORY / "runs" / "benchmarks"
 
-ModelName = Literal["demo", "large"]
+ModelName = Literal["demo", "smollm2", "large"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def get_model(name: ModelName, cache: Path = CACHE) -> Model:
     if name == "demo":
         directory = DEMO / "model"
         return Model("demo", directory, directory, DEMO / "proxies" / "aligned", 256 << 20)
+    if name == "smollm2":
+        directory = model_directory()
+        return Model(name, directory, directory, DEMO / "smollm2" / "proxies" / "plain", 1 << 29)
     directory, tokenizer, proxy = (
         cache / "large" / part for part in ("model", "tokenizer", "proxy")
     )

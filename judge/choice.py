@@ -27,7 +27,7 @@ from judge.prompts import (
 
 
 @dataclass(frozen=True)
-class Reading:
+class ChoiceReading:
     """One choice, by each principle."""
 
     order: list[int]
@@ -112,7 +112,7 @@ def rotate(order: Sequence[int], count: int) -> list[list[int]]:
     return [[*order[start:], *order[:start]] for start in starts]
 
 
-def rank_readings(readings: Sequence[Reading]) -> list[int]:
+def rank_readings(readings: Sequence[ChoiceReading]) -> list[int]:
     """The samples by their mean log p over all readings and principles, the best first; ties as first shown."""
     scores = dict.fromkeys(readings[0].order, 0.0)
     for reading in readings:

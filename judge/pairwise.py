@@ -17,7 +17,7 @@ from collections.abc import (
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from judge.choice import ChoicePrompt, Reading, label_probabilities
+from judge.choice import ChoicePrompt, ChoiceReading, label_probabilities
 from judge.principles import Principle
 from judge.prompts import (
     ChatTokenizer,
@@ -113,7 +113,7 @@ class PairwiseJudge:
         self.usage.completion_tokens += len(prompts)
         return pair_results(questions, encoded, logprobs, self.principles, self.tie_band)
 
-    async def choose(self, choice: Choice, shown: Sequence[list[int]]) -> list[Reading]:
+    async def choose(self, choice: Choice, shown: Sequence[list[int]]) -> list[ChoiceReading]:
         """Choose among all responses at once, by every principle, as shown in each order; all in one batch.
 
         Raises JudgePromptError where the tokenizer or a principle cannot carry the choice, and whatever `read_labels`
@@ -131,7 +131,7 @@ class PairwiseJudge:
         }
         truncated = any(row.truncated for row in encoded)
         return [
-            Reading(order, {name: rows[i] for name, rows in by_principle.items()}, truncated)
+            ChoiceReading(order, {name: rows[i] for name, rows in by_principle.items()}, truncated)
             for i, order in enumerate(shown)
         ]
 
@@ -174,7 +174,7 @@ class PairwiseJudge:
 def pair_results(
     questions: Sequence[Question],
     encoded: Sequence[Sequence[EncodedQuestion]],
-    logprobs: Iterable[tuple[float, float]],
+    logprobs: Iterable[Sequence[float]],
     principles: Collection[str],
     tie_band: float,
 ) -> list[PairResult]:

@@ -22,7 +22,7 @@ from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from judge.bradley_terry import scores
-from judge.choice import Reading, rank_readings, rotate
+from judge.choice import ChoiceReading, rank_readings, rotate
 from judge.verdict import Orders, PairResult, Verdict
 
 Pair = tuple[int, int]
@@ -43,7 +43,7 @@ TournamentStrategy = Callable[[int, int], Games]
 CompareRound = Callable[[list[Pair], int | None], Awaitable[list[PairResult]]]
 """(pairs, tokens of each sample to read; None = all of it) -> their results."""
 
-ReadChoices = Callable[[list[list[int]]], Awaitable[list[Reading]]]
+ReadChoices = Callable[[list[list[int]]], Awaitable[list[ChoiceReading]]]
 """Orders of the samples -> the choice among them as shown in each."""
 ONE_CALL = "one-call"
 
@@ -83,7 +83,7 @@ class TournamentRecord:
     ranking: list[int]
     """Indices of the samples, the best first; without those that were never drawn."""
     rounds: list[list[Comparison]]
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[ChoiceReading] = field(default_factory=list)
     """Of `one-call`, instead of rounds."""
 
     @property
@@ -271,7 +271,7 @@ def replay(record: Mapping[str, Any]) -> list[int]:
 
 
 def _replay_choices(record: Mapping[str, Any]) -> list[int]:
-    readings = [Reading(**reading) for reading in record["readings"]]
+    readings = [ChoiceReading(**reading) for reading in record["readings"]]
     shown = rotate(draw(record["num"], record["seed"]), max(1, len(readings)))
     if record["num"] > 1 and [reading.order for reading in readings] != shown:
         raise ValueError(f"the record's orders are not the seed's: expected {shown}")

@@ -268,14 +268,18 @@ class ProxyGPUWorker(GPUWorker):
         registry, runner = self._registry, self._runner
         if not registry.pool.proxies:
             return None
-        plan = self._tracker.plan_of(runner.request_ids())
+        draft_rows, rows = runner.draft_rows(), runner.request_ids()
+        if draft_rows is not None:
+            rows = draft_rows.expand(rows)
+        plan = self._tracker.plan_of(rows)
         if plan is None:
+            batch = runner.batch()._replace(req_ids=rows)
             plan = self._tracker.plan(
-                runner.batch(), registry.pool, registry.find, shadows=registry.shadows()
+                batch, registry.pool, registry.find, shadows=registry.shadows()
             )
         if plan.proxied is None and not plan.shadows:
             return None
-        return Step(plan, *runner.sampling_inputs(), self._tracker.stats)
+        return Step(plan, *runner.sampling_inputs(draft_rows), self._tracker.stats, draft_rows)
 
     def _read_checkpoint(self, name: str, directory: str) -> ProxyCheckpoint:
         """The checkpoint, if all ranks read the same. Raises ProxyError."""
@@ -330,13 +334,16 @@ if current_platform.is_cpu():
     # Not elsewhere: importing vLLM's CPU worker puts dummies in the place of torch.cuda's streams.
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from proxy.engine.drafts_cpu import correct_drafts
     from proxy.engine.lora_cpu import keep_adapters_off_frozen_rows
 
     class ProxyCPUWorker(ProxyGPUWorker, CPUWorker):
         """vLLM's CPU worker, itself a kind of its CUDA worker, with proxies."""
 
         def load_model(self, *args: Any, **kwargs: Any) -> None:
-            """As its parent's, with a correction of vLLM's LoRA."""
+            """As its parent's, with corrections of vLLM's LoRA and speculative decoding."""
             super().load_model(*args, **kwargs)
+            if self.vllm_config.speculative_config is not None and not self.use_v2_model_runner:
+                correct_drafts(self.model_runner)
             if self.vllm_config.lora_config is not None:
                 keep_adapters_off_frozen_rows(self.model_runner)

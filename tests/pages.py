@@ -27,6 +27,7 @@ NOT_RUN = {
     ("README.md", "make serve   # installs"): "the commands of CI",
     ("README.md", "make serve DEMO=toy ARGS="): "takes minutes; tests/server/test_learning.py",
     ("README.md", "python -m training.proxy_dpo"): "needs an LLM; tests/training/test_proxy_dpo.py",
+    ("docs/hook.md", "make serve ARGS="): "another server; tests/proxy/test_drafts.py",
     ("docs/index.md", "make serve   # installs"): "a command of CI",
     ("examples/README.md", "make serve DEMO=toy"): "starts what the tests have",
     ("docs/integrations.md", "lm_eval"): "needs lm-eval; tests/server/test_examples.py",

@@ -24,9 +24,12 @@ FORBIDDEN = {
 
 # The only files that may import vllm. Whoever upgrades vLLM reads these.
 VLLM_FILES = {
+    "proxy/engine/drafts_cpu.py",
     "proxy/engine/embeddings.py",
     "proxy/engine/lora_cpu.py",
     "proxy/engine/ranks.py",
+    "proxy/engine/rejection_v1.py",
+    "proxy/engine/rejection_v2.py",
     "proxy/engine/runner.py",
     "proxy/engine/sampler_v1.py",
     "proxy/engine/sampler_v2.py",

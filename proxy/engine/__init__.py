@@ -8,6 +8,9 @@ One step, in this order:
 - `batch_plan`      - how the rows of one batch are sampled, until the batch changes.
 - `sampler_v1`      - vLLM's sampler with accept/reject sampling in the place of its draw.
 - `sampler_v2`      - the same for Model Runner V2.
+- `rejection_v1`    - vLLM's verification of drafted tokens, with the rows that proxies decide.
+- `rejection_v2`    - the same for Model Runner V2.
+- `drafts`          - the rows of a step with drafts, and which of the decided tokens are emitted.
 - `hook`            - what both samplers do with the logits of one step.
 - `rows`            - the rows that proxies decide.
 - `scoring`         - accept logits of rows with any mix of proxies, in one evaluation.
@@ -25,7 +28,9 @@ Beside the steps:
 - `device`          - copies between host and device that wait for nothing.
 - `unsupported`     - features of vLLM that are refused at start-up.
 - `lora_cpu`        - a correction of vLLM's LoRA on a CPU.
+- `drafts_cpu`      - corrections of vLLM's speculative decoding on a CPU.
 - `parent_watch`    - ends the engine when its server was killed.
 
-Only `runner`, the samplers, `embeddings`, `ranks`, `lora_cpu` and `proxy.worker` import vllm.
+Only `runner`, the samplers, `rejection_v1`, `rejection_v2`, `embeddings`, `ranks`, `lora_cpu`, `drafts_cpu`
+and `proxy.worker` import vllm.
 """

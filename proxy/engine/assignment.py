@@ -1,5 +1,6 @@
 """How one request is sampled: resolved once, when the worker first sees it."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -42,6 +43,7 @@ class Assignment:
     key: int = 0  # of its noise: from its seed, or random
     is_seeded: bool = False
     stop_ids: tuple[int, ...] = ()  # tokens that end the request
+    max_tokens: int = sys.maxsize
     traced: bool = False
     shadowed: bool = True  # whether shadow proxies score it
     counts: Counts = field(default_factory=Counts, compare=False)

@@ -17,9 +17,9 @@ from proxy.engine.rows import ProxiedRows
 
 
 class BatchPlan(NamedTuple):
-    """How the rows of a batch are sampled; each row is a request, in the order of `req_ids`."""
+    """How the rows of a batch are sampled."""
 
-    req_ids: list[str]
+    req_ids: list[str]  # of each row; a request with drafted tokens has several
     proxied: ProxiedRows | None  # None, and no shadows: vLLM samples all rows
     unproxied_rows: list[int]
     unproxied_index: Tensor  # [P] int64, `unproxied_rows` on the device

@@ -72,8 +72,9 @@ class DecisionStats:
         Args:
             rows: A rows of the batch.
             decision: theirs.
-            discarded: [A] bool, rows of unfinished prefills, which do not count. Rows after the end
-                of their request do not count either: asynchronous scheduling runs one more step.
+            discarded: [A] bool, rows of unfinished prefills and after rejected drafts, which do not
+                count. Rows after the end of their request do not count either: asynchronous
+                scheduling runs one more step, and a draft may go beyond the end.
             scored: what the decisions were made from, where a request wants a trace.
         """
         if not self._reports:
@@ -169,7 +170,9 @@ class DecisionStats:
             if mask is not None:
                 counted[step] &= ~mask
         ends = counted & (token_ids[:, :, None] == _stop_ids(assignments)).any(-1)
-        counted &= ends.cumsum(0) - ends == 0  # up to the first end
+        counted &= _count_before(ends, assignments) == 0  # up to the first end
+        left = np.array([a.max_tokens - a.counts.tokens for a in assignments])
+        counted &= _count_before(counted, assignments) < left
         parts = counted, counted * proposed, counted * forced
         sums = np.stack([part.sum(0) for part in parts], -1).tolist()  # [A, 3]
         for assignment, is_end, numbers in zip(
@@ -208,6 +211,21 @@ class DecisionStats:
         self._totals.clear()
         self._shadow_totals.clear()
         self._flushed_at = time.monotonic()
+
+
+def _count_before(x: Any, assignments: list[Assignment]) -> Any:
+    """How many rows of the same request are True before each row: [S, A] bool -> [S, A].
+
+    A request whose tokens were drafted has several rows in a step, one after another.
+    """
+    x = x.astype(np.int64)
+    is_first = [i == 0 or a is not assignments[i - 1] for i, a in enumerate(assignments)]
+    starts = np.flatnonzero(is_first)
+    sizes = np.diff(starts, append=len(assignments))
+    in_steps = np.add.reduceat(x, starts, axis=1)  # [S, requests]
+    earlier_steps = (in_steps.cumsum(0) - in_steps).repeat(sizes, 1)
+    earlier_rows = x.cumsum(1) - x
+    return earlier_steps + earlier_rows - earlier_rows[:, starts].repeat(sizes, 1)
 
 
 def _stop_ids(assignments: list[Assignment]) -> Any:

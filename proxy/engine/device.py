@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(data: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(data: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host data as a tensor on the device; on an accelerator through pinned memory."""
     tensor = torch.tensor(data, dtype=dtype)
     if device.type == "cpu":

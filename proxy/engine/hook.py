@@ -15,6 +15,7 @@ from torch import Tensor
 from proxy.acceptance import accept_mask, arrival_times, resolve
 from proxy.engine.batch_plan import BatchPlan
 from proxy.engine.decision_stats import DecisionStats
+from proxy.engine.drafts import DraftRows
 from proxy.engine.rows import ProxiedRows
 from proxy.noise import draw_noise
 
@@ -27,6 +28,7 @@ class Step(NamedTuple):
     positions: Tensor  # [R or more] int, index of the token to be drawn
     discarded: Tensor | None  # [R] bool, rows of unfinished prefills; None = no row
     stats: DecisionStats
+    draft_rows: DraftRows | None = None  # None = nothing was drafted: each row is a request
 
 
 def sample_proxied_rows(
@@ -34,6 +36,7 @@ def sample_proxied_rows(
     logits: Tensor,  # [R, V], constraints and penalties applied
     *,
     temperature_applied: bool,  # the logits are divided by `plan.divisors`
+    drafts: Tensor | None = None,  # [R] int, drafted for the rows' positions; -1 = none
 ) -> Tensor:
     """The tokens of the rows that have a proxy: [A] int64."""
     rows, start = step.plan.proxied, perf_counter()
@@ -41,7 +44,13 @@ def sample_proxied_rows(
     decision, scored = rows.decide(
         logits, step.hidden, step.positions, temperature_applied=temperature_applied
     )
-    discarded = None if step.discarded is None else rows.select_rows(step.discarded)
+    discarded = step.discarded
+    if step.draft_rows is not None and drafts is not None:
+        tokens = step.plan.new_tokens(decision.token_ids)
+        rejected = step.draft_rows.is_rejected(tokens, drafts)
+        discarded = rejected if discarded is None else discarded | rejected
+    if discarded is not None:
+        discarded = rows.select_rows(discarded)
     step.stats.record(rows, decision, discarded, scored)
     step.stats.record_seconds(perf_counter() - start)
     return decision.token_ids
@@ -50,7 +59,7 @@ def sample_proxied_rows(
 def score_shadows(
     step: Step,
     logits: Tensor,  # [R, V]
-    sampled: Tensor,  # [R] int64, the emitted tokens
+    sampled: Tensor,  # [R] int64, the emitted tokens; -1 = none
     *,
     temperature_applied: bool,  # the logits are divided by `plan.divisors`
 ) -> None:

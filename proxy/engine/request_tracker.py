@@ -5,6 +5,7 @@ is loaded or unloaded later. A plan is made when the batch changes and kept whil
 """
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ FindProxy = Callable[[str, str | None], ServedProxy | None]
 
 
 class Batch(NamedTuple):
-    """One step's requests, as the model runner knows them; each row is a request."""
+    """One step's requests, as the model runner knows them."""
 
-    req_ids: Sequence[str]
+    req_ids: Sequence[str]  # of each row
     params_of: Callable[[str], Any]  # -> vLLM's SamplingParams, or None
     live: Collection[str]  # every request that the worker knows, in this step or not
 
@@ -165,6 +166,7 @@ class RequestTracker:
             key=_random_key() if params.seed is None else noise_key(params.seed),
             is_seeded=params.seed is not None,
             stop_ids=tuple(stop_ids),
+            max_tokens=getattr(params, "max_tokens", None) or sys.maxsize,
             traced=alignment.trace,
         )
         self._remember(req_id, assignment)

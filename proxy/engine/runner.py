@@ -1,19 +1,23 @@
 """What a sampling step is read from: vLLM's model runner, V1 or V2, behind one interface.
 
 vLLM chooses the runner: V1 on a CPU, V2 on CUDA where it supports the configuration. An adapter puts
-the proxies' sampler in the place of vLLM's and reads the runner's state. R = logits rows, one for each
-request of the step; T = tokens of the step.
+the proxies' sampler in the place of vLLM's and reads the runner's state. B = requests of the step, T =
+its tokens, R = its logits rows: one for each request, and one more for each token that vLLM drafted.
 """
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 from proxy.checkpoint import ProxyError
+from proxy.engine.drafts import DraftRows
 from proxy.engine.hook import Step
+from proxy.engine.rejection_v1 import ProxyRejectionSampler
 from proxy.engine.request_tracker import Batch
 from proxy.engine.sampler_v1 import ProxySampler
 
@@ -47,12 +51,15 @@ class RunnerAdapter(Protocol):
         """While this is open, the sampler has this step; None = vLLM's own sampling."""
 
     def request_ids(self) -> list[str]:
-        """The requests of the step, row by row."""
+        """The requests of the step."""
 
     def batch(self) -> Batch:
         """The same requests with their sampling parameters."""
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def draft_rows(self) -> DraftRows | None:
+        """The rows of the step's requests; None if nothing was drafted."""
+
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         """The rows of the step's logits."""
 
     def scheduled_tokens(self) -> ScheduledTokens:
@@ -73,6 +80,8 @@ class RunnerV1:
 
     def __init__(self, runner: Any) -> None:
         _replace_sampler(runner.sampler, Sampler, ProxySampler)
+        if runner.speculative_config is not None:
+            _replace_sampler(runner.rejection_sampler, RejectionSampler, ProxyRejectionSampler)
         self._runner = runner
 
     def schedule(self, scheduler_output: Any) -> None:
@@ -111,17 +120,24 @@ class RunnerV1:
             live=requests.keys(),
         )
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def draft_rows(self) -> DraftRows | None:
+        metadata = self._runner.execute_model_state.spec_decode_metadata
+        if metadata is None or metadata.max_spec_len == 0:
+            return None
+        return DraftRows.of([count + 1 for count in metadata.num_draft_tokens], self._runner.device)
+
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         runner = self._runner
+        hidden, positions = runner.execute_model_state.sample_hidden_states, runner.seq_lens
         count = len(runner.input_batch.req_ids)
-        mask = runner.discard_request_mask
+        mask, discarded = runner.discard_request_mask, None
         # A search in the bytes takes a tenth of the time of numpy's `any`, at every step.
-        any_discarded = mask.np.tobytes().find(1, 0, count) >= 0
-        return SamplingInputs(
-            runner.execute_model_state.sample_hidden_states,
-            runner.seq_lens,
-            mask.gpu[:count].clone() if any_discarded else None,
-        )
+        if mask.np.tobytes().find(1, 0, count) >= 0:
+            discarded = mask.gpu[:count].clone()
+        if draft_rows is not None:
+            positions = draft_rows.positions(positions)
+            discarded = None if discarded is None else discarded[draft_rows.requests]
+        return SamplingInputs(hidden, positions, discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
         state, req_ids = self._runner.execute_model_state, self.request_ids()
@@ -136,12 +152,18 @@ class RunnerV2:
     def __init__(self, runner: Any) -> None:
         # These need Triton: imported only where vLLM has chosen V2.
         from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+            RejectionSampler as RejectionSamplerV2,
+        )
 
+        from proxy.engine.rejection_v2 import ProxyRejectionSamplerV2
         from proxy.engine.sampler_v2 import ProxySamplerV2, ProxySamplingStates
 
         _replace_sampler(runner.sampler, SamplerV2, ProxySamplerV2)
         runner.sampler.params = {}
         runner.sampler.sampling_states.__class__ = ProxySamplingStates
+        if runner.rejection_sampler is not None:
+            _replace_sampler(runner.rejection_sampler, RejectionSamplerV2, ProxyRejectionSamplerV2)
         self._runner = runner
         self._preempted: set[str] = set()
 
@@ -175,7 +197,13 @@ class RunnerV2:
             live=self.live_requests(),
         )
 
-    def sampling_inputs(self) -> SamplingInputs:
+    def draft_rows(self) -> DraftRows | None:
+        batch = self._runner.execute_model_state.input_batch
+        if batch.num_draft_tokens == 0:
+            return None
+        return DraftRows.of(np.diff(batch.cu_num_logits_np).tolist(), self._runner.device)
+
+    def sampling_inputs(self, draft_rows: DraftRows | None = None) -> SamplingInputs:
         """As the protocol says.
 
         A CUDA graph may pad `seq_lens` and the hidden states beyond the batch's requests and tokens;
@@ -193,7 +221,11 @@ class RunnerV2:
             hidden = hidden[: batch.num_reqs]
         else:
             hidden = hidden[batch.logits_indices]
-        return SamplingInputs(hidden, seq_lens, discarded)
+        if draft_rows is None:
+            return SamplingInputs(hidden, seq_lens, discarded)
+        if discarded is not None:
+            discarded = discarded[draft_rows.requests]
+        return SamplingInputs(hidden, draft_rows.positions(seq_lens), discarded)
 
     def scheduled_tokens(self) -> ScheduledTokens:
         state = self._runner.execute_model_state

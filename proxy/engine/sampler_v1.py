@@ -43,7 +43,7 @@ class ProxySampler(Sampler):
 
     step: Step | None = None
     _checked: tuple[list[str], SamplingMetadata, bool] | None = None
-    """The last plan's `req_ids`, its batch's metadata, and the result of `_only_proxies_decide` for them."""
+    """The last plan's `req_ids`, its batch's metadata, and the result of `only_proxies_decide` for them."""
 
     def forward(
         self,
@@ -62,7 +62,7 @@ class ProxySampler(Sampler):
         if step is not None:
             plan, checked = step.plan, self._checked
             if checked is None or checked[0] is not plan.req_ids or checked[1] is not md:
-                checked = self._checked = plan.req_ids, md, _only_proxies_decide(plan, md)
+                checked = self._checked = plan.req_ids, md, only_proxies_decide(plan, md)
             skips_stages = checked[2] and logits.shape[0] == len(plan.req_ids)
         if step is None or not skips_stages:
             return super().forward(logits, md, predict_bonus_token, logprobs_mode_override)
@@ -158,7 +158,7 @@ _WORK_OF: dict[type, str] = {
 """Attributes in which vLLM's own processors keep their work. A plug-in is assumed to have some."""
 
 
-def _only_proxies_decide(plan: BatchPlan, md: SamplingMetadata) -> bool:
+def only_proxies_decide(plan: BatchPlan, md: SamplingMetadata) -> bool:
     """Whether proxies decide all rows, and vLLM's stages have nothing to do for any of them.
 
     The result holds until the batch changes.

@@ -93,11 +93,11 @@ class ProxySamplerV2(Sampler):
             )
             sampled[index] = drawn.long()
         score_shadows(step, processed_logits, sampled, temperature_applied=temperature_applied)
-        if self._shows_processed_logits(idx_mapping_np):
+        if self.shows_processed_logits(idx_mapping_np):
             processed_logits = apply_top_k_top_p(processed_logits, top_k, top_p)
         return sampled, processed_logits
 
-    def _shows_processed_logits(self, idx_mapping_np: np.ndarray) -> bool:
+    def shows_processed_logits(self, idx_mapping_np: np.ndarray) -> bool:
         """Whether a request asks for processed logits, which accept/reject sampling does not compute."""
         return self.return_sampling_mask or (
             self.logprobs_mode in PROCESSED_LOGPROBS_MODES

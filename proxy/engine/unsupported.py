@@ -4,6 +4,7 @@ The command line refuses them by flag before the engine starts. The worker check
 other settings can change, and which a user of the worker without our server has too.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,20 +16,31 @@ class Feature(NamedTuple):
 
     name: str
     flag: str
-    config: str | None
-    """Attribute of VllmConfig that holds the value; None = VllmConfig itself."""
+    config: str
+    """Attribute of VllmConfig that holds the value."""
     attribute: str
-    """Of that object, and of the parsed command line."""
+    """Of that object, and of the parsed command line, or of the JSON object that the flag takes."""
     advice: str
+    value: str | None = None
+    """The value that is refused; None = every one that switches the feature on."""
 
 
 UNSUPPORTED = (
+    # Of speculative decoding: what does not keep the LLM's distribution, and a layout that only the device knows.
     Feature(
-        "speculative decoding",
+        "synthetic acceptance of drafts",
         "--speculative-config",
-        None,
         "speculative_config",
-        "leave out --speculative-config",
+        "rejection_sample_method",
+        "leave rejection_sample_method out of it",
+        "synthetic",
+    ),
+    Feature(
+        "adaptive verification of drafts",
+        "--speculative-config",
+        "speculative_config",
+        "enable_adaptive_verification",
+        "leave enable_adaptive_verification out of it",
     ),
     Feature(
         "batch-sharded sampling",
@@ -63,13 +75,19 @@ UNSUPPORTED = (
 
 def unsupported_in_arguments(args: Any) -> Iterator[Feature]:
     """The features that vLLM's parsed command line switches on."""
-    return (feature for feature in UNSUPPORTED if _is_on(args, feature))
+    for feature in UNSUPPORTED:
+        # One argument is a JSON object, the others are attributes.
+        holder = args
+        if feature.config == "speculative_config":
+            holder = Namespace(**(args.speculative_config or {}))
+        if _is_on(holder, feature):
+            yield feature
 
 
 def unsupported_in_config(config: Any) -> Iterator[Feature]:
     """The features that a VllmConfig switches on. A part of it that is None switches nothing on."""
     for feature in UNSUPPORTED:
-        holder = config if feature.config is None else getattr(config, feature.config)
+        holder = getattr(config, feature.config)
         if holder is not None and _is_on(holder, feature):
             yield feature
 
@@ -86,7 +104,9 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def _is_on(holder: Any, feature: Feature) -> bool:
-    value = getattr(holder, feature.attribute)
+    value = getattr(holder, feature.attribute, None)
+    if feature.value is not None:
+        return bool(value == feature.value)
     if type(value) is int:  # the size of a group of devices
         return value > 1
     return value is not None and value is not False

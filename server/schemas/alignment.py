@@ -89,8 +89,8 @@ class JudgeOptions(JudgeSettings):
             raise ValueError("rotations: only with the strategy one-call")
         if self.strategy == "one-call" and self.kind != "pairwise":
             raise ValueError(
-                f"strategy: a {self.kind} judge never sees two responses together: it reads each once, "
-                "whatever the strategy"
+                "strategy: only the pairwise judge makes a choice in one call; an endpoint compares pairs, and "
+                "judges of other kinds read each response once, whatever the strategy"
             )
         return self
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from judge.choice import ChoicePrompt, Reading, label_probabilities, rank_readings, rotate
+from judge.choice import ChoicePrompt, ChoiceReading, label_probabilities, rank_readings, rotate
 from judge.pairwise import PairwiseJudge
 from judge.principles import DEFAULT, Principle
 from judge.prompts import Choice, JudgePromptError, Question, judge_prompt_ids
@@ -115,7 +115,7 @@ def test_forged_headings_are_left_out_and_long_texts_are_cut(tokenizer):
 def test_probabilities_are_renormalised_and_ranked_by_their_logs():
     assert label_probabilities([-1.0, -1.0, -math.inf]) == [0.5, 0.5, 0.0]
     readings = [
-        Reading([0, 1, 2], {"p": [0.5, 0.4, 0.1]}),
-        Reading([1, 2, 0], {"p": [0.6, 0.2, 0.2]}),
+        ChoiceReading([0, 1, 2], {"p": [0.5, 0.4, 0.1]}),
+        ChoiceReading([1, 2, 0], {"p": [0.6, 0.2, 0.2]}),
     ]
     assert rank_readings(readings) == [1, 0, 2]  # .24, .10, .02

@@ -239,6 +239,49 @@ def check_engines(
         report(f"the same texts and counts with {statement}, {len(preempted)} requests preempted")
 
 
+def check_drafts(
+    directory: Path, vocab_size: int, expected: list[list[int]], counts: list[Any]
+) -> None:
+    """Speculative decoding: proxies emit the same tokens, the frozen LLM what it emits in vLLM's own."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    drafts["prompt_lookup_min"] = 1
+    # vLLM refuses min_p and logit_bias beside drafts.
+    requests = [
+        (proxy, {key: x for key, x in kwargs.items() if key not in ("min_p", "logit_bias")})
+        for proxy, kwargs in REQUESTS
+    ]
+    same = [row for row in range(len(REQUESTS)) if requests[row] == REQUESTS[row]]
+    sampling = [params(proxy, **kwargs) for proxy, kwargs in requests]
+    llm = make_engine(directory, speculative_config=drafts)
+    rejection_sampler = worker_of(llm).model_runner.rejection_sampler
+    assert type(rejection_sampler).__name__ == "ProxyRejectionSamplerV2"
+    original, sizes = rejection_sampler._verify, []
+
+    def verify(*args: Any) -> Any:
+        result = original(*args)
+        sizes.extend(result[2].tolist())
+        return result
+
+    rejection_sampler._verify = verify
+    outputs = generate(llm, vocab_size, sampling)
+    tokens = texts(outputs)
+    for row in {*WITH_PROXY} & {*same}:
+        assert tokens[row] == expected[row], row
+    assert max(sizes) > 1 and min(sizes) == 1
+    taken = counts_of(llm, outputs)
+    for i, row in enumerate(WITH_PROXY):
+        assert taken[i]["accepted"] + taken[i]["forced"] == NUM_TOKENS
+        assert row not in same or taken[i] == counts[i], row
+    report(f"the same texts and counts with drafts; a step emitted up to {max(sizes)} tokens")
+    stock = make_engine(directory, proxies=False, speculative_config=drafts)
+    frozen = [params(None, **kwargs) for _, kwargs in requests]
+    stock_texts = texts(generate(stock, vocab_size, frozen))
+    assert [tokens[row] for row in WITHOUT_PROXY] == [stock_texts[row] for row in WITHOUT_PROXY]
+    report(
+        "rows without a proxy emit in a mixed batch the same tokens as in vLLM's own, with drafts"
+    )
+
+
 def check_unloading(directory: Path, vocab_size: int) -> None:
     """A request keeps its proxy to the end, even if it is preempted while the proxy is unloaded."""
     llm = make_engine(directory, num_gpu_blocks_override=9, block_size=32)
@@ -311,6 +354,7 @@ def main() -> None:
         expected, counts = compare_with_v1(directory, vocab_size)
         check_hidden_rows(directory, vocab_size)
         check_engines(directory, vocab_size, expected, counts)
+        check_drafts(directory, vocab_size, expected, counts)
         check_features(directory, vocab_size)
         check_unloading(directory, vocab_size)
 

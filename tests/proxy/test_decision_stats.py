@@ -49,6 +49,7 @@ class Requests:
             extra_args={"alignment": {"proxy": name}},
             stop_token_ids=self.random.choice([[], [2], [2, 3]]),
             eos_token_id=self.random.choice([EOS, None]),
+            max_tokens=self.random.choice([None, 8, 40]),
             seed=None,
         )
         if name is not None:
@@ -72,6 +73,9 @@ class Requests:
         )
 
     def step(self, req_ids: list[str]) -> None:
+        """A request has a row for each token that was drafted, and one more."""
+        if self.random.random() < 0.5:
+            req_ids = [req_id for req_id in req_ids for _ in range(self.random.randint(1, 3))]
         rows = self.plan(req_ids).proxied
         if rows is None:
             return
@@ -100,7 +104,8 @@ class Requests:
             counts[1] += proposed
             counts[2] += forced
         params = self.params[req_id]
-        if token_id in (*params.stop_token_ids, params.eos_token_id):
+        ends = token_id in (*params.stop_token_ids, params.eos_token_id)
+        if ends or self.counts[req_id][0] == params.max_tokens:
             self.ended.add(req_id)
 
     def expect(self, req_ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -142,6 +147,9 @@ def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
     requests = Requests(seed, capacity=40)
     rng = requests.random
     num_answers = 0
+    waiting: set[str] = (
+        set()
+    )  # were preempted, and are not scheduled yet: nobody takes their counts
     for _ in range(300):
         if len(requests.params) < 12 and rng.random() < 0.4:
             requests.arrive()
@@ -152,14 +160,18 @@ def test_counting_later_is_counting_at_once(seed, aggregate_steps, monkeypatch):
         if rng.random() < 0.2 and requests.preempted:
             req_id = rng.choice(list(requests.preempted))
             requests.params[req_id] = requests.preempted.pop(req_id)
+            waiting.add(req_id)
         scheduled = [req_id for req_id in requests.params if rng.random() < 0.9]
         rng.shuffle(scheduled)
         for _ in range(rng.choice([1, 1, 4, 20])):
             if scheduled:
                 requests.step(scheduled)
+        waiting -= {*scheduled}
         request_ids = []
         for req_id in list(requests.params):
-            if rng.random() < 0.05:  # it has finished, or its counts are taken while it runs
+            if (
+                rng.random() < 0.05 and req_id not in waiting
+            ):  # it has finished, or its counts are taken while it runs
                 request_ids.append(req_id)
                 if rng.random() < 0.5:
                     del requests.params[req_id]

@@ -94,7 +94,7 @@ class Runner:
     Rows are padded as for a CUDA graph, and slots differ from rows.
     """
 
-    batch_sharder = rejection_sampler = None
+    batch_sharder = rejection_sampler = speculative_config = None
     vocab_size = V
 
     def __init__(self, config: Any, **settings: Any) -> None:
@@ -580,24 +580,64 @@ SAMPLE_RANDOM = [
     "self", "processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p",
     "use_fused_sampler",
 ]  # fmt: skip
+VERIFY = [
+    "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping",
+    "idx_mapping_np", "expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np",
+    "verify_draft_sampled",
+]  # fmt: skip
 WORKER = [
     "self", "vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker"
 ]  # fmt: skip
 
 
 def test_vllms_methods_are_those_that_we_override_and_call():
-    """The parts of vLLM that proxy/engine/sampler_v2.py and proxy/worker.py rely on, for whoever upgrades vLLM."""
+    """The parts of vLLM that the samplers of proxy/engine and proxy/worker.py rely on, for whoever upgrades vLLM."""
+    from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample import sampler as v1
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
     from vllm.v1.worker.gpu_worker import Worker
 
+    from proxy.engine import drafts_cpu
+    from proxy.engine.rejection_v1 import ProxyRejectionSampler
+    from proxy.engine.rejection_v2 import ProxyRejectionSamplerV2
     from proxy.engine.sampler_v1 import ProxySampler
     from proxy.engine.sampler_v2 import ProxySamplerV2
 
     expected = {
+        RejectionSampler._verify: VERIFY,
+        RejectionSampler._verify_in_chunks: [
+            "self", "logits", "input_batch", "draft_logits", "draft_sampled", "pos",
+            "max_chunk_logits", "max_num_logprobs", "verify_draft_sampled",
+        ],
+        Sampler.apply_sampling_params: [
+            "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos",
+            "input_ids", "expanded_local_pos", "seq_lens_upper_bound_np", "skip_top_k_top_p",
+        ],
+        rejection_sampler.RejectionSampler.apply_logits_processors: [
+            "self", "logits", "sampling_metadata", "metadata"
+        ],
+        rejection_sampler.RejectionSampler._get_logprobs_tensors: [
+            "self", "max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits",
+            "sampled_token_ids",
+        ],
+        rejection_sampler.rejection_sample: [
+            "draft_token_ids", "num_draft_tokens", "max_spec_len", "cu_num_draft_tokens",
+            "draft_probs", "target_logits", "bonus_token_ids", "sampling_metadata",
+            "synthetic_mode", "synthetic_conditional_rates", "use_fp64_gumbel",
+        ],
+        rejection_sampler.apply_sampling_constraints: [
+            "logits", "cu_num_draft_tokens", "sampling_metadata"
+        ],
+        v1.Sampler.apply_logits_processors: [
+            "self", "logits", "sampling_metadata", "predict_bonus_token"
+        ],
+        v1.Sampler.gather_specific_token_logprobs: [
+            "self", "logprobs", "logprob_token_ids", "sampled"
+        ],
         Sampler.add_request: ["self", "req_idx", "sampling_params"],
         Sampler._sample_random: SAMPLE_RANDOM,
         Sampler.get_logprobs_dims: ["self", "idx_mapping_np", "include_token_ids"],
@@ -615,7 +655,7 @@ def test_vllms_methods_are_those_that_we_override_and_call():
         GPUModelRunner.get_model: ["self"],
         GPUModelRunner.sample: ["self", "hidden_states", "input_batch", "grammar_output"],
         GPUModelRunner.sample_tokens: ["self", "grammar_output"],
-    }
+    }  # fmt: skip
     assert {function: parameters(function) for function in expected} == expected
     assert CPUWorker.load_model is Worker.load_model
     assert CPUWorker.sample_tokens is Worker.sample_tokens
@@ -624,6 +664,9 @@ def test_vllms_methods_are_those_that_we_override_and_call():
         (ProxySamplerV2._sample_random, Sampler._sample_random),
         (ProxySampler.forward, v1.Sampler.forward),
         (ProxySampler.sample, v1.Sampler.sample),
+        (ProxyRejectionSampler.forward, rejection_sampler.RejectionSampler.forward),
+        (ProxyRejectionSamplerV2._verify, RejectionSampler._verify),
+        (drafts_cpu.expand_batch_to_tokens, rejection_sampler.expand_batch_to_tokens),
     ):
         assert parameters(override) == parameters(original)
 
@@ -678,7 +721,7 @@ def test_stages_are_skipped_only_where_they_have_no_work(changed, expected):
 
     from proxy.engine.batch_plan import make_plan
     from proxy.engine.pool import ProxyPool
-    from proxy.engine.sampler_v1 import _WORK_OF, _only_proxies_decide
+    from proxy.engine.sampler_v1 import _WORK_OF, only_proxies_decide
 
     processors: list[Any] = [object.__new__(kind) for kind in BUILTIN_LOGITS_PROCESSORS]
     for processor in processors:
@@ -690,8 +733,8 @@ def test_stages_are_skipped_only_where_they_have_no_work(changed, expected):
     fields |= {"no_penalties": True, "logitsprocs": LogitsProcessors(processors)}
     fields |= {name: value for name, value in changed.items() if name in fields}
     plan = make_plan([], [], ProxyPool(), CPU, shadows=())
-    assert _only_proxies_decide(plan, SamplingMetadata(**fields)) is expected
-    assert not _only_proxies_decide(plan._replace(unproxied_rows=[0]), SamplingMetadata(**fields))
+    assert only_proxies_decide(plan, SamplingMetadata(**fields)) is expected
+    assert not only_proxies_decide(plan._replace(unproxied_rows=[0]), SamplingMetadata(**fields))
 
 
 def test_what_a_step_is_read_from_is_there():
@@ -701,11 +744,12 @@ def test_what_a_step_is_read_from_is_there():
     fields = {field.name for field in dataclasses.fields(InputBatch)}
     assert fields >= {
         "req_ids", "num_reqs", "idx_mapping", "logits_indices", "num_scheduled_tokens", "seq_lens",
-        "num_computed_prefill_tokens_np", "prefill_len_np",
+        "num_computed_prefill_tokens_np", "prefill_len_np", "num_draft_tokens", "cu_num_logits_np",
+        "expanded_idx_mapping", "expanded_local_pos",
     }  # fmt: skip
     assert {"input_batch", "hidden_states"} <= {*ExecuteModelState._fields}
     init_source = inspect.getsource(GPUModelRunner.__init__)
-    for attribute in ("req_states", "sampler", "execute_model_state"):
+    for attribute in ("req_states", "sampler", "rejection_sampler", "execute_model_state"):
         assert f"self.{attribute}" in init_source
     # The rows of the logits are those that we take, and the batch is the one that we read.
     sample_source = inspect.getsource(GPUModelRunner.sample)

@@ -880,7 +880,8 @@ def test_the_candidate_table_is_that_of_the_llms_embeddings(
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ({"speculative_config": object()}, "speculative decoding"),
+        ({"rejection_sample_method": "synthetic"}, "synthetic acceptance of drafts"),
+        ({"enable_adaptive_verification": True}, "adaptive verification of drafts"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
@@ -891,7 +892,8 @@ def test_what_is_not_supported_is_refused_at_start(feature, message):
     from proxy.engine.unsupported import refuse_unsupported
 
     settings = {
-        "speculative_config": None,
+        "rejection_sample_method": "standard",
+        "enable_adaptive_verification": False,
         "enable_batch_sharded_sampling": None,
         "pipeline_parallel_size": 1,
         "prefill_context_parallel_size": 1,
@@ -900,7 +902,7 @@ def test_what_is_not_supported_is_refused_at_start(feature, message):
 
     def config(settings: dict[str, Any]) -> Any:
         part = SimpleNamespace(**settings)
-        return SimpleNamespace(**settings, parallel_config=part, model_config=part)
+        return SimpleNamespace(parallel_config=part, model_config=part, speculative_config=part)
 
     refuse_unsupported(config(settings))
     with pytest.raises(ProxyError, match=message):
@@ -921,15 +923,3 @@ def test_of_several_ranks_only_the_last_raises():
     assert call(rank(0), "load") == {"error": "cannot load"}
     with pytest.raises(ProxyError, match="cannot load"):
         call(rank(1), "load")
-
-
-def test_an_engine_with_speculative_decoding_does_not_start(make_llm):
-    with pytest.raises(ProxyError, match="speculative decoding"):
-        make_llm(
-            worker_cls=WORKER,
-            speculative_config={
-                "method": "ngram",
-                "num_speculative_tokens": 2,
-                "prompt_lookup_max": 3,
-            },
-        )

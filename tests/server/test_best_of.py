@@ -281,7 +281,7 @@ def test_a_choice_among_all_in_one_call(client, rotations, readings):
             4,
             {"strategy": "one-call", "kind": "proxy", "proxy": "aligned"},
             {},
-            "reads each once",
+            "read each response once",
         ),
     ],
 )

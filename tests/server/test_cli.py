@@ -328,7 +328,7 @@ def test_no_model(cli, capsys):
         ("--api-server-count", "2"),
         ("--pipeline-parallel-size", "2"),
         ("--prefill-context-parallel-size", "2"),
-        ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
+        ("--speculative-config", '{"method": "ngram", "rejection_sample_method": "synthetic"}'),
         ("--enable-batch-sharded-sampling",),
         ("--enable-trace-replay",),
     ],
