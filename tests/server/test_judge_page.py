@@ -29,7 +29,7 @@ def test_commands(http: httpx.Client, path: str, body: str) -> None:
 
 
 def test_principles(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (text,) = re.findall(r"```toml\n(.*?)```", section("Principles"), re.DOTALL)
     (tmp_path / "principles.toml").write_text(text)
     assert list(read_principles(tmp_path / "principles.toml")) == ["honesty", "brevity"]
 
