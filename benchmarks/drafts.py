@@ -115,6 +115,7 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
                 texts[drafts] = [output.outputs[0].text for output in outputs]
             num_same += sum(a == b for a, b in zip(*texts.values(), strict=True))
         ratios = [a / b for a, b in zip(seconds[False][1:], seconds[True][1:], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "workload": workload,
@@ -123,7 +124,7 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
                 "without": statistics.median(seconds[False][1:]),
                 "with": statistics.median(seconds[True][1:]),
                 "speedup": statistics.median(ratios),
-                "quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "quartiles": (low, high),
                 "tokens_per_pass": (options.rounds + 1) * options.tokens / passes[True],
                 "same_texts": num_same,
             }
@@ -132,7 +133,7 @@ def measure(llms: dict[bool, Any], options: Options) -> list[dict[str, Any]]:
         print(
             f"| {options.model} | {workload} | {count} | {'aligned' if aligned else 'plain'} "
             f"| {row['without']:.2f} | {row['with']:.2f} | {row['speedup']:.2f} "
-            f"[{row['quartiles'][0]:.2f}, {row['quartiles'][1]:.2f}] | {row['tokens_per_pass']:.2f} "
+            f"[{low:.2f}, {high:.2f}] | {row['tokens_per_pass']:.2f} "
             f"| {num_same} of {(options.rounds + 1) * count} |",
             flush=True,
         )

@@ -305,6 +305,7 @@ def test_a_shadow_scores_what_is_emitted(checkpoints, with_drafts):
         generate(with_drafts, sampling)
         with_drafts.collective_rpc("flush_metrics")
         labels = {"proxy": "eye", "version": eye["version"]}
-        assert 30 < REGISTRY.get_sample_value("assent_shadow_tokens_total", labels) <= 48
+        scored = REGISTRY.get_sample_value("assent_shadow_tokens_total", labels)
+        assert scored is not None and 30 < scored <= 48
     finally:
         with_drafts.collective_rpc("unload_proxy", args=("eye",))
