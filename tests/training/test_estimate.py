@@ -80,6 +80,7 @@ def test_what_fits(
         sizes_of(str(tmp_path / "none"))
 
 
+@pytest.mark.slow  # modules of two 7 B models; test_what_fits makes one
 def test_the_table_of_the_recipe(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "seven-b.md").read_text()
     results, loras = [], []
