@@ -35,8 +35,8 @@ class Assignment:
     req_id: str
     proxy: ServedProxy | None = None  # None = vLLM's own sampling
     strength: float = 1.0
-    partners: tuple[tuple[ServedProxy, float], ...] = ()  # further proxies and their strengths
     max_rejections: int = 0
+    partners: tuple[tuple[ServedProxy, float], ...] = ()  # further proxies and their strengths
     temperature: float = 1.0
     top_k: int = 0  # 0 = off
     top_p: float = 1.0

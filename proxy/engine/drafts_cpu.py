@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.sample import rejection_sampler
-from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
 
 def expand_batch_to_tokens(
@@ -32,6 +31,9 @@ def expand_batch_to_tokens(
 
 def correct_drafts(runner: Any) -> None:
     """Correct a runner that drafts and whose model is loaded; the first correction is for the whole process."""
+    # Imports numba. vLLM's workers do not start in a process that holds it, and import this module before.
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     if isinstance(runner.drafter, NgramProposer):
         batch = runner.input_batch

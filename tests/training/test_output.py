@@ -379,7 +379,12 @@ def test_ctrl_c_in_a_trainer_says_how_to_go_on(rows: Path, tmp_path: Path) -> No
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while not list(target.glob("checkpoints/checkpoint-*/trainer_state.json")):
+
+    def num_saved() -> int:
+        files = target.glob("checkpoints/checkpoint-*/trainer_state.json")
+        return max((int(file.parent.name.split("-")[1]) for file in files), default=0)
+
+    while num_saved() < 2:  # the first is then not only written, but known
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
