@@ -81,6 +81,7 @@ def checkpoints(model_dir, tmp_path_factory) -> dict[str, str]:
     configs: dict[str, dict[str, Any]] = {
         "one": {},
         "two": {"max_candidates": 6, "max_rejections": 2, "temperature": 0.8},
+        "three": {"max_candidates": 8},  # beside "one", which is of the same temperature
     }
     for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
@@ -111,7 +112,9 @@ def params(proxy: str | None = None, *, trace: bool = False, **kwargs: Any) -> A
     from vllm import SamplingParams
 
     if proxy is not None:
-        kwargs["extra_args"] = {"alignment": {"proxy": proxy, "trace": trace}}
+        proxies = dict.fromkeys(proxy.split("+"), 1.0)
+        chosen = {"proxies": proxies} if len(proxies) > 1 else {"proxy": proxy}
+        kwargs["extra_args"] = {"alignment": chosen | {"trace": trace}}
     return SamplingParams(**({"max_tokens": 24, "ignore_eos": True} | kwargs))
 
 
@@ -166,6 +169,8 @@ ALIGNED: list[tuple[str, dict[str, Any]]] = [
     ("one", {"seed": 9, "temperature": 0.2, "stop_token_ids": STOPS, "min_tokens": 9}),
     ("one", {"seed": 10, "allowed_token_ids": [50, 51], "stop_token_ids": [51], "trace": True}),
     ("one", {"seed": 11, "temperature": 0.2, "bad_words": ["the", " the", "e"]}),
+    ("one+three", {"seed": 12}),
+    ("one+three", {"seed": 13, "temperature": 0.3, "trace": True}),
 ]
 
 
