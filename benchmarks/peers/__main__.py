@@ -12,6 +12,7 @@ differ from run to run.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from training.console import main_guard, read_options
 
 
 def main(options: Options) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers too
     prepared = prepare(options)
     settings = [setting_of(options, world, prepared) for world in options.worlds]
     for setting in settings:
@@ -77,6 +79,7 @@ def setting_of(
         world=world,
         num_prompts=scaled(options.prompts[world != "toy"], options.scale, 4),
         rounds=scaled(options.rounds, options.scale, 1),
+        clients=options.clients,
         num_pairs=scaled(4_000, options.scale, 64),
         rows=options.rows,
         environments={name: Path(found["place"]) for name, found in prepared.items()},

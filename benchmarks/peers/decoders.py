@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,5 +115,5 @@ def draw(candidates: Candidates, generator: torch.Generator) -> Tensor:
 
 def sampler(lab: Lab) -> Callable[[Tensor], Candidates]:
     """Logits [R, V] -> what the frozen LLM would draw from."""
-    policy: Any = Policy(lab.frozen.model)  # type: ignore[arg-type]
+    policy = Policy(lab.frozen.model)
     return lambda logits: policy.candidates(logits, lab.decoding)

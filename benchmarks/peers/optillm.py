@@ -26,7 +26,7 @@ def optillm(approach: str) -> Open:
     async def opened(engine: Engine) -> AsyncIterator[Ask]:
         python = python_of(engine.setting.environments["optillm"])
         port = free_port()
-        command = [python.with_name("optillm"), "--host", "127.0.0.1", "--port", str(port)]
+        command = [str(python.with_name("optillm")), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--base-url", engine.url, "--best-of-n", str(N), "--log", "error"]
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(

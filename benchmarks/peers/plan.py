@@ -21,7 +21,7 @@ from benchmarks.peers.lab import (
     train_reward,
 )
 from benchmarks.peers.rows import decoding_rows, serving_rows
-from benchmarks.peers.setting import CLIENTS, N, Setting
+from benchmarks.peers.setting import AT_ONCE, N, Setting
 from benchmarks.peers.worlds import prompts_of, world_of
 from training.rewards import sequence_logprobs
 
@@ -64,7 +64,7 @@ async def _sample(engine: Engine, name: str) -> dict[str, Any]:
         drawn = await gather(
             name,
             len(prompts),
-            CLIENTS[-1],
+            AT_ONCE,
             lambda i: samples(engine, client, prompts[i], seed_of(name, i), N),
         )
     return {"texts": [[choice.message.content or "" for choice in a.choices] for a in drawn]}
@@ -83,7 +83,7 @@ async def _answer(engine: Engine, name: str) -> dict[str, Any]:
     async with row.open(engine) as ask:
         before = engine.tokens()
         replies = await gather(
-            name, len(prompts), CLIENTS[-1], lambda i: ask(prompts[i], seed_of(name, i))
+            name, len(prompts), AT_ONCE, lambda i: ask(prompts[i], seed_of(name, i))
         )
         after = engine.tokens()
     count = len(prompts)

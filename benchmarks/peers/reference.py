@@ -19,7 +19,7 @@ def sampled(lab: Lab, proxy: Path | None = None) -> Decode:
 
     def decode(prompts: Sequence[Prompt], seed: int) -> Generation:
         responses = generate(
-            Policy(lab.frozen.model, network),  # type: ignore[arg-type]
+            Policy(lab.frozen.model, network),
             [prompt.ids for prompt in prompts],
             lab.decoding,
             end_ids=lab.frozen.end_ids,

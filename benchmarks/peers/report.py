@@ -16,7 +16,7 @@ from benchmarks.peers.rows import (
     decoding_rows,
     serving_rows,
 )
-from benchmarks.peers.setting import CLIENTS, N, Setting
+from benchmarks.peers.setting import N, Setting
 from benchmarks.peers.worlds import prompts_of, world_of
 from benchmarks.toy_prompts import mean
 
@@ -64,16 +64,16 @@ def figures_of(setting: Setting) -> Row:
         (decoding, timing.DECODING_ROUNDS, DECODING_BEST_OF),
     ):
         if names:
-            seconds = setting.result(rounds)["rows"]
+            timed = setting.result(rounds)
+            seconds, clients = timed["rows"], timed["clients"]
             for name in names:
                 result = setting.result(answers_job(name))
                 counted = {key: value for key, value in result.items() if key != "texts"}
-                times = speed(seconds[name], seconds[reference])
+                times = speed(clients, seconds[name], seconds[reference])
                 rows[name] = quality(name) | counted | {"seconds": times}
     best = [max(scores) for scores in zip(*chances, strict=True)]
     return {
         "prompts": len(prompts),
-        "rounds": setting.rounds,
         "rows": rows,
         ORACLE: {"wins": wins(best, baseline)},
         "plain_logprob": mean(logprobs[ORACLE]),
@@ -91,15 +91,18 @@ def wins(ours: Sequence[float], baseline: Sequence[Sequence[float]]) -> tuple[fl
     return mean(shares)
 
 
-def speed(ours: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> list[Row]:
+def speed(
+    clients: Sequence[int], ours: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
+) -> list[Row]:
     """For each number of clients: the median of the seconds, and of the ratios within a round with their range."""
     figures = []
-    for place, clients in enumerate(CLIENTS):
+    for place, number in enumerate(clients):
         seconds = [turn[place] for turn in ours]
         ratios = [a / turn[place] for a, turn in zip(seconds, reference, strict=True)]
         figures.append(
             {
-                "clients": clients,
+                "clients": number,
+                "rounds": len(ours),
                 "seconds": median(seconds),
                 "ratio": median(ratios),
                 "range": (min(ratios), max(ratios)),
@@ -115,19 +118,23 @@ def markdown(figures: Row) -> str:
         title = {"toy": "The toy data", "smollm2": "SmolLM2-135M-Instruct"}[name]
         parts.append(
             f"## {title}\n\n{world['prompts']} prompts; wins are against {N} plain answers to each, ± the standard "
-            f"error over prompts. Seconds a request are medians of {world['rounds']} rounds, ratios to best of {N} "
-            "are medians [range] within a round."
+            f"error over prompts. Seconds a request are medians of rounds in which all rows have their turn; ratios to "
+            f"best of {N} are medians [range] of those within a round."
         )
         served = [row for row in SERVING if row in world["rows"]]
         parts.append(
-            _table(SERVING_HEAD, [_serving(SERVING[n].title, world["rows"][n]) for n in served])
+            _table(
+                _serving_head(world["rows"][BEST_OF]),
+                [_serving(SERVING[n].title, world["rows"][n]) for n in served],
+            )
         )
         parts.append(f"The grader itself chooses among {N}: {_share(world[ORACLE]['wins'])}.")
         decoded = [row for row in DECODING if row in world["rows"]]
         if decoded:
-            parts.append("In transformers, a batch of one and of 16:")
+            parts.append("In transformers:")
             lines = [_decoding(DECODING[n].title, world["rows"][n]) for n in decoded]
-            parts.append(_table(DECODING_HEAD, lines))
+            head = _decoding_head(world["rows"][DECODING_BEST_OF])
+            parts.append(_table(head, lines))
     setup = [
         (name, f"{found['seconds']:.0f}" if "seconds" in found else "", f"{found['megabytes']:.0f}")
         for name, found in figures["setup"].items()
@@ -137,14 +144,26 @@ def markdown(figures: Row) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-SERVING_HEAD = (
-    *("", "win rate", "s, 1 client", "ratio", "s, 16 clients", "ratio"),
-    *("tokens of the engine", "tokens reported", "words", "log p a token"),
-)
-DECODING_HEAD = (
-    *("", "win rate", "LLM passes a token", "reward passes a token"),
-    *("s, batch of 1", "ratio", "s, batch of 16", "ratio", "words", "log p a token"),
-)
+def _serving_head(row: Row) -> list[str]:
+    tokens = ["tokens of the engine", "tokens reported"]
+    return ["", "win rate", *_time_heads(row, "clients"), *tokens, *TEXT_HEADS]
+
+
+def _decoding_head(row: Row) -> list[str]:
+    passes = ["LLM passes a token", "reward passes a token"]
+    return ["", "win rate", *passes, *_time_heads(row, "in a batch"), *TEXT_HEADS]
+
+
+def _time_heads(row: Row, what: str) -> list[str]:
+    """Of seconds and ratio, for each number of clients."""
+    return [
+        head
+        for at in row["seconds"]
+        for head in (f"s, {at['clients']} {what}", f"ratio ({at['rounds']} rounds)")
+    ]
+
+
+TEXT_HEADS = ("words", "log p a token")
 
 
 def _serving(title: str, row: Row) -> list[str]:

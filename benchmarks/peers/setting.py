@@ -11,8 +11,8 @@ from judge.options import PositiveShare
 
 N = 8
 """Of best of N, for everybody."""
-CLIENTS = (1, 16)
-"""Concurrent clients in the timed rounds."""
+AT_ONCE = 16
+"""Concurrent requests where nothing is timed."""
 WorldName = Literal["toy", "smollm2"]
 PeerName = Literal["optillm", "its_hub"]
 
@@ -35,6 +35,8 @@ class Options:
     """Test prompts of the toy data and for SmolLM2, which has 150."""
     rounds: PositiveInt = 5
     """Timed rounds; every row has its turn in each."""
+    clients: tuple[PositiveInt, ...] = (1, 16)
+    """Concurrent clients in the timed rounds; in transformers the size of a batch."""
     work: Path = Path("runs/benchmarks/peers")
     """Directory for the files of the jobs."""
     output: Path = Path("docs/results")
@@ -50,6 +52,7 @@ class Setting(Workplace):
     world: WorldName
     num_prompts: int
     rounds: int
+    clients: tuple[int, ...]
     num_pairs: int
     """That the reward is trained on."""
     rows: tuple[str, ...]

@@ -18,7 +18,7 @@ from benchmarks.comparison.jobs import Job
 from benchmarks.peers.engine import Engine
 from benchmarks.peers.lab import as_prompts, open_lab, scale_of
 from benchmarks.peers.rows import Decoding, Serving
-from benchmarks.peers.setting import CLIENTS, Setting
+from benchmarks.peers.setting import Setting
 from benchmarks.peers.worlds import prompts_of, world_of
 from judge.messages import Message
 
@@ -28,7 +28,7 @@ ALONE = 2
 """Requests one after the other, where there is one client."""
 Chats = list[list[Message]]
 Seconds = dict[str, list[list[float]]]
-"""Of a request, by row: [rounds][CLIENTS]."""
+"""Of a request, by row: [rounds][numbers of clients]."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class JobOfRows(Job):
 
 def serving_job(engine: Callable[[], Engine], rows: Mapping[str, Serving]) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        return {"rows": asyncio.run(_time_serving(engine(), rows))}
+        return {"clients": setting.clients, "rows": asyncio.run(_time_serving(engine(), rows))}
 
     return JobOfRows(SERVING_ROUNDS, run, rows=tuple(rows))
 
@@ -75,7 +75,8 @@ def decoding_job(rows: Mapping[str, Decoding]) -> Job:
             for i, batch in enumerate(batches):
                 decoders[name](batch, (seed + i) % 2**31)
 
-        return {"rows": asyncio.run(_rounds(setting, list(rows), work))}
+        seconds = asyncio.run(_rounds(setting, list(rows), work))
+        return {"clients": setting.clients, "rows": seconds}
 
     return JobOfRows(DECODING_ROUNDS, run, rows=tuple(rows))
 
@@ -90,14 +91,12 @@ async def _rounds(
         await work(name, prompts_of(setting, 1), 1, 0)
     seconds: Seconds = {name: [] for name in names}
     for index in range(setting.rounds):
-        for clients in CLIENTS:
-            chats = prompts_of(setting, max(ALONE, clients), skip=CLIENTS[-1] * index)
-            order = random.Random(f"{index} {clients}").sample(names, len(names))
-            for name in order:
+        for name in names:
+            seconds[name].append([])
+        for clients in setting.clients:
+            chats = prompts_of(setting, max(ALONE, clients), skip=max(setting.clients) * index)
+            for name in random.Random(f"{index} {clients}").sample(names, len(names)):
                 start = time.perf_counter()
                 await work(name, chats, clients, 10**6 * (index + 1))
-                passed = (time.perf_counter() - start) / len(chats)
-                if clients == CLIENTS[0]:
-                    seconds[name].append([])
-                seconds[name][-1].append(passed)
+                seconds[name][-1].append((time.perf_counter() - start) / len(chats))
     return seconds

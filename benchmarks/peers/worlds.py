@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from benchmarks import gold
 from benchmarks.models import DEMO, Model
@@ -21,8 +22,8 @@ from training.toy_data.files import draw_prompts, split_combinations
 SMOLLM2 = DEMO / "smollm2"
 FORMULA = "deploy.demo.smollm2.rewards:plain"
 """The reward that SmolLM2's proxy was trained on."""
-Grade = Callable[[Sequence[list[Message]], Sequence[str]], list[float]]
-"""Prompts and answers -> scores, higher is better."""
+Grade = Callable[[Sequence[Any], Sequence[str]], list[float]]
+"""Chats and answers -> scores, higher is better."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def world_of(setting: Setting) -> World:
     )
 
 
-def _easy_words(prompts: Sequence[list[Message]], answers: Sequence[str]) -> list[float]:
+def _easy_words(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
     # Imported when it is used: the toy world needs no package for it.
     from deploy.demo.smollm2 import rewards
 

@@ -64,7 +64,7 @@ def text_of(lab: Lab, tokens: list[int]) -> str:
 
 def test_args_without_weight_is_greedy(lab: Lab, prompts: list[Prompt]) -> None:
     greedy = generate(
-        Policy(lab.frozen.model),  # type: ignore[arg-type]
+        Policy(lab.frozen.model),
         [prompt.ids for prompt in prompts],
         replace(SHORT, temperature=0.0),
         end_ids=lab.frozen.end_ids,
@@ -141,8 +141,8 @@ def test_accept_logits() -> None:
 def test_wins_and_speed_by_hand() -> None:
     rate, error = report.wins([1.0, 3.0], [[0.0, 3.0], [1.0, 4.0]])  # 1 and 1/2; 1/2 and 0
     assert (rate, error) == (0.5, 0.25)
-    one, many = report.speed([[1.0, 8.0], [3.0, 2.0]], [[2.0, 8.0], [2.0, 8.0]])
-    assert one == {"clients": 1, "seconds": 2.0, "ratio": 1.0, "range": (0.5, 1.5)}
+    one, many = report.speed((1, 4), [[1.0, 8.0], [3.0, 2.0]], [[2.0, 8.0], [2.0, 8.0]])
+    assert one == {"clients": 1, "rounds": 2, "seconds": 2.0, "ratio": 1.0, "range": (0.5, 1.5)}
     assert many["ratio"] == 0.625
 
 
@@ -198,7 +198,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
         elif job.name == "fluency":
             result = {"rows": {row: [-1.0, -2.0] for row in names}}
         elif kind == "rounds":
-            result = {"rows": {row: [[0.25, 0.5]] for row in names}}
+            result = {"clients": [1, 16], "rows": {row: [[0.25, 0.5]] for row in names}}
         run_job(setting, Job(job.name, lambda *_, result=result: result))
         assert is_finished(setting, job)
     with pytest.MonkeyPatch.context() as patch:
