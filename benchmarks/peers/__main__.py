@@ -71,13 +71,17 @@ def prepare(options: Options) -> dict[PeerName, dict[str, Any]]:
 def setting_of(
     options: Options, world: WorldName, prepared: dict[PeerName, dict[str, Any]]
 ) -> Setting:
-    model = DEMO / "model" if world == "toy" else model_directory()
+    is_toy = world == "toy"
+    num_prompts = scaled(options.prompts[not is_toy], options.scale, 4)
     return Setting(
-        model=model,
+        model=DEMO / "model" if is_toy else model_directory(),
         work=options.work / world,
         scale=options.scale,
         world=world,
-        num_prompts=scaled(options.prompts[world != "toy"], options.scale, 4),
+        num_prompts=num_prompts,
+        num_costly=num_prompts
+        if is_toy
+        else min(num_prompts, scaled(options.costly, options.scale, 4)),
         rounds=scaled(options.rounds, options.scale, 1),
         clients=options.clients,
         num_pairs=scaled(4_000, options.scale, 64),

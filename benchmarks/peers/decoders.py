@@ -49,6 +49,8 @@ class Lab:
     reward: Reward
     passes_of_reward: int
     """Forward passes that a score takes."""
+    beta: float | None
+    """Of an implicit reward, β Σ_t log π_guide(y_t) / π(y_t); None = the reward is of another kind than the guide."""
     guide: "Guide"
     scale: Scale
 

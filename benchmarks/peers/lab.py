@@ -75,12 +75,12 @@ def open_lab(setting: Setting, scale: Scale | None = None) -> Lab:
     scale = scale or Scale(0.0, 1.0, 0.0, 0.0)
     if world.reward is not None:
         reward = load_reward(world.reward, frozen)
-        return Lab(frozen, world.decoding, reward, 0, _instructed(world, frozen), scale)
+        return Lab(frozen, world.decoding, reward, 0, None, _instructed(world, frozen), scale)
     # On a copy of the LLM: where nothing is adapted no LoRA slows the LLM down.
     reward = load_reward(str(setting.directory(REWARD) / "lora"), load_frozen(world))
     assert isinstance(reward, ImplicitReward)
     guide = Guide(reward.tuned, lambda prompt: prompt.ids)
-    return Lab(frozen, world.decoding, reward, 2, guide, scale)
+    return Lab(frozen, world.decoding, reward, 2, reward.beta, guide, scale)
 
 
 def _instructed(world: World, frozen: Frozen) -> Guide:

@@ -79,7 +79,8 @@ def _answers_job(name: str, engine: GetEngine) -> Job:
 
 async def _answer(engine: Engine, name: str) -> dict[str, Any]:
     """A row's answers, the engine's tokens by its counters, and the tokens that the answers report: each a request."""
-    row, prompts = serving_rows(engine.setting)[name], prompts_of(engine.setting)
+    setting, row = engine.setting, serving_rows(engine.setting)[name]
+    prompts = prompts_of(setting, setting.num_costly if row.is_costly else None)
     async with row.open(engine) as ask:
         before = engine.tokens()
         replies = await gather(
@@ -150,8 +151,9 @@ def _fluency(setting: Setting, names: Sequence[str]) -> dict[str, Any]:
         if name == ORACLE:
             texts = [drawn[0] for drawn in texts]  # any of them: what is plain
         tokens = [frozen.tokenizer.encode(t, add_special_tokens=False) or [0] for t in texts]
-        sums = sequence_logprobs(frozen.model, [p.ids for p in prompts], tokens, _BATCH)
-        lengths = [len(ids) for ids in tokens]
+        ids = [prompt.ids for prompt in prompts[: len(texts)]]
+        sums = sequence_logprobs(frozen.model, ids, tokens, _BATCH)
+        lengths = map(len, tokens)
         rows[name] = [total / n for total, n in zip(sums.tolist(), lengths, strict=True)]
     return {"rows": rows}
 

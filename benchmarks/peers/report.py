@@ -1,12 +1,13 @@
 """Figures and tables. A win counts 1 and a tie 1/2, against each of N plain answers; errors are over prompts."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.peers import timing
+from benchmarks.peers import environments, timing
 from benchmarks.peers.plan import BASELINE, FLUENCY, ORACLE, answers_job
 from benchmarks.peers.rows import (
     BEST_OF,
@@ -30,6 +31,9 @@ def write(settings: Sequence[Setting], prepared: dict[Any, Row], output: Path) -
         name: {key: value for key, value in found.items() if key != "place"}
         for name, found in prepared.items()
     }
+    setup["Assent, with what training and tests need"] = {
+        "megabytes": environments.megabytes(Path(sys.prefix))
+    }
     figures = {
         "setup": setup,
         "worlds": {setting.world: figures_of(setting) for setting in settings},
@@ -52,8 +56,10 @@ def figures_of(setting: Setting) -> Row:
 
     def quality(name: str) -> Row:
         texts = setting.result(answers_job(name))["texts"]
+        few = prompts[: len(texts)]
         return {
-            "wins": wins(grade(prompts, texts), baseline),
+            "prompts": len(texts),
+            "wins": wins(grade(few, texts), [scores[: len(texts)] for scores in baseline]),
             "words": fmean(len(text.split()) for text in texts),
             "logprob": mean(logprobs[name]),
         }
@@ -122,16 +128,19 @@ def markdown(figures: Row) -> str:
             f"best of {N} are medians [range] of those within a round."
         )
         served = [row for row in SERVING if row in world["rows"]]
-        parts.append(
-            _table(
-                _serving_head(world["rows"][BEST_OF]),
-                [_serving(SERVING[n].title, world["rows"][n]) for n in served],
-            )
-        )
+        if served:
+            lines = [_serving(SERVING[n].title, world["rows"][n]) for n in served]
+            parts.append(_table(_serving_head(world["rows"][BEST_OF]), lines))
         parts.append(f"The grader itself chooses among {N}: {_share(world[ORACLE]['wins'])}.")
         decoded = [row for row in DECODING if row in world["rows"]]
         if decoded:
-            parts.append("In transformers:")
+            trained = world["reward"]
+            cost = (
+                "{pairs:,} pairs, {train_cpu_seconds:.0f} CPU seconds".format(**trained)
+                if trained
+                else ""
+            )
+            parts.append("In transformers" + (f" (the reward: {cost}):" if cost else ":"))
             lines = [_decoding(DECODING[n].title, world["rows"][n]) for n in decoded]
             head = _decoding_head(world["rows"][DECODING_BEST_OF])
             parts.append(_table(head, lines))
@@ -139,19 +148,18 @@ def markdown(figures: Row) -> str:
         (name, f"{found['seconds']:.0f}" if "seconds" in found else "", f"{found['megabytes']:.0f}")
         for name, found in figures["setup"].items()
     ]
-    if setup:
-        parts.append("## Setting the peers up\n\n" + _table(("package", "seconds", "MB"), setup))
+    parts.append("## Setting up\n\n" + _table(("package", "seconds", "MB"), setup))
     return "\n\n".join(parts) + "\n"
 
 
 def _serving_head(row: Row) -> list[str]:
     tokens = ["tokens of the engine", "tokens reported"]
-    return ["", "win rate", *_time_heads(row, "clients"), *tokens, *TEXT_HEADS]
+    return ["", "win rate", "prompts", *_time_heads(row, "clients:"), *tokens, *TEXT_HEADS]
 
 
 def _decoding_head(row: Row) -> list[str]:
     passes = ["LLM passes a token", "reward passes a token"]
-    return ["", "win rate", *passes, *_time_heads(row, "in a batch"), *TEXT_HEADS]
+    return ["", "win rate", "prompts", *passes, *_time_heads(row, "batch of"), *TEXT_HEADS]
 
 
 def _time_heads(row: Row, what: str) -> list[str]:
@@ -159,7 +167,7 @@ def _time_heads(row: Row, what: str) -> list[str]:
     return [
         head
         for at in row["seconds"]
-        for head in (f"s, {at['clients']} {what}", f"ratio ({at['rounds']} rounds)")
+        for head in (f"s, {what} {at['clients']}", f"ratio, {at['rounds']} rounds")
     ]
 
 
@@ -171,12 +179,16 @@ def _serving(title: str, row: Row) -> list[str]:
         " / ".join("none" if n is None else f"{n:.0f}" for n in row[kind].values())
         for kind in ("engine", "reported")
     ]
-    return [title, _share(row["wins"]), *_times(row), *tokens, *_text(row)]
+    return [title, *_quality(row), *_times(row), *tokens, *_text(row)]
 
 
 def _decoding(title: str, row: Row) -> list[str]:
     passes = [f"{row[kind]:.2f}" for kind in ("llm_passes", "reward_passes")]
-    return [title, _share(row["wins"]), *passes, *_times(row), *_text(row)]
+    return [title, *_quality(row), *passes, *_times(row), *_text(row)]
+
+
+def _quality(row: Row) -> list[str]:
+    return [_share(row["wins"]), str(row["prompts"])]
 
 
 def _times(row: Row) -> list[str]:

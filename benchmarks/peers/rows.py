@@ -26,6 +26,8 @@ class Serving:
     peer: PeerName | None = None
     """The package that it needs."""
     only: WorldName | None = None
+    is_costly: bool = False
+    """Whether it reads or writes thousands of tokens for each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,9 @@ SERVING: dict[str, Serving] = {
     "likeliest": Serving(title=f"plain {N}, best mean log-probability", open=likeliest(N)),
     "proxy": Serving(title="**proxy**", open=assent(with_proxy=True)),
     BEST_OF: Serving(
-        title=f"**best of {N}**, self-judge", open=assent(alignment=lambda world: {"best_of": N})
+        title=f"**best of {N}**, self-judge",
+        open=assent(alignment=lambda world: {"best_of": N}),
+        is_costly=True,
     ),
     "best-of-by-proxy": Serving(
         title=f"**best of {N}**, the proxy as judge",
@@ -59,16 +63,22 @@ SERVING: dict[str, Serving] = {
     "proxy-best-of": Serving(
         title=f"**proxy and best of {N}**, self-judge",
         open=assent(with_proxy=True, alignment=lambda world: {"best_of": N}),
+        is_costly=True,
     ),
-    "optillm-bon": Serving(title=f"optillm `bon`, {N}", open=optillm("bon"), peer="optillm"),
-    "optillm-moa": Serving(title="optillm `moa`", open=optillm("moa"), peer="optillm"),
+    "optillm-bon": Serving(
+        title=f"optillm `bon`, {N}", open=optillm("bon"), peer="optillm", is_costly=True
+    ),
+    "optillm-moa": Serving(
+        title="optillm `moa`", open=optillm("moa"), peer="optillm", is_costly=True
+    ),
     "its-own": Serving(
-        title=f"its_hub best of {N}, its judge", open=its_hub("own"), peer="its_hub"
+        title=f"its_hub best of {N}, its judge", open=its_hub("own"), peer="its_hub", is_costly=True
     ),
     "its-rank": Serving(
         title=f"its_hub best of {N}, `/judge/rank` as its reward",
         open=its_hub("rank"),
         peer="its_hub",
+        is_costly=True,
     ),
 }
 DECODING_BEST_OF = "reward-best-of"

@@ -33,6 +33,8 @@ class Options:
     """Rows of the tables, by their names in `benchmarks.peers.rows`. () = all."""
     prompts: tuple[PositiveInt, PositiveInt] = (300, 120)
     """Test prompts of the toy data and for SmolLM2, which has 150."""
+    costly: PositiveInt = 60
+    """The first of SmolLM2's prompts, for rows that read or write thousands of tokens for each."""
     rounds: PositiveInt = 5
     """Timed rounds; every row has its turn in each."""
     clients: tuple[PositiveInt, ...] = (1, 16)
@@ -51,6 +53,8 @@ class Setting(Workplace):
 
     world: WorldName
     num_prompts: int
+    num_costly: int
+    """Of the prompts, for costly rows."""
     rounds: int
     clients: tuple[int, ...]
     num_pairs: int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison.jobs import Job, run_job
-from benchmarks.peers import report, worlds
+from benchmarks.peers import environments, report, worlds
 from benchmarks.peers.__main__ import main, prepare, setting_of
 from benchmarks.peers.args import args
 from benchmarks.peers.cards import MOST_DRAWS, SHORTEST, cards
@@ -49,7 +49,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     frozen = load_frozen(replace(worlds.world_of(toy), decoding=SHORT))
     guide = Guide(frozen.model, lambda prompt: prompt.ids)
     scale = Scale(mean=0.0, std=1.0, goal=-20.0, entropy=1.0)
-    return Lab(frozen, SHORT, fewest_letters, 2, guide, scale)
+    return Lab(frozen, SHORT, fewest_letters, 2, None, guide, scale)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,9 @@ def test_args_without_weight_is_greedy(lab: Lab, prompts: list[Prompt]) -> None:
     tokens = sum(map(len, greedy))
     assert found.llm_passes == tokens
     assert found.reward_passes == 2 * 4 * tokens  # two passes for each of four candidates
+    # An implicit reward of 0 for all tokens, because the guide is the LLM itself.
+    found = args(replace(lab, beta=0.1), k=4, weight=100.0)(prompts, 0)
+    assert (found.responses, found.reward_passes) == (greedy, tokens)
 
 
 def test_args_takes_the_continuation_of_highest_reward(lab: Lab, prompts: list[Prompt]) -> None:
@@ -185,7 +188,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
     names = ["oracle", "proxy", "best-of", "args", "reward-best-of"]
     for job in [*serving_jobs(setting, nobody), *decoding_jobs(setting)]:
         kind, _, name = job.name.rpartition("/")
-        result: dict[str, Any] = {"mean": 0.0}
+        result: dict[str, Any] = {"mean": 0.0, "pairs": 100, "train_cpu_seconds": 12.3}
         if kind == "answers":
             result = {"texts": texts.get(name, [rude] * 2)}
             if name in ("baseline", "oracle"):
@@ -203,12 +206,14 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
         assert is_finished(setting, job)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "prompts_of", lambda setting: chats)
+        patch.setattr(environments, "megabytes", lambda directory: 5000.0)
         report.write([setting], {"its_hub": {"megabytes": 161.6, "place": "/x"}}, tmp_path)
     table = (tmp_path / "peers_table.md").read_text()
-    assert "| **proxy** | 100.0 ± 0.0 % | 0.25 | 1.00 [1.00, 1.00] | 0.5 |" in table
+    assert "| **proxy** | 100.0 ± 0.0 % | 2 | 0.25 | 1.00 [1.00, 1.00] | 0.5 |" in table
     assert "| 13 / 16 | none / 16 | 8.0 | -1.50 ± 0.50 |" in table
-    assert "| ARGS, k 10, w 1.5 | 75.0 ± 25.0 % | 1.00 | 20.00 |" in table
-    assert "| its_hub |  | 162 |" in table
+    assert "| ARGS, k 10, w 1.5 | 75.0 ± 25.0 % | 2 | 1.00 | 20.00 |" in table
+    assert "| its_hub |  | 162 |" in table and "need |  | 5000 |" in table
+    assert "In transformers (the reward: 100 pairs, 12 CPU seconds):" in table
     assert "The grader itself chooses among 8: 50.0 ± 0.0 %." in table
     figures = json.loads((tmp_path / "peers.json").read_text())
     assert "place" not in figures["setup"]["its_hub"]
@@ -227,4 +232,4 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "peers.json").read_text())["worlds"]["toy"]["rows"]
     assert rows["proxy"]["engine"] == rows["proxy"]["reported"]
     assert rows["best-of"]["engine"]["prompt"] > 10 * rows["plain"]["engine"]["prompt"]
-    assert rows["args"]["reward_passes"] == 20 * rows["args"]["llm_passes"]
+    assert rows["args"]["reward_passes"] == rows["args"]["llm_passes"] == 1
