@@ -72,7 +72,7 @@ def serve(
     Raises:
         RuntimeError: it did not start; the message ends with the last lines of the log.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", MODULES[kind], "--model", str(model.directory)]
     command += ["--tokenizer", str(model.tokenizer)]
     command += ["--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)]
@@ -98,7 +98,7 @@ def serve(
             start_new_session=True,
         )
         try:
-            while not _is_healthy(url):
+            while not is_healthy(url):
                 if process.poll() is not None or time.perf_counter() - start > START_SECONDS:
                     log.seek(0)
                     tail = log.read().decode(errors="replace").splitlines()[-30:]
@@ -106,7 +106,7 @@ def serve(
                 time.sleep(POLL_SECONDS)
             yield Server(url, model.name, time.perf_counter() - start, process.pid)
         finally:
-            _stop(process)
+            stop(process)
 
 
 def make_llm(
@@ -132,19 +132,22 @@ def make_llm(
     )
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether a server answers at this address, with 200 to `/health`."""
     with suppress(httpx.TransportError):
         return httpx.get(f"{url}/health", timeout=5).status_code == 200
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its session, and all that it started."""
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)

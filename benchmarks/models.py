@@ -27,7 +27,7 @@ ModelName = Literal["demo", "smollm2", "large"]
 class Model:
     """An LLM with a proxy, and the size of its KV cache."""
 
-    name: ModelName
+    name: str
     directory: Path
     tokenizer: Path
     proxy: Path

@@ -36,6 +36,9 @@ NOT_RUN = {
     ("docs/judge.md", "python -m training.reward_model"): "tests/training/test_probe.py",
     ("docs/operations.md", "docker build"): "needs Docker; tests/deploy",
     ("docs/quality-cost.md", "make serve DEMO=toy"): "takes minutes; tests/server/test_plan.py",
+    ("docs/results/peers.md", "python -m benchmarks.peers"): (
+        "minutes, and packages from PyPI; tests/benchmarks/test_peers.py"
+    ),
     ("docs/results/real.md", "python -m benchmarks.real"): "hours; tests/benchmarks/test_real.py",
     (
         "docs/training.md",
