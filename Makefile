@@ -32,8 +32,8 @@ $(error DEMO is '$(DEMO)'; it can be smollm2 or toy)
 endif
 named = $(foreach path,$(wildcard $(1)/*/),$(notdir $(path:/=))=$(path:/=))
 
-# Two workers (tests/conftest.py says who gets what).
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Three workers, of which one is often waiting (tests/conftest.py says who gets what).
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
