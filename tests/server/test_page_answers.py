@@ -22,6 +22,8 @@ def page(open_page, server):
 
 
 def ask(page, question=QUESTION):
+    # Until the page knows the model nothing can be sent.
+    expect(page.locator("#composer [type=submit]")).to_be_enabled()
     page.fill("#prompt", question)
     page.keyboard.press("Enter")
     wait_for_answers(page)
