@@ -12,5 +12,5 @@
 - `lab`           - a world in transformers: reward, guide, constants.
 - `timing`        - timed rounds.
 - `plan`          - all jobs.
-- `report`        - figures and tables.
+- `report`, `tables` - figures and tables.
 """

@@ -34,7 +34,7 @@ def main(options: Options) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers too
     prepared = prepare(options)
     settings = [setting_of(options, world, prepared) for world in options.worlds]
-    for setting in settings:
+    for setting in settings if not options.report_only else ():
         with engine_on_demand(setting) as engine:
             run(setting, serving_jobs(setting, engine))
         run(setting, decoding_jobs(setting))
@@ -50,7 +50,7 @@ def prepare(options: Options) -> dict[PeerName, dict[str, Any]]:
         place = given or options.work / "environments" / name
         record = options.work / f"{name}.json"
         found = environments.find(name, place)
-        if found is None and given is None:
+        if found is None and given is None and not options.report_only:
             log = options.work / f"{name}.log"
             print(f"{name}: installing into {place}", flush=True)
             try:

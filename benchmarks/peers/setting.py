@@ -43,6 +43,8 @@ class Options:
     """Directory for the files of the jobs."""
     output: Path = Path("docs/results")
     """Directory for peers_table.md and peers.json."""
+    report_only: bool = False
+    """Run nothing, and report on what is finished."""
     scale: PositiveShare = 1.0
     """Share of prompts, pairs and rounds."""
 

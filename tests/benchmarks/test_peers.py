@@ -213,7 +213,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
     assert "| 13 / 16 | none / 16 | 8.0 | -1.50 ± 0.50 |" in table
     assert "| ARGS, k 10, w 1.5 | 75.0 ± 25.0 % | 2 | 1.00 | 20.00 |" in table
     assert "| its_hub |  | 162 |" in table and "need |  | 5000 |" in table
-    assert "In transformers (the reward: 100 pairs, 12 CPU seconds):" in table
+    assert "Their reward: 100 pairs, 12 CPU seconds of training." in table
     assert "The grader itself chooses among 8: 50.0 ± 0.0 %." in table
     figures = json.loads((tmp_path / "peers.json").read_text())
     assert "place" not in figures["setup"]["its_hub"]
