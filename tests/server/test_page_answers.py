@@ -22,11 +22,15 @@ def page(open_page, server):
 
 
 def ask(page, question=QUESTION):
-    # Until the page knows the model nothing can be sent.
+    begin(page, question)
+    wait_for_answers(page)
+
+
+def begin(page, question=QUESTION):
+    # Until the page knows the model, Enter does nothing.
     expect(page.locator("#composer [type=submit]")).to_be_enabled()
     page.fill("#prompt", question)
     page.keyboard.press("Enter")
-    wait_for_answers(page)
 
 
 def wait_for_answers(page):
@@ -170,8 +174,7 @@ def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page):
         route.continue_(post_data=json.dumps(body))
 
     page.route(f"**{CHAT}", make_long)
-    page.fill("#prompt", QUESTION)
-    page.keyboard.press("Enter")
+    begin(page)
     expect(answer(page, "A").locator(".text")).to_have_text(re.compile(".{20}"))
     page.get_by_role("button", name="Stop").click()
     page.wait_for_selector("#stop", state="hidden")
