@@ -11,7 +11,6 @@ Requests of Assent's rows and of the methods in transformers have seeds. optillm
 differ from run to run.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -48,7 +47,6 @@ def prepare(options: Options) -> dict[PeerName, dict[str, Any]]:
     for name in options.peers:
         given: Path | None = getattr(options, name)
         place = given or options.work / "environments" / name
-        record = options.work / f"{name}.json"
         found = environments.find(name, place)
         if found is None and given is None and not options.report_only:
             log = options.work / f"{name}.log"
@@ -58,12 +56,9 @@ def prepare(options: Options) -> dict[PeerName, dict[str, Any]]:
             except subprocess.CalledProcessError:
                 print(f"{name}: pip failed, see {log}: its rows are left out", file=sys.stderr)
                 continue
-            record.write_text(json.dumps(found) + "\n")
         if found is None:
             print(f"{name}: not in {place}: its rows are left out", file=sys.stderr)
             continue
-        if record.exists():
-            found = json.loads(record.read_text())
         prepared[name] = found | {"place": str(place)}
     return prepared
 
@@ -73,15 +68,14 @@ def setting_of(
 ) -> Setting:
     is_toy = world == "toy"
     num_prompts = scaled(options.prompts[not is_toy], options.scale, 4)
+    num_costly = scaled(options.costly, options.scale, 4)
     return Setting(
         model=DEMO / "model" if is_toy else model_directory(),
         work=options.work / world,
         scale=options.scale,
         world=world,
         num_prompts=num_prompts,
-        num_costly=num_prompts
-        if is_toy
-        else min(num_prompts, scaled(options.costly, options.scale, 4)),
+        num_costly=num_prompts if is_toy else min(num_prompts, num_costly),
         rounds=scaled(options.rounds, options.scale, 1),
         clients=options.clients,
         num_pairs=scaled(4_000, options.scale, 64),

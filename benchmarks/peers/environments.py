@@ -1,5 +1,6 @@
 """The peers' packages, each in a virtual environment of its own, and what setting it up takes."""
 
+import json
 import subprocess
 import sys
 import time
@@ -24,17 +25,23 @@ PACKAGES: dict[PeerName, Package] = {
     "its_hub": Package("its_hub", ("its_hub[lm]==1.2.0",)),
 }
 
+RECORD = "setup.json"
+"""What setting it up took, in the environment."""
+
 
 def python_of(environment: Path) -> Path:
     return environment.absolute() / "bin" / "python"
 
 
 def find(name: PeerName, environment: Path) -> dict[str, Any] | None:
-    """The environment's size, if it has the package."""
+    """Its size, if it has the package, and the seconds that it took if it was made here."""
     if not (
         python_of(environment).exists() and any(environment.glob(f"lib/*/site-packages/{name}"))
     ):
         return None
+    record = environment / RECORD
+    if record.exists():
+        return json.loads(record.read_text())
     return {"megabytes": megabytes(environment)}
 
 
@@ -54,7 +61,9 @@ def make(name: PeerName, environment: Path, log: Path) -> dict[str, Any]:
             ),
         ):
             subprocess.run(command, stdout=file, stderr=file, check=True)
-    return {"seconds": time.monotonic() - start, "megabytes": megabytes(environment)}
+    made = {"seconds": time.monotonic() - start, "megabytes": megabytes(environment)}
+    (environment / RECORD).write_text(json.dumps(made) + "\n")
+    return made
 
 
 def megabytes(directory: Path) -> float:
