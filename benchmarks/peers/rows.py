@@ -51,6 +51,26 @@ SERVING: dict[str, Serving] = {
         open=assent(alignment=lambda world: {"best_of": N}),
         is_costly=True,
     ),
+    "best-of-5": Serving(
+        title="best of 5, self-judge",
+        open=assent(alignment=lambda world: {"best_of": 5}),
+        is_costly=True,
+    ),
+    "adaptive": Serving(
+        title=f"best of {N}, adaptive",
+        open=assent(alignment=lambda world: {"best_of": N, "judge": {"strategy": "adaptive"}}),
+        is_costly=True,
+    ),
+    "prefixes": Serving(
+        title=f"best of {N}, judged from 12 tokens on",
+        open=assent(alignment=lambda world: {"best_of": N, "judge": {"prefix_tokens": 12}}),
+        is_costly=True,
+    ),
+    "one-call": Serving(
+        title=f"best of {N}, one call in {N} orders",
+        open=assent(alignment=lambda world: {"best_of": N, "judge": {"strategy": "one-call"}}),
+        is_costly=True,
+    ),
     "best-of-by-proxy": Serving(
         title=f"**best of {N}**, the proxy as judge",
         open=assent(
