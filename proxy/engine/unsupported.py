@@ -75,11 +75,13 @@ UNSUPPORTED = (
 
 def unsupported_in_arguments(args: Any) -> Iterator[Feature]:
     """The features that vLLM's parsed command line switches on."""
+    of_drafts = args.speculative_config or {}
     for feature in UNSUPPORTED:
-        # One argument is a JSON object, the others are attributes.
         holder = args
         if feature.config == "speculative_config":
-            holder = Namespace(**(args.speculative_config or {}))
+            if feature.attribute not in of_drafts:
+                continue
+            holder = Namespace(**of_drafts)
         if _is_on(holder, feature):
             yield feature
 
@@ -104,7 +106,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def _is_on(holder: Any, feature: Feature) -> bool:
-    value = getattr(holder, feature.attribute, None)
+    value = getattr(holder, feature.attribute)
     if feature.value is not None:
         return bool(value == feature.value)
     if type(value) is int:  # the size of a group of devices
