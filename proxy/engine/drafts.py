@@ -31,13 +31,15 @@ class DraftRows(NamedTuple):
     requests: Tensor  # [R] int64, index of each row's request
     first_rows: Tensor  # [R] int64, the first row of that request
     offsets: Tensor  # [R] int64, rows of that request before this one
+    from_end: Tensor  # [R] int64, the same less those of the request's last row: 0 and below
 
     @classmethod
     def of(cls, counts: list[int], device: torch.device) -> Self:
         """From the number of rows of each request [B]."""
         requests = np.arange(len(counts)).repeat(counts)
-        first_rows = (np.cumsum(counts) - counts)[requests]
-        columns = np.stack((requests, first_rows, np.arange(len(requests)) - first_rows))
+        rows, ends = np.arange(len(requests)), np.cumsum(counts)
+        first_rows, last_rows = (ends - counts)[requests], (ends - 1)[requests]
+        columns = np.stack((requests, first_rows, rows - first_rows, rows - last_rows))
         return cls(counts, *to_device(columns, torch.int64, device).unbind(0))
 
     def expand(self, of_requests: Sequence[str]) -> list[str]:
@@ -46,9 +48,7 @@ class DraftRows(NamedTuple):
 
     def positions(self, seq_lens: Tensor) -> Tensor:
         """Index of the token to be drawn: [R] int32. `seq_lens` [B or more] counts the drafts too."""
-        counts = to_device(self.counts, torch.int64, seq_lens.device)
-        first = seq_lens[: len(counts)] - counts + 1
-        return (first[self.requests] + self.offsets).int()
+        return (seq_lens[self.requests] + self.from_end).int()
 
     def requests_of(self, rows: Collection[int]) -> list[int]:
         """The requests that these rows are all rows of."""

@@ -83,7 +83,8 @@ class ProxyRejectionSampler(RejectionSampler):
         emitted = rows.emitted(plan.new_tokens(decided).int(), drafts, size)
         if plan.unproxied_rows:
             requests = rows.requests_of(plan.unproxied_rows)
-            emitted[requests] = self._verify(metadata, draft_probs, constrained, md, requests)
+            index = to_device(requests, torch.int64, logits.device)
+            emitted[index] = self._verify(metadata, draft_probs, constrained, md, requests, index)
         sampled = emitted[rows.requests, rows.offsets]
         score_shadows(step, constrained, sampled.long(), temperature_applied=False)
         logprobs = None
@@ -120,6 +121,7 @@ class ProxyRejectionSampler(RejectionSampler):
         constrained: Tensor,  # [R, V]
         md: SamplingMetadata,
         requests: list[int],  # P, into the batch
+        index: Tensor,  # the same on the device
     ) -> Tensor:
         """vLLM's own last stages, for the requests without a proxy: tokens [P, S], -1 = none."""
         device, ends = constrained.device, [*accumulate(metadata.num_draft_tokens)]
@@ -129,7 +131,6 @@ class ProxyRejectionSampler(RejectionSampler):
             for i, count in zip(requests, counts, strict=True)
             for draft in range(ends[i] - count, ends[i])
         ]
-        index = to_device(requests, torch.int64, device)  # [P]
         draft_index = to_device(drafts, torch.int64, device)
         ends_of_drafts = to_device([*accumulate(counts)], torch.int32, device)
 
@@ -188,7 +189,7 @@ class ProxyRejectionSampler(RejectionSampler):
         A judge reads them, of requests that draw one token.
         """
         ends, size = metadata.bonus_logits_indices + 1, emitted.shape[1]
-        counts = torch.tensor(metadata.num_draft_tokens, device=logits.device) + 1
+        counts = to_device(metadata.num_draft_tokens, torch.int64, logits.device) + 1
         offsets = torch.arange(size, device=logits.device)
         rows = torch.minimum((ends - counts).unsqueeze(-1) + offsets, ends.unsqueeze(-1) - 1)
         reported = logits[rows.flatten()]
