@@ -65,14 +65,16 @@ class ChoicePrompt:
             token = label_id(tokenizer, text, prompt, f" {letter}")
             if token is not None:
                 found.setdefault(token, letter)
-        if len(found) < num:
+            if len(found) == num:
+                break
+        else:
             raise JudgePromptError(
                 f"a choice among {num} needs as many letters, but this tokenizer writes only {len(found)} as one token "
                 f"of their own after {principle.answer!r}: choose a strategy that compares pairs"
             )
-        self.labels = tuple(found)[:num]
+        self.labels = tuple(found)
         """The token of each position."""
-        letters = list(found.values())[1:num]
+        _, *letters = found.values()
         self._separators = [_SECOND.sub(letter, between) for letter in letters]
 
     @property
