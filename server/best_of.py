@@ -175,8 +175,8 @@ async def _rank(
             for first, second in ((texts[a], texts[b]) for a, b in pairs)
             if first is not None and second is not None
         ]
-        whole = tokens is None  # nothing is to be learned from parts
-        judgments = iter(await judges.compare(judge, questions, principles, caller, keep=whole))
+        judged_texts = judges.compare(judge, questions, principles, caller, whole=tokens is None)
+        judgments = iter(await judged_texts)
         results = [
             _forfeit(texts[a] is None, texts[b] is None) or next(judgments) for a, b in pairs
         ]

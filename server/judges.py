@@ -235,16 +235,21 @@ class Judges:
         principles: Mapping[str, Principle],
         caller: Caller,
         *,
-        keep: bool = True,
+        whole: bool = True,
     ) -> list[PairResult]:
-        """The judge's results on a caller's request. Records them in the metrics and, with `keep`, in the database."""
+        """The judge's results on a caller's request, which are recorded.
+
+        Args:
+            whole: whether the responses are: such verdicts go to the calibration and the database, too.
+        """
         results = await judge.compare(questions)
         calibration = self.calibrations[judge.kind]
         for question, result in zip(questions, results, strict=True):
             for verdict in result.by_principle.values():
                 metrics.VERDICTS.labels(verdict.winner).inc()
-                calibration.add(question, verdict)
-        if keep and self.feedback_writer is not None:
+                if whole:
+                    calibration.add(question, verdict)
+        if whole and self.feedback_writer is not None:
             principle = principle_of(principles, default=next(iter(self.principles)))
             self.feedback_writer.record_verdicts(questions, results, principle, caller.identity)
         return results
