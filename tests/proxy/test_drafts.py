@@ -174,22 +174,33 @@ ALIGNED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["all kinds", "logits untouched"])
-def test_drafts_change_nothing_of_a_seeded_request(without_drafts, with_drafts, alone):
-    """The kinds beside each other go through vLLM's stages; without any work for these they are skipped."""
-    requests = ALIGNED[:3] if alone else ALIGNED
+def generate_alike(without_drafts: Any, with_drafts: Any, requests: Any) -> tuple[Any, Any]:
+    """The outputs of both engines for the same requests, which must have the same tokens."""
     sampling = [params(proxy, **kwargs) for proxy, kwargs in requests]
     expected = generate(without_drafts, sampling)
     with emitted_lengths() as lengths:
         outputs = generate(with_drafts, sampling)
     assert tokens(outputs) == tokens(expected)
     assert Counter(lengths).keys() >= {1, 2, 3, 4}
+    return expected, outputs
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["all kinds", "logits untouched"])
+def test_drafts_change_nothing_of_a_seeded_request(without_drafts, with_drafts, alone):
+    """The kinds beside each other go through vLLM's stages; without any work for these they are skipped."""
+    requests = ALIGNED[:3] if alone else ALIGNED
+    expected, outputs = generate_alike(without_drafts, with_drafts, requests)
     for method in ("take_traces", "take_alignment_counts"):
         entries, expected_entries = (
             taken(llm, method, of)
             for llm, of in ((with_drafts, outputs), (without_drafts, expected))
         )
         assert len(entries) == len(expected_entries)
+        if method == "take_alignment_counts":
+            samples = [name for name, kwargs in requests for _ in range(kwargs.get("n", 1))]
+            assert [entry["proxy"] for entry in entries] == [
+                "+".join(sorted(name.split("+"))) for name in samples
+            ]
         for entry, expected_entry in zip(entries, expected_entries, strict=True):
             if method == "take_traces":  # the probabilities are rounded otherwise
                 entry, expected_entry = (
@@ -212,12 +223,7 @@ def test_a_draft_model_changes_nothing_either(make_llm, model_dir, checkpoints, 
     config = {"method": "draft_model", "model": str(model_dir), "num_speculative_tokens": 3}
     llm = load(make_llm(worker_cls=WORKER, speculative_config=config), checkpoints)
     requests = [*ALIGNED[:7], *ALIGNED[9:11]]
-    sampling = [params(proxy, **kwargs) for proxy, kwargs in requests]
-    expected = generate(without_drafts, sampling)
-    with emitted_lengths() as lengths:
-        outputs = generate(llm, sampling)
-    assert tokens(outputs) == tokens(expected)
-    assert Counter(lengths).keys() >= {1, 2, 3, 4}
+    expected, outputs = generate_alike(without_drafts, llm, requests)
     assert taken(llm, "take_alignment_counts", outputs) == taken(
         without_drafts, "take_alignment_counts", expected
     )
