@@ -32,6 +32,7 @@ NOT_RUN = {
     ("examples/README.md", "make serve DEMO=toy"): "starts what the tests have",
     ("docs/integrations.md", "lm_eval"): "needs lm-eval; tests/server/test_examples.py",
     ("docs/integrations.md", "python -m server"): "needs a collector; tests/server/test_tracing.py",
+    ("docs/judge.md", "python -m benchmarks.peers"): "minutes; tests/benchmarks/test_peers.py",
     ("docs/judge.md", "python -m training.jsft"): "tests/training/test_supervised.py",
     ("docs/judge.md", "python -m training.reward_model"): "tests/training/test_probe.py",
     ("docs/operations.md", "docker build"): "needs Docker; tests/deploy",

@@ -33,9 +33,12 @@ def pages():
 @pages()
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
+    site = REPOSITORY / "docs"
     for target in links(text):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
+        if page.is_relative_to(site):
+            assert file.is_relative_to(site), f"the docs site has no page {target}"
         if file == GENERATED:
             continue
         assert file.exists(), target
