@@ -2,7 +2,8 @@
 
 `multiprocessing`'s fork server imports third-party libraries, once for all tests of a worker. Our own modules are
 imported by every command anew, in a process of its own, with an environment, streams, signals and an exit code.
-Processes that a command would spawn through `multiprocessing`, such as vLLM's engines and workers, are forked from it.
+Processes that a command would spawn through `multiprocessing`, such as vLLM's engines and workers, are forked from it
+where it has one thread.
 """
 
 import atexit
@@ -131,8 +132,10 @@ def _run(
     sys.path[:0] = [str(directory), *extra_paths]
     sys.argv = ["-m", *arguments[1:]]
     _apply_environment()
-    setattr(SpawnProcess, "_Popen", staticmethod(popen_fork.Popen))  # noqa: B010
-    os.register_at_fork(after_in_child=_reset_after_fork)
+    # A fork loses the threads of GNU's OpenMP, and waits for them.
+    if environment.get("OMP_NUM_THREADS") == "1":
+        setattr(SpawnProcess, "_Popen", staticmethod(popen_fork.Popen))  # noqa: B010
+        os.register_at_fork(after_in_child=_reset_after_fork)
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:

@@ -174,6 +174,11 @@ def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(page):
         route.continue_(post_data=json.dumps(body))
 
     page.route(f"**{CHAT}", make_long)
+    # A minute's stream, however slow the click is.
+    page.context.new_cdp_session(page).send(
+        "Network.emulateNetworkConditions",
+        {"offline": False, "latency": 0, "downloadThroughput": 4096, "uploadThroughput": -1},
+    )
     begin(page)
     expect(answer(page, "A").locator(".text")).to_have_text(re.compile(".{20}"))
     page.get_by_role("button", name="Stop").click()
