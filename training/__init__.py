@@ -66,6 +66,7 @@ Data and models:
 - `conversations`   - chats as token ids.
 - `judgments`       - judgment examples from preference pairs.
 - `pairs`           - preference pairs as token ids, and as a model's inputs.
+- `packing`         - several responses to one prompt as one sequence.
 - `models`          - loads models and tokenizers.
 - `adapters`        - a LoRA on the frozen LLM, on or off per call.
 - `model_inputs`    - batches of token ids as a model's inputs.

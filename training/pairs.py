@@ -5,7 +5,6 @@ once for both answers: prompt, chosen and rejected answer form one sequence, in 
 attend to the chosen one, and its positions continue from the prompt.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +15,7 @@ from transformers import PreTrainedModel
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.data import PAIR, Row, RowOptions, read_as
-
-_ALIKE = {torch.float32: 1e-3}
-_ALIKE_ROUNDED = 0.05
-"""Nats a token by which reading the prompt once may differ: rounding. The second value is for weights with 8 or 11
-bits.
-"""
+from training.packing import ALIKE, ALIKE_ROUNDED, Group, needs_additive, pack, takes_packed
 
 
 class Pair(NamedTuple):
@@ -111,20 +105,14 @@ def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
     Args:
         additive: use a mask that is added to the scores, as "eager" attention needs it.
     """
-    length = max(sum(map(len, pair)) for pair in pairs)
-    ids = torch.zeros(len(pairs), length, dtype=torch.long)
-    positions, part = ids.clone(), ids.clone()  # part: 0 prompt, 1 chosen, 2 rejected
+    groups = [Group(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+    packed = pack(groups, additive=additive)
+    length = packed.owners.shape[1]
     places: list[int] = []
     targets: list[int] = []
     answers: list[int] = []
     for i, pair in enumerate(pairs):
-        row = [*pair.prompt, *pair.chosen, *pair.rejected]
         start, second = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
-        ids[i, : len(row)] = torch.tensor(row)
-        positions[i, : len(row)] = torch.tensor(
-            [*range(second), *range(start, start + len(pair.rejected))]
-        )
-        part[i, start:second], part[i, second : len(row)] = 1, 2
         first = i * length
         for answer, begin, whose in (
             (pair.chosen, start, i),
@@ -137,12 +125,7 @@ def together(pairs: Sequence[Pair], *, additive: bool = False) -> Scored:
             places += [first + place for place in before[: len(answer)]]
             targets += answer
             answers += [whose] * len(answer)
-    sees = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = (sees & ~((part[:, :, None] == 2) & (part[:, None, :] == 1))).unsqueeze(1)
-    if additive:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    return Scored(inputs, *map(torch.tensor, (places, targets, answers)))
+    return Scored(packed.inputs, *map(torch.tensor, (places, targets, answers)))
 
 
 class Reader:
@@ -154,13 +137,9 @@ class Reader:
             model: without a LoRA, or with an untrained one.
             pairs: all that will be read; the longest is used for the test.
         """
-        config = model.config.get_text_config()
-        self._additive = config._attn_implementation == "eager"
-        self.shares = False
+        self._additive = needs_additive(model)
         longest = max(pairs, key=lambda pair: pair.longest)
-        window = getattr(config, "sliding_window", None)
-        if self._takes_positions(model) and (window is None or longest.longest <= window):
-            self.shares = self._is_alike(model, longest)
+        self.shares = takes_packed(model, longest.longest) and self._is_alike(model, longest)
 
     def __call__(self, pairs: Sequence[Pair]) -> Scored:
         return together(pairs, additive=self._additive) if self.shares else separate(pairs)
@@ -169,15 +148,11 @@ class Reader:
         """Tokens of a pair in a batch of its own."""
         return sum(map(len, pair)) if self.shares else 2 * pair.longest
 
-    @staticmethod
-    def _takes_positions(model: PreTrainedModel) -> bool:
-        base: Any = getattr(model, "get_base_model", lambda: model)()
-        return "position_ids" in inspect.signature(type(base).forward).parameters
-
     @torch.no_grad()
     def _is_alike(self, model: PreTrainedModel, pair: Pair) -> bool:
         shared, split = (
             scored.logprobs(model)
             for scored in (together([pair], additive=self._additive), separate([pair]))
         )
-        return bool((shared - split).abs().mean() < _ALIKE.get(model.dtype, _ALIKE_ROUNDED))
+        nats = (shared - split).abs().mean()  # a token
+        return bool(nats < ALIKE.get(model.dtype, ALIKE_ROUNDED))

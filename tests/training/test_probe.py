@@ -14,7 +14,7 @@ from proxy.checkpoint import CheckpointError, FingerprintMismatch
 from proxy.probe import PROBE_FILE, load_weight
 from proxy.reward_file import RewardFile
 from tests.training.models import ANSWERS, PROMPTS, chat, frozen_of, save_model
-from training import part_cache, probe, reward_model
+from training import mean_states, part_cache, probe, reward_model
 from training.adapters import lora_config
 from training.console import TrainingError
 from training.conversations import Conversations
@@ -52,6 +52,25 @@ def test_states_are_averaged_after_each_token_of_the_response(frozen_model: Froz
         expected = [layer_states[0, len(prompt) :].mean(0) for layer_states in (states[1], last)]
         torch.testing.assert_close(mean, torch.stack(expected), rtol=1e-4, atol=1e-4)
     assert not result.means[-1].any()
+
+
+def test_a_prompt_is_read_once(frozen_model: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses, sizes = responses_of(frozen_model), []
+    has_window = (
+        frozen_model.model.config.model_type == "gemma2"
+    )  # a short one: it reads each response alone
+
+    def record(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        sizes.append(inputs["input_ids"].numel())
+
+    handle = frozen_model.model.register_forward_pre_hook(record, with_kwargs=True)
+    together = read_means(responses, (1, 2), model=frozen_model.model, max_tokens=10_000)
+    read_together, sizes[:] = sum(sizes), []
+    monkeypatch.setattr(mean_states, "takes_packed", lambda model, longest: False)
+    alone = read_means(responses, (1, 2), model=frozen_model.model, max_tokens=10_000)
+    handle.remove()
+    assert (read_together < sum(sizes)) != has_window
+    torch.testing.assert_close(together.means, alone.means, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
