@@ -62,6 +62,7 @@ Beside a server:
 
 Data and models:
 
+- `blind`           - answers without labels, for whoever judges them.
 - `data`            - rows, as `judge.rows` reads them.
 - `conversations`   - chats as token ids.
 - `judgments`       - judgment examples from preference pairs.

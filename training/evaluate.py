@@ -23,6 +23,7 @@ from torch import Tensor
 from judge.options import Seed
 from proxy.checkpoint import identify, load, resolve_model_dir
 from proxy.hub import resolve_dir
+from training import blind
 from training.console import TrainingError, main_guard, read_options
 from training.conversations import Conversations
 from training.data import Message, Row, RowOptions, read_as
@@ -64,8 +65,12 @@ class Options(RowOptions):
     """Responses at once in the device's memory."""
     output: Path | None = None
     """A JSON file for the metrics."""
+    blind: Path | None = None
+    """Directory for the answers of both, unlabelled and in random order, to be read blind; `key.json` says whose they
+    are.
+    """
     overwrite: bool = False
-    """Replace that file if it exists."""
+    """Replace these files if they exist."""
     card: bool = False
     """Add the figures to the proxy's model card."""
     seed: Seed = 1
@@ -126,6 +131,12 @@ def evaluate(options: Options) -> dict[str, Any]:
     policy = Policy(model, proxy.network, options.strength)
     # The divergence of two greedy policies is either 0 or infinite.
     rollout, proxied = answer(policy, count(first), measure_kl=options.decoding.temperature > 0)
+    if options.blind:
+        texts = {
+            name: [sample.text for sample in samples]
+            for name, samples in {"frozen": frozen_answers, "proxied": proxied}.items()
+        }
+        blind.write(options.blind, chosen, texts)
     figures: dict[str, Any] = {
         "prompts": len(chosen),
         "seed": options.seed,
@@ -244,8 +255,11 @@ def main(options: Options) -> None:
     card = options.proxy / CARD_FILE
     if options.card and not card.is_file():
         raise TrainingError(f"--card: there is no {card}: train the proxy, which writes it")
-    if options.output:
-        check_file(options, reads=("model", "proxy", "prompts", "reward"))
+    written = [options.output] if options.output else []
+    if options.blind:
+        written += [options.blind / name for name in (blind.ANSWERS_FILE, blind.KEY_FILE)]
+    for target in written:
+        check_file(target, options, reads=("model", "proxy", "prompts", "reward"))
     figures = evaluate(options)
     show(figures)
     if options.output:

@@ -95,7 +95,7 @@ def has_secret(texts: Iterable[str]) -> bool:
 
 
 def main(options: Options) -> None:
-    check_file(options, reads=("feedback",))
+    check_file(options.output, options, reads=("feedback",))
     counts: Counter[str] = Counter()
     try:
         _write(options, counts)

@@ -237,13 +237,12 @@ def remove(directory: Path, names: Iterable[str]) -> None:
             parent.rmdir()
 
 
-def check_file(options: Any, *, reads: Sequence[str]) -> None:
-    """Check the output of a command that writes a single file.
+def check_file(target: Path, options: Any, *, reads: Sequence[str]) -> None:
+    """Check a file that a command writes.
 
     Raises:
         TrainingError: it cannot be written, is an input, or exists without `overwrite`.
     """
-    target: Path = options.output
     refuse_inputs(target, {name: getattr(options, name) for name in reads})
     refuse_unwritable(target, is_directory=False)
     if target.exists() and not options.overwrite:

@@ -172,12 +172,12 @@ def rlhf_arguments(work_dir: Path) -> list[str | Path]:
 
 @pytest.fixture(scope="session")
 def evaluations(work_dir: Path, scalar_reward: Path, make_once: MakeOnce) -> list[Path]:
-    """The figures of a proxy on 5 prompts: by the reference scorer, and by two rewards."""
+    """The figures of a proxy on 5 prompts: by the reference scorer, and by two rewards; `blind` has the answers."""
     rewards = ("--reward", work_dir / "reward-aligned", scalar_reward)
-    of_scorers = {"gold.json": (), "rewards.json": rewards}
+    names = ["gold.json", "rewards.json"]
 
     def evaluate(directory: Path) -> None:
-        for name, extra in of_scorers.items():
+        for name, extra in zip(names, [("--blind", directory / "blind"), rewards], strict=True):
             run_command(
                 "training.evaluate", "--model", work_dir / "base", "--proxy", work_dir / "proxy-aligned", "--output",
                 directory / name,
@@ -185,7 +185,7 @@ def evaluations(work_dir: Path, scalar_reward: Path, make_once: MakeOnce) -> lis
             )  # fmt: skip
 
     directory = make_once("evaluations", evaluate)
-    return [directory / name for name in of_scorers]
+    return [directory / name for name in names]
 
 
 @pytest.fixture(scope="session")

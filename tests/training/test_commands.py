@@ -80,6 +80,21 @@ def test_evaluate(work_dir: Path, scalar_reward: Path, evaluations: list[Path]) 
     assert list(by_rewards["rewards"]) == [str(work_dir / "reward-aligned"), str(scalar_reward)]
 
 
+def test_answers_to_be_judged_blind(work_dir: Path, evaluations: list[Path]) -> None:
+    directory = evaluations[0].parent / "blind"
+    lines = (directory / "answers.jsonl").read_text().splitlines()
+    rows, key = [*map(json.loads, lines)], json.loads((directory / "key.json").read_text())
+    prompts = (work_dir / "world/prompts_validation.jsonl").read_text().splitlines()[:5]
+    asked = [row["prompt"][-1]["content"] for row in rows]
+    assert sorted(asked) == sorted(json.loads(line)["prompt"][-1]["content"] for line in prompts)
+    shown = [answer["number"] for row in rows for answer in row["answers"]]
+    assert [*map(str, shown)] == [*key]
+    for row in rows:
+        methods = [method for answer in row["answers"] for method in key[str(answer["number"])]]
+        assert sorted(methods) == ["frozen", "proxied"]
+        assert len({answer["text"] for answer in row["answers"]}) == len(row["answers"])
+
+
 def test_scores_are_compared_prompt_by_prompt() -> None:
     figures = compare(torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 2.0]))
     # wins 1, 1/2, 0, 1: variance 11/48; gains 1, 0, -1, 3: variance 35/12

@@ -324,7 +324,11 @@ def test_a_file_is_replaced_where_told_to(tmp_path: Path) -> None:
     inputs = {"model": "m", "proxy": Path("p"), "prompts": "q"}
     with pytest.raises(TrainingError, match="is there already: .* replace it with --overwrite"):
         evaluate.main(evaluate.Options(**inputs, output=figures))
-    output.check_file(evaluate.Options(**inputs, output=figures, overwrite=True), reads=())
+    (tmp_path / "key.json").write_text("earlier")
+    with pytest.raises(TrainingError, match="key.json is there already"):
+        evaluate.main(evaluate.Options(**inputs, blind=tmp_path))
+    (tmp_path / "key.json").unlink()
+    output.check_file(figures, evaluate.Options(**inputs, overwrite=True), reads=())
     write_whole(figures, "later")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["later"]
 
