@@ -19,7 +19,7 @@ from training.reward_loading import model_judges
 from training.rewards import Frozen
 
 LORA: dict[str, Any] = {"lora_rank": 8, "batch_size": 16, "learning_rate": 1e-4}
-MAX_LENGTH = 384
+MAX_LENGTH = 256
 """Longer pairs train no LoRA."""
 _JUDGED_PAIRS = 400
 
