@@ -6,6 +6,7 @@
 import asyncio
 import json
 import logging
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Script:
         self.answers, self.url = list(answers), ""
         self.requests: list[tuple[str, str | None, dict[str, Any]]] = []
         self.active = self.most_active = 0
+        self.left = 0  # connections that were closed before an answer came
 
     def next(self) -> Any:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -62,7 +64,12 @@ def answering(*answers: Any) -> Iterator[Script]:
             script.active -= 1
             answer = script.next()
             if answer is None:
-                end.wait()
+                while not end.is_set():
+                    readable = select.select([self.connection], [], [], 0.02)[0]
+                    if readable and not self.connection.recv(1):
+                        script.left += 1
+                        break
+                self.close_connection = True
                 return
             status, content, headers = answer if isinstance(answer, tuple) else (200, answer, {})
             text = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -211,6 +218,25 @@ def test_no_more_judgments_at_once_than_allowed(tmp_path: Path) -> None:
     with answering(REWARD) as server:
         ask(make(tmp_path, server.url, "reward", "concurrency = 2"), chats=8)
     assert len(server.requests) == 8 and server.most_active <= 2
+
+
+def test_who_leaves_cancels_what_is_asked(tmp_path: Path) -> None:
+    async def leave(server: Script) -> None:
+        judge = make(tmp_path, server.url, "reward", "concurrency = 2")
+        meter = Meter(lambda lengths: None, lambda usage: None)
+        async with asyncio.timeout(60):
+            asked = asyncio.create_task(connect(judge, KEY, meter)([CHAT] * 3))
+            while len(server.requests) < 2:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            while server.left < 2:
+                await asyncio.sleep(0.01)
+
+    with answering(None) as server:
+        asyncio.run(leave(server))
+    assert len(server.requests) == 2  # the third was not sent
 
 
 @pytest.mark.parametrize(
