@@ -76,7 +76,7 @@ def plain_card() -> Card:
     prompts = "deploy/demo/smollm2/prompts/train.jsonl"
     count = sum(1 for _ in raw_rows(str(DEMO / "smollm2" / "prompts" / "train.jsonl")))
     of = "held-out pairs of the training"
-    readers = "validation prompts, by two blind readers in both orders"
+    readers = "test prompts, by two blind readers in both orders"
     return Card(
         name="plain",
         kind="proxy",
@@ -94,16 +94,16 @@ def plain_card() -> Card:
         scores=[
             Score("pairs ordered correctly by Σ log π/p", last["held_out_accuracy"], of=of),
             Score("KL(proxied ‖ frozen), nats a response", last["held_out_kl"], of=of),
-            Score("wins: which is plainer", 0.675, 0.044, 100, readers),
-            Score("wins: which is better apart from that", 0.485, 0.047, 100, readers),
+            Score("wins: which is plainer", 0.640, 0.044, 100, readers),
+            Score("wins: which is better apart from that", 0.458, 0.044, 100, readers),
             Score("wins by Dale-Chall score, which no training saw", 0.598, 0.023, 150, "test prompts, three seeds"),
             Score("wins by the reward of the training", 0.548, 0.023, 150, "test prompts, three seeds"),
         ],
         decoding=checkpoint.config,
         serve="make serve",
         limits=[
-            "A system prompt that asks for plain language does as much by the formulas (50 ± 5 %, 42 ± 5 % of 100 test "
-            "prompts).",
+            "A system prompt that asks for plain language is as plain to blind readers, and better apart from that (the "
+            "proxy's answers were chosen in 46.5 ± 4.7 % and 34.8 ± 4.4 % of 100 test prompts).",
             "The scores are of one training seed, 128 tokens, temperature 0.3.",
         ],
     )  # fmt: skip
