@@ -102,8 +102,8 @@ def plain_card() -> Card:
         decoding=checkpoint.config,
         serve="make serve",
         limits=[
-            "A system prompt that asks for plain language is as plain to blind readers, and better apart from that (the "
-            "proxy's answers were chosen in 46.5 ± 4.7 % and 34.8 ± 4.4 % of 100 test prompts).",
+            "A system prompt that asks for plain language is as plain to blind readers, and better apart from that "
+            "(the proxy's answers were chosen in 46.5 ± 4.7 % and 34.8 ± 4.4 % of 100 test prompts).",
             "The scores are of one training seed, 128 tokens, temperature 0.3.",
         ],
     )  # fmt: skip
