@@ -20,6 +20,7 @@ from training.preferences import Preferences, as_verdicts
 
 Row = dict[str, float]
 _MEASURED = 512  # pairs at once
+_SCALES = tuple(2 ** (step / 2) for step in range(-10, 5))  # of the log-ratios, from 1/32 to 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,14 @@ def balanced(labels: Tensor) -> tuple[float, float]:
     return total / 2 / max(1, good), total / 2 / max(1, total - good)
 
 
+def scaled(scores: Scores, by: float) -> Scores:
+    """With log-ratios times this factor."""
+    log_ratio = by * scores.log_ratio
+    return scores._replace(
+        log_ratio=log_ratio, logprob=scores.logprob - scores.log_ratio + log_ratio
+    )
+
+
 class Fit:
     """Fits one proxy to given preferences; the result is the same in each of several processes."""
 
@@ -94,7 +103,8 @@ class Fit:
         )
 
     def epochs(self, train: Preferences, held_out: Preferences) -> Iterator[Row]:
-        """Metrics of each pass. `best` is the network with the lowest held-out loss, or the last one.
+        """Metrics of each pass. `best` is the network with the lowest scaled loss of held-out preferences, or the last
+        one.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -120,7 +130,7 @@ class Fit:
             }
             if len(held_out):
                 row |= {f"held_out_{name}": x for name, x in self.measure(held_out).items()}
-            loss = row.get("held_out_loss", -epoch)
+            loss = row.get("held_out_scaled_loss", -epoch)
             if not math.isfinite(row["loss"]):
                 raise TrainingError("the loss is not finite: lower the learning rate")
             if loss < lowest:
@@ -130,17 +140,22 @@ class Fit:
 
     @torch.no_grad()
     def measure(self, preferences: Preferences) -> Row:
-        """Metrics of the current network: loss, KL in nats a response, and accuracy.
+        """Metrics of the current network: loss, scaled loss, KL in nats a response, and accuracy.
 
+        The scaled loss is that of log-ratios times the factor at which it is lowest. A loss rises where a network
+        becomes too sure of an order that still improves; strength is a dial, so the order counts and not the scale.
         Accuracy is the share of pairs that Σ log π/p orders correctly; with single verdicts, the share of all pairs of
         a good and a bad response.
         """
         examples = self._examples(preferences)
         parts = [self._score(part) for part in examples.split(_MEASURED)]
         scores = Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        losses = self._losses(scores, examples, scores.kl.mean())
         return {
-            "loss": losses.mean().item(),
+            "loss": self._losses(scores, examples, scores.kl.mean()).mean().item(),
+            "scaled_loss": min(
+                self._losses(scaled(scores, by), examples, by * scores.kl.mean()).mean().item()
+                for by in _SCALES
+            ),
             "accuracy": self._ordered_rightly(scores.log_ratio.cpu(), examples),
             "kl": scores.kl.mean().item(),
         }

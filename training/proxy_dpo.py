@@ -125,7 +125,7 @@ class Options(RunOptions, BackendOptions):
     max_grad_norm: Positive = Settings.max_grad_norm
     """Gradients are clipped to this norm."""
     epochs: PositiveInt | None = None
-    """Passes over the preferences; the one with the lowest held-out loss is kept."""
+    """Passes over the preferences; the one with the lowest scaled loss of held-out ones is kept (`docs/metrics.md`)."""
     batch_size: PositiveInt | None = None
     """Preferences in a gradient step."""
     weight_decay: NonNegative | None = None

@@ -9,7 +9,7 @@ from proxy.acceptance import Candidates
 from proxy.exact import divergence, emission_probabilities
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
-from training.direct import balanced
+from training.direct import balanced, scaled
 from training.preference_losses import Scores, pair_losses, score, verdict_losses
 
 COUNTS = (3, 0, 5)  # positions of three responses
@@ -95,3 +95,11 @@ def test_verdicts_by_hand_and_both_kinds_weigh_the_same() -> None:
     good, bad = 1 / (1 + math.exp(0.3)), 1 - 1 / (1 + math.exp(0.3))
     torch.testing.assert_close(losses, torch.tensor([good, bad, bad, bad]))
     assert balanced(is_good) == pytest.approx((2, 2 / 3))
+
+
+def test_scaled_log_ratios_have_the_loss_of_another_beta() -> None:
+    better, worse = (Scores(*torch.randn(5, 20)) for _ in range(2))
+    of_scaled = pair_losses(scaled(better, 0.5), scaled(worse, 0.5), loss="dpo", beta=0.6)
+    torch.testing.assert_close(of_scaled, pair_losses(better, worse, loss="dpo", beta=0.3))
+    frozen = better.logprob - better.log_ratio
+    torch.testing.assert_close(scaled(better, 2).logprob, frozen + 2 * better.log_ratio)

@@ -76,7 +76,9 @@ def test_from_pairs(
     assert "lie outside the LLM's nucleus" in printed
     assert "held-out preferences are ordered correctly" in printed
     checkpoint = load(run_options.output, base=identify(str(work_dir / "base")))
-    assert checkpoint.training["last"]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
+    lowest = min(row["held_out_scaled_loss"] for row in rows)
+    assert checkpoint.training["last"]["held_out_scaled_loss"] == lowest
+    assert all(row["held_out_scaled_loss"] <= row["held_out_loss"] for row in rows)
     assert checkpoint.config.max_rejections == checkpoint.config.max_candidates == 16
 
 
