@@ -176,13 +176,14 @@ class ProxyDPOTrainer:
             source, limit = options.prompts, options.max_rows
             self.prompts = read_prompts(source, options, self.tokenizer, config, limit)
             assert options.reward is not None, "refused at the start"
+            sizes = sizes_of(directory)
             self.batch_size = responses_at_once(
-                sizes_of(directory),
+                sizes,
                 options.responses_at_once,
                 max(len(prompt.ids) for prompt in self.prompts),
                 options.decoding.max_new_tokens,
                 dtype.itemsize,
-                reward_bytes(options.reward, dtype) + options.backend_bytes(),
+                reward_bytes(options.reward, dtype) + options.backend_bytes(sizes),
             )
         self.model = load_model(directory, dtype=dtype)[0]
         self.model.to(accelerator.device).eval().requires_grad_(False)

@@ -26,8 +26,10 @@ from training.rollout import Rollout
 from training.rollout_servers import ServersBackend, name_of
 from training.rollout_transformers import TransformersBackend
 from training.rollout_vllm import VLLMBackend, is_installed
+from training.sizes import Sizes, sizes_of
 
 MAX_REQUESTS = 256  # in vLLM at the same time
+_TINY = 50e6  # parameters
 
 
 class RolloutBackend(Protocol):
@@ -84,8 +86,8 @@ class BackendOptions:
     """Options that choose and configure the backend."""
 
     rollout: Literal["auto", "vllm", "servers", "transformers"] = "auto"
-    """What samples and reads responses. vllm and transformers run in this process. auto = vllm on CUDA if it is
-    installed, else transformers, which starts faster."""
+    """What samples and reads responses. vllm and transformers run in this process. auto = vllm if it is installed, but
+    transformers for a tiny LLM on a CPU: it is done before vLLM has started."""
     rollout_memory: PositiveShare = 0.3
     """Share of the GPU's memory for vLLM: a copy of the LLM and its KV cache. Without a GPU: share of the RAM."""
     servers: tuple[str, ...] = ()
@@ -97,9 +99,16 @@ class BackendOptions:
     """For --rollout servers: concurrent requests on each. More fill a large GPU. Fewer leave more of the work to the
     faster of unequal servers."""
 
-    def backend_bytes(self) -> float:
+    def uses_vllm(self, sizes: Sizes) -> bool:
+        """Whether vLLM samples from an LLM of these sizes in this process."""
+        if self.rollout != "auto":
+            return self.rollout == "vllm"
+        is_tiny = machine().device == "cpu" and sizes.parameters < _TINY
+        return is_installed() and not is_tiny
+
+    def backend_bytes(self, sizes: Sizes) -> float:
         """Memory that vLLM in this process takes."""
-        return self.rollout_memory * machine().free if self.rollout == "vllm" else 0.0
+        return self.rollout_memory * machine().free if self.uses_vllm(sizes) else 0.0
 
 
 def make_backend(
@@ -137,12 +146,12 @@ def make_backend(
             batch_size=batch_size,
             accelerator=accelerator,
         )
-    is_default = accelerator.device.type == "cuda" and is_installed()
-    if options.rollout == "vllm" or (options.rollout == "auto" and is_default):
+    directory = resolve_model_dir(options.model)
+    if options.uses_vllm(sizes_of(str(directory))):
         processes = accelerator.num_processes
         return VLLMBackend(
             model,
-            resolve_model_dir(options.model),
+            directory,
             base,
             max_tokens=longest + options.decoding.max_new_tokens,
             max_requests=min(math.ceil(responses / processes), MAX_REQUESTS),
