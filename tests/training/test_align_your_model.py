@@ -80,7 +80,7 @@ class PageRunner:
     def train(self, call: list[str]) -> str:
         module, *arguments = call
         command = Command(
-            *(module, *TINY[module].split(), *arguments),
+            *(module, *arguments, *TINY[module].split()),
             environment=self.environment,
             directory=self.directory,
         )
@@ -129,18 +129,21 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_pa
             if language != "yaml":  # an example of --config
                 printed.append(runner.run_block(language, text))
     (
-        _, _, prepare_output, dpo_output, ppo_output, _, reward_output, probe_output, _, _, _, dial_output, chat_output,
-        proxies_output,
+        _, _, prepare_output, probe_output, sampled_output, _, _, dial_output, chat_output, proxies_output, _,
+        accuracies, direct_output, _,
     ) = printed  # fmt: skip
     assert "121 pairs\n" in prepare_output and "skipped" not in prepare_output
-    assert "outside the LLM's nucleus" in dpo_output and "round 1: mean reward" in ppo_output
-    assert reward_output.count("eval_rewards/accuracies") == 2
+    assert "round 1: mean reward" in sampled_output
+    assert "outside the LLM's nucleus" in sampled_output and "outside" in direct_output
+    assert accuracies.count("eval_rewards/accuracies") == 2
     assert (
         "pairs right in 5-fold cross-validation" in probe_output
         and "held-out pairs right" in probe_output
     )
     figures = json.loads((tmp_path / "runs/mine/figures.json").read_text())
-    assert set(figures["rewards"]) == {"runs/mine/reward", "runs/mine/second-opinion"}
+    assert set(figures["rewards"]) == {"runs/mine/probe"}
+    blind = (tmp_path / "runs/mine/blind/answers.jsonl").read_text(encoding="utf-8")
+    assert len(blind.splitlines()) == figures["prompts"] == 5
     answers = re.findall(r'"proxy":"mine"', dial_output.replace(" ", ""))
     assert len(answers) == 3
     assert chat_output.strip()
