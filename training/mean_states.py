@@ -18,6 +18,7 @@ from training.packing import ALIKE, ALIKE_ROUNDED, Group, needs_additive, pack, 
 from training.positions import Response
 
 _TRIED = 32  # tokens
+_MOST_PACKED = 2048  # tokens of a sequence, whose mask is their square
 
 
 class MeanStates(NamedTuple):
@@ -48,7 +49,7 @@ def read_means(
         model: the frozen LLM, from `training.models.load_model`.
         max_tokens: in one batch, padding included; a longer response is read alone.
     """
-    groups, places = _grouped(responses, max_tokens)
+    groups, places = _grouped(responses, min(max_tokens, _MOST_PACKED))
     shared = max(groups, key=lambda group: len(group.responses))
     longest = max(response.length for response in responses)
     if len(shared.responses) > 1 and not (

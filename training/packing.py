@@ -27,11 +27,6 @@ class Group(NamedTuple):
         """Tokens of all."""
         return len(self.prompt) + sum(map(len, self.responses))
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt and its longest response."""
-        return len(self.prompt) + max(map(len, self.responses))
-
 
 class Packed(NamedTuple):
     """A model's inputs [N, T], padded on the right, and which response of its group each token belongs to."""

@@ -56,9 +56,8 @@ def test_states_are_averaged_after_each_token_of_the_response(frozen_model: Froz
 
 def test_a_prompt_is_read_once(frozen_model: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
     responses, sizes = responses_of(frozen_model), []
-    has_window = (
-        frozen_model.model.config.model_type == "gemma2"
-    )  # a short one: it reads each response alone
+    # A short one: it reads each response alone.
+    has_window = frozen_model.model.config.model_type == "gemma2"
 
     def record(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         sizes.append(inputs["input_ids"].numel())
