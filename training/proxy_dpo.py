@@ -183,7 +183,7 @@ class ProxyDPOTrainer:
                 max(len(prompt.ids) for prompt in self.prompts),
                 options.decoding.max_new_tokens,
                 dtype.itemsize,
-                reward_bytes(options.reward, dtype) + options.backend_bytes(sizes),
+                reward_bytes(options.reward, dtype) + options.backend_bytes(sizes.parameters),
             )
         self.model = load_model(directory, dtype=dtype)[0]
         self.model.to(accelerator.device).eval().requires_grad_(False)

@@ -100,7 +100,7 @@ class ProxyPPOTrainer(ppo_trainer.PPOTrainer[Options]):
         decisions = 2 * options.episodes * options.decoding.max_new_tokens
         # Recorded decisions, their copies for the update, and the float32 values computed from these.
         learned = 3 * decision_bytes(self.sizes, decisions, 4)
-        return super().other_bytes() + learned + options.backend_bytes(self.sizes)
+        return super().other_bytes() + learned + options.backend_bytes(self.sizes.parameters)
 
     def make_network(self) -> ProxyNetwork:
         """The initial proxy."""

@@ -26,7 +26,6 @@ from training.rollout import Rollout
 from training.rollout_servers import ServersBackend, name_of
 from training.rollout_transformers import TransformersBackend
 from training.rollout_vllm import VLLMBackend, is_installed
-from training.sizes import Sizes, sizes_of
 
 MAX_REQUESTS = 256  # in vLLM at the same time
 _TINY = 50e6  # parameters
@@ -99,16 +98,16 @@ class BackendOptions:
     """For --rollout servers: concurrent requests on each. More fill a large GPU. Fewer leave more of the work to the
     faster of unequal servers."""
 
-    def uses_vllm(self, sizes: Sizes) -> bool:
-        """Whether vLLM samples from an LLM of these sizes in this process."""
+    def uses_vllm(self, num_parameters: int) -> bool:
+        """Whether vLLM samples in this process, from an LLM of this size."""
         if self.rollout != "auto":
             return self.rollout == "vllm"
-        is_tiny = machine().device == "cpu" and sizes.parameters < _TINY
+        is_tiny = machine().device == "cpu" and num_parameters < _TINY
         return is_installed() and not is_tiny
 
-    def backend_bytes(self, sizes: Sizes) -> float:
+    def backend_bytes(self, num_parameters: int) -> float:
         """Memory that vLLM in this process takes."""
-        return self.rollout_memory * machine().free if self.uses_vllm(sizes) else 0.0
+        return self.rollout_memory * machine().free if self.uses_vllm(num_parameters) else 0.0
 
 
 def make_backend(
@@ -146,12 +145,11 @@ def make_backend(
             batch_size=batch_size,
             accelerator=accelerator,
         )
-    directory = resolve_model_dir(options.model)
-    if options.uses_vllm(sizes_of(str(directory))):
+    if options.uses_vllm(model.num_parameters()):
         processes = accelerator.num_processes
         return VLLMBackend(
             model,
-            directory,
+            resolve_model_dir(options.model),
             base,
             max_tokens=longest + options.decoding.max_new_tokens,
             max_requests=min(math.ceil(responses / processes), MAX_REQUESTS),

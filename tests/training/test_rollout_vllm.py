@@ -19,7 +19,9 @@ import training.rollout_vllm
 from proxy.checkpoint import identify
 from proxy.network import ProxyNetwork
 from tests.proxy.conftest import make_llm, model_dir  # noqa: F401
+from training import rollout_backends
 from training.console import TrainingError
+from training.machine import Machine
 from training.policy import Decoding, Policy, default_config
 from training.positions import Reader, Response, read
 from training.rollout import Rollout, generate
@@ -233,3 +235,23 @@ def test_what_vllm_cannot_do_is_reported(
     monkeypatch.setattr(training.rollout_vllm, "is_installed", lambda: False)
     with pytest.raises(TrainingError, match="vLLM is not installed"):
         make_engine()
+
+
+@pytest.mark.parametrize(
+    ("rollout", "device", "parameters", "expected"),
+    [
+        ("auto", "cpu", 3_500_000, False),
+        ("auto", "cpu", 134_515_008, True),
+        ("auto", "cuda", 3_500_000, True),
+        ("vllm", "cpu", 3_500_000, True),
+        ("transformers", "cuda", 134_515_008, False),
+        ("servers", "cuda", 134_515_008, False),
+    ],
+)
+def test_what_samples(
+    monkeypatch: pytest.MonkeyPatch, rollout: Any, device: str, parameters: int, expected: bool
+) -> None:
+    monkeypatch.setattr(rollout_backends, "machine", lambda: Machine(device, 10e9, "free"))
+    options = rollout_backends.BackendOptions(rollout=rollout, rollout_memory=0.3)
+    assert options.uses_vllm(parameters) == expected
+    assert options.backend_bytes(parameters) == (3e9 if expected else 0)
