@@ -37,6 +37,7 @@ class Tournament {
   #refresh() {
     if (!byId("tournament-examples").children.length) this.temperature.set(defaultTemperature());
     const names = session.names.map((name) => [name, `Proxy ${name}`]);
+    byId("tournament-form").querySelector("[type=submit]").disabled = !session.model;
     fill(this.proxy.select, [["", "Frozen LLM"], ...names]);
     fill(this.judge.select, [["", "The LLM itself"], ...names]);
     const choose = (text) => () => (byId("tournament-prompt").value = text);

@@ -75,6 +75,24 @@ def test_the_bracket_is_the_tournaments_record(open_page, server, client, sample
     assert page.locator(".match .badge").count() == sum(flips)
 
 
+def test_nothing_can_be_sent_before_the_page_knows_the_model(open_page, server):
+    page = open_page(server.url, key=API_KEY)
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    buttons = page.locator("#composer [type=submit], #tournament-form [type=submit]")
+    assert [button.is_disabled() for button in buttons.all()] == [True, True]
+    page.fill("#prompt", "Can I open my kettle with a fork?")
+    page.keyboard.press("Enter")
+    assert page.locator(".turn").count() == 0
+    held[0].continue_()
+    expect(buttons.first).to_be_enabled()
+    page.keyboard.press("Enter")  # what was typed is still there
+    page.wait_for_selector(".turn .verdict")
+    assert buttons.last.is_enabled()
+
+
 def test_a_match_a_verdict_and_the_feedback(open_page, feedback_server):
     page = open_page(feedback_server.url, "best-of", key=ADMIN_KEY)
     play(page)
