@@ -7,6 +7,7 @@
 - `trainings`  - jobs that train methods.
 - `policies`   - a method's policy in memory, and its answers.
 - `opinions`   - scores of answers: the reward that was trained on, and opinions that no training saw.
+- `words`      - the opinion that reads an answer's words alone.
 - `texts`      - what the text of an answer shows by rule: refusal, compliance, repetition.
 - `evaluation` - jobs that search a decoding, and that answer the test prompts.
 - `plan`       - all jobs.

@@ -8,19 +8,16 @@ from training.mean_states import read_means
 from training.memory import MOST_TOKENS
 from training.positions import Response
 from training.reward_loading import load_reward
-from training.rewards import Frozen, ImplicitReward, ProbeReward, Sample, sequence_logprobs
+from training.rewards import Frozen, ProbeReward, Sample, sequence_logprobs
 
 Scores = dict[str, list[float]]
-REWARD, SECOND_PROBE, SECOND_IMPLICIT, SECOND_HELPFUL = (
-    *("reward-probe", "second-probe"),
-    *("second-implicit", "second-helpful"),
-)
+REWARD, SECOND_PROBE, SECOND_HELPFUL = "reward-probe", "second-probe", "second-helpful"
 """Names of scores, and of the jobs that train what gives them."""
 
 
 def opinion_jobs(setting: Setting) -> list[str]:
     helpful = [SECOND_HELPFUL] if setting.helpful_pairs is not None else []
-    return [REWARD, SECOND_PROBE, SECOND_IMPLICIT, *helpful]
+    return [REWARD, SECOND_PROBE, *helpful]
 
 
 class Opinions:
@@ -31,30 +28,23 @@ class Opinions:
         self.probes: dict[str, ProbeReward] = {}
         for name in opinion_jobs(setting):
             reward = load_reward(str(setting.directory(name) / TRAINED), frozen)
-            if isinstance(reward, ProbeReward):
-                self.probes[name] = reward
-            else:
-                assert isinstance(reward, ImplicitReward), name
-                self.implicit = reward
+            assert isinstance(reward, ProbeReward), name
+            self.probes[name] = reward
 
     def of(self, samples: Sequence[Sample]) -> Scores:
-        """Scores of answers, by name. Those of the first `num_costly` ones only: `second-implicit`, and `logprob`, the
-        mean log-probability of a token under the frozen LLM in nats.
+        """Scores of answers, by name. Those of the first `num_costly` ones only: `logprob`, the mean log-probability
+        of a token under the frozen LLM in nats.
         """
         few = samples[: self.num_costly]
-        ids = [sample.prompt_ids for sample in few], [sample.response_ids for sample in few]
+        prompts = [sample.prompt_ids for sample in few]
+        responses = [sample.response_ids for sample in few]
         size = max(1, self.frozen.batch_size // 8)  # of logits over the whole vocabulary
-        tuned, reference = (
-            sequence_logprobs(model, *ids, size)
-            for model in (self.implicit.tuned, self.implicit.reference)
-        )
-        lengths = [len(response) for response in ids[1]]
-        return probe_scores(self.probes, samples, self.frozen) | {
-            SECOND_IMPLICIT: (self.implicit.beta * (tuned - reference)).tolist(),
-            "logprob": [
-                total / length for total, length in zip(reference.tolist(), lengths, strict=True)
-            ],
-        }
+        with self.frozen.plain() as model:
+            totals = sequence_logprobs(model, prompts, responses, size).tolist()
+        logprobs = [
+            total / len(response) for total, response in zip(totals, responses, strict=True)
+        ]
+        return probe_scores(self.probes, samples, self.frozen) | {"logprob": logprobs}
 
 
 def probe_scores(

@@ -7,12 +7,11 @@ from benchmarks.comparison.jobs import Job
 from benchmarks.real.data import make_data
 from benchmarks.real.evaluation import test_job, test_jobs
 from benchmarks.real.methods import METHODS, chosen, seeds_of
-from benchmarks.real.opinions import REWARD, SECOND_HELPFUL, SECOND_IMPLICIT, SECOND_PROBE
+from benchmarks.real.opinions import REWARD, SECOND_HELPFUL, SECOND_PROBE
 from benchmarks.real.policies import load_frozen
 from benchmarks.real.rewards import (
     make_jsft,
     make_probe,
-    make_second_implicit,
     pair_judge,
     reward_job,
     share_right,
@@ -25,6 +24,7 @@ from benchmarks.real.trainings import (
     make_rlhf,
     make_self_training,
 )
+from benchmarks.real.words import SECOND_WORDS, make_second_words
 from training.data import PAIR, read_rows
 
 CHEAP = ("probe", SECOND_PROBE)
@@ -42,7 +42,7 @@ def all_jobs(setting: Setting) -> list[Job]:
         Job("data", make_data),
         make_probe(REWARD, "pairs_a"),
         make_probe(SECOND_PROBE, "pairs_b", other_layers=True),
-        make_second_implicit(),
+        make_second_words(),
         make_jsft(),
     ]
     if setting.helpful_pairs is not None:
@@ -61,12 +61,11 @@ def all_jobs(setting: Setting) -> list[Job]:
         ]
     # Of all rows: a chosen one may share the search and the samples of another.
     jobs += [job for name in METHODS for job in test_jobs(name, setting)]
-    rewards = [*CHEAP, SECOND_IMPLICIT]
     judges = [method.judge for method in methods.values() if method.judge]
-    rewards += [judge for judge in dict.fromkeys(judges) if judge not in rewards]
-    jobs.append(make_accuracy(rewards, setting.seeds[0]))
+    jobs.append(make_accuracy(list(dict.fromkeys([*CHEAP, *judges])), setting.seeds[0]))
     wanted = {
         "accuracy",
+        SECOND_WORDS,
         *(
             test_job(name, seed)
             for name, method in methods.items()

@@ -49,13 +49,6 @@ def make_probe(name: str, pairs: str, *, other_layers: bool = False) -> Job:
     return Job(name, run, ("data",))
 
 
-def make_second_implicit() -> Job:
-    def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        return train_implicit(setting, directory / TRAINED, "pairs_b", seed=0)
-
-    return Job("second-implicit", run, ("data",))
-
-
 def train_implicit(setting: Setting, output: Path, pairs: str, seed: int) -> dict[str, Any]:
     """A LoRA by DPO, which is a policy and an implicit reward."""
     result: dict[str, Any] = {}

@@ -5,9 +5,10 @@ from typing import Any
 
 from benchmarks.real.evaluation import GRID, leader, search_job
 from benchmarks.real.methods import BASELINE, METHODS
-from benchmarks.real.opinions import REWARD, SECOND_HELPFUL, SECOND_IMPLICIT, SECOND_PROBE
+from benchmarks.real.opinions import REWARD, SECOND_HELPFUL, SECOND_PROBE
 from benchmarks.real.setting import SYSTEM_PROMPT, Setting
 from benchmarks.real.texts import COMPLIES
+from benchmarks.real.words import SECOND_WORDS
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -81,7 +82,7 @@ HARMFUL: dict[str, Cell] = {
     "reward trained on": number("harmful", "reward"),
     "wins by it": won("harmful", REWARD),
     "wins by the second probe": won("harmful", SECOND_PROBE),
-    "wins by the second implicit reward": won("harmful", SECOND_IMPLICIT),
+    "wins by the words": won("harmful", SECOND_WORDS),
     "refuses": share("harmful", "refuses"),
     "complies": share("harmful", "complies"),
     "KL, nats": lambda row: "{:.1f} ± {:.1f}".format(*row["kl"]) if "kl" in row else "",

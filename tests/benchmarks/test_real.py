@@ -20,6 +20,7 @@ from benchmarks.real.plan import all_jobs
 from benchmarks.real.policies import as_read, load_frozen, read_test_prompts
 from benchmarks.real.setting import SETS, Options, Setting, setting_of
 from benchmarks.real.texts import complies, distinct_overall, distinct_share, refuses
+from benchmarks.real.words import make_second_words, score
 from judge.messages import Message
 from judge.prompts import Question
 from training.console import TrainingError
@@ -163,6 +164,16 @@ def test_only_what_the_rows_need_is_run(setting: Setting) -> None:
         all_jobs(replace(setting, methods=("proxy-both",), helpful_pairs=None))
 
 
+def test_the_opinion_of_words(setting: Setting) -> None:
+    for job in (Job("data", make_data), make_second_words()):
+        run_job(setting, job)
+    result = setting.result("second-words")
+    assert result["right"]["share"] == 1.0 and result["right"]["pairs"] >= 6
+    weights = result["weights"]
+    assert weights["good"] > 0 > weights["not"]
+    assert score(weights, "Good. GOOD, I say!") == pytest.approx(weights["good"] + weights["i"])
+
+
 @pytest.mark.slow  # every method is trained
 def test_all_jobs(setting: Setting, tmp_path: Path) -> None:
     """At the smallest size, with the report and the answers to be judged blind."""
@@ -179,7 +190,7 @@ def test_all_jobs(setting: Setting, tmp_path: Path) -> None:
     assert rows["frozen"]["kl"][0] < rows["system"]["kl"][0]  # of top-k and top-p alone
     assert rows["proxy-best-of"]["samples"] == 4
     assert rows["dpo"]["parameters"] > 10 * rows["proxy-probe"]["parameters"]
-    assert rows["frozen-best"]["harmful"]["wins"]["second-implicit"] == [0.5, 0.0]
+    assert rows["frozen-best"]["harmful"]["wins"]["second-words"] == [0.5, 0.0]
     assert all(row["harmless"]["prompts"] == 4 for row in rows.values())
     # The best of four by the probe has at least its first sample's reward.
     best = json.loads((setting.directory("test/best-of-probe/0") / "scores.json").read_text())
@@ -204,7 +215,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
         ],
     }
     scores = {"frozen-best": [0.0, 1.0], "proxy-probe": [2.0, 1.0]}
-    opinions = ("reward-probe", "second-probe", "second-implicit", "second-helpful", "logprob")
+    opinions = ("reward-probe", "second-probe", "second-helpful", "logprob")
     searched = [{"reward": float(i == 3)} for i in range(len(GRID))]
     rows = [{"prompt": user("How do I open a lock?")}, {"prompt": user("And a door?")}]
     for job in all_jobs(setting):
@@ -229,6 +240,9 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
             }
         elif job.name == "accuracy":
             result = {"judges": {"probe": {"share": 0.66, "se": 0.02, "pairs": 400}}}
+        elif job.name == "second-words":
+            right = {"share": 0.6, "se": 0.02, "pairs": 400}
+            result = {"weights": {"sorry": 1.0}, "right": right}
         elif job.name == "data":
             result = {"pairs_a": 1000}
             for part in SETS:
@@ -244,7 +258,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
     ) in table
     assert "| frozen, its best decoding | 0.7, 0.8 | 0.50 ± 0.50 | 50.0% ± 0.0% |" in table
     assert "| **proxy**, direct, probe | 7,000 | 60 | 0.25 | 1 | 9.0 ± 1.0 |" in table
-    assert "| probe | 66.0% ± 2.0% | 400 |" in table
+    assert "| probe | 66.0% ± 2.0% | 400 |\n| second-words | 60.0% ± 2.0% | 400 |" in table
     assert "| 0.00 | 0.00 | 0.00 | 1.00 | 0.00 |" in table
     blind.write(setting)
     lines = [
