@@ -23,22 +23,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A missing file is an error. It is not downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Tuples: every worker has to find the same order.
+# Directories whose files share a server, but for files that are named below and use none of it.
 SHARED = ("tests/server",)
-# Files in this directory that take long and do not use what is shared.
-APART = tuple(
-    f"tests/server/test_{name}.py"
-    for name in ("survival", "kill", "features", "data_parallel", "judge_adapters")
-)
-# Other files that take long, the longest first. They start early, or the other workers would wait for them at the end.
+# What takes 20 s or more, the longest first: the other workers would wait for it at the end. A tuple, for every worker
+# has to find the same order.
 LONG = (
-    "tests/training/test_proxy_ppo.py", "tests/training/test_align_your_model.py",
-    "tests/training/test_checkpoints.py", "tests/training/test_architectures.py",
-    "tests/training/test_estimate.py", "tests/training/test_rlhf_ppo.py",
-    "tests/training/test_metrics.py", "tests/training/test_proxy_dpo.py",
-    "tests/proxy/test_exactness.py", "tests/deploy/test_monitoring.py",
-    "tests/deploy/test_balancer.py", "tests/proxy/test_architectures.py",
-    "tests/proxy/test_tensor_parallel.py",
+    "tests/server", "tests/training/test_proxy_ppo.py", "tests/server/test_kill.py",
+    "tests/deploy/test_monitoring.py", "tests/server/test_judge_adapters.py",
+    "tests/training/test_architectures.py", "tests/server/test_features.py",
+    "tests/training/test_align_your_model.py", "tests/server/test_survival.py",
+    "tests/proxy/test_exactness.py", "tests/training/test_rollout_servers.py",
+    "tests/proxy/test_architectures.py", "tests/training/test_rlhf_ppo.py",
+    "tests/training/test_publish.py", "tests/training/test_checkpoints.py",
+    "tests/training/test_decides_alike.py", "tests/training/test_pair_judges.py",
+    "tests/proxy/test_hub.py", "tests/proxy/test_worker.py",
+    "tests/benchmarks/test_proxy_rlhf.py", "tests/training/test_proxy_dpo.py",
+    "tests/deploy/test_smollm2.py", "tests/proxy/test_kernel.py",
+    "tests/server/test_data_parallel.py", "tests/deploy/test_balancer.py",
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def group_of(nodeid: str) -> str:
     """The directory or file whose tests stay on one worker."""
     file = nodeid.partition("::")[0]
     directory = file.rpartition("/")[0]
-    return directory if directory in SHARED and file not in APART else file
+    return directory if directory in SHARED and file not in LONG else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,7 +64,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups first, so that the workers end at about the same time."""
-    order = {group: rank for rank, group in enumerate((*SHARED, *LONG, *APART))}
+    order = {group: rank for rank, group in enumerate(LONG)}
 
     def rank(item: pytest.Item) -> int:
         return order.get(group_of(item.nodeid), len(order))
