@@ -30,7 +30,7 @@ from server.checks import (
 )
 from server.ending import GRACEFUL_SECONDS
 from server.http_protocol import bound_connections
-from server.kv_cache import prefer_cache_size, weight_bytes
+from server.kv_cache import prefer_cache, weight_bytes
 from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
 from server.remote_judges import take_keys
@@ -131,7 +131,7 @@ def prefer_settings(args: Namespace) -> None:
     prefer_tool_calls(args)
     if current_platform.is_cuda():
         return
-    prefer_cache_size(args)
+    prefer_cache(args)
     if args.enforce_eager:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first logprobs compile: 3 s
     if not 0 < weight_bytes(args) <= SMALL_MODEL_BYTES:

@@ -1,6 +1,8 @@
-"""The size of vLLM's KV cache on a CPU where the user does not say it. A start takes it from here, `doctor` reports it.
+"""vLLM's KV cache on a CPU where the user says nothing: its size, and that of its blocks.
 
-By itself vLLM takes 92 % of the machine's memory, and does not start where that much is not free.
+By itself vLLM takes 92 % of the machine's memory, and does not start where that much is not free. Its blocks have 128
+tokens there, and only whole blocks are shared: with smaller ones the answers to one prompt, the judge's readings of a
+pair and requests with the same system prompt read the prompt once.
 """
 
 import logging
@@ -21,7 +23,7 @@ from server.arguments import StartupError, refused_by_vllm
 
 GIB = 1024**3
 MAX_NUM_SEQS = 128  # vLLM's own on a CPU
-BLOCK_TOKENS = 128  # likewise
+BLOCK_TOKENS = 32  # the least for which its attention is optimised
 REQUEST_TOKENS = 512
 PROCESS_BYTES = 3 * GIB // 4  # of a process of vLLM, without weights and cache
 SHARE = 0.8  # of what weights and processes leave free
@@ -92,8 +94,9 @@ def plan_memory(args: Namespace) -> Memory:
     return Memory(free, weights, processes, cache, workers, token, longest)
 
 
-def prefer_cache_size(args: Namespace) -> None:
-    """Set the size in the options, where the user has not."""
+def prefer_cache(args: Namespace) -> None:
+    """Set sizes of cache and blocks in the options, where the user has not."""
+    args.block_size = args.block_size or BLOCK_TOKENS
     if _given_bytes(args, 0) is None:
         memory = plan_memory(args)
         args.kv_cache_memory_bytes = memory.cache // memory.workers

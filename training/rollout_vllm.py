@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from training.rollout_worker import Read
 
 NAME = "learner"  # of the proxy in the engine
-CPU_BLOCK_TOKENS = 128  # vLLM's block size of the KV cache on a CPU
+CPU_BLOCK_TOKENS = 32
+"""Block size of the KV cache on a CPU. Only whole blocks are shared: with vLLM's 128 tokens each answer to a shorter
+prompt would read it again."""
 
 Place = tuple[str, int]  # the engine's request id, and the index of a token in the request
 
@@ -107,7 +109,11 @@ class VLLMBackend:
             blocks = 1 + max_requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
             sizes, item_size = sizes_of(str(directory)), frozen.dtype.itemsize
             needed = cache_bytes(sizes, blocks, CPU_BLOCK_TOKENS, item_size)
-            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": min(available, needed)}
+            settings |= {
+                "enforce_eager": True,
+                "block_size": CPU_BLOCK_TOKENS,
+                "kv_cache_memory_bytes": min(available, needed),
+            }
         try:
             self._llm = _start(settings)
         except ValueError as error:

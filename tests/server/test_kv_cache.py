@@ -10,7 +10,7 @@ from tests.server.conftest import DEMO
 GIB = 1024**3
 MODEL = DEMO / "model"
 WEIGHTS = 7_077_368  # bytes of its safetensors
-BLOCK = 128 * 4096  # tokens · keys and values of 4 layers, 4 heads, 64 numbers of 2 bytes
+BLOCK = 32 * 4096  # tokens · keys and values of 4 layers, 4 heads, 64 numbers of 2 bytes
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def plan(monkeypatch):
         monkeypatch.setattr(kv_cache, "free_and_total", lambda: (free, 128 * GIB))
         args = arguments.parse(["--model", str(model), *flags])
         memory = kv_cache.plan_memory(args)
-        kv_cache.prefer_cache_size(args)
+        kv_cache.prefer_cache(args)
         return memory, args.kv_cache_memory_bytes
 
     return plan
@@ -43,17 +43,17 @@ def long_model(directory):
 def test_room_for_all_that_runs_at_once(plan):
     memory, cache_bytes = plan()
     assert (memory.weights, memory.workers, memory.problem()) == (WEIGHTS, 1, None)
-    assert cache_bytes == memory.cache == (128 * 512 // 128 + 1) * BLOCK
-    assert plan("--max-num-seqs", "4")[1] == (4 * 512 // 128 + 1) * BLOCK
-    assert plan("--max-num-seqs", "4", "--max-model-len", "256")[1] == (4 * 256 // 128 + 1) * BLOCK
+    assert cache_bytes == memory.cache == (128 * 512 // 32 + 1) * BLOCK
+    assert plan("--max-num-seqs", "4")[1] == (4 * 512 // 32 + 1) * BLOCK
+    assert plan("--max-num-seqs", "4", "--max-model-len", "256")[1] == (4 * 256 // 32 + 1) * BLOCK
 
 
 def test_and_for_the_longest_request(plan, tmp_path):
     model = long_model(tmp_path)
     memory, cache_bytes = plan("--max-num-seqs", "4", model=model)
-    assert cache_bytes == memory.longest == (1024 + 1) * BLOCK
+    assert cache_bytes == memory.longest == (4096 + 1) * BLOCK
     assert memory.problem() is None
-    assert plan("--max-num-seqs", "4", "--max-model-len", "300", model=model)[1] == 11 * BLOCK
+    assert plan("--max-num-seqs", "4", "--max-model-len", "300", model=model)[1] == (38 + 1) * BLOCK
 
 
 def test_a_share_of_what_is_free(plan):
@@ -85,7 +85,7 @@ def test_the_users_choice(plan, monkeypatch, tmp_path):
 
 def test_engines_share_it(plan):
     memory, cache_bytes = plan("--data-parallel-size", "2")
-    assert memory.workers == 2 and memory.cache == 2 * cache_bytes == 2 * 513 * BLOCK
+    assert memory.workers == 2 and memory.cache == 2 * cache_bytes == 2 * (4 * 512 + 1) * BLOCK
 
 
 def test_a_variable_that_is_no_number(plan, monkeypatch):
