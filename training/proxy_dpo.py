@@ -10,9 +10,9 @@ training that follows takes seconds.
 
 `--preferences` has pairs (`prompt`, `chosen`, `rejected`, or any other layout that all commands read, such as the
 output of `training.export`), or single verdicts (`prompt`, `completion`, `label`), which use KTO's loss. With
-`--prompts` the LLM answers each prompt `--samples` times and the reward ranks the answers: the best and the worst form
-a pair, the second best and the second worst another, and so on. Use that if the preferences are about texts that this
-LLM would not generate: a proxy chooses among the LLM's candidates, and tokens outside the nucleus teach it nothing.
+`--prompts` the LLM answers each prompt `--samples` times, the reward ranks the answers, and any two of them form a
+pair. Use that if the preferences are about texts that this LLM would not generate: a proxy chooses among the LLM's
+candidates, and tokens outside the nucleus teach it nothing.
 `--rounds` samples again, from the proxy of the previous round.
 
 Options whose default is `None` depend on the number of preferences.

@@ -6,6 +6,7 @@ run reads them.
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -101,7 +102,7 @@ class RankedAnswers:
         pairs = [
             (index(answers[better]), index(answers[worse]))
             for answers, rewards in zip(self._answers, self._rewards, strict=True)
-            for better, worse in rank(answers, rewards)
+            for better, worse in all_pairs(answers, rewards)
         ]
         if not pairs:
             raise TrainingError(
@@ -154,15 +155,14 @@ class RankedAnswers:
         return gather_object(rows)
 
 
-def rank(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
-    """Pairs of a prompt's responses, by index: the best with the worst, the second best with the second worst, and so
-    on.
+def all_pairs(responses: Sequence[Response], rewards: Sequence[float]) -> list[tuple[int, int]]:
+    """All pairs of a prompt's responses, by index, the better one first.
 
     Equal rewards or equal responses make no pair.
     """
     order = sorted(range(len(responses)), key=lambda i: -rewards[i])
     return [
         (better, worse)
-        for better, worse in zip(order[: len(order) // 2], reversed(order), strict=False)
+        for better, worse in combinations(order, 2)
         if rewards[better] > rewards[worse] and responses[better] != responses[worse]
     ]

@@ -1,8 +1,7 @@
 """Best of N: a judge's choice among samples, by the highest score or by a knock-out of pairs."""
 
 from collections.abc import Callable, Sequence
-
-import torch
+from itertools import chain
 
 from benchmarks.real.rewards import pair_judge, reward_path
 from benchmarks.real.setting import Setting
@@ -34,8 +33,9 @@ def load_choice(setting: Setting, judge: str, seed: int, frozen: Frozen) -> Choo
             texts = [frozen.tokenizer.batch_decode(row, skip_special_tokens=True) for row in drawn]
             best = knock_out(by, [prompt.messages for prompt in prompts], texts)
         else:
-            scores = [reward(samples_of(frozen.tokenizer, prompts, row)) for row in drawn]
-            best = torch.stack(scores).argmax(0).tolist()
+            # All at once: a probe then reads a prompt once for all of its responses.
+            every = samples_of(frozen.tokenizer, [*prompts] * len(drawn), [*chain(*drawn)])
+            best = reward(every).view(len(drawn), -1).argmax(0).tolist()
         return [drawn[number][place] for place, number in enumerate(best)]
 
     return choose

@@ -71,16 +71,10 @@ def make_search(name: str, setting: Setting) -> Job:
         with open_policy(setting, method, seed, frozen, prompts) as policy:
             for decoding in GRID:
                 drawn = _samples(policy, prompts, decoding, noise_key(name, seed), size)
-                scores = torch.tensor(
-                    [
-                        probe_scores(
-                            {"probe": probe},
-                            samples_of(frozen.tokenizer, prompts, responses),
-                            frozen,
-                        )["probe"]
-                        for responses in drawn
-                    ]
-                ).amax(0)
+                # All at once: a prompt is then read once for all of its responses.
+                samples = samples_of(frozen.tokenizer, prompts * size, [*chain(*drawn)])
+                scores = torch.tensor(probe_scores({"probe": probe}, samples, frozen)["probe"])
+                scores = scores.view(size, -1).amax(0)
                 rows.append(asdict(decoding) | {"reward": scores.mean().item()})
         return {"rows": rows, "prompts": len(prompts)}
 

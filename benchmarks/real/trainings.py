@@ -116,7 +116,7 @@ def make_proxy(reward: str, seed: int) -> Job:
             fluency_weight=FLUENCY_WEIGHT if is_both else 0.0,
             output=directory / TRAINED,
             overwrite=True,
-            max_rows=setting.scaled(300, 8),
+            max_rows=setting.scaled(600, 8),
             samples=4,
             max_candidates=MAX_CANDIDATES,
             decoding=DECODING,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.policy import Decoding, Policy
 from training.positions import Response
 from training.preferences import Collection, split
 from training.proxy_dpo import Options, ProxyDPOTrainer, main
-from training.ranked_answers import rank
+from training.ranked_answers import all_pairs
 from training.reward_loading import load_reward
 from training.rewards import Sample
 from training.rollout import generate
@@ -221,11 +221,14 @@ def test_foreign_responses_are_warned_of(
     assert "a proxy learns little from them" in printed
 
 
-def test_pairs_by_rank() -> None:
+def test_all_pairs_of_a_prompts_answers() -> None:
     responses = [Response([1], [i]) for i in (2, 3, 4, 5, 2)]
-    assert rank(responses, [0.5, 3.0, -1.0, 2.0, 0.1]) == [(1, 2), (3, 4)]
-    assert rank(responses, [1.0] * 5) == []
-    assert rank([responses[0], responses[4]], [2.0, 1.0]) == []  # the same text
+    pairs = all_pairs(responses, [0.5, 3.0, -1.0, 2.0, 0.1])
+    best_first = [1, 3, 0, 4, 2]
+    # The first and the last response are the same text.
+    assert pairs == [pair for pair in combinations(best_first, 2) if {*pair} != {0, 4}]
+    assert all_pairs(responses, [1.0] * 5) == []
+    assert all_pairs([responses[0], responses[4]], [2.0, 1.0]) == []
 
 
 def test_a_prompt_is_on_one_side_of_a_split() -> None:
