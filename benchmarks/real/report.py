@@ -105,7 +105,7 @@ def write(setting: Setting, output: Path) -> None:
         "rows": rows,
         "judges": setting.result("accuracy")["judges"]
         | {SECOND_WORDS: setting.result(SECOND_WORDS)["right"]},
-        "data": setting.result("data"),
+        "data": {k: n for k, n in setting.result("data").items() if k != "job_cpu_seconds"},
         "searches": tables.searches(setting, list(rows)),
         "rewards": {
             job: setting.result(job)

@@ -258,6 +258,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
     ) in table
     assert "| frozen, its best decoding | 0.7, 0.8 | 0.50 ± 0.50 | 50.0% ± 0.0% |" in table
     assert "| **proxy**, direct, probe | 7,000 | 60 | 0.25 | 1 | 9.0 ± 1.0 |" in table
+    assert "Rows of the data: 1,000 in `pairs_a`.\n" in table
     assert "| probe | 66.0% ± 2.0% | 400 |\n| second-words | 60.0% ± 2.0% | 400 |" in table
     assert "| 0.00 | 0.00 | 0.00 | 1.00 | 0.00 |" in table
     blind.write(setting)

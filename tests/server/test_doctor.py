@@ -42,7 +42,7 @@ def test_a_start_that_would_do(findings, tmp_path):
     assert "a shadow" in by_subject["proxy dark"][0][1]
     assert list(by_subject)[:5] == ["vLLM", "device", "flags", "port", "model"]
     assert "labels are the tokens" in by_subject["principle overall"][0][1]
-    assert "of KV cache (65,664 tokens)" in by_subject["memory"][0][1]
+    assert "of KV cache (65,568 tokens)" in by_subject["memory"][0][1]
 
 
 def errors(by_subject):
