@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -177,14 +178,21 @@ class VLLMBackend:
         return responses
 
     def read(self, responses: Sequence[Response], config: ProxyConfig) -> Positions:
-        """As `training.positions.read`, up to rounding."""
+        """As `training.positions.read`, up to rounding. A prompt is read once for several responses."""
+        self._llm.reset_prefix_cache()
+        cacheable = only_prompts_shared(
+            responses, self._llm.llm_engine.vllm_config.cache_config.block_size
+        )
         parts = []
         for i in range(0, len(responses), TRACED_REQUESTS):
             batch = responses[i : i + TRACED_REQUESTS]
             inputs = [
                 {"prompt_token_ids": response.prompt + response.response} for response in batch
             ]
-            params = [_reading(len(response.prompt), config) for response in batch]
+            params = [
+                _reading(len(response.prompt), config, uses_cache=uses_cache)
+                for response, uses_cache in zip(batch, cacheable[i:], strict=False)
+            ]
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
             self._call("take_reads")  # which would fill the memory
             ids = [output.request_id for output in outputs]
@@ -259,7 +267,23 @@ class VLLMBackend:
         return answer
 
 
-def _reading(start: int, config: ProxyConfig) -> Any:
+def only_prompts_shared(responses: Sequence[Response], block: int) -> list[bool]:
+    """Whether the cache can hold nothing of a response but its prompt, after these have been read.
+
+    Cached tokens have no hidden states, and those from the prompt's last token on are wanted. These are cached if
+    another sequence begins with the same tokens up to the end of that token's block.
+
+    Args:
+        responses: all that are read.
+        block: tokens of a block of the KV cache.
+    """
+    whole = [response.prompt + response.response for response in responses]
+    begun = Counter(tuple(ids[:end]) for ids in whole for end in range(block, len(ids) + 1, block))
+    ends = [block * math.ceil(len(response.prompt) / block) for response in responses]
+    return [begun[tuple(ids[:end])] <= 1 for ids, end in zip(whole, ends, strict=True)]
+
+
+def _reading(start: int, config: ProxyConfig, *, uses_cache: bool) -> Any:
     """Sampling parameters of a request that reads a response and generates nothing."""
     from vllm import SamplingParams
 
@@ -271,7 +295,8 @@ def _reading(start: int, config: ProxyConfig) -> Any:
         max_candidates=config.max_candidates,
     )
     alignment = WorkerAlignment(read=read, shadow=False)
-    return SamplingParams(**READ_SAMPLING_PARAMS, extra_args=alignment.to_extra_args())
+    settings = READ_SAMPLING_PARAMS | {"skip_reading_prefix_cache": not uses_cache}
+    return SamplingParams(**settings, extra_args=alignment.to_extra_args())
 
 
 def _start(settings: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from training.machine import Machine
 from training.policy import Decoding, Policy, default_config
 from training.positions import Reader, Response, read
 from training.rollout import Rollout, generate
-from training.rollout_vllm import VLLMBackend
+from training.rollout_vllm import VLLMBackend, only_prompts_shared
 from training.traces import asked
 
 PROMPTS = [[i % 250 + 5, *range(20, 20 + i % 7)] for i in range(24)]
@@ -123,12 +123,20 @@ def test_the_frozen_llm_answers_as_in_transformers(
 
 
 def given_responses(model: PreTrainedModel, decoding: Decoding) -> list[Response]:
-    """The LLM's own responses, and some that it would not write, which share a prompt that a cache would skip."""
+    """The LLM's own responses, and some that it would not write, which share prompts that a cache would skip: as long
+    as one of its blocks, longer, and with common first tokens of the responses.
+    """
     own_responses = generate(
         Policy(model), PROMPTS, decoding, end_ids=ENDS, seeds=count(0)
     ).responses
     responses = [Response(*pair) for pair in zip(PROMPTS, own_responses, strict=True)]
-    return responses + [Response([*range(20, 52)], [i, *range(60, 70)]) for i in range(40, 60)]
+    for prompt, start in (
+        (range(20, 52), []),
+        (range(20, 60), []),
+        (range(30, 50), [70] * 12),
+    ):
+        responses += [Response([*prompt], [*start, i, *range(60, 70)]) for i in range(40, 60)]
+    return responses
 
 
 def assert_read_alike(reader: Reader, model: PreTrainedModel) -> None:
@@ -149,6 +157,16 @@ def assert_read_alike(reader: Reader, model: PreTrainedModel) -> None:
         torch.testing.assert_close(
             getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-4
         )
+
+
+def test_what_the_cache_may_hold_of_a_response() -> None:
+    shared, prompt = only_prompts_shared, [*range(6)]  # of which a block has 4
+    assert shared([Response(prompt, [8, 9]), Response(prompt, [9, 8])], 4) == [True, True]
+    assert shared([Response(prompt, [8, 9]), Response(prompt, [8, 9, 7])], 4) == [False, False]
+    assert shared([Response(prompt, [8]), Response(prompt, [8])], 4) == [True, True]  # no block
+    later = Response([*prompt, 8, 9, 5], [3])  # a turn later in the same conversation
+    assert shared([Response(prompt, [8, 9]), later], 4) == [False, True]
+    assert shared([Response(prompt[:4], [8]), Response(prompt[:4], [9])], 4) == [False, False]
 
 
 def test_given_responses_are_read_as_transformers_read_them(
