@@ -33,6 +33,9 @@ class _Reading:
     token_ids: list[int]  # of the prompt, the response at its end
     computed: int = 0  # tokens before this step
     scheduled: int = 0  # tokens of this step
+    taken: int = (
+        0  # tokens whose states were taken; a preempted request computes some of them again
+    )
     parts: list[Positions] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)  # the probe's, []
 
@@ -63,9 +66,11 @@ class Reader:
         for new in scheduler_output.scheduled_new_reqs:
             spec = alignment_of(getattr(new.sampling_params, "extra_args", None)).read
             if spec is not None and new.prompt_token_ids:
-                self._under_way[new.req_id] = _Reading(
-                    spec, new.prompt_token_ids, new.num_computed_tokens
+                # The second model runner shows a preempted request as a new one.
+                reading = self._under_way.setdefault(
+                    new.req_id, _Reading(spec, new.prompt_token_ids)
                 )
+                reading.computed = new.num_computed_tokens
         for req_id in scheduler_output.finished_req_ids:  # aborted
             self._under_way.pop(req_id, None)
         if not self._under_way:
@@ -76,9 +81,6 @@ class Reader:
                 self._under_way[req_id].computed = computed
         for req_id, reading in self._under_way.items():
             reading.scheduled = scheduler_output.num_scheduled_tokens.get(req_id, 0)
-            if not reading.computed:  # it was preempted and begins again
-                reading.parts.clear()
-                reading.sums.clear()
 
     def read(self, req_ids: Sequence[str], scheduled: Sequence[int], hidden: Tensor) -> None:
         """Take a step's hidden states [T, H]: `scheduled` rows of each request, in this order."""
@@ -104,20 +106,22 @@ class Reader:
             self._add_positions(reading, reading.spec, hidden)
         else:
             self._add_sum(reading, hidden)
-        if reading.computed + len(hidden) >= len(reading.token_ids):
+        reading.taken = max(reading.taken, reading.computed + len(hidden))
+        if reading.taken >= len(reading.token_ids):
             del self._under_way[req_id]
             self._finish(caller_id(req_id), reading)
 
     def _add_sum(self, reading: _Reading, hidden: Tensor) -> None:
         # A token's state is the one after it was read: its own row.
         if self._reports and self.probe is not None:
-            rows = hidden[max(0, reading.spec.start - reading.computed) :]
+            begin = max(reading.spec.start, reading.taken)
+            rows = hidden[max(0, begin - reading.computed) :]
             reading.sums.append((rows.float() @ self.probe).sum())
 
     def _add_positions(self, reading: _Reading, spec: ReadRequest, hidden: Tensor) -> None:
         ids, before = reading.token_ids, reading.computed
         # A token's position is the row that it would be drawn from: the one before its own.
-        begin = max(before, spec.start - 1)
+        begin = max(before, spec.start - 1, reading.taken)
         end = min(before + len(hidden), len(ids) - 1)
         for start in range(begin, end, _ROWS):
             stop = min(start + _ROWS, end)

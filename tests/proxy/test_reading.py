@@ -96,10 +96,11 @@ def test_whole_and_in_parts_beside_others(reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("is_new", [False, True])  # the second model runner shows it as new
-def test_a_preempted_request_is_read_once(reader: Reader, is_new: bool) -> None:
+@pytest.mark.parametrize("cached", [0, 2, 6])  # tokens: none, of its prompt, of its response too
+def test_a_preempted_request_is_read_once(reader: Reader, is_new: bool, cached: int) -> None:
     run_step(reader, ["r0"], {"r0": 0}, {"r0": 9})
     run_step(reader, [], {}, {})
-    run_step(reader, ["r0"] if is_new else [], {"r0": 0}, {"r0": 7})
+    run_step(reader, ["r0"] if is_new else [], {"r0": cached}, {"r0": 7 - cached})
     run_step(reader, [], {"r0": 7}, {"r0": 5})
     assert_read(reader, "r0")
 
