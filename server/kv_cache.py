@@ -1,8 +1,6 @@
 """vLLM's KV cache on a CPU where the user says nothing: its size, and that of its blocks.
 
-By itself vLLM takes 92 % of the machine's memory, and does not start where that much is not free. Its blocks have 128
-tokens there, and only whole blocks are shared: with smaller ones the answers to one prompt, the judge's readings of a
-pair and requests with the same system prompt read the prompt once.
+By itself vLLM takes 92 % of the machine's memory, and does not start where that much is not free.
 """
 
 import logging
@@ -19,11 +17,11 @@ from vllm.config import CacheConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
+from proxy.cpu import BLOCK_TOKENS
 from server.arguments import StartupError, refused_by_vllm
 
 GIB = 1024**3
 MAX_NUM_SEQS = 128  # vLLM's own on a CPU
-BLOCK_TOKENS = 32  # the least for which its attention is optimised
 REQUEST_TOKENS = 512
 PROCESS_BYTES = 3 * GIB // 4  # of a process of vLLM, without weights and cache
 SHARE = 0.8  # of what weights and processes leave free

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from proxy.checkpoint import BaseModelId, save
+from proxy.cpu import BLOCK_TOKENS
 from proxy.network import ProxyConfig, ProxyNetwork
 from proxy.positions import Positions
 from proxy.positions import joined as joined_positions
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from training.rollout_worker import Read
 
 NAME = "learner"  # of the proxy in the engine
-CPU_BLOCK_TOKENS = 32
-"""Block size of the KV cache on a CPU. Only whole blocks are shared: with vLLM's 128 tokens each answer to a shorter
-prompt would read it again."""
 
 Place = tuple[str, int]  # the engine's request id, and the index of a token in the request
 
@@ -107,12 +105,12 @@ class VLLMBackend:
             # Compiling takes longer than it saves here, and by default vLLM would fill all of its RAM share with zeros.
             available = int(memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
             # With less than enough for all requests, some wait.
-            blocks = 1 + max_requests * math.ceil(max_tokens / CPU_BLOCK_TOKENS)
+            blocks = 1 + max_requests * math.ceil(max_tokens / BLOCK_TOKENS)
             sizes, item_size = sizes_of(str(directory)), frozen.dtype.itemsize
-            needed = cache_bytes(sizes, blocks, CPU_BLOCK_TOKENS, item_size)
+            needed = cache_bytes(sizes, blocks, BLOCK_TOKENS, item_size)
             settings |= {
                 "enforce_eager": True,
-                "block_size": CPU_BLOCK_TOKENS,
+                "block_size": BLOCK_TOKENS,
                 "kv_cache_memory_bytes": min(available, needed),
             }
         try:

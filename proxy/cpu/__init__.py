@@ -5,3 +5,8 @@
 
 Imports nothing of `proxy.engine`. Importing `kernel` or `rows` imports numba.
 """
+
+BLOCK_TOKENS = 32
+"""Block size of vLLM's KV cache on a CPU, in servers and rollouts: the least that its attention is optimised for. Only
+whole blocks are shared, and vLLM's own of 128 tokens are longer than many prompts.
+"""

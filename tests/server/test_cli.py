@@ -141,6 +141,7 @@ def test_a_small_model_on_a_cpu_gets_one_thread(cli, monkeypatch):
     _, args = cli.started
     assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert args.block_size == 32
     assert args.kv_cache_memory_bytes == 2049 * 32 * 4096  # tests/server/test_kv_cache.py
 
 

@@ -78,6 +78,7 @@ def test_the_users_choice(plan, monkeypatch, tmp_path):
     memory, cache_bytes = plan("--gpu-memory-utilization", "0.25")
     assert cache_bytes is None and 30 * GIB < memory.cache < 32 * GIB
     assert "more than is free" in plan("--gpu-memory-utilization", "0.75")[0].problem()
+    assert plan("--block-size", "64")[1] == (128 * 512 // 64 + 1) * 2 * BLOCK
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     memory, cache_bytes = plan()
     assert cache_bytes is None and memory.cache == 2 * GIB

@@ -175,6 +175,22 @@ def test_given_responses_are_read_as_transformers_read_them(
     assert_read_alike(engine.read, frozen)
 
 
+def test_a_prompt_is_read_once(
+    engine: VLLMBackend, frozen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[Any] = []
+    generate_whole = engine._llm.generate
+
+    def record(*args: Any, **options: Any) -> list[Any]:
+        outputs.extend(generate_whole(*args, **options))
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "generate", record)
+    config = default_config(frozen, max_candidates=6)
+    engine.read([Response([*range(20, 60)], [i, 60]) for i in range(40, 50)], config)
+    assert [output.num_cached_tokens for output in outputs] == [0] + 9 * [32]
+
+
 def test_every_rollout_has_the_weights_of_its_moment(
     engine: VLLMBackend, frozen: PreTrainedModel
 ) -> None:
