@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.real.setting import TRAINED, Setting
+from benchmarks.real.words import SECOND_WORDS, Weights, score
 from judge.prompts import up_to_end
 from training.mean_states import read_means
 from training.memory import MOST_TOKENS
@@ -16,6 +17,10 @@ REWARD, SECOND_PROBE, SECOND_HELPFUL = "reward-probe", "second-probe", "second-h
 
 
 def opinion_jobs(setting: Setting) -> list[str]:
+    return [*_probe_jobs(setting), SECOND_WORDS]
+
+
+def _probe_jobs(setting: Setting) -> list[str]:
     helpful = [SECOND_HELPFUL] if setting.helpful_pairs is not None else []
     return [REWARD, SECOND_PROBE, *helpful]
 
@@ -26,7 +31,8 @@ class Opinions:
     def __init__(self, setting: Setting, frozen: Frozen) -> None:
         self.frozen, self.num_costly = frozen, setting.num_costly
         self.probes: dict[str, ProbeReward] = {}
-        for name in opinion_jobs(setting):
+        self.weights: Weights = setting.result(SECOND_WORDS)["weights"]
+        for name in _probe_jobs(setting):
             reward = load_reward(str(setting.directory(name) / TRAINED), frozen)
             assert isinstance(reward, ProbeReward), name
             self.probes[name] = reward
@@ -44,7 +50,10 @@ class Opinions:
         logprobs = [
             total / len(response) for total, response in zip(totals, responses, strict=True)
         ]
-        return probe_scores(self.probes, samples, self.frozen) | {"logprob": logprobs}
+        return probe_scores(self.probes, samples, self.frozen) | {
+            SECOND_WORDS: [score(self.weights, sample.text) for sample in samples],
+            "logprob": logprobs,
+        }
 
 
 def probe_scores(

@@ -24,7 +24,7 @@ from benchmarks.real.trainings import (
     make_rlhf,
     make_self_training,
 )
-from benchmarks.real.words import SECOND_WORDS, make_second_words
+from benchmarks.real.words import make_second_words
 from training.data import PAIR, read_rows
 
 CHEAP = ("probe", SECOND_PROBE)
@@ -65,7 +65,6 @@ def all_jobs(setting: Setting) -> list[Job]:
     jobs.append(make_accuracy(list(dict.fromkeys([*CHEAP, *judges])), setting.seeds[0]))
     wanted = {
         "accuracy",
-        SECOND_WORDS,
         *(
             test_job(name, seed)
             for name, method in methods.items()

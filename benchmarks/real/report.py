@@ -17,7 +17,7 @@ from benchmarks.real.methods import BASELINE, METHODS, chosen, seeds_of
 from benchmarks.real.opinions import REWARD, SECOND_HELPFUL, SECOND_PROBE
 from benchmarks.real.setting import SETS, Setting
 from benchmarks.real.texts import complies, distinct_overall, distinct_share, refuses
-from benchmarks.real.words import SECOND_WORDS, score
+from benchmarks.real.words import SECOND_WORDS
 
 Figure = tuple[float, float]
 """A mean and its standard error."""
@@ -48,8 +48,8 @@ def row_of(setting: Setting, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"seeds": len(seeds), "decoding": results[0]["decoding"]}
     for part in SETS:
         texts = [_read(setting, name, seed, "answers")[part] for seed in seeds]
-        scores = [_scores(setting, name, seed, part) for seed in seeds]
-        base = [_scores(setting, BASELINE, seed, part) for seed in seeds]
+        scores = [_read(setting, name, seed, "scores")[part] for seed in seeds]
+        base = [_read(setting, BASELINE, seed, "scores")[part] for seed in seeds]
         figures: dict[str, Any] = {
             measure: over_prompts([[float(of(text)) for text in by_seed] for by_seed in texts])
             for measure, of in TEXTS.items()
@@ -70,13 +70,6 @@ def row_of(setting: Setting, name: str) -> dict[str, Any]:
     if "kl" in results[0]:
         row["kl"] = fmean(r["kl"] for r in results), fmean(r["kl_se"] for r in results)
     return row | _costs(setting, name, results)
-
-
-def _scores(setting: Setting, name: str, seed: int, part: str) -> dict[str, list[float]]:
-    weights = setting.result(SECOND_WORDS)["weights"]
-    texts = _read(setting, name, seed, "answers")[part]
-    by_words = [score(weights, text) for text in texts]
-    return _read(setting, name, seed, "scores")[part] | {SECOND_WORDS: by_words}
 
 
 def _costs(setting: Setting, name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

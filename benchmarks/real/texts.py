@@ -47,6 +47,10 @@ def distinct_overall(texts: Sequence[str], size: int = 2) -> float:
     return len({*grams}) / max(1, len(grams))
 
 
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower().replace("’", "'"))
+
+
 def _grams(text: str, size: int) -> list[tuple[str, ...]]:
-    words = re.findall(r"[\w']+", text.lower())
+    words = words_of(text)
     return list(zip(*(words[i:] for i in range(size)), strict=False))

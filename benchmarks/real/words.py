@@ -1,6 +1,5 @@
 """A second opinion that no LLM has a part in: a linear model on which words an answer has, fitted to part B."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.comparison.jobs import Job
 from benchmarks.real.setting import Setting
+from benchmarks.real.texts import words_of
 from training.data import PAIR, read_rows
 from training.probe_fit import cross_validate, fit, group_ids, share_right
 
@@ -28,9 +28,9 @@ def make_second_words() -> Job:
         )
         fewest = max(2, int(_RARE * 2 * len(rows)))
         known = [word for word, count in counts.items() if count >= fewest]
-        ridge = cross_validate(_differences(rows, known), _prompts(rows), seed=0).ridge
-        weight = fit(_differences(rows, known), ridge)
-        right = share_right(_differences(test, known).double() @ weight, _prompts(test))
+        differences = _differences(rows, known)
+        weight = fit(differences, cross_validate(differences, _prompts(rows), seed=0).ridge)
+        right = share_right(_differences(test, known) @ weight, _prompts(test))
         return {
             "weights": dict(zip(known, weight.tolist(), strict=True)),
             "right": {"share": right.value, "se": right.error, "pairs": len(test)},
@@ -39,17 +39,14 @@ def make_second_words() -> Job:
     return Job(SECOND_WORDS, run, ("data",))
 
 
-def words_of(text: str) -> set[str]:
-    return {*re.findall(r"[\w']+", text.lower().replace("’", "'"))}
-
-
 def score(weights: Weights, text: str) -> float:
     """The sum of the weights of an answer's words."""
-    return sum(weights.get(word, 0.0) for word in sorted(words_of(text)))
+    found = {*words_of(text)}
+    return sum(weight for word, weight in weights.items() if word in found)
 
 
 def _words(row: dict[str, Any], kind: str) -> set[str]:
-    return words_of(row[kind][-1]["content"])
+    return {*words_of(row[kind][-1]["content"])}
 
 
 def _differences(rows: list[dict[str, Any]], known: list[str]) -> Tensor:

@@ -215,7 +215,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
         ],
     }
     scores = {"frozen-best": [0.0, 1.0], "proxy-probe": [2.0, 1.0]}
-    opinions = ("reward-probe", "second-probe", "second-helpful", "logprob")
+    opinions = ("reward-probe", "second-probe", "second-words", "second-helpful", "logprob")
     searched = [{"reward": float(i == 3)} for i in range(len(GRID))]
     rows = [{"prompt": user("How do I open a lock?")}, {"prompt": user("And a door?")}]
     for job in all_jobs(setting):
@@ -241,8 +241,7 @@ def test_the_report(setting: Setting, tmp_path: Path) -> None:
         elif job.name == "accuracy":
             result = {"judges": {"probe": {"share": 0.66, "se": 0.02, "pairs": 400}}}
         elif job.name == "second-words":
-            right = {"share": 0.6, "se": 0.02, "pairs": 400}
-            result = {"weights": {"sorry": 1.0}, "right": right}
+            result = {"right": {"share": 0.6, "se": 0.02, "pairs": 400}}
         elif job.name == "data":
             result = {"pairs_a": 1000}
             for part in SETS:
