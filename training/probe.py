@@ -13,6 +13,7 @@ from proxy.checkpoint import identify, resolve_model_dir
 from proxy.probe import PROBE_FILE, save_weight
 from proxy.reward_file import REWARD_FILE, ProbeInfo, RewardFile
 from training import dpo
+from training.coherence import coherence_pairs, own_answers
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.mean_states import MeanStates, num_layers_of, read_means
@@ -45,12 +46,13 @@ STATES = "states"
 WRITES = (PROBE_FILE, REWARD_FILE, CARD_FILE, f"{STATES}/*")
 
 
-def train(options: dpo.Options, layers: Sequence[int], run: Run) -> None:
+def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, run: Run) -> None:
     """Read the pairs, fit a probe for each layer, and save the best.
 
     Args:
         options: those of the pairs, of the output and of the seed.
         layers: to choose from; empty = the last.
+        coherence_weight: of a probe of `training.coherence`'s pairs, which is added.
         run: the output directory.
 
     Raises:
@@ -78,11 +80,33 @@ def train(options: dpo.Options, layers: Sequence[int], run: Run) -> None:
     tokens = MOST_TOKENS[accelerator.device.type] // (1 if layers == (last,) else 4)
     reader = partial(read_means, layers=layers, model=model, max_tokens=tokens)
     settings = ["mean states", *layers]
-    parts = cache.parts(pairs.responses, settings, reader, MeanStates)
-    states = MeanStates(*map(torch.cat, zip(*parts, strict=True)))
+
+    def states_of(preferences: Preferences) -> MeanStates:
+        parts = cache.parts(preferences.responses, settings, reader, MeanStates)
+        return MeanStates(*map(torch.cat, zip(*parts, strict=True)))
+
+    states, coherence = states_of(pairs), None
+    if coherence_weight:
+        prompts = [pairs.responses[better].prompt for better, _ in pairs.pairs]
+        answers = own_answers(prompts, model, ends, accelerator, options.seed)
+        own = coherence_pairs(answers, options.seed)
+        if not own.pairs:
+            raise TrainingError("--coherence-weight: the LLM answers all prompts alike")
+        coherence = own, states_of(own)
     if not accelerator.is_main_process:
         return
-    layer, weight, training = _fit(layers, states, pairs, held_out, options.seed)
+    layer, weight, training = _fit(layers, states, pairs, options.seed)
+    index = layers.index(layer)
+    if coherence is not None:
+        own, own_states = coherence
+        means = own_states.means[:, index]
+        weight, figures = _add_coherence(weight, means, own, coherence_weight, options.seed)
+        training |= figures
+    if held_out is not None:
+        margins = _differences(states.means[:, index], held_out).double() @ weight
+        right = share_right(margins, _prompts(held_out))
+        print(f"layer {layer}: {_percent(right)} of {len(held_out)} held-out pairs right")
+        training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
     run.scores = _scores(training, held_out)
     probe = ProbeInfo(layer=layer, num_layers=last, end_ids=sorted(ends), training=training)
     with saving(options.output) as saved:
@@ -94,7 +118,6 @@ def _fit(
     layers: Sequence[int],
     states: MeanStates,
     pairs: Preferences,
-    held_out: Preferences | None,
     seed: int,
 ) -> tuple[int, Tensor, dict[str, float]]:
     """The best layer, its weights and its figures; prints all figures."""
@@ -121,12 +144,32 @@ def _fit(
         "length_accuracy": length.value,
         "length_accuracy_se": length.error,
     }
-    if held_out is not None:
-        margins = _differences(states.means[:, index], held_out).double() @ weight
-        right = share_right(margins, _prompts(held_out))
-        print(f"layer {layer}: {_percent(right)} of {len(held_out)} held-out pairs right")
-        training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
     return layer, weight, training
+
+
+def _add_coherence(
+    weight: Tensor, means: Tensor, pairs: Preferences, factor: float, seed: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The weights of r + factor · s · c, and figures of c; prints them.
+
+    c is a probe of the coherence pairs, and s brings its standard deviation over the LLM's own answers to that of the
+    preferences' probe r.
+    """
+    differences = _differences(means, pairs)
+    validated = cross_validate(differences, _prompts(pairs), seed)
+    coherence = fit(differences, validated.ridge)
+    print(
+        f"coherence: {_percent(validated.accuracy)} of {len(pairs)} pairs of the LLM's own answers right in "
+        f"{FOLDS}-fold cross-validation by prompt (ridge {validated.ridge:g})"
+    )
+    own = means[sorted({better for better, _ in pairs.pairs})].double()
+    scale = ((own @ weight).std() / (own @ coherence).std()).item()
+    figures = {
+        "coherence_weight": factor,
+        "coherence_accuracy": validated.accuracy.value,
+        "coherence_accuracy_se": validated.accuracy.error,
+    }
+    return weight + factor * scale * coherence, figures
 
 
 def _scores(training: dict[str, float], held_out: Preferences | None) -> list[Score]:

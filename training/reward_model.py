@@ -8,7 +8,8 @@ implicit reward detects relations (the wrong object, the wrong fact) that the sc
 
 `--kind probe` trains no weight of the LLM: the score is linear in its hidden states, averaged over the response
 (`proxy.probe`). One pass over the pairs, then a fit of seconds, with ridge and layer chosen by cross-validation. As a
-reward or as the server's judge it costs one pass of the frozen LLM, which is in memory anyway.
+reward or as the server's judge it costs one pass of the frozen LLM, which is in memory anyway. Preferences about
+one aspect, such as harm, say nothing about sense: `--coherence-weight` adds that (`training.coherence`).
 """
 
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ import torch
 from pydantic import PositiveInt
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from judge.options import NonNegative
 from proxy.checkpoint import identify, resolve_model_dir
 from proxy.reward_file import RewardFile
 from training import checkpoints, dpo, output, probe
@@ -38,6 +40,10 @@ class Options(dpo.Options):
     """Which kind of reward; see above."""
     layers: tuple[PositiveInt, ...] = ()
     """Of a probe: the LLM's layers to choose from. Empty = the last, which is the only one that a server can read."""
+    coherence_weight: NonNegative = 0.0
+    """Of a probe: weight of a second one, which is added and knows the LLM's own answers from its answers to other
+    prompts and from loops. 1 = as much as the preferences; 0 = none.
+    """
 
 
 _NOT_OF_A_PROBE = (
@@ -58,7 +64,7 @@ def main(options: Options) -> None:
 
 def _train(options: Options, run: Run) -> None:
     if options.kind == "probe":
-        probe.train(options, options.layers, run)
+        probe.train(options, options.layers, options.coherence_weight, run)
         return
     train = dpo.train if options.kind == "implicit" else _train_scalar
     trainer, tokenizer = train(options, run)
@@ -75,6 +81,8 @@ def _refuse_unused(options: Options) -> None:
         raise TrainingError("--lora-rank is for the implicit reward: the scalar one has no LoRA")
     if options.layers and options.kind != "probe":
         raise TrainingError("--layers is for --kind probe: the other kinds have all layers")
+    if options.coherence_weight and options.kind != "probe":
+        raise TrainingError("--coherence-weight is for --kind probe: the other kinds have none")
     defaults = {field.name: field.default for field in fields(options)}
     given = [name for name in _NOT_OF_A_PROBE if getattr(options, name) != defaults[name]]
     if given and options.kind == "probe":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import get_peft_model
 
 from proxy.checkpoint import CheckpointError, FingerprintMismatch
@@ -16,6 +17,7 @@ from proxy.reward_file import RewardFile
 from tests.training.models import ANSWERS, PROMPTS, chat, frozen_of, save_model
 from training import mean_states, part_cache, probe, reward_model
 from training.adapters import lora_config
+from training.coherence import coherence_pairs, own_answers
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.mean_states import MeanStates, read_means
@@ -174,6 +176,47 @@ def test_layers_are_chosen_by_cross_validation(
     assert load_reward(str(tmp_path / "probe"), frozen)(samples).isfinite().all()
 
 
+def test_coherence_is_added_on_the_same_scale(
+    work_dir: Path, probe_dir: Path, tmp_path: Path, frozen: Frozen
+) -> None:
+    held_out = str(work_dir / "pairs.jsonl")
+    reward_model.main(
+        options_of(work_dir, tmp_path / "probe", held_out=held_out, coherence_weight=0.5)
+    )
+    info = RewardFile.read(tmp_path / "probe").probe
+    assert info is not None and info.training["coherence_weight"] == 0.5
+    assert 0 < info.training["coherence_accuracy"] < 1
+    chats, accelerator = Conversations(frozen.tokenizer), Accelerator(cpu=True)
+    prompts = [chats.prompt_ids(chat(f"{PROMPTS[i % 3]} {i}")) for i in range(48)]
+    answers = own_answers(prompts, frozen.model, frozen.end_ids, accelerator, seed=0)
+    preferences, both = (
+        load_reward(str(directory), frozen)([Sample([], "", *answer) for answer in answers])
+        for directory in (probe_dir, tmp_path / "probe")
+    )
+    torch.testing.assert_close(
+        (both - preferences).std(), 0.5 * preferences.std(), rtol=0.01, atol=0
+    )
+
+
+def test_coherence_pairs() -> None:
+    answers = [Response([7, i], [*range(20 * i, 20 * i + 16)]) for i in range(1, 4)]
+    pairs = coherence_pairs([*answers, Response([7, 9], [5])], seed=0)
+    of_prompt: dict[int, list[list[int]]] = {}
+    for better, worse in pairs.pairs:
+        assert pairs.responses[better].prompt == pairs.responses[worse].prompt
+        own = [*answers, Response([7, 9], [5])][pairs.responses[better].prompt[1] % 5 - 1]
+        assert pairs.responses[better].response == own.response
+        of_prompt.setdefault(own.prompt[1], []).append(pairs.responses[worse].response)
+    # A short answer has no loop.
+    assert {prompt: len(worse) for prompt, worse in of_prompt.items()} == {1: 2, 2: 2, 3: 2, 9: 1}
+    for i in (1, 2, 3):
+        other, looped = of_prompt[i]
+        assert not {*other} & {*answers[i - 1].response}
+        assert len(looped) == 16 and {*looped} < {*answers[i - 1].response}
+        period = 1 + next(n for n in range(15) if looped[n + 1] <= looped[n])
+        assert looped[:period] == answers[i - 1].response[:period]
+
+
 def test_a_killed_run_reads_on(
     work_dir: Path, probe_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +246,7 @@ def test_a_killed_run_reads_on(
     [
         ({"lora_rank": 4, "epochs": 2.0}, "--kind probe has no --epochs, --lora-rank: "),
         ({"kind": "scalar", "layers": (1,)}, "--layers is for --kind probe"),
+        ({"kind": "scalar", "coherence_weight": 1.0}, "--coherence-weight is for --kind probe"),
         ({"layers": (1, 3)}, "--layers 3: the LLM has 2 layers"),
         ({"max_rows": 4}, "pairs of 4 prompts cannot be cross-validated: 5 prompts are needed"),
     ],
