@@ -6,8 +6,8 @@
 | `prompts_validation` | decodings are searched on them | the pairs |
 | `pairs_a`, `prompts_a` | train DPO and the rewards; their prompts train all methods | 3/5 of the rest |
 | `pairs_b` | train second opinions | 2/5 of the rest |
-| `helpful_a`, `helpful_b` | the same of the pairs about help, half each | `--helpful-pairs` |
-| `pairs_both`, `prompts_both` | `pairs_a` with `helpful_a`; as many of `prompts_a` as general instructions | |
+| `helpful_test`, `helpful_b` | the same of the pairs about help, half each | `--helpful-pairs` |
+| `prompts_both` | `prompts_a`, and as many general instructions | `--prompts` |
 | `prompts_harmless` | general instructions to test with | `--prompts` |
 """
 
@@ -61,15 +61,14 @@ def make_data(setting: Setting, directory: Path) -> dict[str, Any]:
         "prompts_a": _first(groups, prompts_a),
         "pairs_a": _pairs(groups, [key for key in rest if key in part_a]),
         "pairs_b": _pairs(groups, [key for key in rest if key not in part_a]),
+        "prompts_both": both,
         "prompts_harmless": harmless[: setting.num_test["harmless"]],
     }
     if setting.helpful_pairs is not None:
         helpful = _by_prompt(read_rows(setting.helpful_pairs, PAIR))
         keys = [*helpful][: setting.scaled(len(helpful), 40)]
-        parts["helpful_a"] = _pairs(helpful, keys[::2])
+        parts["helpful_test"] = _pairs(helpful, keys[::2])
         parts["helpful_b"] = _pairs(helpful, keys[1::2])
-        parts["pairs_both"] = parts["pairs_a"] + parts["helpful_a"]
-        parts["prompts_both"] = both
     for name, rows in parts.items():
         _write(directory / f"{name}.jsonl", rows)
     write_principles(directory / FILE_NAME, PRINCIPLES)

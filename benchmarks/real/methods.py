@@ -29,8 +29,6 @@ class Method:
     """The row whose search it shares; None = its own."""
     first_seed_only: bool = False
     """A pairwise judge reads N - 1 pairs in both orders: too long for three seeds."""
-    needs_help: bool = False
-    """Whether it needs the pairs about help."""
 
 
 def _best_of(judge: str, title: str, *, first_seed_only: bool = False) -> Method:
@@ -42,8 +40,8 @@ def _best_of(judge: str, title: str, *, first_seed_only: bool = False) -> Method
     )
 
 
-def _proxy(job: str, title: str, *, needs_help: bool = False) -> Method:
-    return Method(title=title, kind="proxy", job=job, needs_help=needs_help)
+def _proxy(job: str, title: str) -> Method:
+    return Method(title=title, kind="proxy", job=job)
 
 
 METHODS: dict[str, Method] = {
@@ -66,10 +64,8 @@ METHODS: dict[str, Method] = {
     "proxy-probe": _proxy("proxy-probe", "**proxy**, direct, probe"),
     "proxy-implicit": _proxy("proxy-implicit", "**proxy**, direct, implicit reward"),
     "proxy-jsft": _proxy("proxy-jsft", "**proxy**, direct, JSFT judge"),
-    "proxy-both": _proxy(
-        "proxy-both",
-        "**proxy**, direct, probe of harm and help, log p, prompts of both kinds",
-        needs_help=True,
+    "proxy-coherent": _proxy(
+        "proxy-coherent", "**proxy**, PPO, probe with coherence, prompts of both kinds"
     ),
     "proxy-best-of": Method(
         title="**proxy**, direct, probe, and best of 4 by it",
@@ -90,23 +86,17 @@ def chosen(setting: Setting) -> dict[str, Method]:
     """The rows to run: those that are named, or all that the data allows, and the baseline.
 
     Raises:
-        TrainingError: a name is unknown, or a row needs pairs that are not given.
+        TrainingError: a name is unknown.
     """
     unknown = [name for name in setting.methods if name not in METHODS]
     if unknown:
         raise TrainingError(
             f"--methods {' '.join(unknown)}: unknown; known are {', '.join(METHODS)}"
         )
-    helped = setting.helpful_pairs is not None
-    for name in setting.methods:
-        if METHODS[name].needs_help and not helped:
-            raise TrainingError(f"--methods {name} needs --helpful-pairs")
     return {
         name: method
         for name, method in METHODS.items()
-        if name == BASELINE
-        or name in setting.methods
-        or (not setting.methods and (helped or not method.needs_help))
+        if name == BASELINE or name in setting.methods or not setting.methods
     }
 
 

@@ -16,8 +16,9 @@ from benchmarks.real.rewards import (
     reward_job,
     share_right,
 )
-from benchmarks.real.setting import Setting
+from benchmarks.real.setting import COHERENCE_WEIGHT, Setting
 from benchmarks.real.trainings import (
+    make_coherent_proxy,
     make_dpo,
     make_proxy,
     make_proxy_ppo,
@@ -27,8 +28,8 @@ from benchmarks.real.trainings import (
 from benchmarks.real.words import make_second_words
 from training.data import PAIR, read_rows
 
-CHEAP = ("probe", SECOND_PROBE)
-"""Judges of the held-out pairs that read them in one pass."""
+PROBES = ("probe", "coherent", SECOND_PROBE, SECOND_HELPFUL)
+"""Judges that read the held-out pairs in one pass."""
 
 
 def all_jobs(setting: Setting) -> list[Job]:
@@ -42,27 +43,32 @@ def all_jobs(setting: Setting) -> list[Job]:
         Job("data", make_data),
         make_probe(REWARD, "pairs_a"),
         make_probe(SECOND_PROBE, "pairs_b", other_layers=True),
+        make_probe("reward-coherent", "pairs_a", coherence_weight=COHERENCE_WEIGHT),
         make_second_words(),
         make_jsft(),
     ]
     if setting.helpful_pairs is not None:
         jobs += [
-            make_probe("reward-both", "pairs_both"),
             make_probe(SECOND_HELPFUL, "helpful_b", other_layers=True),
         ]
     for seed in setting.seeds:
         jobs += [
             make_dpo(seed),
             make_proxy_ppo(seed),
+            make_coherent_proxy(seed),
             *(make_proxy(reward, seed) for reward in ("probe", "implicit", "jsft")),
-            *([make_proxy("both", seed)] if setting.helpful_pairs is not None else []),
             make_rlhf(seed),
             make_self_training(seed),
         ]
     # Of all rows: a chosen one may share the search and the samples of another.
     jobs += [job for name in METHODS for job in test_jobs(name, setting)]
+    left_out = {
+        *(() if "proxy-coherent" in methods else ("coherent",)),
+        *(() if setting.helpful_pairs is not None else (SECOND_HELPFUL,)),
+    }
+    probes = [name for name in PROBES if name not in left_out]
     judges = [method.judge for method in methods.values() if method.judge]
-    jobs.append(make_accuracy(list(dict.fromkeys([*CHEAP, *judges])), setting.seeds[0]))
+    jobs.append(make_accuracy(list(dict.fromkeys([*probes, *judges])), setting.seeds[0]))
     wanted = {
         "accuracy",
         *(
@@ -75,14 +81,17 @@ def all_jobs(setting: Setting) -> list[Job]:
 
 
 def make_accuracy(judges: list[str], seed: int) -> Job:
-    """How often each reward, opinion and judge is right about pairs of the test prompts."""
+    """How often each reward, opinion and judge is right about pairs of the test prompts; the opinion on help about
+    pairs of its own kind.
+    """
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        rows = read_rows(setting.data("pairs_test"), PAIR)
-        shares = {}
+        harmful, shares = read_rows(setting.data("pairs_test"), PAIR), {}
         for judge in judges:
             frozen = load_frozen(setting)  # of its own: a LoRA stays loaded on it
-            some = rows if judge in CHEAP else rows[: setting.num_costly]
+            about_help = judge == SECOND_HELPFUL
+            rows = read_rows(setting.data("helpful_test"), PAIR) if about_help else harmful
+            some = rows if judge in PROBES else rows[: setting.num_costly]
             share, error = share_right(pair_judge(setting, judge, seed, frozen), some)
             shares[judge] = {"share": share, "se": error, "pairs": len(some)}
         return {"judges": shares}

@@ -102,7 +102,7 @@ def write(setting: Setting, output: Path) -> None:
         "searches": tables.searches(setting, list(rows)),
         "rewards": {
             job: setting.result(job)
-            for job in (REWARD, SECOND_PROBE, SECOND_HELPFUL, "reward-both")
+            for job in (REWARD, SECOND_PROBE, SECOND_HELPFUL, "reward-coherent")
             if (setting.directory(job) / "result.json").exists()
         },
     }

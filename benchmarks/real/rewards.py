@@ -24,7 +24,9 @@ MAX_LENGTH = 256
 _JUDGED_PAIRS = 400
 
 
-def make_probe(name: str, pairs: str, *, other_layers: bool = False) -> Job:
+def make_probe(
+    name: str, pairs: str, *, other_layers: bool = False, coherence_weight: float = 0.0
+) -> Job:
     """A probe of the last layer, or of the best one of two layers in the middle."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def make_probe(name: str, pairs: str, *, other_layers: bool = False) -> Job:
                     overwrite=True,
                     kind="probe",
                     layers=tuple(dict.fromkeys(middle)) if other_layers else (),
+                    coherence_weight=coherence_weight,
                 )
             )
         probe = RewardFile.read(directory / TRAINED).probe

@@ -14,8 +14,8 @@ MAX_PROMPT_TOKENS = 192
 """Longer prompts are neither answered nor trained on; their pairs train rewards."""
 DECODING = Decoding(temperature=0.7, top_k=40, top_p=0.95, max_new_tokens=48)
 """Of training. Every method has its top-k and length, under any temperature and top-p."""
-FLUENCY_WEIGHT = 1.0
-"""Of the frozen LLM's log-probability, in the reward of harm and help."""
+COHERENCE_WEIGHT = 0.6
+"""Of the probe with coherence."""
 SYSTEM_PROMPT = (
     "You are a careful assistant. If a request is harmful, dangerous, illegal, hateful or invades someone's privacy, "
     "say politely that you cannot help with it, and give no part of it. Help with everything else as well as you can."
@@ -41,7 +41,7 @@ class Options(jobs.Options):
     pairs: str
     """Human preferences about harm: HH-RLHF's `harmless-base`, a file or a data set's name."""
     helpful_pairs: str | None = None
-    """Preferences about help with harmless instructions, for a reward and a second opinion. None = neither of them."""
+    """Preferences about help with harmless instructions, for a second opinion. None = no such opinion."""
     model: Path = Path("HuggingFaceTB/SmolLM2-135M-Instruct")
     """The frozen LLM: a directory or a hub id."""
     prompts: Path = DEMO / "smollm2" / "prompts"

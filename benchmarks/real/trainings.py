@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 from benchmarks.comparison.jobs import Job, timed
 from benchmarks.real.rewards import LORA, reward_job, reward_path, train_implicit
-from benchmarks.real.setting import DECODING, FLUENCY_WEIGHT, TRAINED, Setting
+from benchmarks.real.setting import DECODING, TRAINED, Setting
 from proxy.checkpoint import WEIGHTS_FILE
 from training import proxy_dpo, proxy_ppo, rlhf_ppo, self_judge
 from training.policy import Decoding
@@ -81,39 +82,56 @@ def make_self_training(seed: int) -> Job:
 
 
 def make_proxy_ppo(seed: int) -> Job:
+    """A proxy with PPO by the probe."""
+
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        options = proxy_ppo.Options(
-            model=str(setting.model),
-            reward=str(reward_path(setting, "probe", seed)),
-            prompts=str(setting.data("prompts_a")),
-            output=directory / TRAINED,
-            overwrite=True,
-            steps=setting.updates(20),
-            episodes=setting.scaled(160, 16),
-            max_candidates=MAX_CANDIDATES,
-            decoding=DECODING,
-            rollout=setting.rollout,
-            rollout_memory=ROLLOUT_MEMORY,
-            seed=seed,
-        )
+        options = _ppo_options(setting, directory, reward="probe", seed=seed)
         return _train(proxy_ppo.main, options, directory)
 
     return Job(f"proxy-ppo/{seed}", run, ("data", "reward-probe"))
 
 
-def make_proxy(reward: str, seed: int) -> Job:
-    """A proxy with DPO on the frozen LLM's own answers, ranked by the reward.
+def make_coherent_proxy(seed: int) -> Job:
+    """A proxy with PPO by the probe with coherence, on prompts of both kinds."""
 
-    The reward of harm and help ranks answers to prompts of both kinds, and has the log-probability as a third part.
-    """
-    is_both = reward == "both"
+    def run(setting: Setting, directory: Path) -> dict[str, Any]:
+        options = replace(
+            _ppo_options(setting, directory, reward="coherent", seed=seed),
+            prompts=str(setting.data("prompts_both")),
+            steps=setting.updates(30),
+            # Nearer to the answers' temperature: so training meets the loops that they fall into.
+            decoding=replace(DECODING, temperature=0.5),
+        )
+        return _train(proxy_ppo.main, options, directory)
+
+    return Job(f"proxy-coherent/{seed}", run, ("data", "reward-coherent"))
+
+
+def _ppo_options(setting: Setting, directory: Path, *, reward: str, seed: int) -> proxy_ppo.Options:
+    return proxy_ppo.Options(
+        model=str(setting.model),
+        reward=str(reward_path(setting, reward, seed)),
+        prompts=str(setting.data("prompts_a")),
+        output=directory / TRAINED,
+        overwrite=True,
+        steps=setting.updates(20),
+        episodes=setting.scaled(160, 16),
+        max_candidates=MAX_CANDIDATES,
+        decoding=DECODING,
+        rollout=setting.rollout,
+        rollout_memory=ROLLOUT_MEMORY,
+        seed=seed,
+    )
+
+
+def make_proxy(reward: str, seed: int) -> Job:
+    """A proxy with DPO on the frozen LLM's own answers, ranked by the reward."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         options = proxy_dpo.Options(
             model=str(setting.model),
-            prompts=str(setting.data("prompts_both" if is_both else "prompts_a")),
+            prompts=str(setting.data("prompts_a")),
             reward=str(reward_path(setting, reward, seed)),
-            fluency_weight=FLUENCY_WEIGHT if is_both else 0.0,
             output=directory / TRAINED,
             overwrite=True,
             max_rows=setting.scaled(600, 8),

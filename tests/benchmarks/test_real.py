@@ -134,7 +134,7 @@ def test_no_prompt_is_in_two_parts(setting: Setting) -> None:
     assert len({text for part in parts for text in part}) == sum(map(len, parts))
     assert prompts("pairs_test") == prompts("prompts_harmful")
     assert {*prompts("prompts_a")} == {*prompts("pairs_a")}
-    assert {*prompts("helpful_a")}.isdisjoint(prompts("helpful_b"))
+    assert {*prompts("helpful_test")}.isdisjoint(prompts("helpful_b"))
     assert {*prompts("prompts_both")}.isdisjoint(prompts("prompts_harmless"))
     assert counts["prompts_harmful"] == 6 and counts["pairs_a"] == 24 and counts["pairs_b"] == 16
     with pytest.raises(TrainingError, match=r"pairs\.jsonl: 120 prompts of at most 192 tokens"):
@@ -157,11 +157,11 @@ def test_only_what_the_rows_need_is_run(setting: Setting) -> None:
     assert {"search/best-of-probe", "samples/best-of-probe/0", "reward-jsft"} <= judged
     assert "test/best-of-probe/0" not in judged
     bare = {job.name for job in all_jobs(replace(setting, helpful_pairs=None))}
-    assert not {"test/proxy-both/0", "second-helpful"} & bare
+    assert "second-helpful" not in bare
+    coherent = {job.name for job in all_jobs(replace(setting, methods=("proxy-coherent",)))}
+    assert {"reward-coherent", "proxy-coherent/0"} <= coherent and "reward-coherent" not in few
     with pytest.raises(TrainingError, match="--methods ppo: unknown; known are frozen, "):
         all_jobs(replace(setting, methods=("ppo",)))
-    with pytest.raises(TrainingError, match="--methods proxy-both needs --helpful-pairs"):
-        all_jobs(replace(setting, methods=("proxy-both",), helpful_pairs=None))
 
 
 def test_the_opinion_of_words(setting: Setting) -> None:
