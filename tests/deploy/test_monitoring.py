@@ -150,11 +150,17 @@ def test_every_alert_is_evaluated(prometheus):
 
 
 def _configure(directory: Path, target: str) -> Path:
-    """Our files with another target and another path of the key."""
+    """Our files with another target, another path of the key, and more frequent scrapes."""
     shutil.copy(CONFIGURATION / "alerts.yml", directory)
     (directory / "key").write_text(KEY)
     text = (CONFIGURATION / "prometheus.yml").read_text()
-    for old, new in (("/run/secrets/metrics_key", str(directory / "key")), ("assent:8000", target)):
+    changes = {
+        "/run/secrets/metrics_key": str(directory / "key"),
+        "assent:8000": target,
+        "scrape_interval: 15s": "scrape_interval: 3s",
+        "evaluation_interval: 15s": "evaluation_interval: 3s",
+    }
+    for old, new in changes.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
     file = directory / "prometheus.yml"

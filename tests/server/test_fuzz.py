@@ -15,7 +15,7 @@ from tests.server.conftest import ADMIN_KEY, WAIT_SECONDS
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
 TURN = [{"role": "user", "content": "How do I look after my freezer?"}]
-CASES = 1000
+CASES = 600
 AT_ONCE = 32
 
 NUMBERS = [0, 1, 2, 3, -1, 0.5, 1.0, 16, 17, 64, 65, 1024, 2**31, 2**63, 2**64, 1e308, -1e-320]
@@ -169,7 +169,7 @@ def test_every_route_of_ours(server, http, tmp_path):
     command += ["--checks", CHECKS, "--phases", "examples,fuzzing", "--seed", "1"]
     # A busy machine may be slow at both.
     command += ["--request-timeout", str(WAIT_SECONDS), "--suppress-health-check", "too_slow"]
-    command += ["--max-examples", "20", "-H", f"Authorization: Bearer {ADMIN_KEY}"]
+    command += ["--max-examples", "10", "-H", f"Authorization: Bearer {ADMIN_KEY}"]
     proxies_before = http.get("/proxies").json()["data"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -49,7 +49,7 @@ ENVIRONMENT = {f"KEY_OF_{name.upper()}": key for name, key in KEYS.items()} | {
     "ASSENT_LEARNER_NICE": "0"  # other tests keep the machine busy
 }
 
-VERDICTS = 100
+VERDICTS = 60
 
 
 @dataclass
