@@ -6,7 +6,7 @@
 | `prompts_validation` | decodings are searched on them | the pairs |
 | `pairs_a`, `prompts_a` | train DPO and the rewards; their prompts train all methods | 3/5 of the rest |
 | `pairs_b` | train second opinions | 2/5 of the rest |
-| `helpful_test`, `helpful_b` | the same of the pairs about help, half each | `--helpful-pairs` |
+| `helpful_b` | train a second opinion on help; a reward may be trained on the other half | `--helpful-pairs` |
 | `prompts_both` | `prompts_a`, and as many general instructions | `--prompts` |
 | `prompts_harmless` | general instructions to test with | `--prompts` |
 """
@@ -67,7 +67,6 @@ def make_data(setting: Setting, directory: Path) -> dict[str, Any]:
     if setting.helpful_pairs is not None:
         helpful = _by_prompt(read_rows(setting.helpful_pairs, PAIR))
         keys = [*helpful][: setting.scaled(len(helpful), 40)]
-        parts["helpful_test"] = _pairs(helpful, keys[::2])
         parts["helpful_b"] = _pairs(helpful, keys[1::2])
     for name, rows in parts.items():
         _write(directory / f"{name}.jsonl", rows)

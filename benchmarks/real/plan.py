@@ -28,7 +28,7 @@ from benchmarks.real.trainings import (
 from benchmarks.real.words import make_second_words
 from training.data import PAIR, read_rows
 
-PROBES = ("probe", "coherent", SECOND_PROBE, SECOND_HELPFUL)
+PROBES = ("probe", "coherent", SECOND_PROBE)
 """Judges that read the held-out pairs in one pass."""
 
 
@@ -62,11 +62,7 @@ def all_jobs(setting: Setting) -> list[Job]:
         ]
     # Of all rows: a chosen one may share the search and the samples of another.
     jobs += [job for name in METHODS for job in test_jobs(name, setting)]
-    left_out = {
-        *(() if "proxy-coherent" in methods else ("coherent",)),
-        *(() if setting.helpful_pairs is not None else (SECOND_HELPFUL,)),
-    }
-    probes = [name for name in PROBES if name not in left_out]
+    probes = [name for name in PROBES if name != "coherent" or "proxy-coherent" in methods]
     judges = [method.judge for method in methods.values() if method.judge]
     jobs.append(make_accuracy(list(dict.fromkeys([*probes, *judges])), setting.seeds[0]))
     wanted = {
@@ -81,16 +77,13 @@ def all_jobs(setting: Setting) -> list[Job]:
 
 
 def make_accuracy(judges: list[str], seed: int) -> Job:
-    """How often each reward, opinion and judge is right about pairs of the test prompts; the opinion on help about
-    pairs of its own kind.
-    """
+    """How often each reward, opinion and judge is right about pairs of the test prompts."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        harmful, shares = read_rows(setting.data("pairs_test"), PAIR), {}
+        rows = read_rows(setting.data("pairs_test"), PAIR)
+        shares = {}
         for judge in judges:
             frozen = load_frozen(setting)  # of its own: a LoRA stays loaded on it
-            about_help = judge == SECOND_HELPFUL
-            rows = read_rows(setting.data("helpful_test"), PAIR) if about_help else harmful
             some = rows if judge in PROBES else rows[: setting.num_costly]
             share, error = share_right(pair_judge(setting, judge, seed, frozen), some)
             shares[judge] = {"share": share, "se": error, "pairs": len(some)}

@@ -134,7 +134,6 @@ def test_no_prompt_is_in_two_parts(setting: Setting) -> None:
     assert len({text for part in parts for text in part}) == sum(map(len, parts))
     assert prompts("pairs_test") == prompts("prompts_harmful")
     assert {*prompts("prompts_a")} == {*prompts("pairs_a")}
-    assert {*prompts("helpful_test")}.isdisjoint(prompts("helpful_b"))
     assert {*prompts("prompts_both")}.isdisjoint(prompts("prompts_harmless"))
     assert counts["prompts_harmful"] == 6 and counts["pairs_a"] == 24 and counts["pairs_b"] == 16
     with pytest.raises(TrainingError, match=r"pairs\.jsonl: 120 prompts of at most 192 tokens"):

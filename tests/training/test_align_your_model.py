@@ -123,21 +123,26 @@ def test_a_person_who_follows_the_page_has_a_served_proxy(work_dir: Path, tmp_pa
         preferences.write_text("".join(islice(file, 120)), encoding="utf-8")
     printed = []
     with ExitStack() as stack:
-        variables = {"MODEL": work_dir / "base", "PREFERENCES": preferences}
+        variables = {
+            "MODEL": work_dir / "base",
+            "PREFERENCES": preferences,
+            "INSTRUCTIONS": work_dir / "world/prompts.jsonl",
+        }
         runner = PageRunner(tmp_path, stack, variables)
         for language, text in blocks(PAGE.read_text(encoding="utf-8")):
             if language != "yaml":  # an example of --config
                 printed.append(runner.run_block(language, text))
     (
-        _, _, prepare_output, probe_output, sampled_output, _, _, dial_output, chat_output, proxies_output, _,
-        accuracies, direct_output, _,
+        _, _, prepare_output, probe_output, _, _, _, _, dial_output, chat_output, proxies_output, _,
+        accuracies, direct_output, ranked_output,
     ) = printed  # fmt: skip
     assert "121 pairs\n" in prepare_output and "skipped" not in prepare_output
-    assert "round 1: mean reward" in sampled_output
-    assert "outside the LLM's nucleus" in sampled_output and "outside" in direct_output
+    assert "round 1: mean reward" in ranked_output
+    assert "outside the LLM's nucleus" in ranked_output and "outside" in direct_output
     assert accuracies.count("eval_rewards/accuracies") == 2
     assert (
         "pairs right in 5-fold cross-validation" in probe_output
+        and "coherence: " in probe_output
         and "held-out pairs right" in probe_output
     )
     figures = json.loads((tmp_path / "runs/mine/figures.json").read_text())
