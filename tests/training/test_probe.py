@@ -179,9 +179,12 @@ def test_layers_are_chosen_by_cross_validation(
 def test_coherence_is_added_on_the_same_scale(
     work_dir: Path, probe_dir: Path, tmp_path: Path, frozen: Frozen
 ) -> None:
-    held_out = str(work_dir / "pairs.jsonl")
+    held_out = tmp_path / "held_out.jsonl"  # other prompts, which give no own answers
+    held_out.write_text(
+        (work_dir / "pairs.jsonl").read_text().replace('"content": "', '"content": "Or: ')
+    )
     reward_model.main(
-        options_of(work_dir, tmp_path / "probe", held_out=held_out, coherence_weight=0.5)
+        options_of(work_dir, tmp_path / "probe", held_out=str(held_out), coherence_weight=0.5)
     )
     info = RewardFile.read(tmp_path / "probe").probe
     assert info is not None and info.training["coherence_weight"] == 0.5
