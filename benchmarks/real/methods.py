@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
 
 
 def chosen(setting: Setting) -> dict[str, Method]:
-    """The rows to run: those that are named, or all that the data allows, and the baseline.
+    """The rows to run: those that are named, or all, and the baseline.
 
     Raises:
         TrainingError: a name is unknown.

@@ -48,9 +48,7 @@ def all_jobs(setting: Setting) -> list[Job]:
         make_jsft(),
     ]
     if setting.helpful_pairs is not None:
-        jobs += [
-            make_probe(SECOND_HELPFUL, "helpful_b", other_layers=True),
-        ]
+        jobs.append(make_probe(SECOND_HELPFUL, "helpful_b", other_layers=True))
     for seed in setting.seeds:
         jobs += [
             make_dpo(seed),

@@ -27,7 +27,7 @@ _JUDGED_PAIRS = 400
 def make_probe(
     name: str, pairs: str, *, other_layers: bool = False, coherence_weight: float = 0.0
 ) -> Job:
-    """A probe of the last layer, or of the best one of two layers in the middle."""
+    """A probe of the last layer, or of the best one of two layers in the middle; perhaps with coherence."""
 
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
