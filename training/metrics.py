@@ -105,8 +105,13 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     names.remove("step")
     columns = min(4, len(names))
     height = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.2 * height), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.2 * height))
     fields = figure.subplots(height, columns, squeeze=False)
+    # By hand: an automatic layout triples the time.
+    figure.subplots_adjust(
+        left=0.18 / columns, right=1 - 0.03 / columns, bottom=0.16 / height, top=1 - 0.15 / height,
+        wspace=0.3, hspace=0.45,
+    )  # fmt: skip
     for field in fields.flat[len(names) :]:
         field.set_axis_off()
     for field, name in zip(fields.flat, names, strict=False):
