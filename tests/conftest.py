@@ -4,9 +4,12 @@ Under pytest-xdist (`make test`) the tests of a file stay on one worker. So do t
 server, which is then started once.
 """
 
+import functools
+import gc
 import os
 import random
 import signal
+import ssl
 import sys
 from typing import Any
 
@@ -22,6 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A missing file is an error. It is not downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `httpx.get` and its like read all certificates for each request. The tests speak plain HTTP.
+vars(ssl)["create_default_context"] = functools.cache(ssl.create_default_context)
 
 # Directories whose files share a server, but for files that are named below and use none of it.
 SHARED = ("tests/server",)
@@ -70,6 +75,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return order.get(group_of(item.nodeid), len(order))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules out of garbage collections: Accelerate and vLLM often ask for one, and it takes a second."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures

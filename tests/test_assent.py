@@ -93,7 +93,7 @@ def test_a_shell_without_completion_is_refused():
     assert result.stderr == "assent --print-completion: name a shell: bash or zsh\n"
 
 
-@pytest.mark.parametrize("name", ["export", "proxy_dpo"])  # either spelling
+@pytest.mark.parametrize("name", ["export", "base_model"])  # either spelling
 def test_a_command_gets_its_arguments(name):
     result = assent("train", name, "--no-such-option", "1")
     assert result.returncode == 2 and "no-such-option" in result.stdout + result.stderr

@@ -7,6 +7,7 @@ where it has one thread.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -120,6 +121,7 @@ def _run(
     new_session: bool,
 ) -> None:
     """Do what `python -m` does, in the forked process."""
+    gc.freeze()  # what is imported: it need not be searched for garbage
     if new_session:
         os.setsid()
     os.environ.clear()
@@ -143,6 +145,7 @@ def _run(
 
 
 def _reset_after_fork() -> None:
+    gc.freeze()
     signal.set_wakeup_fd(-1)  # of the parent's event loop
     _apply_environment()
 

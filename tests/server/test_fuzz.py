@@ -15,7 +15,7 @@ from tests.server.conftest import ADMIN_KEY, WAIT_SECONDS
 
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
 TURN = [{"role": "user", "content": "How do I look after my freezer?"}]
-CASES = 600
+CASES = 400
 AT_ONCE = 32
 
 NUMBERS = [0, 1, 2, 3, -1, 0.5, 1.0, 16, 17, 64, 65, 1024, 2**31, 2**63, 2**64, 1e308, -1e-320]

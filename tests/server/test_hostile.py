@@ -72,7 +72,7 @@ LONG_RESPONSE = "You can open it with a fork. " * 2000
             "/judge/rank",
             {
                 "prompt": "May I?",
-                "responses": [f"{i} " + "Yes, you may. " * 50 for i in range(16)],
+                "responses": [f"{i} " + "Yes, you may. " * 50 for i in range(4)],
                 "strategy": "round-robin",
             },
         ),

@@ -10,6 +10,9 @@ import pytest
 
 from tests.server.conftest import WAIT_SECONDS, proxy_flags, serving, wait_until
 
+# test_survival.py does the same to a server and its engine in one process. These start three, as a user does.
+pytestmark = pytest.mark.slow
+
 SEPARATE_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 """The engine in processes of its own, as larger models have it."""
 
@@ -58,7 +61,6 @@ def status(server, route):
     return httpx.get(f"{server.url}/{route}", timeout=WAIT_SECONDS).status_code
 
 
-@pytest.mark.slow  # test_survival.py does the same to an engine that is one process
 def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
     """Only the server is killed, as by the kernel when memory runs out: the next server needs the device."""
     with serving(
@@ -71,7 +73,7 @@ def test_the_server_is_killed_and_leaves_no_engine(tmp_path):
         assert alive == []
 
 
-@pytest.mark.parametrize("name", ["EngineCore", pytest.param("Worker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
 def test_the_engine_is_killed(tmp_path, name):
     with serving(
         tmp_path / "log", *proxy_flags(), environment=SEPARATE_PROCESSES, warm=False

@@ -206,6 +206,15 @@ REWARDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "model_dir",
+    [
+        # The others differ from these in what the tests above look at.
+        name if name in ("llama", "gpt2", "gemma2") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+    indirect=True,
+)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft corrects it
 def test_every_command(model_dir: Path, data: Path, tmp_path: Path) -> None:
     """In bfloat16, from supervised fine-tuning to a proxy for each kind of reward."""

@@ -123,7 +123,10 @@ def single_process_run(work_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-@pytest.mark.parametrize("rollout", ["transformers", "vllm"])
+@pytest.mark.parametrize(
+    "rollout",
+    [pytest.param("transformers", marks=pytest.mark.slow), "vllm"],  # torchrun: 20 s of imports
+)
 def test_two_processes_give_the_result_of_one(
     arguments: Callable[..., list[str]], single_process_run: Path, tmp_path: Path, rollout: str
 ) -> None:
