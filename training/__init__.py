@@ -50,7 +50,7 @@ Learning from preferences:
 - `positions`         - hidden states and candidates of given responses, read once and kept.
 - `probe`             - a linear head on the frozen LLM's hidden states.
 - `probe_fit`         - its fit and cross-validation.
-- `coherence`         - pairs without labels, of an answer and one that makes no sense.
+- `coherence`         - a probe of what makes sense, without labels; it is added to a probe or any reward.
 - `mean_states`       - hidden states averaged over given responses.
 - `preference_losses` - DPO, IPO, SimPO and KTO on the distribution that accept/reject sampling emits.
 - `direct`            - fits a proxy to recorded positions.

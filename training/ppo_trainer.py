@@ -13,6 +13,7 @@ from torch import Tensor
 
 from judge.options import NonNegative, Positive
 from training import on_policy
+from training.coherence import add_coherence
 from training.console import TrainingError
 from training.model_card import Score
 from training.reward_loading import load_reward, reward_bytes
@@ -34,6 +35,10 @@ class Options(on_policy.Options):
     """
     fluency_weight: NonNegative = 0.0
     """Adds to the reward this times the mean log-probability of a response's tokens under the frozen LLM, in nats."""
+    coherence_weight: NonNegative = 0.0
+    """Adds to the reward a probe that knows the LLM's own answers from its answers to other prompts and from loops.
+    1 = as much as the reward; 0 = none.
+    """
     episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
     epochs: PositiveInt = 4
@@ -63,7 +68,15 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
 
     def __init__(self, options: PPOOptionsT, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
-        self.reward: Reward = load_reward(options.reward, self.frozen(), options.fluency_weight)
+        frozen = self.frozen()
+        self.reward: Reward = add_coherence(
+            load_reward(options.reward, frozen, options.fluency_weight),
+            options.coherence_weight,
+            self.prompts,
+            frozen,
+            accelerator,
+            options.seed,
+        )
 
     def other_bytes(self) -> float:
         return reward_bytes(self.options.reward, getattr(torch, self.options.dtype))

@@ -13,7 +13,7 @@ from proxy.checkpoint import identify, resolve_model_dir
 from proxy.probe import PROBE_FILE, save_weight
 from proxy.reward_file import REWARD_FILE, ProbeInfo, RewardFile
 from training import dpo
-from training.coherence import coherence_pairs, own_answers
+from training.coherence import coherence_pairs, fit_coherence, own_answers, own_answers_in
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.mean_states import MeanStates, num_layers_of, read_means
@@ -36,8 +36,9 @@ from training.probe_fit import (
     Share,
     Validated,
     cross_validate,
+    differences_of,
     fit,
-    group_ids,
+    prompts_of,
     share_right,
 )
 from training.saving import saving
@@ -90,8 +91,6 @@ def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, 
         prompts = [pairs.responses[better].prompt for better, _ in pairs.pairs]
         answers = own_answers(prompts, model, ends, accelerator, options.seed)
         own = coherence_pairs(answers, options.seed)
-        if not own.pairs:
-            raise TrainingError("--coherence-weight: the LLM answers all prompts alike")
         coherence = own, states_of(own)
     if not accelerator.is_main_process:
         return
@@ -103,9 +102,9 @@ def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, 
         weight, figures = _add_coherence(weight, means, own, coherence_weight, options.seed)
         training |= figures
     if held_out is not None:
-        margins = _differences(states.means[:, index], held_out).double() @ weight
-        right = share_right(margins, _prompts(held_out))
-        print(f"layer {layer}: {_percent(right)} of {len(held_out)} held-out pairs right")
+        margins = differences_of(states.means[:, index], held_out).double() @ weight
+        right = share_right(margins, prompts_of(held_out))
+        print(f"layer {layer}: {right} of {len(held_out)} held-out pairs right")
         training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
     run.scores = _scores(training, held_out)
     probe = ProbeInfo(layer=layer, num_layers=last, end_ids=sorted(ends), training=training)
@@ -121,17 +120,17 @@ def _fit(
     seed: int,
 ) -> tuple[int, Tensor, dict[str, float]]:
     """The best layer, its weights and its figures; prints all figures."""
-    differences, groups = _differences(states.means, pairs), _prompts(pairs)
+    differences, groups = differences_of(states.means, pairs), prompts_of(pairs)
     validated: dict[int, Validated] = {}
     for i, layer in enumerate(layers):
         validated[layer] = found = cross_validate(differences[:, i], groups, seed)
         print(
-            f"layer {layer}: {_percent(found.accuracy)} of {len(pairs)} pairs right in {FOLDS}-fold cross-validation "
+            f"layer {layer}: {found.accuracy} of {len(pairs)} pairs right in {FOLDS}-fold cross-validation "
             f"by prompt (loss {found.loss:.3f}, ridge {found.ridge:g})"
         )
-    longer = share_right(_differences(states.lengths, pairs), groups)
+    longer = share_right(differences_of(states.lengths, pairs), groups)
     which, length = ("longer", longer) if longer.value >= 0.5 else ("shorter", _opposite(longer))
-    print(f"the {which} response alone: {_percent(length)}")
+    print(f"the {which} response alone: {length}")
     layer = min(validated, key=lambda layer: validated[layer].loss)
     best, index = validated[layer], list(layers).index(layer)
     weight = fit(differences[:, index], best.ridge)
@@ -150,24 +149,18 @@ def _fit(
 def _add_coherence(
     weight: Tensor, means: Tensor, pairs: Preferences, factor: float, seed: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weights of r + factor · s · c, and figures of c; prints them.
+    """The weights of r + factor · s · c, and figures of c.
 
     c is a probe of the coherence pairs, and s brings its standard deviation over the LLM's own answers to that of the
     preferences' probe r.
     """
-    differences = _differences(means, pairs)
-    validated = cross_validate(differences, _prompts(pairs), seed)
-    coherence = fit(differences, validated.ridge)
-    print(
-        f"coherence: {_percent(validated.accuracy)} of {len(pairs)} pairs of the LLM's own answers right in "
-        f"{FOLDS}-fold cross-validation by prompt (ridge {validated.ridge:g})"
-    )
-    own = means[sorted({better for better, _ in pairs.pairs})].double()
+    coherence, accuracy = fit_coherence(means, pairs, seed)
+    own = means[own_answers_in(pairs)].double()
     scale = ((own @ weight).std() / (own @ coherence).std()).item()
     figures = {
         "coherence_weight": factor,
-        "coherence_accuracy": validated.accuracy.value,
-        "coherence_accuracy_se": validated.accuracy.error,
+        "coherence_accuracy": accuracy.value,
+        "coherence_accuracy_se": accuracy.error,
     }
     return weight + factor * scale * coherence, figures
 
@@ -198,7 +191,7 @@ def _read_pairs(
 
 
 def _refuse_few_prompts(pairs: Preferences, source: str) -> None:
-    num_prompts = int(_prompts(pairs).max()) + 1
+    num_prompts = int(prompts_of(pairs).max()) + 1
     if num_prompts < FOLDS:
         raise TrainingError(
             f"{source}: pairs of {num_prompts} prompts cannot be cross-validated: {FOLDS} prompts are needed, and some "
@@ -206,20 +199,5 @@ def _refuse_few_prompts(pairs: Preferences, source: str) -> None:
         )
 
 
-def _differences(values: Tensor, pairs: Preferences) -> Tensor:
-    """The better response's value less the worse one's: [N responses, ...] -> [N pairs, ...]."""
-    better, worse = torch.tensor(pairs.pairs).unbind(-1)
-    return values[better] - values[worse]
-
-
-def _prompts(pairs: Preferences) -> Tensor:
-    """The number of each pair's prompt: [N]."""
-    return group_ids([tuple(pairs.responses[better].prompt) for better, _ in pairs.pairs])
-
-
 def _opposite(share: Share) -> Share:
     return Share(1 - share.value, share.error)
-
-
-def _percent(share: Share) -> str:
-    return f"{100 * share.value:.1f} ± {100 * share.error:.1f} %"

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.preferences import Preferences
+
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 FOLDS = 5
 _ITERATIONS = 200
@@ -25,6 +27,9 @@ class Share(NamedTuple):
 
     value: float
     error: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
 
 
 class Validated(NamedTuple):
@@ -91,6 +96,17 @@ def share_right(margins: Tensor, groups: Tensor) -> Share:
     sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, groups, right.double() - value)
     return Share(value.item(), sums.square().sum().sqrt().item() / len(margins))
+
+
+def differences_of(values: Tensor, pairs: Preferences) -> Tensor:
+    """The better response's value less the worse one's: [N responses, ...] -> [N pairs, ...]."""
+    better, worse = torch.tensor(pairs.pairs).unbind(-1)
+    return values[better] - values[worse]
+
+
+def prompts_of(pairs: Preferences) -> Tensor:
+    """The number of each pair's prompt: [N]."""
+    return group_ids([tuple(pairs.responses[better].prompt) for better, _ in pairs.pairs])
 
 
 def group_ids(keys: Sequence[Hashable]) -> Tensor:

@@ -108,6 +108,8 @@ class Options(RunOptions, BackendOptions):
     """The reward that ranks its answers, as `training.proxy_ppo` takes it."""
     fluency_weight: NonNegative = 0.0
     """Adds to the reward this times the mean log-probability of an answer's tokens under the frozen LLM, in nats."""
+    coherence_weight: NonNegative = 0.0
+    """Adds to the reward a probe of coherence, as in `training.proxy_ppo`."""
     samples: Annotated[int, Field(ge=2)] = 6
     """Answers to each prompt, in each round."""
     rounds: PositiveInt = 1
@@ -355,8 +357,10 @@ def refuse_mixed(options: Options) -> None:
         raise TrainingError("give --preferences, or --prompts and --reward: exactly one of the two")
     if (options.prompts is None) != (options.reward is None):
         raise TrainingError("--prompts and --reward go together: the reward ranks the answers")
-    if options.fluency_weight and options.prompts is None:
-        raise TrainingError("--fluency-weight is for --prompts: preferences have no reward")
+    for name in ("fluency_weight", "coherence_weight"):
+        if getattr(options, name) and options.prompts is None:
+            flag = name.replace("_", "-")
+            raise TrainingError(f"--{flag} is for --prompts: preferences have no reward")
 
 
 def main(options: Options) -> None:

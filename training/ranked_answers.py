@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from proxy.network import ProxyNetwork
+from training.coherence import add_coherence
 from training.console import TrainingError
 from training.machine import print_once
 from training.positions import Response
@@ -54,7 +55,14 @@ class RankedAnswers:
         """
         self._options, self._accelerator = options, accelerator
         self._prompts, self._frozen = prompts, frozen
-        self._reward = load_reward(options.reward, frozen, options.fluency_weight)
+        self._reward = add_coherence(
+            load_reward(options.reward, frozen, options.fluency_weight),
+            options.coherence_weight,
+            prompts,
+            frozen,
+            accelerator,
+            options.seed,
+        )
         self._backend = backend
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]

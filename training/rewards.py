@@ -11,6 +11,8 @@
 - a directory from `training.jsft --lora-rank`: the same, judged by the LLM with that LoRA.
 - a proxy for this LLM: Σ_t log π(y_t) / p(y_t), of its distribution and the frozen LLM's (`training.proxy_dpo`).
 - `module:function`, called with N prompts (lists of chat messages) and N completions (texts), returns N numbers.
+
+`--fluency-weight` and `--coherence-weight` (`training.coherence`) add to any of them.
 """
 
 import zlib
