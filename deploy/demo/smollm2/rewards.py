@@ -1,10 +1,10 @@
 """The rewards that the demo's proxies are trained with, as functions that `--reward` takes.
 
-    python -m training.proxy_dpo --reward deploy.demo.smollm2.rewards:plain ...
+    python -m training.proxy_ppo --reward deploy.demo.smollm2.rewards:plain --coherence-weight 0.6 ...
 
 A formula checks the text, so that nobody has to label anything. It sees one aspect only, and would be raised at the
-price of the rest: repeated words are punished, and `--fluency-weight` adds the LLM's own log-probability. Each term is
-divided by its standard deviation among answers of SmolLM2 to the same prompt.
+price of the rest: repeated words are punished, and `--coherence-weight` adds what an answer has to do with its prompt.
+Each term is divided by its standard deviation among answers of SmolLM2 to the same prompt.
 
 `easy_words` and `polarity` are for `training.evaluate`: no proxy is trained with them.
 """
