@@ -77,10 +77,8 @@ def toy_card(name: str) -> Card:
 def plain_card() -> Card:
     """The card of SmolLM2's proxy."""
     checkpoint = load(PLAIN, base=None)
-    options, last = (
-        options_of(checkpoint.training["options"], Path("runs/plain")),
-        checkpoint.training["last"],
-    )
+    options = options_of(checkpoint.training["options"], Path("runs/plain"))
+    last = checkpoint.training["last"]
     count = sum(1 for _ in raw_rows(str(DEMO / "smollm2" / "prompts" / "train.jsonl")))
     readers = "test prompts, by two blind readers in both orders"
     return Card(
