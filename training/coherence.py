@@ -33,7 +33,7 @@ from training.probe_fit import (
     prompts_of,
 )
 from training.prompts import Prompt, samples_of
-from training.rewards import Frozen, ProbeReward, Reward, Sample
+from training.rewards import Frozen, ProbeReward, Reward
 from training.rollout import generate, longest_prompt
 
 MOST_PROMPTS = 500
@@ -125,16 +125,6 @@ def fit_coherence(means: Tensor, pairs: Preferences, seed: int) -> tuple[Tensor,
     return fit(differences, validated.ridge), validated.accuracy
 
 
-class CoherentReward:
-    """A reward plus a probe of coherence."""
-
-    def __init__(self, reward: Reward, coherence: ProbeReward) -> None:
-        self.reward, self.coherence = reward, coherence
-
-    def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        return self.reward(samples).cpu() + self.coherence(samples).cpu()
-
-
 def add_coherence(
     reward: Reward,
     weight: float,
@@ -144,7 +134,7 @@ def add_coherence(
     seed: int,
 ) -> Reward:
     """The reward, and a probe of coherence whose standard deviation over the LLM's own answers is `weight` times the
-    reward's. Weight 0: the reward alone.
+    reward's.
 
     Args:
         prompts: of the training. The LLM answers some of them.
@@ -154,8 +144,6 @@ def add_coherence(
     Raises:
         TrainingError: there are too few prompts, or the LLM answers all alike.
     """
-    if not weight:
-        return reward
     with frozen.plain() as model:
         answers = own_answers(
             [prompt.ids for prompt in prompts], model, frozen.end_ids, accelerator, seed
@@ -173,7 +161,8 @@ def add_coherence(
     )
     scale = weight * reward(samples).std().item() / (means[own].double() @ coherence).std().item()
     info = ProbeInfo(layer=last, num_layers=last, end_ids=sorted(frozen.end_ids), training={})
-    return CoherentReward(reward, ProbeReward((scale * coherence).float(), info, frozen))
+    scaled = ProbeReward((scale * coherence).float(), info, frozen)
+    return lambda samples: reward(samples).cpu() + scaled(samples).cpu()
 
 
 def _looped(tokens: list[int], rng: random.Random) -> list[int]:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from judge.options import NonNegative, Positive
 from training import on_policy
-from training.coherence import add_coherence
 from training.console import TrainingError
 from training.model_card import Score
-from training.reward_loading import load_reward, reward_bytes
+from training.reward_loading import reward_bytes, reward_of
 from training.rewards import Reward
 from training.rollout import Rollout
 
@@ -37,7 +36,7 @@ class Options(on_policy.Options):
     """Adds to the reward this times the mean log-probability of a response's tokens under the frozen LLM, in nats."""
     coherence_weight: NonNegative = 0.0
     """Adds to the reward a probe that knows the LLM's own answers from its answers to other prompts and from loops.
-    1 = as much as the reward; 0 = none.
+    1 = as much as the reward; 0 = none. A probe costs no second pass if `training.reward_model` adds it.
     """
     episodes: Annotated[int, Field(ge=2)] = 256
     """Responses in a rollout. Fewer than about 200 learn much less."""
@@ -68,15 +67,7 @@ class PPOTrainer(on_policy.OnPolicyTrainer[PPOOptionsT]):
 
     def __init__(self, options: PPOOptionsT, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator)
-        frozen = self.frozen()
-        self.reward: Reward = add_coherence(
-            load_reward(options.reward, frozen, options.fluency_weight),
-            options.coherence_weight,
-            self.prompts,
-            frozen,
-            accelerator,
-            options.seed,
-        )
+        self.reward: Reward = reward_of(options, self.prompts, self.frozen(), accelerator)
 
     def other_bytes(self) -> float:
         return reward_bytes(self.options.reward, getattr(torch, self.options.dtype))

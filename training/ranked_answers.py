@@ -16,14 +16,13 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from proxy.network import ProxyNetwork
-from training.coherence import add_coherence
 from training.console import TrainingError
 from training.machine import print_once
 from training.positions import Response
 from training.ppo_trainer import refuse_bad_rewards
 from training.preferences import Collection, Preferences
 from training.prompts import Prompt, samples_of
-from training.reward_loading import load_reward
+from training.reward_loading import reward_of
 from training.rewards import Frozen
 from training.rollout_backends import RolloutBackend
 from training.run_marker import write_whole
@@ -55,14 +54,7 @@ class RankedAnswers:
         """
         self._options, self._accelerator = options, accelerator
         self._prompts, self._frozen = prompts, frozen
-        self._reward = add_coherence(
-            load_reward(options.reward, frozen, options.fluency_weight),
-            options.coherence_weight,
-            prompts,
-            frozen,
-            accelerator,
-            options.seed,
-        )
+        self._reward = reward_of(options, prompts, frozen, accelerator)
         self._backend = backend
         self._answers: list[list[Response]] = [[] for _ in prompts]
         self._rewards: list[list[float]] = [[] for _ in prompts]

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -21,9 +23,11 @@ from proxy.hub import resolve_dir
 from proxy.probe import load_weight
 from proxy.reward_file import REWARD_FILE, RewardFile
 from training.adapters import CausalLM, SwitchedAdapter, WithAdapter
+from training.coherence import add_coherence
 from training.console import TrainingError
 from training.model_judge import ModelJudge
 from training.models import attention_of, context_of, load_model, loading
+from training.prompts import Prompt
 from training.rewards import (
     SELF_JUDGE,
     FluentReward,
@@ -40,23 +44,40 @@ from training.rewards import (
 ADAPTER_FILE = "adapter_config.json"  # peft's name
 
 
-def load_reward(name: str, frozen: Frozen, fluency_weight: float = 0.0) -> Reward:
+def reward_of(
+    options: Any, prompts: Sequence[Prompt], frozen: Frozen, accelerator: Accelerator
+) -> Reward:
+    """What a run learns from: the reward that `--reward` names, with fluency and coherence.
+
+    Args:
+        options: `reward`, `fluency_weight`, `coherence_weight` and `seed`.
+        prompts: of the training.
+        frozen: the LLM that is aligned.
+        accelerator: of this run's processes.
+
+    Raises:
+        TrainingError, FingerprintMismatch: as `load_reward` and `add_coherence`.
+    """
+    reward = load_reward(options.reward, frozen)
+    if options.fluency_weight:
+        reward = FluentReward(reward, frozen, options.fluency_weight)
+    if options.coherence_weight:
+        weight, seed = options.coherence_weight, options.seed
+        reward = add_coherence(reward, weight, prompts, frozen, accelerator, seed)
+    return reward
+
+
+def load_reward(name: str, frozen: Frozen) -> Reward:
     """The reward with this name; `training.rewards` lists what it may be.
 
     Args:
         name: what `--reward` says.
         frozen: the LLM that is aligned.
-        fluency_weight: as in FluentReward.
 
     Raises:
         TrainingError: there is no such reward, or it is damaged.
         FingerprintMismatch: an implicit reward, a probe or a judge that was trained from another LLM.
     """
-    reward = _load_named(name, frozen)
-    return FluentReward(reward, frozen, fluency_weight) if fluency_weight else reward
-
-
-def _load_named(name: str, frozen: Frozen) -> Reward:
     kind, _, principle = name.partition(":")
     if kind == SELF_JUDGE:
         directory = Path(frozen.model.name_or_path)

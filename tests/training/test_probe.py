@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +18,14 @@ from proxy.reward_file import RewardFile
 from tests.training.models import ANSWERS, PROMPTS, chat, frozen_of, save_model
 from training import mean_states, part_cache, probe, reward_model
 from training.adapters import lora_config
-from training.coherence import add_coherence, coherence_pairs, own_answers
+from training.coherence import coherence_pairs, own_answers, own_answers_in
 from training.console import TrainingError
 from training.conversations import Conversations
 from training.mean_states import MeanStates, read_means
 from training.positions import Response
 from training.prompts import Prompt, samples_of
-from training.reward_loading import load_reward
-from training.rewards import Frozen, FunctionReward, Sample
+from training.reward_loading import load_reward, reward_of
+from training.rewards import Frozen, Sample
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
@@ -210,9 +211,11 @@ def test_coherence_is_added_to_any_reward(frozen: Frozen) -> None:
     chats, accelerator = Conversations(frozen.tokenizer), Accelerator(cpu=True)
     messages = [chat(f"{PROMPTS[i % 3]} {i}") for i in range(24)]
     prompts = [Prompt(turns, chats.prompt_ids(turns)) for turns in messages]
-    length = FunctionReward("lengths", lengths)
-    assert add_coherence(length, 0.0, prompts, frozen, accelerator, seed=0) is length
-    both = add_coherence(length, 2.0, prompts, frozen, accelerator, seed=0)
+    options = SimpleNamespace(
+        reward=f"{__name__}:lengths", fluency_weight=0, coherence_weight=2, seed=0
+    )
+    length = load_reward(options.reward, frozen)
+    both = reward_of(options, prompts, frozen, accelerator)
     answers = own_answers([p.ids for p in prompts], frozen.model, frozen.end_ids, accelerator, 0)
     pairs = coherence_pairs(answers, 0)
     samples = samples_of(
@@ -221,12 +224,12 @@ def test_coherence_is_added_to_any_reward(frozen: Frozen) -> None:
         [response.response for response in pairs.responses],
     )
     rewards, added = length(samples), both(samples) - length(samples)
-    own = sorted({better for better, _ in pairs.pairs})
+    own = own_answers_in(pairs)
     torch.testing.assert_close(added[own].std(), 2 * rewards[own].std(), rtol=0.01, atol=0)
     better, worse = (added[list(indices)].mean() for indices in zip(*pairs.pairs, strict=True))
     assert better > worse
     with pytest.raises(TrainingError, match="--coherence-weight: fewer than 5 prompts"):
-        add_coherence(length, 1.0, prompts[:3], frozen, accelerator, seed=0)
+        reward_of(options, prompts[:3], frozen, accelerator)
 
 
 def test_coherence_pairs() -> None:

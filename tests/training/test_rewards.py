@@ -5,10 +5,12 @@ import shutil
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,7 @@ from training.console import TrainingError
 from training.conversations import Conversations
 from training.models import load_model
 from training.policy import Decoding, Policy, default_config
-from training.reward_loading import load_reward
+from training.reward_loading import load_reward, reward_of
 from training.rewards import Frozen, Sample
 from training.rollout import generate
 
@@ -103,7 +105,8 @@ def test_fluency_is_the_mean_log_probability_under_the_frozen_llm(
         logprobs = frozen.model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
         mean = logprobs.gather(-1, ids[0, start:].unsqueeze(-1)).mean().item()
         expected.append(len(sample.text) + 3 * mean)
-    reward = load_reward(f"{__name__}:lengths", frozen, fluency_weight=3)
+    options = SimpleNamespace(reward=f"{__name__}:lengths", fluency_weight=3, coherence_weight=0)
+    reward = reward_of(options, [], frozen, Accelerator(cpu=True))
     assert reward(samples).tolist() == pytest.approx(expected, abs=1e-4)
 
 
