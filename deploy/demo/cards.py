@@ -98,8 +98,8 @@ def plain_card() -> Card:
         scores=[
             Score("wins: which is plainer", 0.630, 0.043, 100, readers),
             Score("wins: which is better apart from that", 0.485, 0.047, 100, readers),
-            Score("wins by Flesch-Kincaid grade, which it was trained on", 0.715, 0.045, 100, "test prompts"),
-            Score("wins by Dale-Chall score, which no training saw", 0.580, 0.050, 100, "test prompts"),
+            Score("wins by Dale-Chall score, which no training saw", 0.556, 0.023, 150, "test prompts, three seeds"),
+            Score("wins by the formula of the training", 0.702, 0.021, 150, "test prompts, three seeds"),
             Score("candidates accepted", last["acceptance_rate"], None, options.episodes,
                   "responses of the last update"),
         ],
