@@ -35,7 +35,7 @@ from server.middleware.request_log import write_to_stdout
 from server.plugin import AssentPlugin
 from server.remote_judges import take_keys
 from server.tool_calls import prefer_tool_calls
-from server.vllm_patches import install_plugin
+from server.vllm_patches import ignore_port_owner, install_plugin
 
 SMALL_MODEL_BYTES = 512 * 1024**2
 
@@ -51,6 +51,7 @@ def serve(argv: Sequence[str]) -> None:
         if args.request_log:
             write_to_stdout()
         install_plugin(plugin)
+        ignore_port_owner()
         bound_connections()
         uvloop.run(run_server(args))
     except STARTUP_ERRORS as error:

@@ -10,6 +10,8 @@
   see a failure.
 - `replace_validation_handler` replaces `validation_exception_handler`, which vLLM registers after the plugin had its
   turn. Its message is Python's representation of every error.
+- `ignore_port_owner` replaces `launcher.find_process_using_port`. vLLM asks at its end who else has the port, for a
+  warning. A forked engine has it, and where the engine ends in that moment the question raises: exit code 1.
 
 Nothing is patched for our routes, which replace vLLM's of the same path (`plugin`), and for SIGTERM, whose handler
 `middleware.drain` sets after vLLM has set its own. `tests/server/test_vllm_patches.py` fails when vLLM changes what is
@@ -22,6 +24,7 @@ from typing import Any
 import vllm.plugins
 from fastapi.responses import Response
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.exception_handling import register
 
@@ -66,3 +69,8 @@ def on_shutdown(engine: EngineClient, callback: Callable[[], None]) -> None:
 def replace_validation_handler(handler: Callable[..., Awaitable[Response]]) -> None:
     """Have `handler(request, error)` answer requests that do not fit; call it before the app is complete."""
     register.validation_exception_handler = handler
+
+
+def ignore_port_owner() -> None:
+    """Have vLLM end without asking which other process has its port."""
+    launcher.find_process_using_port = lambda port: None

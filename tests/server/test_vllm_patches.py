@@ -4,11 +4,15 @@ For upgrades of vLLM: each test names the replacement and its reason.
 """
 
 import ast
+import asyncio
 import inspect
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from tests.server.conftest import REPOSITORY
 
@@ -143,3 +147,32 @@ def test_the_validation_handler_is_looked_up_when_it_is_registered() -> None:
     assert "app.exception_handler(RequestValidationError)(validation_exception_handler)" in source
     build = inspect.getsource(app.build_app)
     assert build.index("plugin") < build.index("init_exception_handler(app)")
+
+
+def test_a_server_ends_though_the_owner_of_its_port_has_just_ended(monkeypatch) -> None:
+    """`ignore_port_owner`: without it, vLLM's question about a forked engine that is dead by now raises."""
+    import psutil
+    from vllm.entrypoints.launchers import launcher
+
+    from server.vllm_patches import ignore_port_owner
+
+    def dead_owner(port):
+        raise psutil.ZombieProcess(1)
+
+    async def serve_and_stop() -> None:
+        app = FastAPI()
+        app.state.engine_client = None
+        serving = asyncio.create_task(launcher.serve_http(app, None, host="127.0.0.1", port=0))
+        while not (hasattr(app.state, "server") and app.state.server.started):
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await (await serving)
+        finally:
+            await app.state.server.shutdown()
+
+    monkeypatch.setattr(launcher, "find_process_using_port", dead_owner)
+    with pytest.raises(psutil.ZombieProcess):  # so the name is the one that vLLM looks up
+        asyncio.run(serve_and_stop())
+    ignore_port_owner()
+    asyncio.run(serve_and_stop())
