@@ -203,8 +203,8 @@ def response_ids(
     """
     answered = [*prompt, Message(role="assistant", content=response)]
     try:
-        prompt_ids, whole = (
-            encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        begun, whole = (
+            tokenizer.apply_chat_template(chat, tokenize=False, **options)
             for chat, options in (
                 (list(prompt), {"add_generation_prompt": True}),
                 (answered, {"add_generation_prompt": False}),
@@ -212,12 +212,29 @@ def response_ids(
         )
     except TemplateError as error:
         raise JudgePromptError(f"the chat template refuses the conversation: {error}") from None
-    if whole[: len(prompt_ids)] != prompt_ids:
+    parts = split_ids(tokenizer, begun, whole)
+    if parts is None:
         raise JudgePromptError(
             "the chat template writes a conversation with an answer differently from one that awaits it; such a model "
             "cannot score answers"
         )
-    return prompt_ids, whole[len(prompt_ids) :]
+    return parts
+
+
+def split_ids(
+    tokenizer: ChatTokenizer, begun: str, whole: str
+) -> tuple[list[int], list[int]] | None:
+    """The tokens of a text's beginning, and those that follow; None = it begins otherwise.
+
+    A token may reach over the border: a template's newline and the spaces that an answer begins with. Then the rest is
+    encoded by itself, for an LLM that answers starts at the border too.
+    """
+    begun_ids, whole_ids = encode(tokenizer, begun), encode(tokenizer, whole)
+    if whole_ids[: len(begun_ids)] == begun_ids:
+        return begun_ids, whole_ids[len(begun_ids) :]
+    if whole.startswith(begun):
+        return begun_ids, encode(tokenizer, whole.removeprefix(begun))
+    return None
 
 
 def up_to_end(response: list[int], end_ids: Collection[int]) -> list[int]:

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from judge.messages import Message, as_texts
+from judge.prompts import encode, split_ids
 from training.console import TrainingError
 
 
@@ -20,11 +21,11 @@ class Conversations:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to the start of the assistant's turn."""
-        return self._encode(messages, add_generation_prompt=True)
+        return encode(self.tokenizer, self._text(messages, add_generation_prompt=True))
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with an answer."""
-        return self._encode(messages, add_generation_prompt=False)
+        return encode(self.tokenizer, self._text(messages, add_generation_prompt=False))
 
     def split_ids(
         self, prompt: Sequence[Message], response: str | Message
@@ -39,14 +40,14 @@ class Conversations:
         self, prompt: Sequence[Message], turns: Sequence[Message]
     ) -> tuple[list[int], list[int]]:
         """`prompt_ids(prompt)`, and the token ids of the turns after it, of which the assistant's is the first."""
-        ids = self.ids([*prompt, *turns])
-        start = self.prompt_ids(prompt)
-        if ids[: len(start)] != start:
+        whole = self._text([*prompt, *turns], add_generation_prompt=False)
+        parts = split_ids(self.tokenizer, self._text(prompt, add_generation_prompt=True), whole)
+        if parts is None:
             raise TrainingError(
                 "the chat template writes a conversation with an answer differently from one that awaits it; "
                 "such a template cannot be trained on answer by answer"
             )
-        return start, ids[len(start) :]
+        return parts
 
     def as_given(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in the form that the chat template supports.
@@ -77,13 +78,12 @@ class Conversations:
             return False
         return "name_of_a_probe" in text
 
-    def _encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 self.as_given(messages),
                 add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
+                tokenize=False,
             )
         # TypeError: the template computes with a missing value.
         except (TemplateError, TypeError) as error:

@@ -8,6 +8,7 @@ import pytest
 from judge.likelihood import LikelihoodJudge
 from judge.messages import Message
 from judge.prompts import JudgePromptError, Question, response_ids
+from tests.judge.conftest import make_tokenizer
 
 PROMPT: list[Message] = [{"role": "user", "content": "Say something nice."}]
 SCORES = {"good": 3.0, "fair": 1.0, "bad": -40.0}
@@ -108,6 +109,20 @@ def test_a_response_is_what_follows_its_prompt(tokenizer):
     prompt, response = response_ids(tokenizer, PROMPT, "You look well.")
     assert tokenizer.decode(prompt) == "<|user|>Say something nice.<|end|><|assistant|>"
     assert tokenizer.decode(response) == "You look well.<|end|>"
+
+
+def test_a_response_whose_spaces_join_the_templates_newline():
+    tokenizer = make_tokenizer(["\n    return x"] * 5, 400)
+    tokenizer.chat_template = tokenizer.chat_template.replace("|>", "|>\n").replace(
+        "end|>\n", "end|>"
+    )
+    text, answer = "<|user|>\nSay something nice.<|end|><|assistant|>\n", "    return x"
+    prompt, response = response_ids(tokenizer, PROMPT, answer)
+    assert tokenizer.decode(prompt) == text
+    assert tokenizer.decode(response) == f"{answer}<|end|>"
+    # So the case is the one that is meant: as one text, no token ends at the border.
+    whole = tokenizer.encode(text + answer, add_special_tokens=False)
+    assert text not in [tokenizer.decode(whole[:end]) for end in range(len(whole))]
 
 
 def test_a_template_that_writes_an_answered_chat_otherwise(tokenizer):

@@ -11,6 +11,7 @@ import pytest
 
 from judge.messages import Message
 from proxy.checkpoint import identify, load, resolve_model_dir
+from tests.judge.conftest import make_tokenizer
 from tests.training.models import PROMPTS, chat, data_rows, save_model
 from training import dpo, evaluate, jsft, proxy_ppo, reward_model, sft
 from training.base_model import CHAT_TEMPLATE
@@ -174,6 +175,19 @@ def test_an_answer_that_calls_a_tool_is_learned_as_the_template_writes_it(models
     _, ids = Conversations(tokenizer).split_ids(TOOL_CHAT[:2], TOOL_CHAT[2])
     call = '{"name": "now", "arguments": {"zone": "UTC"}}'
     assert tokenizer.decode(ids) == f"<call>{call}</call><|end|>"
+
+
+def test_an_answer_whose_spaces_join_the_templates_newline() -> None:
+    """Code, as many data sets have it: the template ends in a newline, and the answer begins with an indentation."""
+    tokenizer = make_tokenizer(["\n    return x"] * 5, 400)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    chats, asked = Conversations(tokenizer), chat("Write it.")
+    prompt, response = chats.split_ids(asked, "    return x")
+    assert prompt == chats.prompt_ids(asked)
+    assert tokenizer.decode(response) == "    return x<|end|>"
 
 
 def test_no_token_that_ends_a_response(models_dir: Path) -> None:
