@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
     BASELINE: Method(title="frozen, its best decoding"),
     "system": Method(title="frozen, system prompt", instructed=True),
     "best-of-probe": _best_of("probe", "the probe"),
+    "best-of-coherent": _best_of("coherent", "the probe with coherence"),
     "best-of-implicit": _best_of("implicit", "the implicit reward"),
     "best-of-self": _best_of("self", "its own judgment", first_seed_only=True),
     "best-of-jsft": _best_of("jsft", "the JSFT judge", first_seed_only=True),
