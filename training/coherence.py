@@ -3,7 +3,7 @@
 The LLM answers a prompt. That answer is better than its answer to another prompt, and better than itself with a phrase
 that repeats from some token on. A probe of such pairs knows what a reward about something else does not see and a
 policy would give away for it: an answer's relation to its prompt, and loops. `--coherence-weight` adds it: in
-`training.reward_model --kind probe` to the probe, in the trainers to any reward.
+`training.reward_model --kind probe` to the probe, in the trainers to any reward. `--kind coherence` is it alone.
 """
 
 import random
@@ -94,7 +94,7 @@ def coherence_pairs(answers: Sequence[Response], seed: int) -> Preferences:
         if len(answer.response) > _PHRASE[1]:
             pairs.add_pair(answer, Response(answer.prompt, _looped(answer.response, rng)))
     if not pairs.preferences.pairs:
-        raise TrainingError("--coherence-weight: the LLM answers all prompts alike")
+        raise TrainingError("coherence: the LLM answers all prompts alike")
     return pairs.preferences
 
 
@@ -116,7 +116,7 @@ def fit_coherence(means: Tensor, pairs: Preferences, seed: int) -> tuple[Tensor,
     """
     differences, prompts = differences_of(means, pairs), prompts_of(pairs)
     if int(prompts.max()) + 1 < FOLDS:
-        raise TrainingError(f"--coherence-weight: fewer than {FOLDS} prompts to answer")
+        raise TrainingError(f"coherence: fewer than {FOLDS} prompts to answer")
     validated = cross_validate(differences, prompts, seed)
     print_once(
         f"coherence: {validated.accuracy} of {len(pairs)} pairs of the LLM's own answers right in "

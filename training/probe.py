@@ -1,6 +1,6 @@
 """Trains a probe: one pass of the frozen LLM over the pairs, then a convex fit that takes seconds.
 
-`training.reward_model --kind probe` is the command.
+`training.reward_model` is the command, with `--kind probe` for pairs and `--kind coherence` for prompts.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from training import dpo
 from training.coherence import coherence_pairs, fit_coherence, own_answers, own_answers_in
 from training.console import TrainingError
 from training.conversations import Conversations
+from training.data import read_as
 from training.mean_states import MeanStates, num_layers_of, read_means
 from training.memory import MOST_TOKENS
 from training.model_card import CARD_FILE, Score
@@ -47,6 +48,43 @@ STATES = "states"
 WRITES = (PROBE_FILE, REWARD_FILE, CARD_FILE, f"{STATES}/*")
 
 
+class _Reader:
+    """The frozen LLM. Its mean states of responses are kept in the output directory."""
+
+    def __init__(self, options: dpo.Options) -> None:
+        self.options, self.accelerator = options, start()
+        self.base, directory = identify(options.model), str(resolve_model_dir(options.model))
+        self.tokenizer = load_tokenizer(directory)
+        dtype = "bfloat16" if options.bf16 else "float32"
+        self.model = load_model(directory, dtype=getattr(torch, dtype))[0]
+        self.model.to(self.accelerator.device).eval().requires_grad_(False)
+        self.ends, self.last = end_ids(self.model, self.tokenizer), num_layers_of(self.model)
+        self.longest = min(options.max_length, context_of(read_config(directory)))
+        self.cache = PartCache(options.output / STATES, self.base, dtype, self.accelerator)
+
+    def own_answers(self, prompts: Sequence[list[int]]) -> Preferences:
+        """Pairs of the LLM's own answers (`training.coherence`)."""
+        seed = self.options.seed
+        return coherence_pairs(
+            own_answers(prompts, self.model, self.ends, self.accelerator, seed), seed
+        )
+
+    def states_of(self, preferences: Preferences, layers: tuple[int, ...]) -> MeanStates:
+        # All layers' states are in memory at once where others than the last are read.
+        tokens = MOST_TOKENS[self.accelerator.device.type] // (1 if layers == (self.last,) else 4)
+        read = partial(read_means, layers=layers, model=self.model, max_tokens=tokens)
+        parts = self.cache.parts(preferences.responses, ["mean states", *layers], read, MeanStates)
+        return MeanStates(*map(torch.cat, zip(*parts, strict=True)))
+
+    def save(self, layer: int, weight: Tensor, training: dict[str, float]) -> None:
+        probe = ProbeInfo(
+            layer=layer, num_layers=self.last, end_ids=sorted(self.ends), training=training
+        )
+        with saving(self.options.output) as saved:
+            save_weight(saved, weight)
+            RewardFile(kind="probe", base=self.base, probe=probe).write(saved)
+
+
 def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, run: Run) -> None:
     """Read the pairs, fit a probe for each layer, and save the best.
 
@@ -59,40 +97,22 @@ def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, 
     Raises:
         TrainingError: a layer that the LLM does not have, or preferences that cannot be cross-validated.
     """
-    accelerator = start()
-    base, directory = identify(options.model), str(resolve_model_dir(options.model))
-    tokenizer, dtype = load_tokenizer(directory), "bfloat16" if options.bf16 else "float32"
-    model = load_model(directory, dtype=getattr(torch, dtype))[0]
-    model.to(accelerator.device).eval().requires_grad_(False)
-    ends, last = end_ids(model, tokenizer), num_layers_of(model)
-    layers = tuple(layers) or (last,)
-    if max(layers) > last:
-        raise TrainingError(f"--layers {max(layers)}: the LLM has {last} layers")
-    longest = min(options.max_length, context_of(read_config(directory)))
-    read = partial(_read_pairs, Conversations(tokenizer), ends, longest, options)
+    llm = _Reader(options)
+    layers = tuple(layers) or (llm.last,)
+    if max(layers) > llm.last:
+        raise TrainingError(f"--layers {max(layers)}: the LLM has {llm.last} layers")
+    read = partial(_read_pairs, Conversations(llm.tokenizer), llm.ends, llm.longest, options)
     pairs, held_out = read(options.preferences, options.max_rows), None
     if options.held_out is not None:
         pairs, held_out = together(pairs, read(options.held_out, None))
     _refuse_few_prompts(pairs, options.preferences)
-    refuse_unknown(model, tokenizer, (r.prompt + r.response for r in pairs.responses))
+    refuse_unknown(llm.model, llm.tokenizer, (r.prompt + r.response for r in pairs.responses))
     run.start()
-    cache = PartCache(options.output / STATES, base, dtype, accelerator)
-    # All layers' states are in memory at once where others than the last are read.
-    tokens = MOST_TOKENS[accelerator.device.type] // (1 if layers == (last,) else 4)
-    reader = partial(read_means, layers=layers, model=model, max_tokens=tokens)
-    settings = ["mean states", *layers]
-
-    def states_of(preferences: Preferences) -> MeanStates:
-        parts = cache.parts(preferences.responses, settings, reader, MeanStates)
-        return MeanStates(*map(torch.cat, zip(*parts, strict=True)))
-
-    states, coherence = states_of(pairs), None
+    states, coherence = llm.states_of(pairs, layers), None
     if coherence_weight:
-        prompts = [pairs.responses[better].prompt for better, _ in pairs.pairs]
-        answers = own_answers(prompts, model, ends, accelerator, options.seed)
-        own = coherence_pairs(answers, options.seed)
-        coherence = own, states_of(own)
-    if not accelerator.is_main_process:
+        own = llm.own_answers([pairs.responses[better].prompt for better, _ in pairs.pairs])
+        coherence = own, llm.states_of(own, layers)
+    if not llm.accelerator.is_main_process:
         return
     layer, weight, training = _fit(layers, states, pairs, options.seed)
     index = layers.index(layer)
@@ -107,10 +127,40 @@ def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, 
         print(f"layer {layer}: {right} of {len(held_out)} held-out pairs right")
         training |= {"held_out_accuracy": right.value, "held_out_accuracy_se": right.error}
     run.scores = _scores(training, held_out)
-    probe = ProbeInfo(layer=layer, num_layers=last, end_ids=sorted(ends), training=training)
-    with saving(options.output) as saved:
-        save_weight(saved, weight)
-        RewardFile(kind="probe", base=base, probe=probe).write(saved)
+    llm.save(layer, weight, training)
+
+
+def train_coherence(options: dpo.Options, run: Run) -> None:
+    """Have the LLM answer the prompts, and fit a probe to the pairs of `training.coherence` alone.
+
+    Args:
+        options: `preferences` names the prompts; the output and the seed.
+        run: the output directory.
+
+    Raises:
+        TrainingError: there are too few prompts, or the LLM answers all alike.
+    """
+    llm = _Reader(options)
+    chats = Conversations(llm.tokenizer)
+    prompts = read_as(
+        options.preferences,
+        ("prompt",),
+        options,
+        lambda row: chats.prompt_ids(row["prompt"]),
+        options.max_rows,
+    )
+    refuse_unknown(llm.model, llm.tokenizer, prompts)
+    run.start()
+    own = llm.own_answers([ids for ids in prompts if len(ids) <= llm.longest])
+    states = llm.states_of(own, (llm.last,))
+    if not llm.accelerator.is_main_process:
+        return
+    weight, right = fit_coherence(states.means[:, 0], own, options.seed)
+    of = f"its pairs, {FOLDS}-fold cross-validation by prompt"
+    better = "own answer scored higher than one to another prompt or a loop"
+    run.scores = [Score(better, right.value, right.error, len(own), of)]
+    figures = {"coherence_accuracy": right.value, "coherence_accuracy_se": right.error}
+    llm.save(llm.last, weight, figures | {"pairs": len(own)})
 
 
 def _fit(

@@ -10,6 +10,9 @@ implicit reward detects relations (the wrong object, the wrong fact) that the sc
 (`proxy.probe`). One pass over the pairs, then a fit of seconds, with ridge and layer chosen by cross-validation. As a
 reward or as the server's judge it costs one pass of the frozen LLM, which is in memory anyway. Preferences about
 one aspect, such as harm, say nothing about sense: `--coherence-weight` adds that (`training.coherence`).
+
+`--kind coherence` is a probe that needs prompts only: it knows the LLM's own answers from its answers to other prompts
+and from loops. As the judge of best of N it chooses the sample that is most to the point.
 """
 
 from dataclasses import dataclass, fields
@@ -36,8 +39,8 @@ from training.run_card import write_card
 class Options(dpo.Options):
     """Options of reward-model training."""
 
-    kind: Literal["implicit", "scalar", "probe"] = "implicit"
-    """Which kind of reward; see above."""
+    kind: Literal["implicit", "scalar", "probe", "coherence"] = "implicit"
+    """Which kind of reward; see above. `coherence` reads nothing but the prompts of `--preferences`."""
     layers: tuple[PositiveInt, ...] = ()
     """Of a probe: the LLM's layers to choose from. Empty = the last, which is the only one that a server can read."""
     coherence_weight: NonNegative = 0.0
@@ -46,6 +49,7 @@ class Options(dpo.Options):
     """
 
 
+_PROBES = ("probe", "coherence")
 _NOT_OF_A_PROBE = (
     *("beta", "epochs", "batch_size", "learning_rate", "lora_rank", "gradient_checkpointing"),
     "save_every",
@@ -54,7 +58,7 @@ _NOT_OF_A_PROBE = (
 
 def main(options: Options) -> None:
     _refuse_unused(options)
-    writes = probe.WRITES if options.kind == "probe" else checkpoints.WRITES
+    writes = probe.WRITES if options.kind in _PROBES else checkpoints.WRITES
     with output.run(options, "training.reward_model", reads=dpo.READS, writes=writes) as run:
         if not run.is_finished:
             _train(options, run)
@@ -65,6 +69,9 @@ def main(options: Options) -> None:
 def _train(options: Options, run: Run) -> None:
     if options.kind == "probe":
         probe.train(options, options.layers, options.coherence_weight, run)
+        return
+    if options.kind == "coherence":
+        probe.train_coherence(options, run)
         return
     train = dpo.train if options.kind == "implicit" else _train_scalar
     trainer, tokenizer = train(options, run)
@@ -85,9 +92,13 @@ def _refuse_unused(options: Options) -> None:
         raise TrainingError("--coherence-weight is for --kind probe: the other kinds have none")
     defaults = {field.name: field.default for field in fields(options)}
     given = [name for name in _NOT_OF_A_PROBE if getattr(options, name) != defaults[name]]
-    if given and options.kind == "probe":
+    if given and options.kind in _PROBES:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise TrainingError(f"--kind probe has no {flags}: it is fitted in one go; leave them out")
+        raise TrainingError(
+            f"--kind {options.kind} has no {flags}: it is fitted in one go; leave them out"
+        )
+    if options.held_out is not None and options.kind == "coherence":
+        raise TrainingError("--held-out is for preferences: --kind coherence makes its own pairs")
 
 
 def _train_scalar(options: dpo.Options, run: Run) -> tuple[Any, Any]:

@@ -228,8 +228,33 @@ def test_coherence_is_added_to_any_reward(frozen: Frozen) -> None:
     torch.testing.assert_close(added[own].std(), 2 * rewards[own].std(), rtol=0.01, atol=0)
     better, worse = (added[list(indices)].mean() for indices in zip(*pairs.pairs, strict=True))
     assert better > worse
-    with pytest.raises(TrainingError, match="--coherence-weight: fewer than 5 prompts"):
+    with pytest.raises(TrainingError, match="coherence: fewer than 5 prompts"):
         reward_of(options, prompts[:3], frozen, accelerator)
+
+
+def test_coherence_alone_needs_prompts_only(
+    work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], frozen: Frozen
+) -> None:
+    prompts = [chat(f"{PROMPTS[i % 3]} {i}") for i in range(24)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": turns}) + "\n" for turns in prompts))
+    options = options_of(work_dir, tmp_path / "probe", preferences=str(file), kind="coherence")
+    reward_model.main(options)
+    assert "coherence: " in capsys.readouterr().out
+    info = RewardFile.read(tmp_path / "probe").probe
+    assert info is not None and {*info.training} == {
+        "pairs", "coherence_accuracy", "coherence_accuracy_se"
+    }  # fmt: skip
+    chats, accelerator = Conversations(frozen.tokenizer), Accelerator(cpu=True)
+    ids = [chats.prompt_ids(turns) for turns in prompts]
+    pairs = coherence_pairs(
+        own_answers(ids, frozen.model, frozen.end_ids, accelerator, options.seed), options.seed
+    )
+    assert info.training["pairs"] == len(pairs)
+    samples = [Sample([], "", *response) for response in pairs.responses]
+    scores = load_reward(str(tmp_path / "probe"), frozen)(samples)
+    better, worse = (scores[list(indices)] for indices in zip(*pairs.pairs, strict=True))
+    assert (better - worse).mean() > 0  # as of any fit that is better than none: its loss is convex
 
 
 def test_coherence_pairs() -> None:
@@ -281,6 +306,9 @@ def test_a_killed_run_reads_on(
         ({"lora_rank": 4, "epochs": 2.0}, "--kind probe has no --epochs, --lora-rank: "),
         ({"kind": "scalar", "layers": (1,)}, "--layers is for --kind probe"),
         ({"kind": "scalar", "coherence_weight": 1.0}, "--coherence-weight is for --kind probe"),
+        ({"kind": "coherence", "epochs": 2.0}, "--kind coherence has no --epochs: "),
+        ({"kind": "coherence", "layers": (1,)}, "--layers is for --kind probe"),
+        ({"kind": "coherence", "held_out": "x.jsonl"}, "--held-out is for preferences"),
         ({"layers": (1, 3)}, "--layers 3: the LLM has 2 layers"),
         ({"max_rows": 4}, "pairs of 4 prompts cannot be cross-validated: 5 prompts are needed"),
     ],
