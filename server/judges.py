@@ -81,18 +81,26 @@ class Judges:
             kind: Calibration(kind) for kind in get_args(JudgeKind)
         }
 
+    @property
+    def kinds(self) -> list[JudgeKind]:
+        """The judges of this server, `pairwise` first."""
+        return [*dict.fromkeys(("pairwise", "proxy", *self.adapters, *self.clients))]
+
+    def principles_of(self, kind: JudgeKind) -> list[str]:
+        """What a judge can judge by; [] for one that scores."""
+        return [*self.principles] if kind in ("pairwise", "endpoint") else []
+
     def select(self, settings: JudgeSettings) -> dict[str, Principle]:
         """The principles that a request names, or the first; {} for a judge that uses none.
 
         Raises VLLMValidationError (400) for an unknown principle, or a judge that the server does not have.
         """
-        kinds = "pairwise", "proxy", *self.adapters, *self.clients
-        if settings.kind not in kinds:
+        if settings.kind not in self.kinds:
             source = "FILE.toml" if settings.kind in get_args(RemoteKind) else "DIR"
             _refuse(
                 "kind", f"this server has no {settings.kind} judge: start it with --judge {source}"
             )
-        if settings.kind not in ("pairwise", "endpoint"):
+        if not self.principles_of(settings.kind):
             if settings.principles is not None:
                 _refuse(
                     "principles",

@@ -244,6 +244,15 @@ RESPONSES: dict[tuple[str, int], dict[str, Any]] = {
             "usage": _JUDGE_USAGE,
         }
     ),
+    ("GET /judge", 200): _json(
+        {
+            "object": "list",
+            "data": [
+                {"kind": "pairwise", "principles": ["overall"]},
+                {"kind": "proxy", "principles": []},
+            ],
+        }
+    ),
     ("POST /feedback", 201): _json({"kept": True}),
     ("GET /feedback", 200): _json({"enabled": True, "person": 12, "judge": 0}),
     ("DELETE /feedback", 200): _json(

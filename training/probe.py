@@ -156,7 +156,7 @@ def train_coherence(options: dpo.Options, run: Run) -> None:
     if not llm.accelerator.is_main_process:
         return
     weight, right = fit_coherence(states.means[:, 0], own, options.seed)
-    of = f"its pairs, {FOLDS}-fold cross-validation by prompt"
+    of = f"pairs of its own answers, {FOLDS}-fold cross-validation by prompt"
     better = "own answer scored higher than one to another prompt or a loop"
     run.scores = [Score(better, right.value, right.error, len(own), of)]
     figures = {"coherence_accuracy": right.value, "coherence_accuracy_se": right.error}

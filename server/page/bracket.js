@@ -7,8 +7,9 @@ import { verdictBar } from "./verdict.js";
 const ALL_PAIRS = "All pairs";
 
 export class Bracket {
-  constructor(messages, num, strategy) {
-    Object.assign(this, { messages, strategy, texts: new Map(), rounds: 0 });
+  /** judge: as the request names it. */
+  constructor(messages, num, { strategy, ...judge }) {
+    Object.assign(this, { messages, strategy, judge, texts: new Map(), rounds: 0 });
     this.samples = Array.from({ length: num }, (_, index) => sampleCard(index));
     this.standing = null; // indices among the samples that are judged, once these are known
     this.winner = el("div", { role: "status" });
@@ -22,7 +23,7 @@ export class Bracket {
       el("h2", {}, "Samples"),
       el("ol", { class: "samples" }, ...this.samples.map((sample) => sample.element)),
       el("h2", {}, "Tournament"),
-      el("p", { class: "muted" }, "Choose a match to see both orders, and to ask why."),
+      el("p", { class: "muted" }, "Choose a match to see both texts and the judge's probabilities."),
       this.columns,
       this.details,
     );
@@ -100,7 +101,7 @@ export class Bracket {
     );
     this.details.replaceChildren(
       el("div", { class: "answers" }, ...texts),
-      judgePanel(this.messages, a, b, result),
+      judgePanel(this.messages, a, b, this.judge, result),
       verdictBar(() => this.messages, [a, b]),
     );
     this.details.scrollIntoView({ block: "nearest", behavior: "smooth" });

@@ -4,7 +4,7 @@ import { Answer } from "./answer.js";
 import { announce, button, byId, el } from "./dom.js";
 import { Setup } from "./columns.js";
 import { judgePanel } from "./judge.js";
-import { examples, session } from "./session.js";
+import { defaultJudge, examples, session } from "./session.js";
 import { verdictBar } from "./verdict.js";
 
 /** One message, and the answers to it. The next turn continues one of them. */
@@ -70,7 +70,7 @@ class Turn {
     const panels = el("div", { class: "pairs" });
     const judge = button("Ask the judge", () => {
       const pairs = answers.flatMap((a, i) => answers.slice(i + 1).map((b) => [a, b]));
-      panels.replaceChildren(...pairs.map(([a, b]) => judgePanel(messages, a, b)));
+      panels.replaceChildren(...pairs.map(([a, b]) => judgePanel(messages, a, b, defaultJudge())));
     });
     const columns = [...this.answers.keys()].filter((column) => complete.includes(this.answers.get(column)));
     const verdict = verdictBar(() => messages, answers, (index) => this.#goOnWith(columns[index]));

@@ -10,10 +10,11 @@ const PATH = "judge";
 /**
  * A comparison of two answers to a conversation.
  *
- * a, b: { label, text }. result: as POST /judge returns it; without one the judge is asked.
+ * a, b: { label, text }. judge: what names it in a request. result: as POST /judge returns it; without one the judge
+ * is asked.
  */
-export function judgePanel(messages, a, b, result = null) {
-  const body = { messages, response_a: a.text, response_b: b.text };
+export function judgePanel(messages, a, b, judge, result = null) {
+  const body = { messages, response_a: a.text, response_b: b.text, ...judge };
   const panel = el("section", { class: "pair", "aria-label": `The judge on ${a.label} and ${b.label}` });
   if (result) showResult(panel, a, b, result, body);
   else ask(panel, a, b, body);
@@ -21,7 +22,7 @@ export function judgePanel(messages, a, b, result = null) {
 }
 
 async function ask(panel, a, b, body) {
-  panel.replaceChildren(el("p", { class: "muted" }, `The judge reads ${a.label} and ${b.label} in both orders …`));
+  panel.replaceChildren(el("p", { class: "muted" }, `The judge reads ${a.label} and ${b.label} …`));
   try {
     showResult(panel, a, b, await json("POST", PATH, body), body);
   } catch (error) {
@@ -38,6 +39,7 @@ function showResult(panel, a, b, result, body) {
   }[winner];
   const rationale = el("p", { class: "rationale", hidden: true });
   const why = button("Why?", () => explain(rationale, why, body));
+  why.hidden = Boolean(body.kind); // such a judge scores, and has no reasons
   const request = () => openSnippets(PATH, { ...body, rationale: !rationale.hidden });
   replace(
     panel,

@@ -12,19 +12,23 @@ export const session = Object.assign(new EventTarget(), {
   names: [],
   /** As GET /proxies lists them. */
   proxies: [],
+  /** Judges that were added with --judge, by kind; the first is used where nobody chooses. */
+  judges: [],
   /** As GET /feedback counts it. */
   feedback: { enabled: false, person: 0, judge: 0 },
 });
 
 export async function loadSession() {
-  const [models, proxies, feedback] = await Promise.all([
+  const [models, proxies, judges, feedback] = await Promise.all([
     json("GET", "v1/models"),
     json("GET", "proxies"),
+    json("GET", "judge"),
     json("GET", "feedback"),
   ]);
   const { id, root } = models.data[0];
   const aligned = models.data.filter((model) => model.id.startsWith(`${id}:`));
   Object.assign(session, { model: id, modelPath: root, proxies: proxies.data, feedback });
+  session.judges = judges.data.map(({ kind }) => kind).filter((kind) => !["pairwise", "proxy"].includes(kind));
   session.names = aligned.map((model) => model.id.slice(id.length + 1));
   session.dispatchEvent(new Event("change"));
 }
@@ -39,6 +43,9 @@ export async function countFeedback() {
   session.feedback = await json("GET", "feedback");
   session.dispatchEvent(new Event("change"));
 }
+
+/** What names the judge in a request. */
+export const defaultJudge = () => (session.judges.length ? { kind: session.judges[0] } : {});
 
 /** That of the first proxy's training. */
 export const defaultTemperature = () => session.proxies[0]?.temperature ?? 0.7;

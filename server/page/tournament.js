@@ -5,10 +5,11 @@ import { Bracket } from "./bracket.js";
 import { announce, button, byId, el, fill } from "./dom.js";
 import { numberField, selectField, slider } from "./controls.js";
 import { errorBox, isStop } from "./errors.js";
-import { defaultTemperature, examples, session } from "./session.js";
+import { defaultJudge, defaultTemperature, examples, session } from "./session.js";
 import { openSnippets } from "./snippets.js";
 
 const PATH = "v1/chat/completions";
+const ITSELF = "The LLM itself";
 const STRATEGIES = [["knock-out", "Knock-out"], ["final-four", "Final four"], ["round-robin", "Round-robin"], ["adaptive", "Adaptive"]];
 
 class Tournament {
@@ -19,7 +20,7 @@ class Tournament {
     this.number.select.value = "8";
     this.strategy = selectField({ label: "Strategy", options: STRATEGIES });
     this.proxy = selectField({ label: "Drawn from", options: [["", "Frozen LLM"]] });
-    this.judge = selectField({ label: "Judge", options: [["", "The LLM itself"]] });
+    this.judge = selectField({ label: "Judge", options: [["{}", ITSELF]] });
     this.temperature = slider({ label: "Temperature", min: 0.1, max: 1.5, step: 0.1, value: 1, format: (value) => value.toFixed(1) });
     this.seed = numberField({ label: "Seed", min: 0, max: 2 ** 31, value: 1 });
     this.maxTokens = numberField({ label: "New tokens", min: 1, max: 4096, value: 60 });
@@ -35,19 +36,22 @@ class Tournament {
   }
 
   #refresh() {
-    if (!byId("tournament-examples").children.length) this.temperature.set(defaultTemperature());
+    const isFirst = !byId("tournament-examples").children.length;
+    if (isFirst) this.temperature.set(defaultTemperature());
     const names = session.names.map((name) => [name, `Proxy ${name}`]);
     byId("tournament-form").querySelector("[type=submit]").disabled = !session.model;
     fill(this.proxy.select, [["", "Frozen LLM"], ...names]);
-    fill(this.judge.select, [["", "The LLM itself"], ...names]);
+    const byProxy = session.names.map((proxy) => [JSON.stringify({ kind: "proxy", proxy }), `Proxy ${proxy}`]);
+    const added = session.judges.map((kind) => [JSON.stringify({ kind }), `Judge: ${kind}`]);
+    fill(this.judge.select, [["{}", ITSELF], ...added, ...byProxy]);
+    if (isFirst) this.judge.select.value = JSON.stringify(defaultJudge());
     const choose = (text) => () => (byId("tournament-prompt").value = text);
     const buttons = examples().map((text) => button(text, choose(text), { class: "example" }));
     byId("tournament-examples").replaceChildren(...buttons);
   }
 
   get request() {
-    const judge = { strategy: this.strategy.select.value };
-    if (this.judge.select.value) Object.assign(judge, { kind: "proxy", proxy: this.judge.select.value });
+    const judge = { strategy: this.strategy.select.value, ...JSON.parse(this.judge.select.value) };
     const alignment = { best_of: Number(this.number.select.value), judge };
     if (this.proxy.select.value) alignment.proxy = this.proxy.select.value;
     return {
@@ -65,7 +69,7 @@ class Tournament {
     this.#controller?.abort();
     const controller = (this.#controller = new AbortController());
     const { request } = this;
-    const bracket = new Bracket(request.messages, request.alignment.best_of, request.alignment.judge.strategy);
+    const bracket = new Bracket(request.messages, request.alignment.best_of, request.alignment.judge);
     const end = el("div", {});
     byId("tournament").replaceChildren(end, bracket.element);
     byId("tournament-stop").hidden = false;

@@ -1,4 +1,4 @@
-"""POST /judge: which of two responses is better. POST /judge/rank: which of several is best."""
+"""POST /judge: which of two responses is better. POST /judge/rank: which of several is best. GET /judge: who judges."""
 
 import asyncio
 import random
@@ -26,7 +26,13 @@ from server.engine import (
 )
 from server.judges import Judges
 from server.proxy_choice import judging_proxies
-from server.schemas.judge import JudgeRequest, PairResponse, PairsResponse, RankRequest
+from server.schemas.judge import (
+    JudgeList,
+    JudgeRequest,
+    PairResponse,
+    PairsResponse,
+    RankRequest,
+)
 from server.schemas.report import Tournament
 from server.streams import DONE, as_event
 
@@ -34,6 +40,17 @@ router = APIRouter(tags=["Judge"])
 
 Rationales = dict[str, str]
 """By principle."""
+
+
+@router.get("/judge", responses={200: {"model": JudgeList}})
+async def list_judges(raw_request: Request) -> dict[str, Any]:
+    """The judges that a request may name by `kind`.
+
+    `pairwise` is the LLM itself; `proxy` stands for every loaded proxy.
+    """
+    judges = get_state(raw_request).judges
+    data = [{"kind": kind, "principles": judges.principles_of(kind)} for kind in judges.kinds]
+    return {"object": "list", "data": data}
 
 
 @router.post(

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judge.messages import Message
 from judge.prompts import Question
+from server.judge_adapters import JudgeKind
 from server.schemas.alignment import JudgeOptions, JudgeSettings
 from server.schemas.report import Probability, ResponseBody, Usage
 
@@ -146,3 +147,19 @@ class PairsResponse(ResponseBody):
 
     verdicts: list[PairVerdict]
     usage: Usage
+
+
+class LoadedJudge(ResponseBody):
+    """A judge of this server."""
+
+    kind: JudgeKind = Field(description="What a request names as `kind`.")
+    principles: list[str] = Field(
+        description="What it can judge by; without `principles` in a request, the first. Of judges that score: none."
+    )
+
+
+class JudgeList(ResponseBody):
+    """All judges of this server."""
+
+    object: Literal["list"]
+    data: list[LoadedJudge]

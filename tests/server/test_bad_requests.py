@@ -156,7 +156,7 @@ def test_a_prompt_longer_than_the_context(http, model, stream):
 
 def test_unknown_paths_and_methods(http):
     assert_refused(http.get("/nowhere"), 404)
-    assert_refused(http.get("/judge"), 405)
+    assert_refused(http.get("/judge/rank"), 405)
     assert_refused(http.put("/proxies"), 405)
 
 

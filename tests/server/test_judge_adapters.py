@@ -5,6 +5,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -23,7 +24,7 @@ from judge.tournament import replay
 from proxy.checkpoint import BaseModelId, CheckpointError, identify
 from proxy.probe import PROBE_FILE, save_weight
 from proxy.reward_file import ProbeInfo, RewardFile
-from server.judge_adapters import AdapterError, enable_adapters, read_adapters
+from server.judge_adapters import AdapterError, JudgeKind, enable_adapters, read_adapters
 from server.openapi_examples import ERRORS
 from tests.server.conftest import (
     API_KEY,
@@ -241,6 +242,36 @@ def test_likelihood_verdicts_are_the_ratio(http: httpx.Client, scores: list[floa
         assert list(verdict["principles"]) == ["likelihood"]
     # Three responses, each read twice, whatever the number of pairs.
     assert answer.json()["usage"]["completion_tokens"] == 6
+
+
+def test_the_server_names_its_judges(http: httpx.Client) -> None:
+    listed = http.get("/judge").raise_for_status().json()["data"]
+    principles = {judge["kind"]: judge["principles"] for judge in listed}
+    assert [*principles][:2] == ["pairwise", "proxy"]
+    assert {*principles} == {*get_args(JudgeKind)}
+    assert principles["pairwise"] == principles["endpoint"] == ["manners"]
+    assert principles["probe"] == principles["proxy"] == []
+    for kind in {*principles} - {
+        "proxy",
+        "reward",
+    }:  # which name a proxy, and a server that is not up
+        body = {"prompt": "Hi.", "response_a": "Yes.", "response_b": "No.", "kind": kind}
+        assert http.post("/judge", json=body).is_success, kind
+
+
+def test_the_page_asks_the_judge_that_was_added(http: httpx.Client, open_page: Any) -> None:
+    page = open_page(str(http.base_url).rstrip("/"), "best-of")
+    page.get_by_label("Samples").select_option("2")
+    page.get_by_label("Prompt").fill("How do I look after my freezer?")
+    with page.expect_request("**/v1/chat/completions") as request:
+        page.get_by_role("button", name="Draw and judge").click()
+    kinds = [judge["kind"] for judge in http.get("/judge").json()["data"]]
+    judge = request.value.post_data_json["alignment"]["judge"]
+    assert judge == {"strategy": "knock-out", "kind": kinds[2]}  # after the LLM itself and proxies
+    page.locator(".winner").wait_for()
+    page.locator(".match").click()
+    assert page.locator(".match-details .bar").count() == 3
+    assert page.get_by_role("button", name="Why?").is_hidden()
 
 
 def test_ranking_by_likelihood(http: httpx.Client, scores: list[float]) -> None:
