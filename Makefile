@@ -27,6 +27,7 @@ else ifeq ($(DEMO),smollm2)
 MODEL = $$($(BIN)/python -m deploy.demo.smollm2.convert)
 NAME ?= smollm2
 PROXIES ?= $(call named,deploy/demo/smollm2/proxies)
+JUDGES ?= deploy/demo/smollm2/judge
 else
 $(error DEMO is '$(DEMO)'; it can be smollm2 or toy)
 endif
@@ -41,9 +42,9 @@ help:  ## list these targets
 install:  ## install everything into .venv (DEVICE=cuda: into .venv-cuda)
 	@deploy/install/install.sh $(DEVICE)
 
-serve: install  ## serve the demo: SmolLM2 and its proxies (DEMO=toy, MODEL, NAME, PROXIES, HOST, PORT, ARGS)
+serve: install  ## serve the demo: SmolLM2, its proxies and judge (DEMO=toy, MODEL, NAME, PROXIES, JUDGES, HOST, PORT, ARGS)
 	@model=$(MODEL) && exec $(BIN)/python -m server --model "$$model" --served-model-name $(NAME) \
-		$(addprefix --proxy ,$(PROXIES)) --host $(HOST) --port $(PORT) $(ARGS)
+		$(addprefix --proxy ,$(PROXIES)) $(addprefix --judge ,$(JUDGES)) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install  ## run the tests, but for the slow ones (ARGS="tests/proxy -x")
 	$(PYTEST) -m "not slow" $(ARGS)

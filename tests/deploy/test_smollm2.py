@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -18,6 +19,7 @@ from deploy.demo.smollm2 import convert
 from tests.server.conftest import REPOSITORY, WAIT_SECONDS, serving
 
 COMMAND = [sys.executable, "-m", "deploy.demo.smollm2.convert"]
+JUDGE = "deploy/demo/smollm2/judge"
 PROXIES = [path.name for path in (REPOSITORY / "deploy/demo/smollm2/proxies").glob("*/")]
 
 
@@ -28,6 +30,8 @@ def client(tmp_path_factory):
         f"--proxy={name}={REPOSITORY / 'deploy/demo/smollm2/proxies' / name}" for name in PROXIES
     ]
     flags += [
+        "--judge",
+        REPOSITORY / JUDGE,
         "--dtype",
         "float32",
         "--max-model-len",
@@ -59,6 +63,22 @@ def test_a_request_that_says_nothing_else(client, name):
     """It gets the temperature of the model's own `generation_config.json`, and answers to the point."""
     texts = complete(client, "How does a vaccine work?", name, n=4, max_tokens=48)
     assert sum("vaccine" in text.lower() for text in texts) >= 3, texts
+
+
+def test_the_judge_prefers_what_is_to_the_point(client):
+    """An answer over one to another question, whichever is shown first; and of a loop it wants none."""
+    asked, told = "How does a vaccine work?", "A vaccine teaches the immune system to know a virus."
+    other, loop = "To bake bread, mix flour, water and yeast.", "A vaccine is a vaccine. " * 6
+    pairs = [(told, other), (other, told), (told, loop)]
+    answer = client.post(
+        f"{str(client.base_url).removesuffix('v1/')}judge",
+        body={
+            "kind": "probe",
+            "pairs": [{"prompt": asked, "response_a": a, "response_b": b} for a, b in pairs],
+        },
+        cast_to=httpx.Response,
+    ).json()
+    assert [verdict["winner"] for verdict in answer["verdicts"]] == ["a", "b", "a"]
 
 
 def test_where_it_cannot_be_had(tmp_path):
@@ -118,7 +138,7 @@ def test_two_at_once_and_once_more(monkeypatch, tmp_path):
 
 def serve_command(*settings):
     """The command that `make serve` would run."""
-    names = ("MODEL", "NAME", "PROXIES", "DEMO", "MAKEFLAGS")
+    names = ("MODEL", "NAME", "PROXIES", "JUDGES", "DEMO", "MAKEFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     result = subprocess.run(
         ["make", "--dry-run", "serve", *settings],
@@ -137,13 +157,16 @@ def test_what_make_serves():
     )
     command = serve_command()
     assert "model=$(.venv/bin/python -m deploy.demo.smollm2.convert) && exec" in command
-    assert f'--model "$model" --served-model-name smollm2 {proxy_flags}'.strip() in command
+    assert (
+        f'--model "$model" --served-model-name smollm2 {proxy_flags} --judge {JUDGE} --host'
+        in command
+    )
     assert (
         "--served-model-name assent-demo --proxy aligned=deploy/demo/proxies/aligned "
         "--proxy polite=deploy/demo/proxies/polite --host"
     ) in serve_command("DEMO=toy")
     assert "--served-model-name mine --host" in serve_command("MODEL=runs/mine/")
-    assert "--served-model-name a --proxy b=c --host" in serve_command(
-        "MODEL=m", "NAME=a", "PROXIES=b=c"
+    assert "--served-model-name a --proxy b=c --judge d --host" in serve_command(
+        "MODEL=m", "NAME=a", "PROXIES=b=c", "JUDGES=d"
     )
     assert "DEMO is 'tiny'; it can be smollm2 or toy" in serve_command("DEMO=tiny")
