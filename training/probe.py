@@ -149,9 +149,15 @@ def train_coherence(options: dpo.Options, run: Run) -> None:
         lambda row: chats.prompt_ids(row["prompt"]),
         options.max_rows,
     )
+    prompts = [ids for ids in prompts if len(ids) <= llm.longest]
+    if len(prompts) < FOLDS:
+        raise TrainingError(
+            f"{options.preferences}: {len(prompts)} prompts within {llm.longest} tokens cannot be cross-validated: "
+            f"{FOLDS} are needed, and some hundreds to learn anything"
+        )
     refuse_unknown(llm.model, llm.tokenizer, prompts)
     run.start()
-    own = llm.own_answers([ids for ids in prompts if len(ids) <= llm.longest])
+    own = llm.own_answers(prompts)
     states = llm.states_of(own, (llm.last,))
     if not llm.accelerator.is_main_process:
         return
