@@ -31,7 +31,7 @@ def client(tmp_path_factory):
     ]
     flags += [
         "--judge",
-        REPOSITORY / JUDGE,
+        str(REPOSITORY / JUDGE),
         "--dtype",
         "float32",
         "--max-model-len",
