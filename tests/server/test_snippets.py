@@ -1,6 +1,6 @@
 """Blocks of the documentation that speak to a server, or to none, run as they stand. `tests.pages` lists the others.
 
-The names of the page's model and proxy are replaced by those of the tests' server, and a key is added.
+The names of the page's model, proxy and judge are replaced by those of the tests' server, and a key is added.
 """
 
 import os
@@ -21,6 +21,7 @@ NAMES = {
     '"plain"': '"aligned"',
     ":plain": ":aligned",
     "smollm2": MODEL,
+    '"kind": "probe"': '"kind": "pairwise"',
     'api_key="none"': f'api_key="{ADMIN_KEY}"',
 }
 STARTS = re.compile(r"^(make serve|python -m server)\b.*$", re.MULTILINE)
