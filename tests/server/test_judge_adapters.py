@@ -387,7 +387,8 @@ def test_a_reward_model_that_is_not_there(http: httpx.Client) -> None:
     assert answer.status_code == answer.json()["error"]["code"] == 502
     assert answer.json()["error"]["message"] == ERRORS["POST /judge"][502]
     alignment = {"best_of": 2, "judge": {"kind": "reward"}}
-    chat = {"model": MODEL, "messages": TURNS, "max_tokens": 4, "alignment": alignment}
+    # Two samples that differ: of equal ones nobody is asked.
+    chat = {"model": MODEL, "messages": TURNS, "max_tokens": 24, "seed": 1, "alignment": alignment}
     answer = http.post("/v1/chat/completions", json=chat | {"stream": True})
     assert ERRORS["POST /judge"][502] in answer.text
 
