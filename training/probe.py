@@ -105,7 +105,7 @@ def train(options: dpo.Options, layers: Sequence[int], coherence_weight: float, 
     pairs, held_out = read(options.preferences, options.max_rows), None
     if options.held_out is not None:
         pairs, held_out = together(pairs, read(options.held_out, None))
-    _refuse_few_prompts(pairs, options.preferences)
+    _refuse_few_prompts(int(prompts_of(pairs).max()) + 1, options.preferences)
     refuse_unknown(llm.model, llm.tokenizer, (r.prompt + r.response for r in pairs.responses))
     run.start()
     states, coherence = llm.states_of(pairs, layers), None
@@ -150,11 +150,7 @@ def train_coherence(options: dpo.Options, run: Run) -> None:
         options.max_rows,
     )
     prompts = [ids for ids in prompts if len(ids) <= llm.longest]
-    if len(prompts) < FOLDS:
-        raise TrainingError(
-            f"{options.preferences}: {len(prompts)} prompts within {llm.longest} tokens cannot be cross-validated: "
-            f"{FOLDS} are needed, and some hundreds to learn anything"
-        )
+    _refuse_few_prompts(len(prompts), options.preferences)
     refuse_unknown(llm.model, llm.tokenizer, prompts)
     run.start()
     own = llm.own_answers(prompts)
@@ -246,12 +242,11 @@ def _read_pairs(
     return preferences
 
 
-def _refuse_few_prompts(pairs: Preferences, source: str) -> None:
-    num_prompts = int(prompts_of(pairs).max()) + 1
+def _refuse_few_prompts(num_prompts: int, source: str) -> None:
     if num_prompts < FOLDS:
         raise TrainingError(
-            f"{source}: pairs of {num_prompts} prompts cannot be cross-validated: {FOLDS} prompts are needed, and some "
-            "hundreds to learn anything"
+            f"{source}: {num_prompts} prompts within --max-length cannot be cross-validated: {FOLDS} are needed, and "
+            "some hundreds to learn anything"
         )
 
 

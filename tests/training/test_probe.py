@@ -308,10 +308,10 @@ def test_a_killed_run_reads_on(
         ({"kind": "scalar", "coherence_weight": 1.0}, "--coherence-weight is for --kind probe"),
         ({"kind": "coherence", "epochs": 2.0}, "--kind coherence has no --epochs: "),
         ({"kind": "coherence", "layers": (1,)}, "--layers is for --kind probe"),
-        ({"kind": "coherence", "max_rows": 4}, "4 prompts within 1024 tokens cannot be cross-"),
+        ({"kind": "coherence", "max_rows": 4}, "4 prompts within --max-length cannot be cross-"),
         ({"kind": "coherence", "held_out": "x.jsonl"}, "--held-out is for preferences"),
         ({"layers": (1, 3)}, "--layers 3: the LLM has 2 layers"),
-        ({"max_rows": 4}, "pairs of 4 prompts cannot be cross-validated: 5 prompts are needed"),
+        ({"max_rows": 4}, "4 prompts within --max-length cannot be cross-validated: 5 are needed"),
     ],
 )
 def test_what_cannot_be(
