@@ -66,9 +66,12 @@ def test_a_request_that_says_nothing_else(client, name):
 
 
 def test_the_judge_prefers_what_is_to_the_point(client):
-    """An answer over one to another question, whichever is shown first; and of a loop it wants none."""
-    asked, told = "How does a vaccine work?", "A vaccine teaches the immune system to know a virus."
-    other, loop = "To bake bread, mix flour, water and yeast.", "A vaccine is a vaccine. " * 6
+    """The README's example, whichever is shown first; and of a loop it wants none."""
+    asked = "Why is the sky blue?"
+    told = "The sky is blue because the air scatters blue light more than red light."
+    other, loop = "To bake bread, mix flour, water and yeast.", "The sky is blue. " * 6
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert all(text in readme for text in (asked, told, other))
     pairs = [(told, other), (other, told), (told, loop)]
     answer = client.post(
         f"{str(client.base_url).removesuffix('v1/')}judge",

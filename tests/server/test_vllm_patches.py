@@ -164,6 +164,7 @@ def test_a_server_ends_though_the_owner_of_its_port_has_just_ended(monkeypatch) 
         app.state.engine_client = None
         serving = asyncio.create_task(launcher.serve_http(app, None, host="127.0.0.1", port=0))
         while not (hasattr(app.state, "server") and app.state.server.started):
+            assert not serving.done(), "it ended before it served"
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         try:
