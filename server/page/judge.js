@@ -39,7 +39,7 @@ function showResult(panel, a, b, result, body) {
   }[winner];
   const rationale = el("p", { class: "rationale", hidden: true });
   const why = button("Why?", () => explain(rationale, why, body));
-  why.hidden = Boolean(body.kind); // such a judge scores, and has no reasons
+  why.hidden = Boolean(body.kind); // only the LLM itself gives reasons
   const request = () => openSnippets(PATH, { ...body, rationale: !rationale.hidden });
   replace(
     panel,
