@@ -43,6 +43,7 @@ from judge.sources import SourceError
 FIGURES_FILE, CHART_FILE = "figures.json", "reliability.png"
 PAIRS_PER_REQUEST = 64
 CONCURRENCY = 4
+REFUSALS = (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE)
 BINS = 10
 
 
@@ -123,10 +124,10 @@ def read_pairs(options: Options) -> list[PairRow]:
 
 
 async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
-    """Judge all pairs, with a few requests at once.
+    """Judge all pairs, with a few requests at once. Those that the server refuses are left out and counted.
 
     Raises:
-        httpx.HTTPStatusError: the server refuses; its response says why.
+        httpx.HTTPStatusError: the server refuses all pairs; its response says why.
         NotAssentError: the server is not Assent's.
     """
     given = {"kind": options.kind, "proxy": options.proxy, "principles": [*options.principles]}
@@ -134,6 +135,7 @@ async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
     batches = [rows[i : i + PAIRS_PER_REQUEST] for i in range(0, len(rows), PAIRS_PER_REQUEST)]
     limit = asyncio.Semaphore(CONCURRENCY)
     headers = auth_headers(options.api_key)
+    refused: list[tuple[str, httpx.Response]] = []  # row, why
     with tqdm(total=len(rows), unit="pair") as bar:
         async with httpx.AsyncClient(
             base_url=options.base_url, headers=headers, timeout=None
@@ -143,6 +145,12 @@ async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
                 body = {"pairs": [row.pair for row in batch]} | settings
                 async with limit:
                     response = await client.post("/judge", json=body)
+                if response.status_code in REFUSALS:
+                    if len(batch) > 1:  # one of its pairs is enough
+                        parts = await asyncio.gather(*(judge_batch([row]) for row in batch))
+                        return [judged for part in parts for judged in part]
+                    refused.append((batch[0].row, response))
+                    return []
                 response.raise_for_status()
                 bar.update(len(batch))
                 try:
@@ -154,7 +162,13 @@ async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
                     ) from None
 
             results = await asyncio.gather(*map(judge_batch, batches))
-            return [judged for batch in results for judged in batch]
+    if len(refused) == len(rows):
+        refused[0][1].raise_for_status()
+    if refused:
+        where, why = refused[0]
+        print(f"left out {len(refused)} of {len(rows)} pairs that the server refuses")
+        print(f"the first: {where}: {error_message(why)}")
+    return [judged for batch in results for judged in batch]
 
 
 def _judged(row: PairRow, verdict: dict[str, Any]) -> Judged:

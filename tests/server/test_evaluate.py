@@ -86,7 +86,9 @@ def test_a_run(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")  # of the table
     monkeypatch.setenv("ASSENT_API_KEY", API_KEY)
-    data = write(tmp_path / "rows.jsonl", *[REWARD_BENCH] * 8, REWARD_BENCH_2, '{"prompt":')
+    endless = REWARD_BENCH | {"prompt": [{"role": "user", "content": "?"}] * 5000}
+    rows = [*[REWARD_BENCH] * 8, endless, REWARD_BENCH_2, '{"prompt":']
+    data = write(tmp_path / "rows.jsonl", *rows)
     options = Options(data=data, output=tmp_path / "out", base_url=server.url)
     evaluate.main(options)
     saved_figures = json.loads((tmp_path / "out/figures.json").read_text())
@@ -99,7 +101,9 @@ def test_a_run(
     assert saved_figures["Focus"]["rows"] == 1 and saved_figures["all pairs"]["rows"] == 9
     assert (tmp_path / "out/reliability.png").stat().st_size > 0
     printed = capsys.readouterr().out
-    assert "skipped 1 of 12 rows" in printed and "by row" in printed
+    assert "skipped 1 of 13 rows" in printed and "by row" in printed
+    assert "left out 1 of 12 pairs that the server refuses" in printed
+    assert "line 9: `messages` has 5,000 items" in printed
     with pytest.raises(OptionError, match="figures.json is there already: .* --overwrite"):
         evaluate.main(options)
     by_proxy = replace(options, kind="proxy", proxy="aligned", overwrite=True)
