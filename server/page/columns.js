@@ -1,8 +1,8 @@
 // Who answers: the frozen LLM or a proxy in each column, and the settings that all columns share.
 
 import { button, byId, el, fill, replace } from "./dom.js";
-import { numberField, slider } from "./controls.js";
-import { defaultTemperature, session } from "./session.js";
+import { numberField, slider, temperatureSlider } from "./controls.js";
+import { session } from "./session.js";
 
 const LETTERS = ["A", "B", "C"];
 const FROZEN = "";
@@ -54,12 +54,7 @@ export class Setup {
     this.columns = [];
     this.onchange = onchange;
     const all = () => onchange(this.columns);
-    this.temperature = slider({
-      label: "Temperature",
-      ...{ min: 0, max: 1.5, step: 0.1, value: 1 },
-      format: (value) => value.toFixed(1),
-      onchange: all,
-    });
+    this.temperature = temperatureSlider({ min: 0, onchange: all });
     this.seed = numberField({ label: "Seed", min: 0, max: 2 ** 31, value: 1, onchange: all });
     this.maxTokens = numberField({ label: "New tokens", min: 1, max: 4096, value: 200, onchange: all });
     this.trace = el("input", { type: "checkbox", checked: true, onchange: all });
@@ -81,7 +76,7 @@ export class Setup {
       messages,
       seed: this.seed.get(),
       max_tokens: this.maxTokens.get(),
-      temperature: this.temperature.value,
+      ...this.temperature.fields,
       stream: true,
       stream_options: { include_usage: true },
     };
@@ -92,7 +87,6 @@ export class Setup {
 
   #refresh() {
     if (!this.columns.length) {
-      this.temperature.set(defaultTemperature());
       for (const proxy of [FROZEN, ...session.names.slice(0, 1)]) this.columns.push(this.#column(proxy));
     }
     for (const column of this.columns) column.refresh();

@@ -47,9 +47,6 @@ export async function countFeedback() {
 /** What names the judge in a request. */
 export const defaultJudge = () => (session.judges.length ? { kind: session.judges[0] } : {});
 
-/** That of the first proxy's training. */
-export const defaultTemperature = () => session.proxies[0]?.temperature ?? 0.7;
-
 /** Prompts that suit the LLM: the toy demo's speaks of household things alone. */
 export function examples() {
   return session.model === "assent-demo"

@@ -3,9 +3,9 @@
 import { events, send } from "./api.js";
 import { Bracket } from "./bracket.js";
 import { announce, button, byId, el, fill } from "./dom.js";
-import { numberField, selectField, slider } from "./controls.js";
+import { numberField, selectField, temperatureSlider } from "./controls.js";
 import { errorBox, isStop } from "./errors.js";
-import { defaultJudge, defaultTemperature, examples, session } from "./session.js";
+import { defaultJudge, examples, session } from "./session.js";
 import { openSnippets } from "./snippets.js";
 
 const PATH = "v1/chat/completions";
@@ -21,7 +21,7 @@ class Tournament {
     this.strategy = selectField({ label: "Strategy", options: STRATEGIES });
     this.proxy = selectField({ label: "Drawn from", options: [["", "Frozen LLM"]] });
     this.judge = selectField({ label: "Judge", options: [["{}", ITSELF]] });
-    this.temperature = slider({ label: "Temperature", min: 0.1, max: 1.5, step: 0.1, value: 1, format: (value) => value.toFixed(1) });
+    this.temperature = temperatureSlider({ min: 0.1 });
     this.seed = numberField({ label: "Seed", min: 0, max: 2 ** 31, value: 1 });
     this.maxTokens = numberField({ label: "New tokens", min: 1, max: 4096, value: 60 });
     const fields = [this.number, this.strategy, this.proxy, this.judge, this.temperature, this.seed, this.maxTokens];
@@ -37,7 +37,6 @@ class Tournament {
 
   #refresh() {
     const isFirst = !byId("tournament-examples").children.length;
-    if (isFirst) this.temperature.set(defaultTemperature());
     const names = session.names.map((name) => [name, `Proxy ${name}`]);
     byId("tournament-form").querySelector("[type=submit]").disabled = !session.model;
     fill(this.proxy.select, [["", "Frozen LLM"], ...names]);
@@ -59,7 +58,7 @@ class Tournament {
       messages: [{ role: "user", content: byId("tournament-prompt").value.trim() }],
       seed: this.seed.get(),
       max_tokens: this.maxTokens.get(),
-      temperature: this.temperature.value,
+      ...this.temperature.fields,
       stream: true,
       alignment,
     };

@@ -140,6 +140,7 @@ def test_sliders_answer_again_with_the_same_seed(page):
     wait_for_answers(page)
     assert len(bodies) == 3, "only the proxy's column answers again"
     assert bodies[-1]["alignment"]["strength"] == 0
+    assert not any("temperature" in body for body in bodies), "the model's own"
     assert text_of(page, "B") == before, "at strength 0 a proxy is the frozen LLM"
     set_slider(page, "Temperature", "Home")
     wait_for_answers(page)
