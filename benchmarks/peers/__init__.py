@@ -10,6 +10,7 @@
 - `reference`     - the frozen LLM, the proxy and best of N there.
 - `args`, `cards`, `genarm` - three published methods, written small from their papers.
 - `lab`           - a world in transformers: reward, guide, constants.
+- `trained_judge` - of SmolLM2's world, beside the LLM itself.
 - `timing`        - timed rounds.
 - `plan`          - all jobs.
 - `report`, `tables` - figures and tables.

@@ -25,6 +25,7 @@ from benchmarks.peers import environments, report
 from benchmarks.peers.engine import Engine, open_engine
 from benchmarks.peers.plan import GetEngine, decoding_jobs, is_finished, serving_jobs
 from benchmarks.peers.setting import Options, PeerName, Setting, WorldName, scaled
+from benchmarks.peers.trained_judge import judge_of
 from deploy.demo.smollm2.convert import model_directory
 from training.console import main_guard, read_options
 
@@ -78,7 +79,7 @@ def setting_of(
         num_costly=num_prompts if is_toy else min(num_prompts, num_costly),
         rounds=scaled(options.rounds, options.scale, 1),
         clients=options.clients,
-        num_pairs=scaled(4_000, options.scale, 64),
+        num_pairs=scaled(4_000 if is_toy else 500, options.scale, 64),
         rows=options.rows,
         environments={name: Path(found["place"]) for name, found in prepared.items()},
     )
@@ -100,7 +101,7 @@ def engine_on_demand(setting: Setting) -> Iterator[GetEngine]:
 
         def get() -> Engine:
             if not opened:
-                opened.append(stack.enter_context(open_engine(setting)))
+                opened.append(stack.enter_context(open_engine(setting, judge_of(setting))))
             return opened[0]
 
         yield get

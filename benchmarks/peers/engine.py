@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import httpx
 from openai import AsyncOpenAI
 
+from benchmarks.demo import gather
 from benchmarks.engines import Server, serve
-from benchmarks.peers.setting import Setting
+from benchmarks.peers.setting import AT_ONCE, Setting
 from benchmarks.peers.worlds import World, world_of
 from judge.messages import Message
 
@@ -58,7 +59,8 @@ class Engine:
 
 
 @contextmanager
-def open_engine(setting: Setting) -> Iterator[Engine]:
+def open_engine(setting: Setting, judge: Path | None = None) -> Iterator[Engine]:
+    """The server, with a judge in this directory beside the LLM itself."""
     world = world_of(setting)
     flags: list[str | Path] = ["--enable-prefix-caching"]  # as served by default
     if world.wish is not None:
@@ -67,6 +69,8 @@ def open_engine(setting: Setting) -> Iterator[Engine]:
         principle = {"system": f"Choose the better response. {world.wish}"}
         file.write_text(json.dumps({"wish": principle}), encoding="utf-8")
         flags += ["--principles", file]
+    if judge is not None:
+        flags += ["--judge", judge]
     with serve(world.served, "assent", {world.proxy_name: world.proxy}, flags) as server:
         yield Engine(server, setting, world)
 
@@ -133,6 +137,17 @@ async def samples(
         n=n,
         logprobs=True,
     )
+
+
+async def sample_all(
+    engine: Engine, title: str, chats: Sequence[list[Message]], n: int, seed: Callable[[int], int]
+) -> list[list[str]]:
+    """`n` answers to each chat, with a bar of this title; `seed` is called with a chat's index."""
+    async with client_of(engine.url) as client:
+        drawn = await gather(
+            title, len(chats), AT_ONCE, lambda i: samples(engine, client, chats[i], seed(i), n)
+        )
+    return [[choice.message.content or "" for choice in answer.choices] for answer in drawn]
 
 
 def mean_logprob(choice: Any) -> float:

@@ -3,13 +3,14 @@
 import asyncio
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.jobs import Job
 from benchmarks.demo import gather
 from benchmarks.peers import timing
-from benchmarks.peers.engine import Engine, client_of, samples
+from benchmarks.peers.engine import Engine, sample_all
 from benchmarks.peers.lab import (
     REWARD,
     SCALE,
@@ -22,6 +23,7 @@ from benchmarks.peers.lab import (
 )
 from benchmarks.peers.rows import decoding_rows, serving_rows
 from benchmarks.peers.setting import AT_ONCE, N, Setting
+from benchmarks.peers.trained_judge import JUDGE, train_judge
 from benchmarks.peers.worlds import prompts_of, world_of
 from training.rewards import sequence_logprobs
 
@@ -46,7 +48,8 @@ def seed_of(name: str, index: int) -> int:
 def serving_jobs(setting: Setting, engine: GetEngine) -> list[Job]:
     """The jobs that need the engine."""
     rows = serving_rows(setting)
-    jobs = [_samples_job(name, engine) for name in (BASELINE, ORACLE)]
+    jobs = [Job(JUDGE, train_judge)] if any(row.needs_judge for row in rows.values()) else []
+    jobs += [_samples_job(name, engine) for name in (BASELINE, ORACLE)]
     jobs += [_answers_job(name, engine) for name in rows]
     return [*jobs, timing.serving_job(engine, rows)] if rows else jobs
 
@@ -60,14 +63,7 @@ def _samples_job(name: str, engine: GetEngine) -> Job:
 
 async def _sample(engine: Engine, name: str) -> dict[str, Any]:
     prompts = prompts_of(engine.setting)
-    async with client_of(engine.url) as client:
-        drawn = await gather(
-            name,
-            len(prompts),
-            AT_ONCE,
-            lambda i: samples(engine, client, prompts[i], seed_of(name, i), N),
-        )
-    return {"texts": [[choice.message.content or "" for choice in a.choices] for a in drawn]}
+    return {"texts": await sample_all(engine, name, prompts, N, partial(seed_of, name))}
 
 
 def _answers_job(name: str, engine: GetEngine) -> Job:

@@ -26,6 +26,8 @@ class Serving:
     peer: PeerName | None = None
     """The package that it needs."""
     only: WorldName | None = None
+    needs_judge: bool = False
+    """Whether `trained_judge` makes its judge."""
     is_costly: bool = False
     """Whether it reads or writes thousands of tokens for each prompt."""
 
@@ -79,6 +81,23 @@ SERVING: dict[str, Serving] = {
                 "judge": {"kind": "proxy", "proxy": world.proxy_name},
             }
         ),
+    ),
+    "probe": Serving(
+        title=f"**best of {N}**, a probe as judge",
+        open=assent(alignment=lambda world: {"best_of": N, "judge": {"kind": "probe"}}),
+        only="smollm2",
+        needs_judge=True,
+    ),
+    "probe-adaptive": Serving(
+        title=f"best of {N}, adaptive, a probe as judge",
+        open=assent(
+            alignment=lambda world: {
+                "best_of": N,
+                "judge": {"kind": "probe", "strategy": "adaptive"},
+            }
+        ),
+        only="smollm2",
+        needs_judge=True,
     ),
     "proxy-best-of": Serving(
         title=f"**proxy and best of {N}**, self-judge",

@@ -60,7 +60,7 @@ class Setting(Workplace):
     rounds: int
     clients: tuple[int, ...]
     num_pairs: int
-    """That the reward is trained on."""
+    """That the reward, or the judge, is trained on."""
     rows: tuple[str, ...]
     environments: dict[str, Path]
     """The virtual environment of each peer that takes part."""

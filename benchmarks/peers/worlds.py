@@ -93,6 +93,12 @@ def prompts_of(setting: Setting, count: int | None = None, *, skip: int = 0) -> 
     return [prompts[(skip + i) % len(prompts)] for i in range(wanted)]
 
 
+def training_prompts(count: int) -> list[list[Message]]:
+    """Of SmolLM2's world."""
+    rows = read_rows(SMOLLM2 / "prompts" / "train.jsonl", ("prompt",))
+    return [row["prompt"] for row in rows][:count]
+
+
 def validation_prompts(setting: Setting, count: int) -> list[list[Message]]:
     """For constants of methods."""
     if setting.world == "toy":

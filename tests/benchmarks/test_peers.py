@@ -233,3 +233,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert rows["proxy"]["engine"] == rows["proxy"]["reported"]
     assert rows["best-of"]["engine"]["prompt"] > 10 * rows["plain"]["engine"]["prompt"]
     assert rows["args"]["reward_passes"] == rows["args"]["llm_passes"] == 1
+
+
+@pytest.mark.slow  # starts two servers of SmolLM2 and trains a judge
+def test_a_judge_is_trained_where_a_row_needs_it(tmp_path: Path) -> None:
+    options = Options(
+        worlds=("smollm2",),
+        peers=(),
+        rows=("probe-adaptive",),
+        work=tmp_path / "work",
+        output=tmp_path,
+        scale=0.05,
+    )
+    main(options)
+    assert (tmp_path / "work/smollm2/judge/probe/reward.json").exists()
+    rows = json.loads((tmp_path / "peers.json").read_text())["worlds"]["smollm2"]["rows"]
+    adaptive, judged = rows["probe-adaptive"]["engine"], rows["best-of"]["engine"]
+    assert adaptive["completion"] <= judged["completion"]
+    assert adaptive["prompt"] < judged["prompt"], "a probe reads each sample once"
