@@ -3,6 +3,9 @@
 import { el, percent } from "./dom.js";
 
 const MAX_SHOWN = 2; // rejected candidates above a token; the details have all
+const LONGEST_WORD = 12; // tokens that a line keeps together: a URL must break somewhere
+// After these a line may break; scripts without spaces break anywhere.
+const BREAKS = /[-–—/\s\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]$/u;
 
 /**
  * Finds each traced token in the streamed text. The end of the turn has an entry and no text; a character that
@@ -55,6 +58,9 @@ export class Pairing {
 
 /** An answer whose tokens can be looked at: by pointer, by touch, or with the arrow keys. */
 export class TraceView {
+  /** The tokens of the last word; null = the next token begins one. A line would break before and after a ruby. */
+  #word = null;
+
   constructor() {
     this.element = el("div", {
       class: "text",
@@ -77,9 +83,22 @@ export class TraceView {
 
   #append(pairs) {
     for (const [text, entry] of pairs) {
-      if (entry === null) this.element.append(text);
-      else this.element.append(...traced(text, entry));
+      for (const node of entry === null ? [text] : traced(text, entry)) {
+        if (typeof node === "string") this.#appendText(node);
+        else this.#appendToken(node);
+      }
+      if (BREAKS.test(text) || this.#word?.children.length === LONGEST_WORD) this.#word = null;
     }
+  }
+
+  #appendText(text) {
+    this.element.append(text);
+    this.#word = null;
+  }
+
+  #appendToken(token) {
+    if (this.#word === null) this.element.append((this.#word = el("span", { class: "word" })));
+    this.#word.append(token);
   }
 
   #move(event) {

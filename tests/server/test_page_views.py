@@ -236,3 +236,28 @@ def test_tokens_that_are_no_whole_characters(open_page, server):
     assert page.evaluate(script) == [
         ["Hi", "Hi"], ["", "\ufffd"], ["\U0001f600", "\ufffd"], [" yes", " yes"], ["", "<end>"],
     ]  # fmt: skip
+
+
+def test_no_line_breaks_within_a_word(open_page, server):
+    """Not beside a token with something above it either; text of a script without spaces does break."""
+    page = open_page(server.url, key=API_KEY)
+    script = """async (tokens) => {
+        const { TraceView } = await import('./page/trace.js');
+        const view = new TraceView();
+        view.element.style.width = '130px';
+        document.body.append(view.element);
+        const entries = tokens.map((token) => ({ token, rejected: [{ token }], accept_probability: 0.5 }));
+        view.push(tokens.join(''), entries);
+        view.finish();
+        const shown = [...view.element.querySelectorAll('.token')];
+        return [view.element.scrollWidth <= 130, shown.map((token) => Math.round(token.getBoundingClientRect().top))];
+    }"""
+    words = ["To", "make", "a", "harmless", "vaccine,", "it", "is", "tested", "again."]
+    tokens = [part for word in words for part in (f" {word[0]}", word[1:-1], word[1:][-1:]) if part]
+    fits, tops = page.evaluate(script, tokens)
+    starts = [i for i, token in enumerate(tokens) if token.startswith(" ")]
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        assert len({*tops[start:end]}) == 1, tokens[start:end]
+    assert len({*tops}) > 2 and fits
+    fits, tops = page.evaluate(script, [*"天空为什么是蓝色的因为阳光"])
+    assert len({*tops}) > 1 and fits
