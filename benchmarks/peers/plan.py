@@ -56,14 +56,10 @@ def serving_jobs(setting: Setting, engine: GetEngine) -> list[Job]:
 
 def _samples_job(name: str, engine: GetEngine) -> Job:
     def run(setting: Setting, directory: Path) -> dict[str, Any]:
-        return asyncio.run(_sample(engine(), name))
+        prompts, seed = prompts_of(setting), partial(seed_of, name)
+        return {"texts": asyncio.run(sample_all(engine(), name, prompts, N, seed))}
 
     return Job(answers_job(name), run)
-
-
-async def _sample(engine: Engine, name: str) -> dict[str, Any]:
-    prompts = prompts_of(engine.setting)
-    return {"texts": await sample_all(engine, name, prompts, N, partial(seed_of, name))}
 
 
 def _answers_job(name: str, engine: GetEngine) -> Job:

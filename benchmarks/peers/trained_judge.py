@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.comparison.jobs import timed
 from benchmarks.peers.engine import open_engine, sample_all
 from benchmarks.peers.setting import N, Setting
-from benchmarks.peers.worlds import training_prompts
+from benchmarks.peers.worlds import FORMULA, training_prompts
+from judge.functions import load_function
 from training import reward_model
 
 JUDGE = "judge"
@@ -18,15 +19,12 @@ _PAIRS = "pairs.jsonl"
 
 def train_judge(setting: Setting, directory: Path) -> dict[str, Any]:
     """A probe, from pairs of the frozen LLM's own answers: the best and the worst of N by the formula."""
-    # Imported when it is used: the toy world needs no package for it.
-    from deploy.demo.smollm2 import rewards
-
-    chats = training_prompts(setting.num_pairs)
+    score, chats = load_function(FORMULA), training_prompts(setting.num_pairs)
     with open_engine(setting) as engine:
         texts = asyncio.run(sample_all(engine, JUDGE, chats, N, lambda i: 100 * i))
     with (directory / _PAIRS).open("w", encoding="utf-8") as file:
         for messages, answers in zip(chats, texts, strict=True):
-            by_score = dict(zip(rewards.plain([], answers), answers, strict=True))
+            by_score = dict(zip(score([messages] * N, answers), answers, strict=True))
             chosen, rejected = by_score[max(by_score)], by_score[min(by_score)]
             if chosen != rejected:
                 row = {"prompt": messages, "chosen": chosen, "rejected": rejected}
