@@ -150,6 +150,7 @@ async def judge(options: Options, rows: Sequence[PairRow]) -> list[Judged]:
                         parts = await asyncio.gather(*(judge_batch([row]) for row in batch))
                         return [judged for part in parts for judged in part]
                     refused.append((batch[0].row, response))
+                    bar.update()
                     return []
                 response.raise_for_status()
                 bar.update(len(batch))
