@@ -29,8 +29,12 @@ export function temperatureSlider({ min, onchange }) {
     format: (value) => (value === null ? "the model's default" : value.toFixed(1)),
     onchange,
   });
-  Object.defineProperty(field, "fields", { get: () => (field.value === null ? {} : { temperature: field.value }) });
-  return field;
+  return {
+    element: field.element,
+    get fields() {
+      return field.value === null ? {} : { temperature: field.value };
+    },
+  };
 }
 
 export function numberField({ label, min, max, value, onchange = () => {} }) {
